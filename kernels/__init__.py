@@ -1,0 +1,23 @@
+"""GPU kernels in Triton and their plain-torch twins.
+
+:func:`for_device` returns the namespace that runs on a device; both offer the same launchers:
+``page_write``, ``plan_decode``, ``quest_score``, ``page_mass``, ``recency_score``,
+``random_score``, ``select_pages``, ``sparse_decode``.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+
+
+def for_device(device: torch.device) -> ModuleType:
+    """Triton launchers for a GPU, plain torch for a CPU (Triton is not needed there)."""
+    if device.type == "cpu":
+        from vllm_sparse.kernels import reference
+
+        return reference
+    from vllm_sparse.kernels import launchers
+
+    return launchers

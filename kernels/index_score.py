@@ -1,0 +1,64 @@
+"""Scores that need no keys: recency, and a hash for the random baseline.
+
+    recency[h, p] = p
+    random[h, p]  = murmur3 finaliser of (seq_len, h, p), uniform in [0, 1)
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_sparse.decode_plan import DecodePlan
+from vllm_sparse.kernels.launch import page_splits
+
+
+@triton.jit
+def _index_score(
+    seq_lens, score_offsets, scores, score_stride,
+    PAGE: tl.constexpr, BLOCK_P: tl.constexpr, RANDOM: tl.constexpr,
+):  # fmt: skip
+    split, head, request = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    offset = tl.load(score_offsets + request)
+    seq_len = tl.load(seq_lens + request)
+    if (offset < 0) | (seq_len == 0):
+        return
+    num_pages = (seq_len + PAGE - 1) // PAGE
+    for start in range(split * BLOCK_P, num_pages, tl.num_programs(0) * BLOCK_P):
+        pages = start + tl.arange(0, BLOCK_P)
+        if RANDOM:
+            # 64-bit products cut to 32 bits: the same arithmetic as the torch twin.
+            cut = 0xFFFFFFFF
+            x = (pages.to(tl.int64) * 0x9E3779B1 + head.to(tl.int64) * 0x85EBCA77
+                 + seq_len.to(tl.int64) * 0xC2B2AE3D) & cut  # fmt: skip
+            x = ((x ^ (x >> 16)) * 0x85EBCA6B) & cut
+            x = ((x ^ (x >> 13)) * 0xC2B2AE35) & cut
+            x = x ^ (x >> 16)
+            score = (x >> 8).to(tl.float32) / 16777216.0
+        else:
+            score = pages.to(tl.float32)
+        tl.store(scores + head.to(tl.int64) * score_stride + offset + pages, score, mask=pages < num_pages)
+
+
+def _launch(block_table, plan, page_size, scores, random):
+    q_heads, num_reqs = scores.shape[0], plan.table_seq_lens.shape[0]
+    splits = page_splits(num_reqs * q_heads, block_table.shape[1], 256, scores.device)
+    _index_score[(splits, q_heads, num_reqs)](
+        plan.table_seq_lens, plan.score_offsets, scores, scores.stride(0),
+        PAGE=page_size, BLOCK_P=256, RANDOM=random,
+    )  # fmt: skip
+
+
+def recency_score(
+    block_table: torch.Tensor, plan: DecodePlan, page_size: int, scores: torch.Tensor
+) -> None:
+    """Later pages score higher; arguments as in :meth:`vllm_sparse.policies.base.DecodePolicy.score`."""
+    _launch(block_table, plan, page_size, scores, random=False)
+
+
+def random_score(
+    block_table: torch.Tensor, plan: DecodePlan, page_size: int, scores: torch.Tensor
+) -> None:
+    """Hashed scores; arguments as in :meth:`vllm_sparse.policies.base.DecodePolicy.score`."""
+    _launch(block_table, plan, page_size, scores, random=True)

@@ -1,0 +1,239 @@
+"""Plain-torch twins of every kernel launcher, same names and signatures.
+
+They run the CPU backend and are what GPU kernels are tested against, so they favour plain code
+over speed. Tensors are described in :mod:`vllm_sparse.page_table` and
+:mod:`vllm_sparse.decode_plan`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_sparse.decode_plan import DecodePlan
+from vllm_sparse.page_table import PageTable, single_head_pages, units_per_block
+
+
+def page_write(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    page_size: int,
+    summary: str,
+) -> None:
+    slots = slot_mapping.long()
+    written = slots >= 0
+    if not written.any():
+        return
+    tokens, slots = torch.nonzero(written).squeeze(1), slots[written]
+    blocks, rows = slots // page_size, slots % page_size
+    kv[blocks, :, rows] = torch.cat([key[tokens], value[tokens]], dim=-1).to(kv.dtype)
+    if summary == "none":
+        return
+    head_dim = key.shape[-1]
+    touched, inverse = torch.unique(blocks, return_inverse=True)
+    filled = torch.zeros_like(touched).scatter_reduce_(0, inverse, rows + 1, "amax", include_self=True)
+    keys = kv[touched, :, :page_size, :head_dim]
+    outside = torch.arange(page_size, device=kv.device) >= filled[:, None]
+    outside = outside[:, None, :, None]
+    kv[touched, :, page_size, :head_dim] = keys.masked_fill(outside, float("inf")).amin(2)
+    kv[touched, :, page_size, head_dim:] = keys.masked_fill(outside, float("-inf")).amax(2)
+
+
+def plan_decode(
+    seq_lens: torch.Tensor,
+    plan: DecodePlan,
+    page_size: int,
+    budget_pages: int,
+    min_context_tokens: int,
+    capacity_pages: int,
+    short_rows_dense: bool,
+) -> None:
+    lens = seq_lens.long()
+    pages = -(-lens // page_size)
+    scored = (lens > min_context_tokens) & (pages > budget_pages)
+    offsets = torch.cumsum(torch.where(scored, pages, 0), 0) - torch.where(scored, pages, 0)
+    fits = offsets + pages <= capacity_pages
+    dense = torch.where(scored, ~fits, torch.full_like(scored, short_rows_dense))
+    scored &= fits
+    plan.table_seq_lens.copy_(torch.where(dense, 0, lens))
+    plan.dense_seq_lens.copy_(torch.where(dense, lens, 0))
+    plan.score_offsets.copy_(torch.where(scored, offsets, -1))
+    attended = torch.where(scored, lens - (pages - budget_pages) * page_size, lens)
+    plan.counters += torch.stack([attended.sum(), lens.sum()])
+
+
+def quest_score(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    block_table: torch.Tensor,
+    plan: DecodePlan,
+    page_size: int,
+    scale: float,
+    scores: torch.Tensor,
+) -> None:
+    head_dim, group = q.shape[-1], q.shape[1] // kv.shape[1]
+    for request, blocks, offset, _ in _scored_requests(block_table, plan, page_size):
+        low, high = kv[blocks, :, page_size].float().split(head_dim, -1)
+        heads = q[request].float().view(-1, 1, group, head_dim) * scale
+        low, high = low.transpose(0, 1)[:, :, None], high.transpose(0, 1)[:, :, None]
+        bound = torch.maximum(heads * low, heads * high).sum(-1)
+        scores[:, offset : offset + len(blocks)] = bound.transpose(1, 2).flatten(0, 1)
+
+
+def page_mass(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    block_table: torch.Tensor,
+    plan: DecodePlan,
+    page_size: int,
+    scale: float,
+    scores: torch.Tensor,
+) -> None:
+    head_dim, group = q.shape[-1], q.shape[1] // kv.shape[1]
+    for request, blocks, offset, seq_len in _scored_requests(block_table, plan, page_size):
+        keys = kv[blocks, :, :page_size, :head_dim].float().transpose(0, 1).flatten(1, 2)
+        heads = q[request].float().view(-1, group, head_dim) * scale
+        logits = heads @ keys.transpose(1, 2)
+        logits[..., seq_len:] = float("-inf")
+        mass = logits.unflatten(-1, (len(blocks), page_size)).logsumexp(-1)
+        scores[:, offset : offset + len(blocks)] = mass.flatten(0, 1)
+
+
+def recency_score(
+    block_table: torch.Tensor, plan: DecodePlan, page_size: int, scores: torch.Tensor
+) -> None:
+    for _, blocks, offset, _ in _scored_requests(block_table, plan, page_size):
+        recency = torch.arange(len(blocks), dtype=torch.float32, device=scores.device)
+        scores[:, offset : offset + len(blocks)] = recency
+
+
+def random_score(
+    block_table: torch.Tensor, plan: DecodePlan, page_size: int, scores: torch.Tensor
+) -> None:
+    for _, blocks, offset, seq_len in _scored_requests(block_table, plan, page_size):
+        shape, device = (scores.shape[0], len(blocks)), scores.device
+        head = torch.arange(shape[0], device=device)[:, None]
+        page = torch.arange(shape[1], device=device)
+        scores[:, offset : offset + len(blocks)] = _hash_uniform(seq_len, head, page)
+
+
+def select_pages(
+    scores: torch.Tensor,
+    block_table: torch.Tensor,
+    plan: DecodePlan,
+    kv: torch.Tensor,
+    page_size: int,
+    budget_pages: int,
+    sink_pages: int,
+    window_tokens: int,
+    table: PageTable,
+) -> None:
+    kv_heads = kv.shape[1]
+    group = scores.shape[0] // kv_heads
+    heads = torch.arange(kv_heads, device=kv.device)[:, None]
+    table.lengths.zero_()
+    for request, seq_len in enumerate(plan.table_seq_lens.tolist()):
+        if seq_len == 0:
+            continue
+        pages = -(-seq_len // page_size)
+        offset = int(plan.score_offsets[request])
+        if offset < 0:
+            chosen = torch.arange(pages, device=kv.device).expand(kv_heads, pages)
+        else:
+            mass = scores[:, offset : offset + pages].double().log_softmax(-1).float()
+            mass = mass.unflatten(0, (kv_heads, group)).logsumexp(1)
+            mass[:, :sink_pages] = float("inf")
+            mass[:, max(0, min(seq_len - window_tokens, seq_len - 1)) // page_size :] = float("inf")
+            order = mass.sort(dim=-1, descending=True, stable=True).indices
+            chosen = order[:, :budget_pages].sort(dim=-1).values
+        rows = slice(request * kv_heads, (request + 1) * kv_heads)
+        units = block_table[request, chosen].long() * units_per_block(kv) + heads
+        table.units[rows, : chosen.shape[1]] = units.int()
+        table.lengths[rows] = seq_len - (pages - chosen.shape[1]) * page_size
+
+
+def sparse_decode(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    table: PageTable,
+    page_size: int,
+    scale: float,
+    out: torch.Tensor,
+) -> None:
+    kv_heads, group = kv.shape[1], q.shape[1] // kv.shape[1]
+    keys, values = single_head_pages(kv, page_size)
+    for row, length in enumerate(table.lengths.tolist()):
+        if length == 0:
+            continue
+        units = table.units[row, : -(-length // page_size)].long()
+        k, v = (x[units].flatten(0, 2)[:length].float() for x in (keys, values))
+        request, head = divmod(row, kv_heads)
+        span = slice(head * group, (head + 1) * group)
+        weights = (q[request, span].float() @ k.T * scale).softmax(-1)
+        out[request, span] = (weights @ v).to(out.dtype)
+
+
+def dense_attention(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    block_table: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    page_size: int,
+    scale: float,
+    out: torch.Tensor,
+    soft_cap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+) -> None:
+    """Causal attention over every page, for queries of any length; the CPU's dense backend.
+
+    q, out: [num_tokens, q_heads, head_dim]; query_start_loc: int32 [num_reqs + 1];
+    seq_lens: int32 [num_reqs], context tokens with this step's queries at their end.
+    """
+    head_dim, group = q.shape[-1], q.shape[1] // kv.shape[1]
+    starts = query_start_loc.tolist()
+    for request, seq_len in enumerate(seq_lens.tolist()):
+        start, end = starts[request], starts[request + 1]
+        if start == end or seq_len == 0:
+            continue
+        blocks = block_table[request, : -(-seq_len // page_size)].long()
+        context = kv[blocks, :, :page_size].transpose(0, 1).flatten(1, 2)[:, :seq_len]
+        k, v = (x.repeat_interleave(group, 0) for x in context.split(head_dim, -1))
+        query = q[start:end].transpose(0, 1)
+        positions = torch.arange(seq_len - (end - start), seq_len, device=q.device)
+        behind = positions[:, None] - torch.arange(seq_len, device=q.device)
+        if not soft_cap and alibi_slopes is None:
+            result = torch.nn.functional.scaled_dot_product_attention(
+                query, k, v, attn_mask=None if end - start == 1 else behind >= 0, scale=scale
+            )
+        else:
+            logits = query.float() @ k.float().transpose(1, 2) * scale
+            if soft_cap:
+                logits = soft_cap * torch.tanh(logits / soft_cap)
+            if alibi_slopes is not None:
+                logits -= alibi_slopes.to(logits)[:, None, None] * behind
+            result = logits.masked_fill(behind < 0, float("-inf")).softmax(-1) @ v.float()
+        out[start:end] = result.transpose(0, 1).to(out.dtype)
+
+
+def _scored_requests(block_table: torch.Tensor, plan: DecodePlan, page_size: int):
+    """Yield (request, its block ids, first column in the scores, context tokens) of scored rows."""
+    offsets = plan.score_offsets.tolist()
+    for request, seq_len in enumerate(plan.table_seq_lens.tolist()):
+        if seq_len and offsets[request] >= 0:
+            blocks = block_table[request, : -(-seq_len // page_size)].long()
+            yield request, blocks, offsets[request], seq_len
+
+
+def _hash_uniform(seq_len: int, head: torch.Tensor, page: torch.Tensor) -> torch.Tensor:
+    """Uniform float32 in [0, 1), a pure function of its arguments (the Triton kernel has the same).
+
+    A 32-bit finaliser (murmur3) over a mix of context length, query head and page index.
+    """
+    mask = 0xFFFFFFFF
+    x = (page * 0x9E3779B1 + head * 0x85EBCA77 + seq_len * 0xC2B2AE3D) & mask
+    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & mask
+    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & mask
+    x = x ^ (x >> 16)
+    return (x >> 8).float() / (1 << 24)

@@ -1,0 +1,136 @@
+"""sparse_decode: attention of one query token per request over the pages of a PageTable.
+
+    out[r, h] = softmax(scale * q[r, h] . K[chosen]) V[chosen]
+
+Flash-decoding: programs share the pages of a row, each keeps a running softmax, and a second
+kernel adds their parts. Dao et al., FlashAttention-2 (arXiv 2307.08691); split-K: "Flash-Decoding
+for long-context inference", 2023.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_sparse.kernels.launch import num_multiprocessors
+from vllm_sparse.page_table import PageTable
+
+LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def _attend_split(
+    q, kv, units, lengths, out, part_out, part_lse,
+    q_stride_r, q_stride_h, unit_stride, kv_stride_r, units_stride, out_stride_r, out_stride_h, scale_log2,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
+    SPLITS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    row, split = tl.program_id(0), tl.program_id(1)
+    request, head = row // KV_HEADS, row % KV_HEADS
+    length = tl.load(lengths + row)
+    if length == 0:
+        return
+    group = tl.arange(0, GROUP_PAD)
+    dims = tl.arange(0, BLOCK_D)
+    in_head = dims < HEAD_DIM
+    q_mask = (group < GROUP)[:, None] & in_head[None, :]
+    heads = head * GROUP + group
+    query = tl.load(q + request.to(tl.int64) * q_stride_r + heads[:, None] * q_stride_h + dims[None, :],
+                    mask=q_mask, other=0.0)  # fmt: skip
+    top = tl.full([GROUP_PAD], float("-inf"), tl.float32)
+    total = tl.zeros([GROUP_PAD], tl.float32)
+    acc = tl.zeros([GROUP_PAD, BLOCK_D], tl.float32)
+    blocks_all = (length + BLOCK_N - 1) // BLOCK_N
+    per_split = (blocks_all + SPLITS - 1) // SPLITS
+    begin = split * per_split * BLOCK_N
+    end = tl.minimum(begin + per_split * BLOCK_N, length)
+    unit_row = units + row.to(tl.int64) * units_stride
+    for start in range(begin, end, BLOCK_N):
+        tokens = start + tl.arange(0, BLOCK_N)
+        live = tokens < length
+        unit = tl.load(unit_row + tokens // PAGE, mask=live, other=0).to(tl.int64)
+        cells = kv + unit * unit_stride + (tokens % PAGE) * kv_stride_r
+        k = tl.load(cells[None, :] + dims[:, None], mask=live[None, :] & in_head[:, None], other=0.0)
+        logits = tl.dot(query, k, input_precision=PRECISION) * scale_log2
+        logits = tl.where(live[None, :], logits, float("-inf"))
+        v = tl.load(cells[:, None] + HEAD_DIM + dims[None, :], mask=live[:, None] & in_head[None, :], other=0.0)
+        new_top = tl.maximum(top, tl.max(logits, axis=1))
+        weights = tl.exp2(logits - new_top[:, None])
+        fade = tl.exp2(top - new_top)
+        total = total * fade + tl.sum(weights, axis=1)
+        acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
+        top = new_top
+    if SPLITS == 1:
+        target = out + request.to(tl.int64) * out_stride_r + heads[:, None] * out_stride_h + dims[None, :]
+        tl.store(target, (acc / total[:, None]).to(out.dtype.element_ty), mask=q_mask)
+    else:
+        part = (row.to(tl.int64) * SPLITS + split) * GROUP + group
+        filled = begin < end
+        tl.store(part_lse + part, tl.where(filled, top + tl.log2(total), float("-inf")), mask=group < GROUP)
+        if filled:
+            target = part_out + part[:, None] * BLOCK_D + dims[None, :]
+            tl.store(target, acc / total[:, None], mask=(group < GROUP)[:, None])
+
+
+@triton.jit
+def _add_splits(
+    lengths, part_out, part_lse, out, out_stride_r, out_stride_h,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr,
+):  # fmt: skip
+    row, g = tl.program_id(0), tl.program_id(1)
+    if tl.load(lengths + row) == 0:
+        return
+    request, head = row // KV_HEADS, (row % KV_HEADS) * GROUP + g
+    splits = tl.arange(0, SPLITS_PAD)
+    dims = tl.arange(0, BLOCK_D)
+    part = (row.to(tl.int64) * SPLITS + splits) * GROUP + g
+    lse = tl.load(part_lse + part, mask=splits < SPLITS, other=float("-inf"))
+    weights = tl.exp2(lse - tl.max(lse, axis=0))
+    # Parts of splits without tokens were never written, whatever their memory holds.
+    filled = (weights > 0)[:, None]
+    parts = tl.load(part_out + part[:, None] * BLOCK_D + dims[None, :], mask=filled, other=0.0)
+    result = tl.sum(parts * weights[:, None], axis=0) / tl.sum(weights, axis=0)
+    target = out + request.to(tl.int64) * out_stride_r + head * out_stride_h + dims
+    tl.store(target, result.to(out.dtype.element_ty), mask=dims < HEAD_DIM)
+
+
+def sparse_decode(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    table: PageTable,
+    page_size: int,
+    scale: float,
+    out: torch.Tensor,
+) -> None:
+    """Attend over chosen pages; arguments as in :meth:`vllm_sparse.engines.base.Engine.attend`.
+
+    Reads ``4 * head_dim`` bytes (16-bit cache) per chosen token and KV head.
+    """
+    num_reqs, q_heads, head_dim = q.shape
+    kv_heads = kv.shape[1]
+    rows, group = num_reqs * kv_heads, q_heads // kv_heads
+    assert q.stride(2) == out.stride(2) == kv.stride(3) == 1
+    block_d, block_n = triton.next_power_of_2(head_dim), 64
+    blocks = triton.cdiv(table.units.shape[1] * page_size, block_n)
+    splits = max(1, min(blocks, triton.cdiv(2 * num_multiprocessors(q.device), rows), 64))
+    part_out = part_lse = out
+    if splits > 1:
+        part_out = torch.empty((rows, splits, group, block_d), dtype=torch.float32, device=q.device)
+        part_lse = torch.empty((rows, splits, group), dtype=torch.float32, device=q.device)
+    _attend_split[(rows, splits)](
+        q, kv, table.units, table.lengths, out, part_out, part_lse,
+        q.stride(0), q.stride(1), kv.stride(1), kv.stride(2), table.units.stride(0),
+        out.stride(0), out.stride(1), scale * LOG2_E,
+        KV_HEADS=kv_heads, GROUP=group, GROUP_PAD=max(16, triton.next_power_of_2(group)),
+        HEAD_DIM=head_dim, BLOCK_D=block_d, PAGE=page_size, BLOCK_N=block_n, SPLITS=splits,
+        PRECISION="ieee", num_warps=4, num_stages=3 if head_dim <= 128 else 2,
+    )  # fmt: skip
+    if splits > 1:
+        _add_splits[(rows, group)](
+            table.lengths, part_out, part_lse, out, out.stride(0), out.stride(1),
+            KV_HEADS=kv_heads, GROUP=group, HEAD_DIM=head_dim, BLOCK_D=block_d,
+            SPLITS=splits, SPLITS_PAD=triton.next_power_of_2(splits), num_warps=1,
+        )  # fmt: skip

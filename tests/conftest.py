@@ -1,0 +1,16 @@
+"""Settings under which vLLM's engine runs fast and in-process on a small CPU."""
+
+import os
+
+CPU_ENGINE = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_CI_ENV": "1",
+    "TORCHDYNAMO_DISABLE": "1",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+for _name, _value in CPU_ENGINE.items():
+    os.environ.setdefault(_name, _value)
+os.environ.pop("VLLM_SPARSE_CONFIG", None)

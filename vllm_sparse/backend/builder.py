@@ -1,0 +1,98 @@
+"""SparseMetadataBuilder: one plan per step, in buffers that CUDA graphs can replay."""
+
+from __future__ import annotations
+
+import re
+
+from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder
+from vllm.v1.attention.backends.utils import split_decodes_and_prefills
+
+from vllm_sparse import kernels, metrics
+from vllm_sparse.backend import dense
+from vllm_sparse.backend.metadata import SparseMetadata
+from vllm_sparse.backend.workspace import Workspace
+from vllm_sparse.config import SparseConfig
+
+SHORT_ROWS_DENSE_FROM = 16
+"""Decode batches of this size on run the dense backend beside the sparse engine for short rows: it
+reads short contexts faster than a page table does, and in smaller batches costs more than it saves."""
+
+
+class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
+    """Splits a step into decode and prefill rows and plans the decode rows on the device."""
+
+    # Decode of one token per request takes one path; batches of several tokens per request (drafts
+    # to verify) take the dense one. Both are the same kernels for every batch of a size.
+    _cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
+
+    def __init__(self, kv_cache_spec, layer_names, vllm_config, device):
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._init_reorder_batch_threshold(1)
+        self.config = SparseConfig.from_vllm(vllm_config)
+        self.page_size = kv_cache_spec.block_size
+        self.config.check_page_size(self.page_size)
+        layers = vllm_config.compilation_config.static_forward_context
+        impls = [layers[name].impl for name in layer_names]
+        for position, (name, impl) in enumerate(zip(layer_names, impls, strict=True)):
+            number = re.search(r"\.(\d+)\.", name)
+            impl.bind(int(number[1]) if number else position, self.page_size)
+        impl = impls[0]
+        self.workspace = impl.workspace
+        if not self.workspace.fits(self.page_size, impl.num_heads, impl.num_kv_heads):
+            self.workspace = Workspace.allocate(
+                vllm_config, self.config, self.page_size, impl.num_heads, impl.num_kv_heads, device
+            )
+        backend = None
+        if device.type != "cpu":
+            backend = dense.stock_backend(impl.dtype, impl.head_size, impl.alibi_slopes is not None)
+        self.dense = dense.DenseBuilder(kv_cache_spec, layer_names, vllm_config, device, backend)
+        self.tracker = metrics.AttendedTokens(self.workspace.plan.counters)
+        metrics.trackers.append(self.tracker)
+
+    def build(self, common_prefix_len, common_attn_metadata, fast_build=False) -> SparseMetadata:
+        common = common_attn_metadata
+        num_decodes, num_prefills, num_decode_tokens, _ = split_decodes_and_prefills(common)
+        workspace = self.workspace
+        plan = workspace.plan.rows(num_decodes)
+        metadata = SparseMetadata(
+            num_actual_tokens=common.num_actual_tokens,
+            num_decodes=num_decodes,
+            query_start_loc=common.query_start_loc,
+            seq_lens=common.seq_lens,
+            block_table=common.block_table_tensor,
+            slot_mapping=common.slot_mapping,
+            plan=plan,
+            table=workspace.table.rows(num_decodes * workspace.kv_heads),
+            scores=workspace.scores,
+            dense_all=self.dense.build("all", common, fast_build),
+        )
+        if num_prefills:
+            rows = dense.prefill_rows(common, num_decodes, num_decode_tokens) if num_decodes else common
+            metadata.dense_prefill = self.dense.build("prefill", rows, fast_build)
+        if num_decodes:
+            short_rows_dense = num_decodes >= SHORT_ROWS_DENSE_FROM
+            kernels.for_device(self.device).plan_decode(
+                common.seq_lens[:num_decodes], plan, self.page_size,
+                self.config.budget_pages(self.page_size), self.config.min_context_tokens,
+                workspace.scores.shape[1], short_rows_dense,
+            )  # fmt: skip
+            if short_rows_dense:
+                decodes = common if not num_prefills else decode_rows(common, num_decodes, num_decode_tokens)
+                rows = dense.short_rows(decodes, plan.dense_seq_lens)
+                metadata.dense_short = self.dense.build("short", rows, fast_build)
+            self.tracker.step()
+        return metadata
+
+
+def decode_rows(common, num_decodes: int, num_decode_tokens: int):
+    """``common`` with only its decode rows."""
+    return common.replace(
+        query_start_loc=common.query_start_loc[: num_decodes + 1],
+        query_start_loc_cpu=common.query_start_loc_cpu[: num_decodes + 1],
+        seq_lens=common.seq_lens[:num_decodes],
+        num_reqs=num_decodes,
+        num_actual_tokens=num_decode_tokens,
+        max_query_len=1,
+        block_table_tensor=common.block_table_tensor[:num_decodes],
+        slot_mapping=common.slot_mapping[:num_decode_tokens],
+    )

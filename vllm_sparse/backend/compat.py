@@ -1,0 +1,163 @@
+"""Everything that differs between vLLM 0.26 and 0.33, and the three places where we hook into it.
+
+The hooks are installed in every process that loads vLLM's plugins, and pass straight through
+unless the backend named ``sparse`` was asked for:
+
+1. ``AttentionBackendEnum.SPARSE``, so that ``--attention-backend sparse`` parses and travels to
+   other processes.
+2. The platform's backend choice: layers that cannot be sparse get the backend vLLM would have
+   chosen without us, and CPUs, which know one backend only, get ours.
+3. The platform's config check, where a wrong sparse config is refused before anything starts.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+import logging
+from typing import Any
+
+NAME = "SPARSE"
+BACKEND_PATH = "vllm_sparse.backend.backend.SparseBackend"
+TESTED = ((0, 26), (0, 33))
+
+logger = logging.getLogger("vllm.vllm_sparse")
+"""A child of vLLM's logger, so our lines take its format and level."""
+
+
+def install() -> None:
+    """Install the hooks; re-entrant."""
+    from vllm.platforms import current_platform
+
+    _check_version()
+    add_backend_name()
+    platform = current_platform if isinstance(current_platform, type) else type(current_platform)
+    _wrap_classmethod(platform, "get_attn_backend_cls", _choose_backend)
+    _wrap_classmethod(platform, "check_and_update_config", _check_config)
+
+
+def _check_version() -> None:
+    import vllm
+
+    release = getattr(vllm, "__version_tuple__", (0, 0))[:2]
+    if release == (0, 0) or TESTED[0] <= release <= TESTED[1]:
+        return
+    logger.warning(
+        "vllm-sparse is tested with vLLM %d.%d to %d.%d; this is %s", *TESTED[0], *TESTED[1], vllm.__version__
+    )
+
+
+def add_backend_name() -> Any:
+    """Make ``AttentionBackendEnum.SPARSE`` exist in this process and return it."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    member = AttentionBackendEnum._member_map_.get(NAME)
+    if member is None:
+        if hasattr(AttentionBackendEnum, "register"):
+            member = AttentionBackendEnum.register(NAME, BACKEND_PATH)
+        else:
+            member = object.__new__(AttentionBackendEnum)
+            member._name_, member._value_ = NAME, BACKEND_PATH
+            AttentionBackendEnum._member_map_[NAME] = member
+            AttentionBackendEnum._value2member_map_[BACKEND_PATH] = member
+            AttentionBackendEnum._member_names_.append(NAME)
+        # Engine and worker processes unpickle vLLM's config before they load plugins, and a member
+        # pickles as a look-up of its value: ours must add itself first.
+        copyreg.pickle(AttentionBackendEnum, _reduce_backend_name)
+    return member
+
+
+def _reduce_backend_name(member: Any) -> tuple:
+    return (add_backend_name, ()) if member.name == NAME else (type(member), (member.value,))
+
+
+def _wrap_classmethod(cls: type, name: str, wrapper) -> None:
+    original = cls.__dict__.get(name) or getattr(cls, name)
+    function = getattr(original, "__func__", original)
+    if getattr(function, "_vllm_sparse", False):
+        return
+
+    @functools.wraps(function)
+    def wrapped(cls, *args, **kwargs):
+        return wrapper(functools.partial(function, cls), *args, **kwargs)
+
+    wrapped._vllm_sparse = True
+    setattr(cls, name, classmethod(wrapped))
+
+
+def _choose_backend(original, selected_backend, attn_selector_config, num_heads=None) -> str:
+    if selected_backend is None or selected_backend.name != NAME:
+        return original(selected_backend, attn_selector_config=attn_selector_config, num_heads=num_heads)
+    from vllm.platforms import current_platform
+
+    from vllm_sparse import metrics
+    from vllm_sparse.backend.backend import SparseBackend
+
+    wanted = dict(attn_selector_config._asdict())
+    reasons = SparseBackend.validate_configuration(
+        device_capability=current_platform.get_device_capability(), **wanted
+    )
+    if not reasons:
+        return BACKEND_PATH
+    metrics.count_stock_layer(", ".join(reasons))
+    return original(None, attn_selector_config=attn_selector_config, num_heads=num_heads)
+
+
+def _check_config(original, vllm_config) -> None:
+    original(vllm_config)
+    attention = vllm_config.attention_config
+    chosen = [attention.backend, *(getattr(attention, "backend_per_kind", None) or {}).values()]
+    if not any(getattr(backend, "name", None) == NAME for backend in chosen):
+        return
+    from vllm.platforms import current_platform
+
+    from vllm_sparse.config import ConfigError, SparseConfig
+
+    config = SparseConfig.from_vllm(vllm_config)
+    cache = vllm_config.cache_config
+    if cache is None:
+        return
+    if current_platform.is_cpu() and not getattr(cache, "user_specified_block_size", False):
+        # CPUs default to 128, at which a budget of a few hundred tokens holds no pages to choose.
+        cache.block_size = 16
+    if cache.block_size is not None:
+        config.check_page_size(cache.block_size)
+    if cache.cache_dtype not in ("auto", "float16", "bfloat16", "float32"):
+        raise ConfigError(
+            f"--kv-cache-dtype: {cache.cache_dtype!r} is not supported by the sparse backend; "
+            f"allowed: auto, float16, bfloat16"
+        )
+    parallel = vllm_config.parallel_config
+    if getattr(parallel, "decode_context_parallel_size", 1) > 1:
+        raise ConfigError(
+            f"--decode-context-parallel-size: {parallel.decode_context_parallel_size} is not supported by the "
+            f"sparse backend; allowed: 1"
+        )
+
+
+def install_spec_hook() -> None:
+    """Let backends adjust their KV-cache spec on releases whose ``Attention`` does not ask them."""
+    from vllm.model_executor.layers.attention import Attention
+    from vllm.v1.attention.backend import AttentionBackend
+
+    if hasattr(AttentionBackend, "customize_spec") or hasattr(Attention.get_kv_cache_spec, "_vllm_sparse"):
+        return
+    original = Attention.get_kv_cache_spec
+
+    @functools.wraps(original)
+    def get_kv_cache_spec(self, vllm_config):
+        spec = original(self, vllm_config)
+        customize = getattr(self.attn_backend, "customize_spec", None)
+        return spec if spec is None or customize is None else customize(spec)
+
+    get_kv_cache_spec._vllm_sparse = True
+    Attention.get_kv_cache_spec = get_kv_cache_spec
+
+
+def head_major_layouts() -> tuple | None:
+    """``supported_kv_cache_layouts``: block, head, row; layers inside or outside of blocks."""
+    try:
+        from vllm.v1.kv_cache_interface import KVCacheLayout
+    except ImportError:
+        return None
+    return (KVCacheLayout.LBHNC, KVCacheLayout.BLHNC)

@@ -1,0 +1,106 @@
+"""Dense attention over sparse pages: vLLM's own backend on a GPU, plain torch on a CPU.
+
+Dense layers, prefill and short contexts must cost what they cost in stock vLLM, so they run its
+code: FlashAttention where vLLM has it for this GPU, else its Triton backend. Both read K and V
+through strides, so the summary rows are simply left out of the view.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from vllm_sparse.kernels import reference
+
+
+def stock_backend(dtype: torch.dtype, head_size: int, alibi: bool):
+    """The vLLM backend class that attends densely on this GPU."""
+    from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
+
+    if dtype not in (torch.float16, torch.bfloat16):
+        return TritonAttentionBackend
+    try:
+        from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+        from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
+    except ImportError:
+        return TritonAttentionBackend
+    if alibi or get_flash_attn_version(head_size=head_size) is None:
+        return TritonAttentionBackend
+    return FlashAttentionBackend if FlashAttentionBackend.supports_head_size(head_size) else TritonAttentionBackend
+
+
+class StockDense:
+    """vLLM's own attention implementation, over the K and V rows of sparse pages."""
+
+    def __init__(self, impl: Any, page_size: int):
+        self.impl, self.page_size = impl, page_size
+
+    def attend(self, layer, query, key, value, kv, metadata, out) -> None:
+        self.impl.forward(layer, query, key, value, kv[:, :, : self.page_size], metadata, out)
+
+
+class TorchDense:
+    """The CPU's dense attention; its metadata is the common one of vLLM."""
+
+    def __init__(self, scale: float, page_size: int, soft_cap: float, alibi_slopes: list[float] | None):
+        self.scale, self.page_size, self.soft_cap = scale, page_size, soft_cap
+        self.alibi_slopes = None if alibi_slopes is None else torch.tensor(alibi_slopes)
+
+    def attend(self, layer, query, key, value, kv, metadata, out) -> None:
+        reference.dense_attention(
+            query, kv, metadata.block_table_tensor, metadata.query_start_loc, metadata.seq_lens,
+            self.page_size, self.scale, out, self.soft_cap, self.alibi_slopes,
+        )  # fmt: skip
+
+
+class DenseBuilder:
+    """Builds the metadata of dense attention for all, prefill, or short decode rows of a step.
+
+    One stock builder each: a builder keeps one buffer of scheduling data for CUDA graphs, and a
+    step can need all three.
+    """
+
+    def __init__(self, kv_cache_spec, layer_names, vllm_config, device, backend):
+        self._builders: dict[str, Any] = {}
+        if backend is not None:
+            for rows in ("all", "prefill", "short"):
+                cls = backend.get_builder_cls()
+                builder = self._builders[rows] = cls(kv_cache_spec, layer_names, vllm_config, device)
+                if hasattr(builder, "aot_sliding_window"):
+                    # Else FlashAttention looks for a window among layers that are not ours.
+                    builder.aot_sliding_window = (-1, -1)
+
+    def build(self, rows: str, common, fast_build: bool = False) -> Any:
+        """Dense metadata for ``common``; the common metadata itself where torch attends."""
+        builder = self._builders.get(rows)
+        return common if builder is None else builder.build(0, common, fast_build)
+
+
+def prefill_rows(common, num_decodes: int, num_decode_tokens: int):
+    """``common`` without its first ``num_decodes`` rows."""
+    starts, starts_cpu = common.query_start_loc[num_decodes:], common.query_start_loc_cpu[num_decodes:]
+    return common.replace(
+        query_start_loc=starts - num_decode_tokens,
+        query_start_loc_cpu=starts_cpu - num_decode_tokens,
+        seq_lens=common.seq_lens[num_decodes:],
+        num_reqs=common.num_reqs - num_decodes,
+        num_actual_tokens=common.num_actual_tokens - num_decode_tokens,
+        block_table_tensor=common.block_table_tensor[num_decodes:],
+        slot_mapping=common.slot_mapping[num_decode_tokens:],
+        **_clear_caches(common),
+    )
+
+
+def short_rows(common, dense_seq_lens: torch.Tensor):
+    """``common`` with the lengths of rows that go dense; 0 for the others."""
+    return common.replace(seq_lens=dense_seq_lens, **_clear_caches(common))
+
+
+def _clear_caches(common) -> dict[str, None]:
+    """Values that vLLM derived from the lengths we replace, and would not derive again."""
+    derived = (
+        "_seq_lens_cpu", "_num_computed_tokens_cpu", "_num_computed_tokens_cache",
+        "_token_to_req_indices_cache", "seq_lens_cpu_upper_bound", "is_prefilling",
+    )  # fmt: skip
+    return {name: None for name in derived if hasattr(common, name)}

@@ -1,0 +1,162 @@
+"""SparseImpl: one attention layer. Policies, kernels and engines do the work."""
+
+from __future__ import annotations
+
+import torch
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.platforms import current_platform
+from vllm.v1.attention.backend import AttentionImpl, AttentionType
+
+from vllm_sparse import kernels, metrics
+from vllm_sparse.backend import dense
+from vllm_sparse.backend.backend import SparseBackend
+from vllm_sparse.backend.metadata import SparseMetadata
+from vllm_sparse.backend.workspace import Workspace
+from vllm_sparse.config import SparseConfig
+from vllm_sparse.engines import choose_engine
+from vllm_sparse.engines.base import AttentionShape
+from vllm_sparse.policies import get_decode_policy
+from vllm_sparse.policies.base import SUMMARY_ROWS
+
+
+class SparseImpl(AttentionImpl[SparseMetadata]):
+    """Writes pages with their summaries, attends decode rows over chosen pages, the rest densely."""
+
+    supports_dcp = False
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        **unsupported,
+    ) -> None:
+        if sliding_window is not None or any(value is not None for value in unsupported.values()):
+            raise ValueError(f"sparse attention got sliding_window={sliding_window}, {unsupported}")
+        vllm_config = get_current_vllm_config()
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
+        self.head_size, self.scale, self.kv_cache_dtype = head_size, float(scale), kv_cache_dtype
+        self.alibi_slopes = alibi_slopes
+        self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
+        self.config = SparseConfig.from_vllm(vllm_config)
+        self.policy = get_decode_policy(self.config.decode_policy)
+        SparseBackend.summary_rows = SUMMARY_ROWS[self.policy.summary]
+        self.device = torch.device(current_platform.device_type)
+        self.dtype = torch.get_default_dtype()
+        self.soft_cap = logits_soft_cap or 0.0
+        self.dense_reason = self._why_dense()
+        self.stock_impl = None
+        if self.device.type != "cpu":
+            backend = dense.stock_backend(self.dtype, head_size, alibi_slopes is not None)
+            self.stock_impl = backend.get_impl_cls()(
+                num_heads, head_size, scale, num_kv_heads, alibi_slopes, None, kv_cache_dtype,
+                logits_soft_cap, attn_type, kv_sharing_target_layer_name,
+            )  # fmt: skip
+        self.workspace = self._share_or_allocate_workspace(vllm_config)
+
+    def _why_dense(self) -> str | None:
+        if self.config.decode_policy == "dense":
+            return "the dense policy was asked for"
+        if self.alibi_slopes is not None:
+            return "ALiBi biases depend on position, which page scores do not see"
+        if self.soft_cap:
+            return "soft-capped logits are not computed by the sparse engines"
+        if self.kv_sharing_target_layer_name is not None:
+            return "the layer attends to another layer's KV cache"
+        return None
+
+    def _share_or_allocate_workspace(self, vllm_config) -> Workspace:
+        # Pages of the default size are assumed where vLLM has not settled on one yet; the builder,
+        # which knows, then makes its own.
+        page_size = vllm_config.cache_config.block_size or 16
+        for layer in vllm_config.compilation_config.static_forward_context.values():
+            made = getattr(getattr(layer, "impl", None), "workspace", None)
+            if isinstance(made, Workspace) and made.fits(page_size, self.num_heads, self.num_kv_heads):
+                return made
+        return Workspace.allocate(
+            vllm_config, self.config, page_size, self.num_heads, self.num_kv_heads, self.device
+        )
+
+    def bind(self, layer_index: int, page_size: int) -> None:
+        """Settle what is known only once the KV cache is planned; called by the metadata builder."""
+        self.page_size = page_size
+        self.kernels = kernels.for_device(self.device)
+        self.budget_pages = self.config.budget_pages(page_size)
+        self.sink_pages = self.config.sink_pages(page_size)
+        if self.dense_reason is None and layer_index < self.config.dense_layers:
+            self.dense_reason = f"dense_layers={self.config.dense_layers}"
+        shape = AttentionShape(
+            self.device, self.dtype, self.num_heads, self.num_kv_heads, self.head_size, page_size
+        )
+        self.engine = choose_engine(self.config.engine, shape)
+        if self.stock_impl is None:
+            self.dense = dense.TorchDense(self.scale, page_size, self.soft_cap, self.alibi_slopes)
+        else:
+            self.dense = dense.StockDense(self.stock_impl, page_size)
+        if self.dense_reason is None:
+            metrics.count_sparse_layer()
+        else:
+            metrics.count_dense_layer(self.dense_reason)
+
+    def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping) -> None:
+        """Write K and V of new tokens and refresh the summaries of the pages they touch."""
+        self.kernels.page_write(key, value, kv_cache, slot_mapping, self.page_size, self.policy.summary)
+
+    def forward(
+        self,
+        layer,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: SparseMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attention of one step.
+
+        Args:
+            query, output: [num_tokens, num_heads, head_size].
+            key, value: [num_tokens, num_kv_heads, head_size]; already in the cache.
+            kv_cache: [num_blocks, num_kv_heads, page_size + summary rows, 2 * head_size].
+            attn_metadata: None in profiling runs.
+        """
+        if output_scale is not None or output_block_scale is not None:
+            raise ValueError("the sparse backend does not quantise its output")
+        if attn_metadata is None:
+            return output.zero_()
+        md, decodes = attn_metadata, attn_metadata.num_decodes
+        if self.dense_reason is not None:
+            self.dense.attend(layer, query, key, value, kv_cache, md.dense_all, output)
+            return output
+        if md.dense_prefill is not None:
+            rows = slice(decodes, md.num_actual_tokens)
+            self.dense.attend(
+                layer, query[rows], key[rows], value[rows], kv_cache, md.dense_prefill, output[rows]
+            )
+        if decodes:
+            query, output_rows = query[:decodes], output[:decodes]
+            if md.dense_short is not None:
+                self.dense.attend(
+                    layer, query, key[:decodes], value[:decodes], kv_cache, md.dense_short, output_rows
+                )
+            self._decode(query, kv_cache, md, output_rows)
+        return output
+
+    def _decode(self, query, kv_cache, md: SparseMetadata, output) -> None:
+        block_table = md.block_table[: md.num_decodes]
+        self.policy.score(query, kv_cache, block_table, md.plan, self.page_size, self.scale, md.scores)
+        self.kernels.select_pages(
+            md.scores, block_table, md.plan, kv_cache, self.page_size,
+            self.budget_pages, self.sink_pages, self.config.window_tokens, md.table,
+        )  # fmt: skip
+        self.engine.attend(query, kv_cache, md.table, self.page_size, self.scale, output)

@@ -1,0 +1,37 @@
+"""SparseMetadata: what a step's attention needs, built once per step and shared by all layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vllm_sparse.decode_plan import DecodePlan
+from vllm_sparse.page_table import PageTable
+
+
+@dataclass
+class SparseMetadata:
+    """One step. Decode rows (one query token each) come first, prefill rows after them."""
+
+    num_actual_tokens: int
+    num_decodes: int
+    query_start_loc: torch.Tensor
+    """int32 [num_reqs + 1]."""
+    seq_lens: torch.Tensor
+    """int32 [num_reqs]: context tokens, this step's included; 0 for padding."""
+    block_table: torch.Tensor
+    """int32 [num_reqs, max_pages]; entries past a request's last page are stale."""
+    slot_mapping: torch.Tensor
+
+    plan: DecodePlan
+    table: PageTable
+    scores: torch.Tensor
+
+    dense_all: Any = None
+    """Metadata of the dense backend for every row: what dense layers run."""
+    dense_prefill: Any = None
+    """The same for prefill rows alone, None without any."""
+    dense_short: Any = None
+    """The same for decode rows with lengths ``plan.dense_seq_lens``, None where the table takes them."""

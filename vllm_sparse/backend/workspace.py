@@ -1,0 +1,69 @@
+"""Device buffers of decode steps, allocated while vLLM measures what the model needs.
+
+Anything allocated after vLLM has sized its KV pool is memory it does not know of. Layers are built
+before that, so the first layer allocates for all.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+
+from vllm_sparse.config import SparseConfig
+from vllm_sparse.decode_plan import DecodePlan
+from vllm_sparse.page_table import PageTable
+
+logger = logging.getLogger("vllm.vllm_sparse")
+
+SCORE_BYTES = 64 << 20
+"""Score buffers end here: 16.7 million (query head, page) scores, many times what a GPU's KV cache
+holds without prefix sharing. Rows that do not fit in a step run dense in that step."""
+
+
+@dataclass
+class Workspace:
+    """Buffers shared by all layers of equal head counts; rows are decode requests."""
+
+    plan: DecodePlan
+    table: PageTable
+    scores: torch.Tensor
+    """float32 [q_heads, capacity_pages]."""
+    page_size: int
+
+    def fits(self, page_size: int, q_heads: int, kv_heads: int) -> bool:
+        """Whether layers of this shape can share these buffers."""
+        return (self.page_size, self.scores.shape[0], self.kv_heads) == (page_size, q_heads, kv_heads)
+
+    @property
+    def kv_heads(self) -> int:
+        return self.table.lengths.shape[0] // self.plan.table_seq_lens.shape[0]
+
+    @classmethod
+    def allocate(
+        cls,
+        vllm_config,
+        config: SparseConfig,
+        page_size: int,
+        q_heads: int,
+        kv_heads: int,
+        device: torch.device,
+    ) -> Workspace:
+        """Buffers for the largest batch and context that vLLM may schedule."""
+        max_num_reqs = vllm_config.scheduler_config.max_num_seqs
+        # Batches are padded up to the sizes that CUDA graphs were captured for.
+        max_num_reqs = max(max_num_reqs, vllm_config.compilation_config.max_cudagraph_capture_size or 0)
+        max_pages = -(-vllm_config.model_config.max_model_len // page_size) + 1
+        capacity = max(16 * max_pages, SCORE_BYTES // (4 * q_heads))
+        capacity = min(capacity, max_num_reqs * max_pages)
+        workspace = cls(
+            plan=DecodePlan.empty(max_num_reqs, device),
+            table=PageTable.empty(max_num_reqs, kv_heads, min(config.table_pages(page_size), max_pages), device),
+            scores=torch.zeros(q_heads, capacity, dtype=torch.float32, device=device),
+            page_size=page_size,
+        )
+        mib = (workspace.scores.numel() + workspace.table.units.numel()) * 4 / 2**20
+        logger.info("sparse attention: workspace of %.0f MiB for up to %d requests", mib, max_num_reqs)
+        return workspace
+

@@ -1,0 +1,1 @@
+"""The KV cache with page summaries: layout and vLLM spec."""

@@ -1,0 +1,65 @@
+"""The KV-cache spec that makes vLLM plan, allocate and share pages with their summaries.
+
+A page holds ``block_size`` rows of ``[K | V]`` per KV head and then ``summary_rows`` rows of the
+same width. vLLM's memory planning counts them, and prefix caching, copy-on-write, preemption and
+KV connectors carry them, because they are bytes of the page like any others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseAttentionSpec(FullAttentionSpec):
+    """Full attention whose pages end in ``summary_rows`` extra rows per KV head."""
+
+    summary_rows: int = 0
+
+    # vLLM up to 0.30 sizes a page by its bytes, later releases by its states (rows).
+    @property
+    def real_page_size_bytes(self) -> int:
+        content_bytes = super().real_page_size_bytes
+        if hasattr(FullAttentionSpec, "get_num_kernel_states"):
+            return content_bytes
+        return content_bytes // self.block_size * (self.block_size + self.summary_rows)
+
+    def get_num_kernel_states(self, kernel_block_size: int) -> int:
+        return super().get_num_kernel_states(kernel_block_size) + self.summary_rows
+
+    @classmethod
+    def merge(cls, specs):
+        """One spec for a group of layers, all of which must be equal."""
+        if any(spec != specs[0] for spec in specs):
+            raise ValueError("layers of one KV cache group must have the same sparse page layout")
+        return specs[0]
+
+    @classmethod
+    def extend(cls, spec: FullAttentionSpec, summary_rows: int) -> SparseAttentionSpec:
+        """``spec`` with summary rows added."""
+        if spec.head_size_v != spec.head_size:
+            raise ValueError(
+                f"sparse attention needs equal K and V head sizes, not {spec.head_size} and {spec.head_size_v}; "
+                f"use another --attention-backend for this model"
+            )
+        values = {field.name: getattr(spec, field.name) for field in fields(spec) if field.init}
+        return cls(**values, summary_rows=summary_rows)
+
+
+class SparseAttentionManager(FullAttentionManager):
+    """Block manager of sparse pages.
+
+    Blocks, prefix hits and preemption are those of full attention, since a summary is a function of
+    its page's keys and lives in the page; the class is where offload will hook in.
+    """
+
+
+# Registering first would make vLLM believe that its own specs are registered already.
+KVCacheSpecRegistry._ensure_registered()
+KVCacheSpecRegistry.register(
+    SparseAttentionSpec, SparseAttentionManager, uniform_type_base_spec=FullAttentionSpec
+)

@@ -1,0 +1,147 @@
+"""The one configuration object of vllm-sparse, and the only code that reads it.
+
+Sources, the first one found wins:
+
+1. ``--additional-config '{"sparse": {...}}'`` (``LLM(additional_config=...)``): picklable, part of
+   vLLM's own config hash, and carried to every worker by vLLM.
+2. ``VLLM_SPARSE_CONFIG``: the same object as JSON, or the path of a file that holds it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from dataclasses import dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+ENV_CONFIG = "VLLM_SPARSE_CONFIG"
+PAGE_MULTIPLE = 16
+"""Page sizes must be multiples of this many tokens (tensor-core tiles, FlashAttention-3)."""
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be served; the message names key, value and what is allowed."""
+
+
+@dataclass(frozen=True)
+class SparseConfig:
+    """What a user can choose. Token counts are per request and KV head."""
+
+    decode_policy: str = "quest"
+    """Which pages a decode step attends to: a name of :mod:`vllm_sparse.policies`."""
+    budget_tokens: int = 2048
+    """Tokens attended in a decode step, sinks and window included; rounded down to whole pages."""
+    sink_tokens: int = 16
+    """First tokens of the context, always attended (rounded up to whole pages)."""
+    window_tokens: int = 32
+    """Most recent tokens, always attended (rounded up to whole pages)."""
+    min_context_tokens: int = 4096
+    """Up to this context length a request runs dense, which is exact."""
+    dense_layers: int = 2
+    """The first so many attention layers run dense: their attention is spread too widely to select."""
+    engine: str = "auto"
+    """What attends over chosen pages: ``auto`` or a name of :mod:`vllm_sparse.engines`."""
+
+    def __post_init__(self) -> None:
+        from vllm_sparse.engines.registry import ENGINES
+        from vllm_sparse.policies.registry import DECODE_POLICIES
+
+        for field in fields(self):
+            value, expected = getattr(self, field.name), type(field.default)
+            if type(value) is not expected:
+                raise ConfigError(
+                    f"sparse.{field.name}: expected {_NAMES[expected]}, got {value!r}. "
+                    f"Example: {json.dumps({field.name: field.default})}"
+                )
+        _require_choice("decode_policy", self.decode_policy, DECODE_POLICIES)
+        _require_choice("engine", self.engine, ("auto", *ENGINES))
+        for name in ("sink_tokens", "window_tokens", "min_context_tokens", "dense_layers"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"sparse.{name}: {getattr(self, name)} is negative; allowed: 0 or more")
+        if self.budget_tokens < 1:
+            raise ConfigError(f"sparse.budget_tokens: {self.budget_tokens}; allowed: at least one page")
+        # Whatever the page size, a smaller budget could not hold what is always attended.
+        self.check_page_size(PAGE_MULTIPLE)
+
+    @classmethod
+    def from_mapping(cls, values: Any, source: str) -> SparseConfig:
+        """Check and build a config from a JSON object; ``source`` names it in errors."""
+        if not isinstance(values, dict):
+            raise ConfigError(f"{source}: expected a JSON object of sparse settings, got {values!r}")
+        known = [field.name for field in fields(cls)]
+        for key in values:
+            if key not in known:
+                raise ConfigError(f"{source}: unknown key {key!r}.{_nearest(key, known)}")
+        return cls(**values)
+
+    @classmethod
+    def from_vllm(cls, vllm_config: Any) -> SparseConfig:
+        """The config of an engine: from its ``additional_config``, else from the environment."""
+        additional = getattr(vllm_config, "additional_config", None) or {}
+        if isinstance(additional, dict) and "sparse" in additional:
+            return cls.from_mapping(additional["sparse"], "additional_config['sparse']")
+        return _from_text(os.environ.get(ENV_CONFIG, ""))
+
+    def budget_pages(self, page_size: int) -> int:
+        return self.budget_tokens // page_size
+
+    def sink_pages(self, page_size: int) -> int:
+        return -(-self.sink_tokens // page_size)
+
+    def table_pages(self, page_size: int) -> int:
+        """Most pages a row of the decode page table can hold: a budget, or a whole short context."""
+        return max(self.budget_pages(page_size), -(-self.min_context_tokens // page_size))
+
+    def check_page_size(self, page_size: int) -> None:
+        """Raise :class:`ConfigError` where pages of ``page_size`` tokens cannot serve this config."""
+        if page_size % PAGE_MULTIPLE or page_size <= 0:
+            raise ConfigError(
+                f"--block-size: {page_size} is not a multiple of {PAGE_MULTIPLE}, which the sparse "
+                f"backend needs; use --block-size 16, 32 or 64"
+            )
+        # A window of w tokens can straddle one page border more than it fills.
+        window_pages = -(-self.window_tokens // page_size) + 1
+        needed = (self.sink_pages(page_size) + window_pages + 1) * page_size
+        if self.budget_tokens < needed:
+            raise ConfigError(
+                f"sparse.budget_tokens: {self.budget_tokens} is too small for pages of {page_size} tokens: "
+                f"sink_tokens={self.sink_tokens}, window_tokens={self.window_tokens} and one page to choose "
+                f"need at least {needed}"
+            )
+
+
+_NAMES = {int: "a whole number", str: "a string"}
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    match = difflib.get_close_matches(word, known, n=1)
+    hint = f" Did you mean {match[0]!r}?" if match else ""
+    return f"{hint} Allowed: {', '.join(known)}"
+
+
+def _require_choice(name: str, value: str, allowed) -> None:
+    if value not in allowed:
+        raise ConfigError(f"sparse.{name}: unknown value {value!r}.{_nearest(value, list(allowed))}")
+
+
+@cache
+def _from_text(text: str) -> SparseConfig:
+    """Parse ``VLLM_SPARSE_CONFIG``: a JSON object, or the path of a file with one."""
+    if not text.strip():
+        return SparseConfig()
+    source = ENV_CONFIG
+    if not text.lstrip().startswith("{"):
+        path = Path(text).expanduser()
+        if not path.is_file():
+            raise ConfigError(f"{ENV_CONFIG}: {text!r} is neither a JSON object nor a readable file")
+        source, text = f"{ENV_CONFIG} (file {path.name})", path.read_text(errors="replace")
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            f'{source}: not valid JSON ({error}); write an object such as {{"budget_tokens": 2048}}'
+        ) from None
+    return SparseConfig.from_mapping(values, source)

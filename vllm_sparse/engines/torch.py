@@ -1,0 +1,17 @@
+"""The reference engine in plain torch: any device, any dtype."""
+
+from __future__ import annotations
+
+from vllm_sparse.engines.base import AttentionShape, Engine
+from vllm_sparse.kernels import reference
+
+
+class TorchEngine(Engine):
+    """Gathers the chosen pages and attends in float32. Runs the CPU backend."""
+
+    @classmethod
+    def unsupported(cls, shape: AttentionShape) -> str | None:
+        return None
+
+    def attend(self, q, kv, table, page_size, scale, out):
+        reference.sparse_decode(q, kv, table, page_size, scale, out)

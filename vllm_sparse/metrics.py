@@ -1,0 +1,109 @@
+"""What ran sparse, what ran dense and why, and how much of the context was attended."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+
+logger = logging.getLogger("vllm.vllm_sparse")
+
+REPORT_SECONDS = 10.0
+
+
+@dataclass
+class LayerCounts:
+    """Layers of this process, counted once when they are built."""
+
+    sparse: int = 0
+    dense: Counter[str] = field(default_factory=Counter)
+    """Reason -> layers that this backend runs dense."""
+    stock: Counter[str] = field(default_factory=Counter)
+    """Reason -> kinds of layers that were left to vLLM's own backends."""
+
+
+layers = LayerCounts()
+
+
+def count_sparse_layer() -> None:
+    layers.sparse += 1
+
+
+def count_dense_layer(reason: str) -> None:
+    """Count a layer that runs dense in this backend; the first of each reason is logged."""
+    if reason not in layers.dense:
+        logger.info("sparse attention: layers run dense: %s", reason)
+    layers.dense[reason] += 1
+
+
+def count_stock_layer(reason: str) -> None:
+    """Count a kind of layer that keeps vLLM's own backend; the first of each reason is logged."""
+    if reason not in layers.stock:
+        logger.warning("sparse attention: layers keep vLLM's own backend: %s", reason)
+    layers.stock[reason] += 1
+
+
+class AttendedTokens:
+    """Attended and context tokens of decode steps, counted on the device, reported now and then.
+
+    The device adds into ``counters`` (int64 [2]) in every step. A report starts an asynchronous
+    copy and logs the one before it, so no step waits.
+    """
+
+    def __init__(self, counters: torch.Tensor):
+        self.counters = counters
+        on_gpu = counters.device.type != "cpu"
+        self._copied = torch.zeros(2, dtype=torch.int64, pin_memory=on_gpu)
+        self._logged = 0
+        self._steps = 0
+        self._next_report = 0.0
+
+    def read(self) -> tuple[int, int]:
+        """(attended, context) tokens so far; waits for the device."""
+        attended, context = self.counters.tolist()
+        return attended, context
+
+    def step(self) -> None:
+        """Call once per decode step."""
+        self._steps += 1
+        if self._steps % 16:
+            return
+        now = time.monotonic()
+        if now < self._next_report:
+            return
+        self._next_report = now + (REPORT_SECONDS if self._logged else 0.0)
+        attended, context = self._copied.tolist()
+        self._copied.copy_(self.counters, non_blocking=True)
+        if context > self._logged:
+            self._logged = context
+            logger.info(
+                "sparse attention: attended %d of %d tokens (%.1f%%) in decode steps so far",
+                attended, context, 100 * attended / context,
+            )  # fmt: skip
+
+
+trackers: list[AttendedTokens] = []
+"""One per metadata builder of this process, newest last."""
+
+
+def snapshot(worker: object = None) -> dict:
+    """This process's counts as plain data; the argument lets ``collective_rpc`` call it."""
+    totals = [tracker.read() for tracker in trackers]
+    return {
+        "sparse_layers": layers.sparse,
+        "dense_layers": dict(layers.dense),
+        "stock_layers": dict(layers.stock),
+        "attended_tokens": sum(attended for attended, _ in totals),
+        "context_tokens": sum(context for _, context in totals),
+    }
+
+
+def reset() -> None:
+    """Forget all counts (a new engine in the same process)."""
+    layers.sparse = 0
+    layers.dense.clear()
+    layers.stock.clear()
+    trackers.clear()

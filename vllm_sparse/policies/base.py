@@ -1,0 +1,48 @@
+"""What a decode policy is: a score per (query head, page)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+
+from vllm_sparse.decode_plan import DecodePlan
+
+
+class DecodePolicy(ABC):
+    """Scores the pages of each request; selection, sinks, window and budget are shared by all.
+
+    Selection reads a row of scores as log-masses: it normalises each query head over the pages of
+    its request, sums the group's probabilities per KV head, and keeps exactly ``budget`` pages.
+    """
+
+    summary: ClassVar[str] = "none"
+    """What each page stores beside K and V: ``none``, or ``minmax`` (per-channel min and max of K)."""
+
+    @abstractmethod
+    def score(
+        self,
+        q: torch.Tensor,
+        kv: torch.Tensor,
+        block_table: torch.Tensor,
+        plan: DecodePlan,
+        page_size: int,
+        scale: float,
+        scores: torch.Tensor,
+    ) -> None:
+        """Write ``scores[head, offset + page]``: higher means attend, in units of log-mass.
+
+        Args:
+            q: [num_reqs, q_heads, head_dim], one query token per request.
+            kv: [num_blocks, kv_heads, page_size + summary rows, 2 * head_dim].
+            block_table: int32 [num_reqs, max_pages].
+            plan: rows with ``score_offsets >= 0`` are to be scored, from that column on.
+            page_size: tokens per page.
+            scale: softmax scale.
+            scores: float32 [q_heads, capacity_pages], ragged over requests.
+        """
+
+
+SUMMARY_ROWS = {"none": 0, "minmax": 1}
+"""Extra rows of ``2 * head_dim`` elements that a summary takes in each page and KV head."""
