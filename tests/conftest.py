@@ -14,3 +14,9 @@ CPU_ENGINE = {
 for _name, _value in CPU_ENGINE.items():
     os.environ.setdefault(_name, _value)
 os.environ.pop("VLLM_SPARSE_CONFIG", None)
+
+import torch  # noqa: E402
+
+if not torch.cuda.is_available():
+    # Triton kernels are tested in its interpreter; it must be chosen before Triton is imported.
+    os.environ.setdefault("TRITON_INTERPRET", "1")

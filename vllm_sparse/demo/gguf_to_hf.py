@@ -43,7 +43,7 @@ def model_config(fields: dict, tied: bool) -> dict:
     architecture = fields["general.architecture"]
     pre_tokenizer = fields["tokenizer.ggml.pre"]
     if (architecture, pre_tokenizer) != ("llama", "smollm"):
-        raise ValueError(f"This converter reads SmolLM2 GGUF files, not {architecture} with {pre_tokenizer} tokens.")
+        raise ValueError(f"This converter reads SmolLM2 GGUF files, not {architecture}/{pre_tokenizer}.")
     num_heads = fields["llama.attention.head_count"]
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -82,11 +82,13 @@ def write_tokenizer(fields: dict, folder: Path) -> None:
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    control = [token for token, kind in zip(tokens, kinds) if kind == gguf.TokenType.CONTROL]
+    control = [token for token, kind in zip(tokens, kinds, strict=True) if kind == gguf.TokenType.CONTROL]
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
     tokenizer.save(str(folder / "tokenizer.json"))
-    names = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
-    special = {f"{key}_token": tokens[fields[f"tokenizer.ggml.{name}_token_id"]] for key, name in names.items()}
+    special = {
+        f"{name}_token": tokens[fields[f"tokenizer.ggml.{gguf_name}_token_id"]]
+        for name, gguf_name in {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}.items()
+    }
     settings = {
         # The generic class takes tokenizer.json as it is; GPT2Tokenizer would drop the digit splitting.
         "tokenizer_class": "PreTrainedTokenizerFast",

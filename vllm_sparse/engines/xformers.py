@@ -7,11 +7,10 @@ import torch
 from vllm_sparse.engines.base import AttentionShape, Engine
 from vllm_sparse.page_table import PageTable, single_head_pages
 
-HEAD_DIMS = (16, 32, 64, 128, 256, 512)
-MIN_TILE_TOKENS = 16
-"""The least that a tensor-core product takes; tiles of keys never straddle pages."""
-MAX_TILE_TOKENS = 64
-"""xFormers' own choice where pages are long enough."""
+HEAD_DIMS = (16, 32, 64, 128, 256)
+"""It takes 512 too, but its tiles then outgrow the shared memory of most GPUs."""
+MIN_TILE_TOKENS, MAX_TILE_TOKENS = 16, 64
+"""The least that a tensor core takes, and xFormers' own choice; a tile must not straddle pages."""
 
 
 class XFormersEngine(Engine):
@@ -36,10 +35,8 @@ class XFormersEngine(Engine):
             return "needs compute capability 8.0 or later"
         try:
             from xformers.ops.fmha.triton_splitk import FwOp  # noqa: F401
-        except ImportError as error:
+        except Exception as error:  # a build for another torch fails in any way, and ``auto`` asks too
             return f"xformers is not installed, or not for this torch ({error})"
-        except Exception as error:  # a mismatched build may fail in any way, and ``auto`` asks too
-            return f"xformers does not import here ({type(error).__name__}: {error})"
         return None
 
     def __init__(self) -> None:
@@ -116,7 +113,7 @@ def _page_rows(kv: torch.Tensor, page_size: int, tile_tokens: int) -> int:
     page_rows, uneven = divmod(kv.stride(1), kv.stride(2))
     if uneven or page_rows // tile_tokens != page_size // tile_tokens:
         raise ValueError(
-            f"the xformers engine needs pages of {page_size} to {page_size + tile_tokens - 1} rows, one "
-            f"KV head after the other, not {kv.stride(1) / kv.stride(2):g} rows; use another sparse.engine"
+            f"the xformers engine needs pages of {page_size} to {page_size + tile_tokens - 1} rows, "
+            f"each KV head's together, not {kv.stride(1) / kv.stride(2):g} rows; use another sparse.engine"
         )
     return page_rows

@@ -1,0 +1,104 @@
+"""Random paged caches and batches that kernel, policy and engine tests share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from vllm_sparse.decode_plan import DecodePlan
+from vllm_sparse.kernels import reference
+from vllm_sparse.page_table import PageTable
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ON_GPU = DEVICE.type == "cuda"
+# Triton's interpreter computes bf16 products wrongly; a GPU covers it.
+DTYPES = [torch.float32, torch.float16, torch.bfloat16] if ON_GPU else [torch.float32, torch.float16]
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+
+
+@dataclass
+class Case:
+    """One decode batch over a filled cache; tensors as described in page_table and decode_plan."""
+
+    q: torch.Tensor
+    kv: torch.Tensor
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
+    plan: DecodePlan
+    scores: torch.Tensor
+    table: PageTable
+    page_size: int
+    budget_pages: int
+    scale: float
+
+    @property
+    def kv_heads(self) -> int:
+        return self.kv.shape[1]
+
+
+def make(
+    seq_lens: list[int],
+    kv_heads: int = 2,
+    group: int = 3,
+    head_dim: int = 64,
+    page_size: int = 16,
+    budget_pages: int = 6,
+    min_context_tokens: int = 0,
+    dtype: torch.dtype = torch.float32,
+    layers: int = 1,
+    device: torch.device = DEVICE,
+    seed: int | None = None,
+) -> Case:
+    """A batch with fresh random contents; unused pages, rows past the end and outputs are poison.
+
+    ``layers`` > 1 lays the cache out with other layers' pages between its blocks.
+    """
+    generator = torch.Generator().manual_seed(torch.seed() % 2**31 if seed is None else seed)
+    pages = [-(-n // page_size) for n in seq_lens]
+    num_blocks = sum(pages) + 3
+    rows = page_size + 1
+    storage = torch.full((num_blocks, layers, kv_heads, rows, 2 * head_dim), float("nan"), dtype=dtype)
+    kv = storage.to(device)[:, layers - 1]
+    block_table = torch.full((len(seq_lens), max(pages) + 2), num_blocks - 1, dtype=torch.int32)
+    order = torch.randperm(num_blocks - 2, generator=generator) + 1
+    key_bias = torch.randn(kv_heads, head_dim, generator=generator)
+    used = 0
+    for request, (length, count) in enumerate(zip(seq_lens, pages, strict=True)):
+        if not length:
+            continue
+        blocks = order[used : used + count]
+        used += count
+        block_table[request, :count] = blocks.int()
+        slots = (blocks[:, None] * page_size + torch.arange(page_size)).flatten()[:length]
+        tokens = torch.randn(2, length, kv_heads, head_dim, generator=generator)
+        key, value = (tokens[0] + key_bias).to(dtype), tokens[1].to(dtype)
+        reference.page_write(key.to(device), value.to(device), kv, slots.to(device), page_size, "minmax")
+    q = torch.randn(len(seq_lens), kv_heads * group, head_dim, generator=generator).to(dtype)
+    lens = torch.tensor(seq_lens, dtype=torch.int32, device=device)
+    plan = DecodePlan.empty(len(seq_lens), device)
+    capacity = sum(pages) + 1
+    reference.plan_decode(lens, plan, page_size, budget_pages, min_context_tokens, capacity, False)
+    width = max(budget_pages, -(-min_context_tokens // page_size), 1)
+    table = PageTable.empty(len(seq_lens), kv_heads, width, device)
+    table.units.fill_(2**30)
+    table.lengths.fill_(-1)
+    return Case(
+        q=q.to(device), kv=kv, block_table=block_table.to(device), seq_lens=lens, plan=plan,
+        scores=torch.full((kv_heads * group, capacity), float("nan"), device=device),
+        table=table, page_size=page_size, budget_pages=budget_pages, scale=head_dim**-0.5,
+    )  # fmt: skip
+
+
+def select_reference(case: Case, sink_pages: int = 1, window_tokens: int = 20) -> None:
+    """Fill ``case.table`` through the torch twin, from ``case.scores``."""
+    reference.select_pages(
+        case.scores, case.block_table, case.plan, case.kv, case.page_size,
+        case.budget_pages, sink_pages, window_tokens, case.table,
+    )  # fmt: skip
+
+
+def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative error of the whole tensor; NaN anywhere gives NaN, which passes no comparison."""
+    actual, expected = actual.double(), expected.double()
+    return ((actual - expected).norm() / expected.norm()).item()

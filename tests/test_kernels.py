@@ -1,0 +1,210 @@
+"""Every Triton kernel against its plain-torch twin: on a GPU, or in Triton's interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import DEVICE, DTYPES, ON_GPU, TOLERANCE, error, make, select_reference
+
+from vllm_sparse.decode_plan import DecodePlan
+from vllm_sparse.kernels import reference
+
+pytest.importorskip("triton")
+from vllm_sparse.kernels import launchers, select_pages  # noqa: E402
+
+# (kv_heads, group, head_dim, page_size): group 1/3/4/7/8, odd head sizes, every page size.
+SHAPES = [(2, 3, 64, 16), (1, 1, 128, 16), (3, 4, 96, 32), (1, 7, 256, 16), (2, 8, 32, 64)]
+LENGTHS = [1, 0, 15, 16, 17, 33, 200, 389]
+
+
+def shape_id(shape):
+    return "kv{}_group{}_d{}_page{}".format(*shape)
+
+
+shapes = pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+
+
+def case_of(shape, dtype=torch.float32, lengths=None, budget_pages=4, **kwargs):
+    kv_heads, group, head_dim, page_size = shape
+    return make(lengths or LENGTHS, kv_heads, group, head_dim, page_size, budget_pages, dtype=dtype, **kwargs)
+
+
+@shapes
+@dtypes
+@pytest.mark.parametrize("summary", ["minmax", "none"])
+def test_page_write_matches_twin_over_chunks(shape, dtype, summary):
+    kv_heads, _, head_dim, page_size = shape
+    expected = torch.full((9, kv_heads, page_size + 1, 2 * head_dim), float("nan"), dtype=dtype, device=DEVICE)
+    actual = expected.clone()
+    # Two requests written in chunks that start and end inside pages, with padding between them.
+    blocks = {"a": torch.tensor([7, 2, 5]), "b": torch.tensor([3, 8])}
+    written = {"a": 0, "b": 0}
+    for chunk_a, chunk_b in [(1, 2 * page_size), (page_size - 1, 0), (page_size + 3, 1 - page_size), (2, 0)]:
+        slots = []
+        for name, chunk in (("a", chunk_a), ("b", chunk_b)):
+            start = written[name] + min(chunk, 0)  # a negative chunk rewrites: a rejected draft
+            positions = torch.arange(start, start + abs(chunk))
+            slots += [blocks[name][positions // page_size] * page_size + positions % page_size, torch.tensor([-1])]
+            written[name] = start + abs(chunk)
+        slots = torch.cat(slots).to(DEVICE)
+        key, value = torch.randn(2, len(slots) + 2, kv_heads, head_dim, device=DEVICE).to(dtype)
+        for write, kv in ((reference.page_write, expected), (launchers.page_write, actual)):
+            write(key, value, kv, slots, page_size, summary)
+    assert torch.equal(actual.nan_to_num(123.0), expected.nan_to_num(123.0))
+    assert expected[7].isnan().any() == (summary == "none")
+    assert expected[1].isnan().all(), "a block that no slot names was written"
+
+
+def test_page_write_summary_covers_exactly_the_filled_rows():
+    key = torch.randn(5, 1, 64, device=DEVICE)
+    kv = torch.full((2, 1, 17, 128), float("nan"), device=DEVICE)
+    launchers.page_write(key, key, kv, torch.arange(16, 21, device=DEVICE), 16, "minmax")
+    assert torch.equal(kv[1, 0, 16, :64], key[:, 0].amin(0))
+    assert torch.equal(kv[1, 0, 16, 64:], key[:, 0].amax(0))
+
+
+@pytest.mark.parametrize("short_rows_dense", [False, True])
+@pytest.mark.parametrize("capacity", [10**6, 30, 5])
+def test_plan_decode_matches_twin(short_rows_dense, capacity):
+    seq_lens = torch.tensor([0, 1, 64, 65, 96, 97, 400, 0, 129, 5000], dtype=torch.int32, device=DEVICE)
+    expected, actual = DecodePlan.empty(10, DEVICE), DecodePlan.empty(10, DEVICE)
+    for plan, run in ((expected, reference.plan_decode), (actual, launchers.plan_decode)):
+        for _ in range(2):
+            run(seq_lens, plan, 16, 4, 96, capacity, short_rows_dense)
+    for name in ("table_seq_lens", "dense_seq_lens", "score_offsets", "counters"):
+        assert torch.equal(getattr(actual, name), getattr(expected, name)), name
+    total = actual.table_seq_lens + actual.dense_seq_lens
+    assert torch.equal(total, seq_lens), "a row was lost or is attended twice"
+
+
+@shapes
+@dtypes
+@pytest.mark.parametrize("name", ["quest_score", "page_mass"])
+def test_scores_match_twin(shape, dtype, name):
+    case = case_of(shape, dtype)
+    actual = case.scores.clone()
+    for run, scores in ((getattr(reference, name), case.scores), (getattr(launchers, name), actual)):
+        run(case.q, case.kv, case.block_table, case.plan, case.page_size, case.scale, scores)
+    assert torch.equal(actual.isnan(), case.scores.isnan()), "wrote a score that nobody asked for"
+    written = ~actual.isnan()
+    assert written.any()
+    assert error(actual[written], case.scores[written]) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("name", ["recency_score", "random_score"])
+def test_index_scores_match_twin(name):
+    case = make(LENGTHS)
+    actual = case.scores.clone()
+    for run, scores in ((getattr(reference, name), case.scores), (getattr(launchers, name), actual)):
+        run(case.block_table, case.plan, case.page_size, scores)
+    assert torch.equal(actual.nan_to_num(-9.0), case.scores.nan_to_num(-9.0))
+
+
+def test_quest_score_bounds_every_logit():
+    case = make([300], budget_pages=4)
+    launchers.quest_score(case.q, case.kv, case.block_table, case.plan, 16, case.scale, case.scores)
+    blocks = case.block_table[0, :19].long()
+    keys = case.kv[blocks, :, :16, :64].double()
+    logits = torch.einsum("hgd,phtd->hgpt", case.q[0].view(2, 3, 64).double(), keys) * case.scale
+    best = logits.nan_to_num(-torch.inf).amax(-1).flatten(0, 1)
+    assert (case.scores[:, :19] >= best - 1e-4).all()
+
+
+@shapes
+@pytest.mark.parametrize("segment", [4096, 16], ids=["one_segment", "merged_segments"])
+@pytest.mark.parametrize("scores", ["random", "ties", "underflow"])
+def test_select_pages_matches_twin(shape, segment, scores, monkeypatch):
+    monkeypatch.setattr(select_pages, "SEGMENT_PAGES", segment)
+    case = case_of(shape, lengths=[*LENGTHS, 2111])
+    case.scores.copy_(torch.randn_like(case.scores))
+    if scores == "ties":
+        case.scores.copy_(case.scores.sign())
+    elif scores == "underflow":
+        case.scores.mul_(-1000.0)
+    select_reference(case)
+    units, lengths = case.table.units.clone(), case.table.lengths.clone()
+    case.table.units.fill_(2**30)
+    case.table.lengths.fill_(-1)
+    launchers.select_pages(
+        case.scores, case.block_table, case.plan, case.kv, case.page_size, case.budget_pages, 1, 20, case.table
+    )
+    assert torch.equal(case.table.lengths, lengths)
+    for row, length in enumerate(lengths.tolist()):
+        pages = -(-length // case.page_size)
+        mine, twin = case.table.units[row, :pages], units[row, :pages]
+        if torch.equal(mine, twin):
+            continue
+        # Masses are sums of exponentials: rounding may swap pages, but only of nearly equal mass.
+        assert scores != "ties", f"row {row}"
+        swapped = [pages_of(case, row, ids) for ids in (mine, twin)]
+        assert all(a < b for a, b in zip(swapped[0], swapped[0][1:], strict=False)), "not ascending"
+        only = [sorted(set(a) - set(b)) for a, b in (swapped, swapped[::-1])]
+        mass = page_masses(case, row)
+        assert torch.allclose(mass[only[0]].sort().values, mass[only[1]].sort().values, rtol=1e-5, atol=1e-4)
+
+
+def pages_of(case, row, units):
+    """Positions in the context of the pages that ``units`` of a table row name."""
+    blocks = case.block_table[row // case.kv_heads].tolist()
+    return [blocks.index(unit // (case.kv.stride(0) // case.kv.stride(1))) for unit in units.tolist()]
+
+
+def page_masses(case, row):
+    """float64 log-masses of all pages of a table row's request and KV head."""
+    request, head = divmod(row, case.kv_heads)
+    group = case.scores.shape[0] // case.kv_heads
+    offset, length = int(case.plan.score_offsets[request]), int(case.seq_lens[request])
+    span = slice(offset, offset + -(-length // case.page_size))
+    return case.scores[head * group : (head + 1) * group, span].double().log_softmax(-1).logsumexp(0)
+
+
+@shapes
+@dtypes
+def test_sparse_decode_matches_float64(shape, dtype):
+    case = case_of(shape, dtype)
+    case.scores.copy_(torch.randn_like(case.scores))
+    select_reference(case)
+    exact = torch.zeros_like(case.q, dtype=torch.float64)
+    reference.sparse_decode(case.q.double(), case.kv.double(), case.table, case.page_size, case.scale, exact)
+    out = torch.full_like(case.q, float("nan"))
+    launchers.sparse_decode(case.q, case.kv, case.table, case.page_size, case.scale, out)
+    attended = case.plan.table_seq_lens > 0
+    assert error(out[attended], exact[attended]) < TOLERANCE[dtype]
+    assert out[~attended].isnan().all(), "a row that is not of the table was written"
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_kernels_follow_the_strides_of_a_cache_with_layers_inside_blocks(layers):
+    case = make([200, 70], layers=layers)
+    out, twin = torch.full_like(case.q, float("nan")), torch.full_like(case.q, float("nan"))
+    launchers.quest_score(case.q, case.kv, case.block_table, case.plan, 16, case.scale, case.scores)
+    select_reference(case)
+    launchers.sparse_decode(case.q, case.kv, case.table, 16, case.scale, out)
+    reference.sparse_decode(case.q, case.kv, case.table, 16, case.scale, twin)
+    assert error(out, twin) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="needs more memory than a CPU test should take")
+def test_offsets_past_int32():
+    """A cache of more than 2**31 elements, used at its far end."""
+    heads, page, head_dim = 8, 16, 128
+    blocks = 2**32 // (heads * (page + 1) * 2 * head_dim)
+    kv = torch.empty(blocks, heads, page + 1, 2 * head_dim, dtype=torch.bfloat16, device=DEVICE)
+    far = torch.arange(blocks - 40, blocks, device=DEVICE)
+    slots = (far[:, None] * page + torch.arange(page, device=DEVICE)).flatten()[:-3]
+    key, value = torch.randn(2, len(slots), heads, head_dim, device=DEVICE).bfloat16()
+    launchers.page_write(key, value, kv, slots, page, "minmax")
+    case = make([len(slots)], heads, 4, head_dim, page, 8, dtype=torch.bfloat16)
+    case.kv, case.block_table = kv, far[None].int()
+    scores = case.scores.clone()
+    args = (case.block_table, case.plan, page, case.scale)
+    launchers.quest_score(case.q, kv, *args, scores)
+    reference.quest_score(case.q, kv, *args, case.scores)
+    assert error(scores[:, :40], case.scores[:, :40]) < 1e-5
+    out, twin = torch.full_like(case.q, float("nan")), torch.full_like(case.q, float("nan"))
+    launchers.select_pages(case.scores, case.block_table, case.plan, kv, page, 8, 1, 20, case.table)
+    launchers.sparse_decode(case.q, kv, case.table, page, case.scale, out)
+    reference.sparse_decode(case.q, kv, case.table, page, case.scale, twin)
+    assert error(out, twin) < TOLERANCE[torch.bfloat16]
