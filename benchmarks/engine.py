@@ -1,0 +1,162 @@
+"""Time the real vLLM engine, stock against sparse, in fresh processes on the same GPU.
+
+    python -m benchmarks.engine --model MODEL 1q1s8k 1q1s128k 8q1s32k
+
+Without ``--model``, random weights in the Llama-3.1-8B shape. TPOT is the median time between
+output tokens of all running requests; TTFT the time to the first token of the batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks import results
+from benchmarks.batch_spec import parse
+
+LLAMA_8B = dict(
+    architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=128256,
+    hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+    num_attention_heads=32, num_key_value_heads=8, head_dim=128,
+    max_position_embeddings=1048576, rms_norm_eps=1e-5, rope_theta=500000.0,
+    hidden_act="silu", tie_word_embeddings=False, torch_dtype="bfloat16",
+    bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("specs", nargs="*", default=["1q1s8k", "1q1s32k", "1q1s128k", "8q1s32k"])
+    parser.add_argument("--model", default="", help="a model directory or name; default: Llama-3.1-8B's shape")
+    parser.add_argument("--sparse", default="{}", help="sparse settings as JSON")
+    parser.add_argument("--baseline", default="FLASH_ATTN", help="stock attention backend; '' skips it")
+    parser.add_argument("--tokens", type=int, default=65, help="output tokens per request")
+    parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--executor", default="", help="mp or ray, for --tp above 1")
+    parser.add_argument("--gpu-memory", type=float, default=0.9)
+    parser.add_argument("--eager", action="store_true")
+    parser.add_argument("--out", type=Path, default=results.RESULTS)
+    parser.add_argument("--worker", default="", help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    args = parse_args()
+    if args.worker:
+        print("RESULT " + json.dumps(measure(args)), flush=True)
+        return
+    backends = ([args.baseline] if args.baseline else []) + ["sparse"]
+    times = {backend: run_worker(backend) for backend in backends}
+    stock, sparse = times.get(args.baseline, {}), times["sparse"]
+    print(f"{'batch':>12} {'stock TPOT':>11} {'sparse TPOT':>12} {'ratio':>6} {'stock TTFT':>11} {'sparse TTFT':>12}")
+    rows = []
+    for spec in args.specs:
+        ours, theirs = sparse[spec], stock.get(spec, {})
+        ratio = theirs.get("tpot_ms", 0) / ours["tpot_ms"]
+        print(
+            f"{spec:>12} {theirs.get('tpot_ms', 0):8.3f} ms {ours['tpot_ms']:9.3f} ms {ratio:5.2f}x "
+            f"{theirs.get('ttft_ms', 0):8.0f} ms {ours['ttft_ms']:9.0f} ms"
+        )
+        for bench in ("tpot", "ttft"):
+            baseline = theirs.get(f"{bench}_ms")
+            rows.append(
+                sparse["environment"]
+                | {
+                    "bench": bench, "shape": args.model or "Llama-3.1-8B", "mode": "resident", "tp": args.tp,
+                    "batch": len(parse(spec)), "context": max(r.context_tokens for r in parse(spec)),
+                    "batch_spec": spec, "budget": sparse["budget"], "policy": sparse["policy"],
+                    "sparse": json.loads(args.sparse), "baseline": args.baseline, "eager": args.eager,
+                    "baseline_ms": baseline, "sparse_ms": ours[f"{bench}_ms"],
+                    "p99_baseline_ms": theirs.get("p99_ms"), "p99_sparse_ms": ours["p99_ms"],
+                    "speedup": round(baseline / ours[f"{bench}_ms"], 3) if baseline else None,
+                    "start_baseline_s": stock.get("start_s"), "start_sparse_s": sparse["start_s"],
+                }
+            )  # fmt: skip
+    print(f"engine start: stock {stock.get('start_s', 0)} s, sparse {sparse['start_s']} s")
+    results.append("engine", rows, args.out)
+
+
+def run_worker(backend: str) -> dict:
+    """Measure one backend in a process of its own; its log goes to stderr."""
+    command = [sys.executable, "-m", "benchmarks.engine", "--worker", backend, *sys.argv[1:]]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        found = {}
+        for line in process.stdout:
+            if line.startswith("RESULT "):
+                found = json.loads(line[7:])
+            elif "sparse attention" in line or "GPU KV cache size" in line or "Error" in line:
+                print(line, end="", file=sys.stderr)
+    if process.returncode or not found:
+        raise SystemExit(f"the {backend} engine failed with exit code {process.returncode}")
+    return found
+
+
+def measure(args) -> dict:
+    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
+    from vllm import LLM, SamplingParams
+
+    batches = {spec: parse(spec) for spec in args.specs}
+    longest = max(r.context_tokens for batch in batches.values() for r in batch)
+    model, weights = args.model, "auto"
+    if not model:
+        model, weights = tempfile.mkdtemp(), "dummy"
+        Path(model, "config.json").write_text(json.dumps(LLAMA_8B))
+    sparse = args.worker == "sparse"
+    start = time.perf_counter()
+    llm = LLM(
+        model, load_format=weights, skip_tokenizer_init=True, attention_backend=args.worker,
+        max_model_len=longest + 256, max_num_seqs=max(map(len, batches.values())),
+        gpu_memory_utilization=args.gpu_memory, enable_prefix_caching=False, disable_log_stats=True,
+        enforce_eager=args.eager, tensor_parallel_size=args.tp,
+        distributed_executor_backend=args.executor or None,
+        additional_config={"sparse": json.loads(args.sparse)} if sparse else {},
+    )  # fmt: skip
+    found = {"start_s": round(time.perf_counter() - start, 1)}
+    for spec, batch in batches.items():
+        params = SamplingParams(max_tokens=args.tokens, temperature=0, ignore_eos=True, detokenize=False)
+        found[spec] = time_batch(llm.llm_engine, batch, params)
+        print(args.worker, spec, found[spec], file=sys.stderr, flush=True)
+    if sparse:
+        from vllm_sparse.config import SparseConfig
+
+        config = SparseConfig.from_mapping(json.loads(args.sparse), "--sparse")
+        found |= {"budget": config.budget_tokens, "policy": config.decode_policy}
+        found["environment"] = results.environment()
+    return found
+
+
+def time_batch(engine, batch, params) -> dict:
+    """Run one batch to its end and time the steps in which every request decodes."""
+    start = time.perf_counter()
+    for index, request in enumerate(batch):
+        tokens = [(7 * i + 13 * index) % 30000 + 10 for i in range(request.context_tokens)]
+        engine.add_request(f"{time.monotonic_ns()}-{index}", {"prompt_token_ids": tokens}, params)
+    produced: dict[str, int] = {}
+    first, stamps = None, []
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            produced[output.request_id] = len(output.outputs[0].token_ids)
+        now = time.perf_counter()
+        if len(produced) == len(batch):
+            if first is None:
+                first = now - start
+            stamps.append(now)
+    gaps = sorted(b - a for a, b in zip(stamps, stamps[1:], strict=False))
+    # The first and last steps of a batch do other work too: admission, the end of requests.
+    return {
+        "tpot_ms": round(statistics.median(gaps) * 1e3, 4),
+        "p99_ms": round(gaps[int(len(gaps) * 0.99) - 1] * 1e3, 4),
+        "ttft_ms": round(first * 1e3, 2),
+        "steps": len(gaps),
+    }
+
+
+if __name__ == "__main__":
+    main()

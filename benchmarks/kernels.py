@@ -1,0 +1,176 @@
+"""Time one layer's decode kernels beside dense FlashAttention-3.
+
+    python -m benchmarks.kernels 1q1s128k 8q1s32k --budget 2048
+
+Prints microseconds and achieved TB/s of each kernel, checks results first, and appends JSON lines.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks import results
+from benchmarks.batch_spec import parse
+from benchmarks.timer import graph_us
+from vllm_sparse.decode_plan import DecodePlan
+from vllm_sparse.engines.registry import engine_class
+from vllm_sparse.kernels import launchers, reference
+from vllm_sparse.page_table import PageTable
+
+WORKING_SET_BYTES = 256 << 20
+"""Rotate over layers until their data exceeds the L2 cache several times."""
+
+
+@dataclass
+class Layer:
+    kv: torch.Tensor
+    q: torch.Tensor
+    table: PageTable
+    out: torch.Tensor
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("specs", nargs="*", default=["1q1s8k", "1q1s32k", "1q1s128k", "8q1s32k", "3q1s128k"])
+    parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument("--group", type=int, default=4)
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--page-size", type=int, default=16)
+    parser.add_argument("--budget", type=int, default=2048)
+    parser.add_argument("--engines", nargs="*", default=["triton", "fa3"])
+    parser.add_argument("--out", type=Path, default=results.RESULTS)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    rows = []
+    print(f"{'batch':>12} {'kernel':>14} {'us':>9} {'TB/s':>6}")
+    for spec in args.specs:
+        for row in bench(spec, args):
+            print(f"{spec:>12} {row['kernel']:>14} {row['us']:9.1f} {row['tb_per_s']:6.2f}", flush=True)
+            rows.append(row)
+    results.append("kernels", rows, args.out)
+
+
+def bench(spec: str, args) -> list[dict]:
+    requests = parse(spec)
+    lens = [request.context_tokens for request in requests]
+    page, heads, dim = args.page_size, args.kv_heads, args.head_dim
+    q_heads, budget_pages, scale = heads * args.group, args.budget // page, args.head_dim**-0.5
+    pages = [-(-n // page) for n in lens]
+    layer_bytes = sum(pages) * heads * (page + 1) * 4 * dim
+    summary_bytes = sum(pages) * heads * 4 * dim
+    count = max(2, min(16, -(-WORKING_SET_BYTES // summary_bytes), (40 << 30) // layer_bytes))
+    device = torch.device("cuda")
+    blocks = torch.randperm(sum(pages), device=device).int()
+    block_table = torch.zeros(len(lens), max(pages), dtype=torch.int32, device=device)
+    start = 0
+    for request, n in enumerate(pages):
+        block_table[request, :n] = blocks[start : start + n]
+        start += n
+    seq_lens = torch.tensor(lens, dtype=torch.int32, device=device)
+    plan = DecodePlan.empty(len(lens), device)
+    launchers.plan_decode(seq_lens, plan, page, budget_pages, args.budget, sum(pages), False)
+    scores = torch.empty(q_heads, sum(pages), device=device)
+    layers = []
+    for _ in range(count):
+        kv = torch.empty(sum(pages), heads, page + 1, 2 * dim, dtype=torch.bfloat16, device=device)
+        kv.normal_()
+        keys = kv[:, :, :page, :dim]
+        kv[:, :, page, :dim], kv[:, :, page, dim:] = keys.amin(2), keys.amax(2)
+        q = torch.randn(len(lens), q_heads, dim, dtype=torch.bfloat16, device=device)
+        table = PageTable.empty(len(lens), heads, budget_pages, device)
+        layers.append(Layer(kv, q, table, torch.empty_like(q)))
+
+    def score(layer):
+        launchers.quest_score(layer.q, layer.kv, block_table, plan, page, scale, scores)
+
+    def select(layer):
+        launchers.select_pages(scores, block_table, plan, layer.kv, page, budget_pages, 1, 32, layer.table)
+
+    attended = int(layers[0].table.lengths.shape[0]) * min(args.budget, max(lens))
+    attend_bytes = attended * 4 * dim
+    dense_bytes = sum(lens) * heads * 4 * dim
+    timed = [
+        ("score", score, summary_bytes),
+        ("select", select, q_heads * sum(pages) * 4),
+    ]
+    for name in args.engines:
+        engine = engine_class(name)()
+        timed.append((f"attend_{name}", _attend(engine, page, scale), attend_bytes))
+    timed.append(("page_write", _page_write(len(lens), heads, dim, page, block_table, seq_lens), 0))
+    timed.append(("dense_fa3", _dense(block_table, seq_lens, max(lens), page, scale), dense_bytes))
+    for layer in layers:
+        score(layer)
+        select(layer)
+    _check(layers[0], timed, page, scale)
+    times = {name: graph_us([lambda f=run, x=layer: f(x) for layer in layers]) for name, run, _ in timed}
+
+    def step(layer):
+        score(layer)
+        select(layer)
+        timed[2][1](layer)
+
+    times["sparse_step"] = graph_us([lambda x=layer: step(x) for layer in layers])
+    sizes = {name: size for name, _, size in timed} | {"sparse_step": summary_bytes + attend_bytes}
+    common = results.environment() | {
+        "bench": "attention", "shape": f"kv{heads}_group{args.group}_d{dim}_page{page}", "batch_spec": spec,
+        "batch": len(lens), "context": max(lens), "budget": args.budget, "policy": "quest", "mode": "resident",
+        "tp": 1, "baseline_ms": times["dense_fa3"] / 1e3,
+    }  # fmt: skip
+    return [
+        common
+        | {
+            "kernel": name,
+            "us": round(us, 2),
+            "tb_per_s": round(sizes[name] / us / 1e6, 3),
+            "sparse_ms": round(us / 1e3, 5),
+            "speedup": round(times["dense_fa3"] / us, 3),
+        }
+        for name, us in times.items()
+    ]
+
+
+def _attend(engine, page, scale):
+    return lambda layer: engine.attend(layer.q, layer.kv, layer.table, page, scale, layer.out)
+
+
+def _dense(block_table, seq_lens, longest, page, scale):
+    from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+    starts = torch.arange(len(seq_lens) + 1, dtype=torch.int32, device="cuda")
+
+    def run(layer):
+        k, v = layer.kv[:, :, :page].transpose(1, 2).split(layer.q.shape[-1], -1)
+        flash_attn_varlen_func(
+            q=layer.q, k=k, v=v, out=layer.out, cu_seqlens_q=starts, max_seqlen_q=1, seqused_k=seq_lens,
+            max_seqlen_k=longest, block_table=block_table, softmax_scale=scale, causal=True, fa_version=3,
+        )  # fmt: skip
+
+    return run
+
+
+def _page_write(batch, heads, dim, page, block_table, seq_lens):
+    last = (seq_lens - 1).long()
+    slots = block_table.gather(1, (last // page)[:, None]).squeeze(1).long() * page + last % page
+    key = torch.randn(batch, heads, dim, dtype=torch.bfloat16, device="cuda")
+    return lambda layer: launchers.page_write(key, key, layer.kv, slots, page, "minmax")
+
+
+def _check(layer, timed, page, scale) -> None:
+    """Engines must agree with the torch twin before anything is timed."""
+    expected = torch.empty_like(layer.q, dtype=torch.float32)
+    reference.sparse_decode(layer.q.float(), layer.kv, layer.table, page, scale, expected)
+    for name, run, _ in timed:
+        if name.startswith("attend"):
+            layer.out.fill_(float("nan"))
+            run(layer)
+            error = ((layer.out.float() - expected).norm() / expected.norm()).item()
+            if not error < 1e-2:
+                raise SystemExit(f"{name}: relative error {error:.1e} against the torch twin")
+
+
+if __name__ == "__main__":
+    main()

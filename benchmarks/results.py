@@ -1,0 +1,46 @@
+"""Raw results: one JSON line per measurement, with everything needed to read it later."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import subprocess
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def commit() -> str:
+    """The measured commit, ``+`` if files differ from it; where git is absent, what ``COMMIT`` says."""
+    try:
+        head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        dirty = subprocess.run(["git", "diff", "--quiet", "HEAD"]).returncode
+        return head.stdout.strip() + ("+" if dirty else "")
+    except (OSError, subprocess.CalledProcessError):
+        file = Path(__file__).parent.parent / ".kit" / "COMMIT"
+        return file.read_text().strip() if file.exists() else "unknown"
+
+
+def environment() -> dict:
+    """GPU, versions, commit and date of this machine."""
+    import torch
+
+    try:
+        import vllm
+
+        vllm_version = vllm.__version__
+    except ImportError:
+        vllm_version = "none"
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    date = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
+    return {"gpu": gpu, "vllm": vllm_version, "torch": torch.__version__, "commit": commit(), "date": date}
+
+
+def append(name: str, rows: list[dict], folder: Path = RESULTS) -> Path:
+    """Append rows to ``<folder>/<name>.jsonl``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.jsonl"
+    with path.open("a") as file:
+        for row in rows:
+            file.write(json.dumps(row) + "\n")
+    return path
