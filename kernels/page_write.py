@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _page_write(
     key, value, kv, slots,
     num_tokens, key_stride_t, key_stride_h, value_stride_t, value_stride_h,

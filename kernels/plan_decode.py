@@ -17,7 +17,7 @@ import triton.language as tl
 from vllm_sparse.decode_plan import DecodePlan
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_reqs", "capacity"])
 def _plan_decode(
     seq_lens, table_seq_lens, dense_seq_lens, score_offsets, counters,
     num_reqs, budget_pages, min_context, capacity,
@@ -64,5 +64,5 @@ def plan_decode(
     _plan_decode[(1,)](
         seq_lens, plan.table_seq_lens, plan.dense_seq_lens, plan.score_offsets, plan.counters,
         num_reqs, budget_pages, min_context_tokens, capacity_pages,
-        PAGE=page_size, SHORT_DENSE=short_rows_dense, BLOCK=triton.next_power_of_2(num_reqs),
+        PAGE=page_size, SHORT_DENSE=short_rows_dense, BLOCK=max(1024, triton.next_power_of_2(num_reqs)),
     )  # fmt: skip

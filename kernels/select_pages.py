@@ -16,9 +16,13 @@ import triton
 import triton.language as tl
 
 from vllm_sparse.decode_plan import DecodePlan
+from vllm_sparse.kernels.launch import dependent_launch, start_dependent
 from vllm_sparse.page_table import PageTable, units_per_block
 
-SEGMENT_PAGES = 4096
+SEGMENT_PAGES = 8192
+"""Most pages that one program selects from; the group's scores must fit its registers."""
+SMALL_SEGMENT = 1024
+"""Contexts up to this many pages take a smaller and faster copy of the same code."""
 
 
 @triton.jit
@@ -30,84 +34,138 @@ def _order_key(x):
 
 @triton.jit
 def _keep_largest(keys, budget):
-    """Mask of the ``budget`` largest keys, equal ones from the left; keys of 0 are never kept."""
-    threshold = tl.zeros([], tl.uint32)
-    for shift in tl.static_range(31, -1, -1):
-        candidate = threshold | (1 << shift)
-        count = tl.sum((keys >= candidate).to(tl.int32), axis=0)
-        threshold = tl.where(count >= budget, candidate, threshold)
-    above = keys > threshold
-    level = (keys == threshold) & (keys > 0)
-    open_places = budget - tl.sum(above.to(tl.int32), axis=0)
-    return above | (level & (tl.cumsum(level.to(tl.int32), axis=0) <= open_places))
+    """Mask of the ``budget`` largest keys, equal ones from the left; keys of 0 are never kept.
+
+    Four-way search for a threshold: each round counts three candidates in one reduction of packed
+    16-bit counts, and the search ends as soon as a threshold keeps exactly ``budget`` keys.
+    """
+    live = keys > 0
+    choosable = live & (keys < 0xFFFFFFFF)
+    low = tl.min(tl.where(live, keys, 0xFFFFFFFF), axis=0).to(tl.int64)
+    high = tl.max(tl.where(choosable, keys, 0), axis=0).to(tl.int64) + 1
+    kept = tl.sum(live.to(tl.int32), axis=0)
+    # Invariant: keys >= low are ``kept`` and at least budget; keys >= high are fewer than budget.
+    while (kept > budget) & (high - low > 1):
+        step = tl.maximum((high - low) // 4, 1)
+        first, second, third = low + step, low + 2 * step, low + 3 * step
+        packed = (keys >= first.to(tl.uint32)).to(tl.int64)
+        packed += (keys >= second.to(tl.uint32)).to(tl.int64) << 16
+        packed += (keys >= third.to(tl.uint32)).to(tl.int64) << 32
+        counts = tl.sum(packed, axis=0)
+        at_first, at_second, at_third = counts & 0xFFFF, (counts >> 16) & 0xFFFF, counts >> 32
+        if at_third >= budget:
+            low, kept = third, at_third.to(tl.int32)
+        elif at_second >= budget:
+            low, high, kept = second, third, at_second.to(tl.int32)
+        elif at_first >= budget:
+            low, high, kept = first, second, at_first.to(tl.int32)
+        else:
+            high = first
+    threshold = low.to(tl.uint32)
+    keep = live & (keys >= threshold)
+    if kept > budget:
+        level = keys == threshold
+        surplus_from = tl.sum(level.to(tl.int32), axis=0) - (kept - budget)
+        keep = keep & (~level | (tl.cumsum(level.to(tl.int32), axis=0) <= surplus_from))
+    return keep
+
+
+@triton.jit
+def _page_keys(
+    score_row, score_stride, first, num_pages, sink_pages, window_start,
+    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, SEGMENT: tl.constexpr,
+):  # fmt: skip
+    """Order keys of the pages ``first .. first + SEGMENT`` of one (request, KV head)."""
+    group = tl.arange(0, GROUP_PAD)
+    lane = tl.arange(0, SEGMENT)
+    member = (group < GROUP)[:, None]
+    heads = score_row + group[:, None].to(tl.int64) * score_stride
+    top = tl.full([GROUP_PAD], float("-inf"), tl.float32)
+    total = tl.zeros([GROUP_PAD], tl.float32)
+    for start in range(0, num_pages, SEGMENT):
+        pages = start + lane
+        x = tl.load(heads + pages[None, :], mask=member & (pages < num_pages)[None, :], other=float("-inf"))
+        new_top = tl.maximum(top, tl.max(x, axis=1))
+        base = tl.where(group < GROUP, new_top, 0.0)
+        total = total * tl.exp(top - base) + tl.sum(tl.exp(x - base[:, None]), axis=1)
+        top = new_top
+    norm = tl.where(group < GROUP, tl.log(total) + top, 0.0)
+    pages = first + lane
+    live = pages < num_pages
+    x = tl.load(heads + pages[None, :], mask=member & live[None, :], other=float("-inf")) - norm[:, None]
+    peak = tl.max(x, axis=0)
+    base = tl.where(live, peak, 0.0)
+    mass = tl.log(tl.sum(tl.exp(x - base[None, :]), axis=0)) + peak
+    forced = (pages < sink_pages) | (pages >= window_start)
+    keys = tl.where(forced, 0xFFFFFFFF, _order_key(mass))
+    return tl.where(live, keys, 0).to(tl.uint32)
+
+
+@triton.jit
+def _select_row(
+    score_row, score_stride, block_row, unit_row, head, num_pages, units_per_block,
+    budget, sink_pages, window_start,
+    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, SEGMENT: tl.constexpr,
+):  # fmt: skip
+    """Choose among all pages of one (request, KV head), at most ``SEGMENT``."""
+    keys = _page_keys(
+        score_row, score_stride, 0, num_pages, sink_pages, window_start, GROUP, GROUP_PAD, SEGMENT
+    )
+    keep = _keep_largest(keys, budget)
+    place = tl.cumsum(keep.to(tl.int32), axis=0) - 1
+    blocks = tl.load(block_row + tl.arange(0, SEGMENT), mask=keep, other=0)
+    tl.store(unit_row + place, blocks * units_per_block + head, mask=keep)
 
 
 @triton.jit
 def _select_pages(
     scores, block_table, seq_lens, score_offsets, units, lengths, candidate_keys, candidate_pages,
     score_stride, table_stride, units_stride, units_per_block, budget, sink_pages, window_tokens,
-    GROUP: tl.constexpr, KV_HEADS: tl.constexpr, PAGE: tl.constexpr, SEGMENT: tl.constexpr,
-    BUDGET_PAD: tl.constexpr,
+    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, KV_HEADS: tl.constexpr, PAGE: tl.constexpr,
+    SEGMENT: tl.constexpr, SMALL: tl.constexpr, BUDGET_PAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    start_dependent(PDL)
     row, segment = tl.program_id(0), tl.program_id(1)
     request, head = row // KV_HEADS, row % KV_HEADS
     seq_len = tl.load(seq_lens + request)
     offset = tl.load(score_offsets + request)
     num_pages = (seq_len + PAGE - 1) // PAGE
-    lane = tl.arange(0, SEGMENT)
     unit_row = units + row.to(tl.int64) * units_stride
     block_row = block_table + request.to(tl.int64) * table_stride
     if offset < 0:
         # Short context, or a row that is not of this table (length 0).
         if segment == 0:
             tl.store(lengths + row, seq_len)
-            for start in range(0, num_pages, SEGMENT):
-                pages = start + lane
+            for start in range(0, num_pages, SMALL):
+                pages = start + tl.arange(0, SMALL)
                 blocks = tl.load(block_row + pages, mask=pages < num_pages, other=0)
                 tl.store(unit_row + pages, blocks * units_per_block + head, mask=pages < num_pages)
         return
     first = segment * SEGMENT
     if first >= num_pages:
         return
-    pages = first + lane
-    live = pages < num_pages
-    share = tl.zeros([SEGMENT], tl.float32)
-    peak = tl.full([SEGMENT], float("-inf"), tl.float32)
-    for g in tl.static_range(GROUP):
-        score_row = scores + (head * GROUP + g).to(tl.int64) * score_stride + offset
-        top = tl.full([SEGMENT], float("-inf"), tl.float32)
-        total = tl.zeros([SEGMENT], tl.float32)
-        for start in range(0, num_pages, SEGMENT):
-            x = tl.load(score_row + start + lane, mask=start + lane < num_pages, other=float("-inf"))
-            new_top = tl.maximum(top, x)
-            base = tl.where(new_top == float("-inf"), 0.0, new_top)
-            total = total * tl.exp(top - base) + tl.exp(x - base)
-            top = new_top
-        highest = tl.max(top, axis=0)
-        norm = tl.log(tl.sum(total * tl.exp(top - highest), axis=0)) + highest
-        x = tl.load(score_row + pages, mask=live, other=float("-inf")) - norm
-        new_peak = tl.maximum(peak, x)
-        base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        share = share * tl.exp(peak - base) + tl.exp(x - base)
-        peak = new_peak
-    mass = tl.log(share) + peak
+    score_row = scores + (head * GROUP).to(tl.int64) * score_stride + offset
     window_start = tl.maximum(tl.minimum(seq_len - window_tokens, seq_len - 1), 0) // PAGE
-    forced = (pages < sink_pages) | (pages >= window_start)
-    keys = tl.where(forced, 0xFFFFFFFF, _order_key(mass))
-    keys = tl.where(live, keys, 0).to(tl.uint32)
-    keep = _keep_largest(keys, budget)
-    place = tl.cumsum(keep.to(tl.int32), axis=0) - 1
     if num_pages <= SEGMENT:
-        blocks = tl.load(block_row + pages, mask=keep, other=0)
-        tl.store(unit_row + place, blocks * units_per_block + head, mask=keep)
         tl.store(lengths + row, seq_len - (num_pages - budget) * PAGE)
+        if num_pages <= SMALL:
+            _select_row(score_row, score_stride, block_row, unit_row, head, num_pages, units_per_block,
+                        budget, sink_pages, window_start, GROUP, GROUP_PAD, SMALL)  # fmt: skip
+        else:
+            _select_row(score_row, score_stride, block_row, unit_row, head, num_pages, units_per_block,
+                        budget, sink_pages, window_start, GROUP, GROUP_PAD, SEGMENT)  # fmt: skip
     else:
-        base = (row.to(tl.int64) * tl.num_programs(1) + segment) * BUDGET_PAD
+        keys = _page_keys(
+            score_row, score_stride, first, num_pages, sink_pages, window_start, GROUP, GROUP_PAD, SEGMENT
+        )
+        keep = _keep_largest(keys, budget)
+        place = tl.cumsum(keep.to(tl.int32), axis=0) - 1
+        slot = (row.to(tl.int64) * tl.num_programs(1) + segment) * BUDGET_PAD
         empty = tl.arange(0, BUDGET_PAD)
         kept = tl.sum(keep.to(tl.int32), axis=0)
-        tl.store(candidate_keys + base + empty, tl.zeros([BUDGET_PAD], tl.uint32), mask=empty >= kept)
-        tl.store(candidate_keys + base + place, keys, mask=keep)
-        tl.store(candidate_pages + base + place, pages, mask=keep)
+        tl.store(candidate_keys + slot + empty, tl.zeros([BUDGET_PAD], tl.uint32), mask=empty >= kept)
+        tl.store(candidate_keys + slot + place, keys, mask=keep)
+        tl.store(candidate_pages + slot + place, first + tl.arange(0, SEGMENT), mask=keep)
 
 
 @triton.jit
@@ -115,8 +173,9 @@ def _merge_segments(
     block_table, seq_lens, score_offsets, units, lengths, candidate_keys, candidate_pages,
     table_stride, units_stride, units_per_block, budget, num_segments,
     KV_HEADS: tl.constexpr, PAGE: tl.constexpr, SEGMENT: tl.constexpr, BUDGET_PAD: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    start_dependent(PDL)
     row = tl.program_id(0)
     request, head = row // KV_HEADS, row % KV_HEADS
     seq_len = tl.load(seq_lens + request)
@@ -162,8 +221,11 @@ def select_pages(
     num_reqs, max_pages = block_table.shape
     kv_heads = kv.shape[1]
     rows = num_reqs * kv_heads
-    segment = min(SEGMENT_PAGES, max(16, triton.next_power_of_2(max_pages)))
+    group = scores.shape[0] // kv_heads
+    group_pad = triton.next_power_of_2(group)
+    segment = min(SEGMENT_PAGES, SEGMENT_PAGES * 4 // group_pad, max(16, triton.next_power_of_2(max_pages)))
     segments = triton.cdiv(max_pages, segment)
+    options = dependent_launch(scores.device)
     budget_pad = triton.next_power_of_2(budget_pages)
     shape = (rows, segments, budget_pad) if segments > 1 else (1,)
     candidate_keys = torch.empty(shape, dtype=torch.uint32, device=scores.device)
@@ -173,8 +235,9 @@ def select_pages(
         candidate_keys, candidate_pages,
         scores.stride(0), block_table.stride(0), table.units.stride(0), units_per_block(kv),
         budget_pages, sink_pages, window_tokens,
-        GROUP=scores.shape[0] // kv_heads, KV_HEADS=kv_heads, PAGE=page_size, SEGMENT=segment,
-        BUDGET_PAD=budget_pad, num_warps=min(16, max(1, segment // 256)),
+        GROUP=group, GROUP_PAD=group_pad, KV_HEADS=kv_heads, PAGE=page_size, SEGMENT=segment,
+        SMALL=min(segment, SMALL_SEGMENT), BUDGET_PAD=budget_pad, **options,
+        num_warps=min(16, max(1, segment // 256)),
     )  # fmt: skip
     if segments > 1:
         block = triton.next_power_of_2(segments * budget_pad)
@@ -183,5 +246,5 @@ def select_pages(
             candidate_keys, candidate_pages,
             block_table.stride(0), table.units.stride(0), units_per_block(kv), budget_pages, segments,
             KV_HEADS=kv_heads, PAGE=page_size, SEGMENT=segment, BUDGET_PAD=budget_pad, BLOCK=block,
-            num_warps=min(16, max(1, block // 256)),
+            num_warps=min(16, max(1, block // 256)), **options,
         )  # fmt: skip

@@ -13,20 +13,23 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_sparse.kernels.launch import num_multiprocessors
+from vllm_sparse.kernels.launch import dependent_launch, num_multiprocessors, start_dependent
 from vllm_sparse.page_table import PageTable
 
 LOG2_E = 1.4426950408889634
+TUNING = {"block_tokens": 64, "waves": 2, "num_warps": 4, "num_stages": 3, "add_warps": 4}
+"""Measured on an H100: see benchmarks/results/kernels.jsonl."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _attend_split(
     q, kv, units, lengths, out, part_out, part_lse,
-    q_stride_r, q_stride_h, unit_stride, kv_stride_r, units_stride, out_stride_r, out_stride_h, scale_log2,
+    q_stride_r, q_stride_h, unit_stride, kv_stride_r, units_stride, out_stride_r, out_stride_h, scale_log2, splits,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
-    SPLITS: tl.constexpr, PRECISION: tl.constexpr,
+    ALONE: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    start_dependent(PDL)
     row, split = tl.program_id(0), tl.program_id(1)
     request, head = row // KV_HEADS, row % KV_HEADS
     length = tl.load(lengths + row)
@@ -43,7 +46,7 @@ def _attend_split(
     total = tl.zeros([GROUP_PAD], tl.float32)
     acc = tl.zeros([GROUP_PAD, BLOCK_D], tl.float32)
     blocks_all = (length + BLOCK_N - 1) // BLOCK_N
-    per_split = (blocks_all + SPLITS - 1) // SPLITS
+    per_split = (blocks_all + splits - 1) // splits
     begin = split * per_split * BLOCK_N
     end = tl.minimum(begin + per_split * BLOCK_N, length)
     unit_row = units + row.to(tl.int64) * units_stride
@@ -62,11 +65,11 @@ def _attend_split(
         total = total * fade + tl.sum(weights, axis=1)
         acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
         top = new_top
-    if SPLITS == 1:
+    if ALONE:
         target = out + request.to(tl.int64) * out_stride_r + heads[:, None] * out_stride_h + dims[None, :]
         tl.store(target, (acc / total[:, None]).to(out.dtype.element_ty), mask=q_mask)
     else:
-        part = (row.to(tl.int64) * SPLITS + split) * GROUP + group
+        part = (row.to(tl.int64) * splits + split) * GROUP + group
         filled = begin < end
         tl.store(part_lse + part, tl.where(filled, top + tl.log2(total), float("-inf")), mask=group < GROUP)
         if filled:
@@ -74,20 +77,21 @@ def _attend_split(
             tl.store(target, acc / total[:, None], mask=(group < GROUP)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _add_splits(
-    lengths, part_out, part_lse, out, out_stride_r, out_stride_h,
+    lengths, part_out, part_lse, out, out_stride_r, out_stride_h, splits,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr,
+    SPLITS_PAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    start_dependent(PDL)
     row, g = tl.program_id(0), tl.program_id(1)
     if tl.load(lengths + row) == 0:
         return
     request, head = row // KV_HEADS, (row % KV_HEADS) * GROUP + g
-    splits = tl.arange(0, SPLITS_PAD)
+    split = tl.arange(0, SPLITS_PAD)
     dims = tl.arange(0, BLOCK_D)
-    part = (row.to(tl.int64) * SPLITS + splits) * GROUP + g
-    lse = tl.load(part_lse + part, mask=splits < SPLITS, other=float("-inf"))
+    part = (row.to(tl.int64) * splits + split) * GROUP + g
+    lse = tl.load(part_lse + part, mask=split < splits, other=float("-inf"))
     weights = tl.exp2(lse - tl.max(lse, axis=0))
     # Parts of splits without tokens were never written, whatever their memory holds.
     filled = (weights > 0)[:, None]
@@ -113,9 +117,11 @@ def sparse_decode(
     kv_heads = kv.shape[1]
     rows, group = num_reqs * kv_heads, q_heads // kv_heads
     assert q.stride(2) == out.stride(2) == kv.stride(3) == 1
-    block_d, block_n = triton.next_power_of_2(head_dim), 64
+    block_d, block_n = triton.next_power_of_2(head_dim), TUNING["block_tokens"]
     blocks = triton.cdiv(table.units.shape[1] * page_size, block_n)
-    splits = max(1, min(blocks, triton.cdiv(2 * num_multiprocessors(q.device), rows), 64))
+    wanted = triton.cdiv(TUNING["waves"] * num_multiprocessors(q.device), rows)
+    splits = max(1, min(blocks, wanted, 64))
+    options = dependent_launch(q.device)
     part_out = part_lse = out
     if splits > 1:
         part_out = torch.empty((rows, splits, group, block_d), dtype=torch.float32, device=q.device)
@@ -123,14 +129,16 @@ def sparse_decode(
     _attend_split[(rows, splits)](
         q, kv, table.units, table.lengths, out, part_out, part_lse,
         q.stride(0), q.stride(1), kv.stride(1), kv.stride(2), table.units.stride(0),
-        out.stride(0), out.stride(1), scale * LOG2_E,
+        out.stride(0), out.stride(1), scale * LOG2_E, splits,
         KV_HEADS=kv_heads, GROUP=group, GROUP_PAD=max(16, triton.next_power_of_2(group)),
-        HEAD_DIM=head_dim, BLOCK_D=block_d, PAGE=page_size, BLOCK_N=block_n, SPLITS=splits,
-        PRECISION="ieee", num_warps=4, num_stages=3 if head_dim <= 128 else 2,
+        HEAD_DIM=head_dim, BLOCK_D=block_d, PAGE=page_size, BLOCK_N=block_n, ALONE=splits == 1,
+        PRECISION="ieee", num_warps=TUNING["num_warps"],
+        num_stages=TUNING["num_stages"] if head_dim <= 128 else 2, **options,
     )  # fmt: skip
     if splits > 1:
         _add_splits[(rows, group)](
-            table.lengths, part_out, part_lse, out, out.stride(0), out.stride(1),
+            table.lengths, part_out, part_lse, out, out.stride(0), out.stride(1), splits,
             KV_HEADS=kv_heads, GROUP=group, HEAD_DIM=head_dim, BLOCK_D=block_d,
-            SPLITS=splits, SPLITS_PAD=triton.next_power_of_2(splits), num_warps=1,
+            SPLITS_PAD=triton.next_power_of_2(splits),
+            num_warps=TUNING["add_warps"], **options,
         )  # fmt: skip

@@ -14,4 +14,11 @@ pages, and a PageTable is all that passes between them.
 - ``metrics``     what ran sparse, what ran dense and why, how much was attended
 """
 
+from pathlib import Path
+
 __version__ = "0.1.0"
+
+# In a checkout, kernels/ and plugin_entrypoints/ lie beside this package, not inside it.
+_checkout = Path(__file__).parent.parent
+if (_checkout / "kernels" / "reference.py").is_file():
+    __path__.append(str(_checkout))

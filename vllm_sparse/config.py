@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 ENV_CONFIG = "VLLM_SPARSE_CONFIG"
-PAGE_MULTIPLE = 16
-"""Page sizes must be multiples of this many tokens (tensor-core tiles, FlashAttention-3)."""
+PAGE_SIZES = (16, 32, 64, 128, 256)
+"""Tokens per page: powers of two (kernel tiles) and multiples of 16 (FlashAttention-3)."""
 
 
 class ConfigError(ValueError):
@@ -64,7 +64,7 @@ class SparseConfig:
         if self.budget_tokens < 1:
             raise ConfigError(f"sparse.budget_tokens: {self.budget_tokens}; allowed: at least one page")
         # Whatever the page size, a smaller budget could not hold what is always attended.
-        self.check_page_size(PAGE_MULTIPLE)
+        self.check_page_size(PAGE_SIZES[0])
 
     @classmethod
     def from_mapping(cls, values: Any, source: str) -> SparseConfig:
@@ -97,10 +97,10 @@ class SparseConfig:
 
     def check_page_size(self, page_size: int) -> None:
         """Raise :class:`ConfigError` where pages of ``page_size`` tokens cannot serve this config."""
-        if page_size % PAGE_MULTIPLE or page_size <= 0:
+        if page_size not in PAGE_SIZES:
             raise ConfigError(
-                f"--block-size: {page_size} is not a multiple of {PAGE_MULTIPLE}, which the sparse "
-                f"backend needs; use --block-size 16, 32 or 64"
+                f"--block-size: {page_size} is not a page size of the sparse backend; "
+                f"allowed: {', '.join(map(str, PAGE_SIZES))}"
             )
         # A window of w tokens can straddle one page border more than it fills.
         window_pages = -(-self.window_tokens // page_size) + 1

@@ -9,7 +9,7 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionType, MultipleO
 
 from vllm_sparse.backend import compat
 from vllm_sparse.cache.spec import SparseAttentionSpec
-from vllm_sparse.config import PAGE_MULTIPLE
+from vllm_sparse.config import PAGE_SIZES
 
 compat.install_spec_hook()
 
@@ -42,7 +42,7 @@ class SparseBackend(AttentionBackend):
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec=None) -> list:
-        return [MultipleOf(PAGE_MULTIPLE)]
+        return [MultipleOf(PAGE_SIZES[0])]
 
     @classmethod
     def supports_head_size(cls, head_size: int) -> bool:

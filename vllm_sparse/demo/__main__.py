@@ -69,7 +69,7 @@ def attended_fraction(log: str) -> float | None:
 def _ask(server: Server, messages: list[dict]) -> tuple[str, float]:
     """Prints the answer as it comes. Returns it and the seconds to its first token."""
     start = time.perf_counter()
-    pieces = server.stream_chat(messages, max_tokens=ANSWER_TOKENS)
+    pieces = server.stream_chat(messages, max_tokens=ANSWER_TOKENS, stop=["\n"])
     with elapsed("reading the essay"):
         answer = next(pieces, "")
     first_token_s = time.perf_counter() - start

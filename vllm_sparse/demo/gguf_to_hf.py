@@ -90,7 +90,7 @@ def write_tokenizer(fields: dict, folder: Path) -> None:
         for name, gguf_name in {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}.items()
     }
     settings = {
-        # The generic class takes tokenizer.json as it is; GPT2Tokenizer would drop the digit splitting.
+        # The generic class takes tokenizer.json as it is; a model's own class may build its parts anew.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": fields["llama.context_length"],
         "clean_up_tokenization_spaces": False,

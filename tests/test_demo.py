@@ -1,0 +1,57 @@
+"""The demo's question and the report it reads from a server's log."""
+
+import pytest
+
+pytest.importorskip("tqdm", reason="pip install 'vllm-sparse[demo]'")
+
+from vllm_sparse.demo import smollm2, texts
+from vllm_sparse.demo.__main__ import attended_fraction
+
+CONTEXT_TOKENS = 3000
+PROMPT_OVERHEAD_TOKENS = 80
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(smollm2.prepare())
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("depth", [0.0, 0.25, 0.5, 0.9, 1.0])
+def test_needle_stands_once_at_its_depth_in_a_prompt_of_the_right_length(tokenizer, depth):
+    messages, number = texts.needle_prompt(tokenizer, CONTEXT_TOKENS, depth)
+    content = messages[0]["content"]
+    needle = texts.NEEDLE.format(number=number)
+    assert content.count(needle) == 1
+    assert content.endswith(texts.QUESTION)
+    assert content.index(needle) / len(content) == pytest.approx(depth, abs=0.05)
+    num_tokens = len(tokenizer.encode(content))
+    assert CONTEXT_TOKENS <= num_tokens <= CONTEXT_TOKENS + PROMPT_OVERHEAD_TOKENS
+
+
+@pytest.mark.model
+def test_needle_prompt_depends_on_the_seed_alone(tokenizer):
+    first, again, other = (texts.needle_prompt(tokenizer, 500, 0.5, seed=seed) for seed in (1, 1, 2))
+    assert first == again
+    assert first[1] != other[1]
+    assert first[0][0]["content"] != other[0][0]["content"]
+
+
+@pytest.mark.model
+def test_more_context_than_there_are_essays_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="ask for at most"):
+        texts.needle_prompt(tokenizer, 1_000_000, 0.5)
+
+
+def test_attended_fraction_is_that_of_the_last_report():
+    log = (
+        "x\n(Worker pid=1) sparse attention: attended 10 of 20 tokens\n... attended 30 of 120 tokens (25.0%)"
+    )
+    log += "\nsparse attention: attended 30 of 120 tokens (25.0%) in decode steps so far\nshutdown"
+    assert attended_fraction(log) == 0.25
+
+
+def test_attended_fraction_of_a_log_without_a_report_is_unknown():
+    assert attended_fraction("INFO: started") is None
