@@ -141,8 +141,8 @@ def select_pages(
         if offset < 0:
             chosen = torch.arange(pages, device=kv.device).expand(kv_heads, pages)
         else:
-            mass = scores[:, offset : offset + pages].double().log_softmax(-1).float()
-            mass = mass.unflatten(0, (kv_heads, group)).logsumexp(1)
+            mass = scores[:, offset : offset + pages].softmax(-1)
+            mass = mass.unflatten(0, (kv_heads, group)).sum(1)
             mass[:, :sink_pages] = float("inf")
             mass[:, max(0, min(seq_len - window_tokens, seq_len - 1)) // page_size :] = float("inf")
             order = mass.sort(dim=-1, descending=True, stable=True).indices

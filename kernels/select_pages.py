@@ -1,12 +1,12 @@
 """select_pages: scores of query heads to exactly ``budget`` pages per KV head.
 
-    mass[p]  = log sum_{g in group} exp(score[g, p] - logsumexp_p' score[g, p'])
+    mass[p]  = sum_{g in group} softmax_p(score[g, p])
     chosen   = sinks, window and current page first, then the largest masses; ties to lower pages
 
 Each head's scores are normalised over the pages of the request before the group is summed, so no
-head outvotes the others by scale. Selection is exact: masses become order-preserving integers, a
-bitwise search finds the budget-th largest, a prefix sum writes the kept pages in ascending order.
-Rows of more than one segment keep a budget of candidates per segment, then merge them.
+head outvotes the others by scale. Selection is exact: a search over the masses' integer images
+finds the budget-th largest, a prefix sum writes the kept pages in ascending order. Rows of more
+than one segment keep a budget of candidates per segment, then merge them.
 """
 
 from __future__ import annotations
@@ -16,52 +16,39 @@ import triton
 import triton.language as tl
 
 from vllm_sparse.decode_plan import DecodePlan
-from vllm_sparse.kernels.launch import dependent_launch, start_dependent
 from vllm_sparse.page_table import PageTable, units_per_block
 
 SEGMENT_PAGES = 8192
 """Most pages that one program selects from; the group's scores must fit its registers."""
-SMALL_SEGMENT = 1024
-"""Contexts up to this many pages take a smaller and faster copy of the same code."""
-
-
-@triton.jit
-def _order_key(x):
-    """float32 to uint32 whose unsigned order is the float's; every real number is above 0."""
-    bits = x.to(tl.uint32, bitcast=True)
-    return tl.where(bits >> 31 != 0, ~bits, bits | 0x80000000)
+SMALL, MEDIUM = 512, 2048
+"""Contexts up to so many pages take smaller and faster copies of the same code."""
 
 
 @triton.jit
 def _keep_largest(keys, budget):
     """Mask of the ``budget`` largest keys, equal ones from the left; keys of 0 are never kept.
 
-    Four-way search for a threshold: each round counts three candidates in one reduction of packed
+    Ternary search for a threshold: each round counts two candidates in one reduction of packed
     16-bit counts, and the search ends as soon as a threshold keeps exactly ``budget`` keys.
     """
     live = keys > 0
-    choosable = live & (keys < 0xFFFFFFFF)
-    low = tl.min(tl.where(live, keys, 0xFFFFFFFF), axis=0).to(tl.int64)
-    high = tl.max(tl.where(choosable, keys, 0), axis=0).to(tl.int64) + 1
+    low = tl.min(tl.where(live, keys, 0xFFFFFFFF), axis=0)
+    high = tl.max(tl.where(keys < 0xFFFFFFFF, keys, 0), axis=0) + 1
     kept = tl.sum(live.to(tl.int32), axis=0)
     # Invariant: keys >= low are ``kept`` and at least budget; keys >= high are fewer than budget.
     while (kept > budget) & (high - low > 1):
-        step = tl.maximum((high - low) // 4, 1)
-        first, second, third = low + step, low + 2 * step, low + 3 * step
-        packed = (keys >= first.to(tl.uint32)).to(tl.int64)
-        packed += (keys >= second.to(tl.uint32)).to(tl.int64) << 16
-        packed += (keys >= third.to(tl.uint32)).to(tl.int64) << 32
+        step = tl.maximum((high - low) // 3, 1)
+        first, second = low + step, low + 2 * step
+        packed = tl.where(keys >= second, 0x10001, tl.where(keys >= first, 1, 0))
         counts = tl.sum(packed, axis=0)
-        at_first, at_second, at_third = counts & 0xFFFF, (counts >> 16) & 0xFFFF, counts >> 32
-        if at_third >= budget:
-            low, kept = third, at_third.to(tl.int32)
-        elif at_second >= budget:
-            low, high, kept = second, third, at_second.to(tl.int32)
+        at_first, at_second = counts & 0xFFFF, counts >> 16
+        if at_second >= budget:
+            low, kept = second, at_second
         elif at_first >= budget:
-            low, high, kept = first, second, at_first.to(tl.int32)
+            low, high, kept = first, second, at_first
         else:
             high = first
-    threshold = low.to(tl.uint32)
+    threshold = low
     keep = live & (keys >= threshold)
     if kept > budget:
         level = keys == threshold
@@ -75,29 +62,35 @@ def _page_keys(
     score_row, score_stride, first, num_pages, sink_pages, window_start,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, SEGMENT: tl.constexpr,
 ):  # fmt: skip
-    """Order keys of the pages ``first .. first + SEGMENT`` of one (request, KV head)."""
+    """uint32 keys of pages ``first .. first + SEGMENT`` of a (request, KV head), ordered as masses.
+
+    A mass is not negative, so its bits order as it does; live pages are at least 1, forced ones
+    the largest.
+    """
     group = tl.arange(0, GROUP_PAD)
     lane = tl.arange(0, SEGMENT)
     member = (group < GROUP)[:, None]
     heads = score_row + group[:, None].to(tl.int64) * score_stride
-    top = tl.full([GROUP_PAD], float("-inf"), tl.float32)
-    total = tl.zeros([GROUP_PAD], tl.float32)
-    for start in range(0, num_pages, SEGMENT):
-        pages = start + lane
-        x = tl.load(heads + pages[None, :], mask=member & (pages < num_pages)[None, :], other=float("-inf"))
-        new_top = tl.maximum(top, tl.max(x, axis=1))
-        base = tl.where(group < GROUP, new_top, 0.0)
-        total = total * tl.exp(top - base) + tl.sum(tl.exp(x - base[:, None]), axis=1)
-        top = new_top
-    norm = tl.where(group < GROUP, tl.log(total) + top, 0.0)
     pages = first + lane
     live = pages < num_pages
-    x = tl.load(heads + pages[None, :], mask=member & live[None, :], other=float("-inf")) - norm[:, None]
-    peak = tl.max(x, axis=0)
-    base = tl.where(live, peak, 0.0)
-    mass = tl.log(tl.sum(tl.exp(x - base[None, :]), axis=0)) + peak
+    x = tl.load(heads + pages[None, :], mask=member & live[None, :], other=float("-inf"))
+    top = tl.where(group < GROUP, tl.max(x, axis=1), 0.0)
+    share = tl.exp(x - top[:, None])
+    total = tl.sum(share, axis=1)
+    if num_pages > SEGMENT:
+        own_top = top
+        for start in range(0, num_pages, SEGMENT):
+            if start != first:
+                other = start + lane
+                y = tl.load(heads + other[None, :], mask=member & (other < num_pages)[None, :], other=float("-inf"))
+                new_top = tl.where(group < GROUP, tl.maximum(top, tl.max(y, axis=1)), 0.0)
+                total = total * tl.exp(top - new_top) + tl.sum(tl.exp(y - new_top[:, None]), axis=1)
+                top = new_top
+        total = total * tl.exp(top - own_top)
+    weight = tl.where(group < GROUP, 1.0 / total, 0.0)
+    mass = tl.sum(share * weight[:, None], axis=0)
     forced = (pages < sink_pages) | (pages >= window_start)
-    keys = tl.where(forced, 0xFFFFFFFF, _order_key(mass))
+    keys = tl.where(forced, 0xFFFFFFFF, mass.to(tl.uint32, bitcast=True) + 1)
     return tl.where(live, keys, 0).to(tl.uint32)
 
 
@@ -122,9 +115,8 @@ def _select_pages(
     scores, block_table, seq_lens, score_offsets, units, lengths, candidate_keys, candidate_pages,
     score_stride, table_stride, units_stride, units_per_block, budget, sink_pages, window_tokens,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, KV_HEADS: tl.constexpr, PAGE: tl.constexpr,
-    SEGMENT: tl.constexpr, SMALL: tl.constexpr, BUDGET_PAD: tl.constexpr, PDL: tl.constexpr,
+    SEGMENT: tl.constexpr, SMALL: tl.constexpr, MEDIUM: tl.constexpr, BUDGET_PAD: tl.constexpr,
 ):  # fmt: skip
-    start_dependent(PDL)
     row, segment = tl.program_id(0), tl.program_id(1)
     request, head = row // KV_HEADS, row % KV_HEADS
     seq_len = tl.load(seq_lens + request)
@@ -151,6 +143,9 @@ def _select_pages(
         if num_pages <= SMALL:
             _select_row(score_row, score_stride, block_row, unit_row, head, num_pages, units_per_block,
                         budget, sink_pages, window_start, GROUP, GROUP_PAD, SMALL)  # fmt: skip
+        elif num_pages <= MEDIUM:
+            _select_row(score_row, score_stride, block_row, unit_row, head, num_pages, units_per_block,
+                        budget, sink_pages, window_start, GROUP, GROUP_PAD, MEDIUM)  # fmt: skip
         else:
             _select_row(score_row, score_stride, block_row, unit_row, head, num_pages, units_per_block,
                         budget, sink_pages, window_start, GROUP, GROUP_PAD, SEGMENT)  # fmt: skip
@@ -173,9 +168,8 @@ def _merge_segments(
     block_table, seq_lens, score_offsets, units, lengths, candidate_keys, candidate_pages,
     table_stride, units_stride, units_per_block, budget, num_segments,
     KV_HEADS: tl.constexpr, PAGE: tl.constexpr, SEGMENT: tl.constexpr, BUDGET_PAD: tl.constexpr,
-    BLOCK: tl.constexpr, PDL: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    start_dependent(PDL)
     row = tl.program_id(0)
     request, head = row // KV_HEADS, row % KV_HEADS
     seq_len = tl.load(seq_lens + request)
@@ -225,7 +219,6 @@ def select_pages(
     group_pad = triton.next_power_of_2(group)
     segment = min(SEGMENT_PAGES, SEGMENT_PAGES * 4 // group_pad, max(16, triton.next_power_of_2(max_pages)))
     segments = triton.cdiv(max_pages, segment)
-    options = dependent_launch(scores.device)
     budget_pad = triton.next_power_of_2(budget_pages)
     shape = (rows, segments, budget_pad) if segments > 1 else (1,)
     candidate_keys = torch.empty(shape, dtype=torch.uint32, device=scores.device)
@@ -236,7 +229,7 @@ def select_pages(
         scores.stride(0), block_table.stride(0), table.units.stride(0), units_per_block(kv),
         budget_pages, sink_pages, window_tokens,
         GROUP=group, GROUP_PAD=group_pad, KV_HEADS=kv_heads, PAGE=page_size, SEGMENT=segment,
-        SMALL=min(segment, SMALL_SEGMENT), BUDGET_PAD=budget_pad, **options,
+        SMALL=min(segment, SMALL), MEDIUM=min(segment, MEDIUM), BUDGET_PAD=budget_pad,
         num_warps=min(16, max(1, segment // 256)),
     )  # fmt: skip
     if segments > 1:
@@ -246,5 +239,5 @@ def select_pages(
             candidate_keys, candidate_pages,
             block_table.stride(0), table.units.stride(0), units_per_block(kv), budget_pages, segments,
             KV_HEADS=kv_heads, PAGE=page_size, SEGMENT=segment, BUDGET_PAD=budget_pad, BLOCK=block,
-            num_warps=min(16, max(1, block // 256)), **options,
+            num_warps=min(16, max(1, block // 256)),
         )  # fmt: skip

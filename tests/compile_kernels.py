@@ -17,6 +17,10 @@ from triton.runtime import JITFunction, driver
 from vllm_sparse.kernels import launchers, select_pages
 
 
+SHARED_BYTES = {80: 166912, 86: 101376, 89: 101376, 90: 232448}
+"""Shared memory that one block can have (CUDA C++ Programming Guide, compute capabilities)."""
+
+
 class FakeDriver:
     """Stands in for a CUDA driver up to the point where a kernel would be loaded."""
 
@@ -43,6 +47,9 @@ def compile_only(run):
     def compiled(self, *args, grid, warmup, **kwargs):
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         meta = kernel.metadata
+        limit = SHARED_BYTES[meta.target.arch]
+        if meta.shared > limit:
+            raise SystemExit(f"{meta.name}: {meta.shared} bytes of shared memory, sm_{meta.target.arch} has {limit}")
         print(f"  {meta.name}: {len(kernel.asm['cubin'])} bytes, {meta.shared} shared, {meta.num_warps} warps")
         return kernel
 
@@ -51,9 +58,6 @@ def compile_only(run):
 
 def compile_all(capability: int) -> None:
     driver.set_active(FakeDriver(capability))
-    options = {"PDL": True, "launch_pdl": True} if capability >= 90 else {"PDL": False}
-    for module in ("quest_score", "select_pages", "sparse_decode"):
-        sys.modules[f"vllm_sparse.kernels.{module}"].dependent_launch = lambda _: options
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for kv_heads, group, head_dim, page_size in ((8, 4, 128, 16), (2, 7, 64, 32), (1, 1, 256, 64), (4, 3, 96, 16)):
             print(f"sm_{capability} {dtype} kv{kv_heads} group{group} d{head_dim} page{page_size}")

@@ -20,3 +20,19 @@ import torch  # noqa: E402
 if not torch.cuda.is_available():
     # Triton kernels are tested in its interpreter; it must be chosen before Triton is imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """Engines of tiny models; see :mod:`tiny_engine`."""
+    if torch.cuda.is_available():
+        pytest.skip("compares with vLLM's CPU backend")
+    pytest.importorskip("vllm")
+    from tiny_engine import TinyEngines
+
+    from vllm_sparse.plugin_entrypoints import register
+
+    register()
+    return TinyEngines(tmp_path_factory.mktemp("models"))

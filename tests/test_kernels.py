@@ -119,9 +119,9 @@ def test_select_pages_matches_twin(shape, segment, scores, monkeypatch):
     case = case_of(shape, lengths=[*LENGTHS, 2111])
     case.scores.copy_(torch.randn_like(case.scores))
     if scores == "ties":
-        case.scores.copy_(case.scores.sign())
+        case.scores.copy_(case.scores[0].sign().expand_as(case.scores))  # equal masses to the last bit
     elif scores == "underflow":
-        case.scores.mul_(-1000.0)
+        case.scores.mul_(1000.0)  # most masses are 0: ties again, of the lowest kind
     select_reference(case)
     units, lengths = case.table.units.clone(), case.table.lengths.clone()
     case.table.units.fill_(2**30)
@@ -136,12 +136,12 @@ def test_select_pages_matches_twin(shape, segment, scores, monkeypatch):
         if torch.equal(mine, twin):
             continue
         # Masses are sums of exponentials: rounding may swap pages, but only of nearly equal mass.
-        assert scores != "ties", f"row {row}"
+        assert scores == "random", f"row {row}"
         swapped = [pages_of(case, row, ids) for ids in (mine, twin)]
         assert all(a < b for a, b in zip(swapped[0], swapped[0][1:], strict=False)), "not ascending"
         only = [sorted(set(a) - set(b)) for a, b in (swapped, swapped[::-1])]
         mass = page_masses(case, row)
-        assert torch.allclose(mass[only[0]].sort().values, mass[only[1]].sort().values, rtol=1e-5, atol=1e-4)
+        assert torch.allclose(mass[only[0]].sort().values, mass[only[1]].sort().values, rtol=1e-4)
 
 
 def pages_of(case, row, units):
@@ -151,12 +151,12 @@ def pages_of(case, row, units):
 
 
 def page_masses(case, row):
-    """float64 log-masses of all pages of a table row's request and KV head."""
+    """float64 masses of all pages of a table row's request and KV head."""
     request, head = divmod(row, case.kv_heads)
     group = case.scores.shape[0] // case.kv_heads
     offset, length = int(case.plan.score_offsets[request]), int(case.seq_lens[request])
     span = slice(offset, offset + -(-length // case.page_size))
-    return case.scores[head * group : (head + 1) * group, span].double().log_softmax(-1).logsumexp(0)
+    return case.scores[head * group : (head + 1) * group, span].double().softmax(-1).sum(0)
 
 
 @shapes
@@ -172,6 +172,21 @@ def test_sparse_decode_matches_float64(shape, dtype):
     attended = case.plan.table_seq_lens > 0
     assert error(out[attended], exact[attended]) < TOLERANCE[dtype]
     assert out[~attended].isnan().all(), "a row that is not of the table was written"
+
+
+@dtypes
+def test_sparse_decode_adds_the_parts_of_many_programs(dtype):
+    """Long rows beside a short one, whose later programs have nothing, twice: counters must reset."""
+    case = make([1500, 33, 0, 701], 2, 3, 64, 16, budget_pages=40, min_context_tokens=640, dtype=dtype)
+    case.scores.copy_(torch.randn_like(case.scores))
+    select_reference(case)
+    exact = torch.zeros_like(case.q, dtype=torch.float64)
+    reference.sparse_decode(case.q.double(), case.kv.double(), case.table, case.page_size, case.scale, exact)
+    for _ in range(2):
+        out = torch.full_like(case.q, float("nan"))
+        launchers.sparse_decode(case.q, case.kv, case.table, case.page_size, case.scale, out)
+        assert error(out[[0, 1, 3]], exact[[0, 1, 3]]) < TOLERANCE[dtype]
+        assert out[2].isnan().all()
 
 
 @pytest.mark.parametrize("layers", [1, 3])

@@ -31,11 +31,15 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
         self.config = SparseConfig.from_vllm(vllm_config)
         self.page_size = kv_cache_spec.block_size
         self.config.check_page_size(self.page_size)
+        self.budget_pages = self.config.budget_pages(self.page_size)
         layers = vllm_config.compilation_config.static_forward_context
         impls = [layers[name].impl for name in layer_names]
         for position, (name, impl) in enumerate(zip(layer_names, impls, strict=True)):
             number = re.search(r"\.(\d+)\.", name)
             impl.bind(int(number[1]) if number else position, self.page_size)
+        if all(impl.dense_reason is not None for impl in impls):
+            # No layer selects pages, so the counters must not say that it did.
+            self.budget_pages = 1 << 30
         impl = impls[0]
         self.workspace = impl.workspace
         if not self.workspace.fits(self.page_size, impl.num_heads, impl.num_kv_heads):
@@ -72,9 +76,8 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
         if num_decodes:
             short_rows_dense = num_decodes >= SHORT_ROWS_DENSE_FROM
             kernels.for_device(self.device).plan_decode(
-                common.seq_lens[:num_decodes], plan, self.page_size,
-                self.config.budget_pages(self.page_size), self.config.min_context_tokens,
-                workspace.scores.shape[1], short_rows_dense,
+                common.seq_lens[:num_decodes], plan, self.page_size, self.budget_pages,
+                self.config.min_context_tokens, workspace.scores.shape[1], short_rows_dense,
             )  # fmt: skip
             if short_rows_dense:
                 decodes = common if not num_prefills else decode_rows(common, num_decodes, num_decode_tokens)

@@ -61,7 +61,7 @@ def _essay_tokens(tokenizer, text: str, num_tokens: int, choice: random.Random) 
             f"context_tokens={num_tokens:,} is too long for the essays; ask for at most {limit:,}."
         )
     start = _sentence_start(text, choice.randrange(len(text) - longest))
-    tokens = tokenizer.encode(text[start : start + longest], add_special_tokens=False)
+    tokens = tokenizer.encode(text[start : start + longest], add_special_tokens=False, verbose=False)
     return tokenizer.decode(tokens[:num_tokens])
 
 

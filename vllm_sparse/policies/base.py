@@ -14,7 +14,7 @@ class DecodePolicy(ABC):
     """Scores the pages of each request; selection, sinks, window and budget are shared by all.
 
     Selection reads a row of scores as log-masses: it normalises each query head over the pages of
-    its request, sums the group's probabilities per KV head, and keeps exactly ``budget`` pages.
+    its request (a softmax), sums the group per KV head, and keeps exactly ``budget`` pages.
     """
 
     summary: ClassVar[str] = "none"

@@ -1,0 +1,229 @@
+"""Summary rows stay those of their pages, whatever vLLM's own block manager does with the pages."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+from tiny_engine import attention_layers, kv_cache, outputs, prompts, tokens  # noqa: E402
+from vllm.sampling_params import SamplingParams  # noqa: E402
+from vllm.utils.hashing import sha256  # noqa: E402
+from vllm.v1.core.kv_cache_manager import KVCacheManager  # noqa: E402
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash  # noqa: E402
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec  # noqa: E402
+from vllm.v1.request import Request, RequestStatus  # noqa: E402
+
+from vllm_sparse.cache.spec import SparseAttentionManager, SparseAttentionSpec  # noqa: E402
+from vllm_sparse.kernels import reference  # noqa: E402
+
+PAGE, HEADS, HEAD_DIM = 16, 2, 8
+NUM_BLOCKS, MAX_LEN = 24, 192
+EVENTS = ("arrive", "chunk", "decode", "preempt", "resume", "abort", "finish", "hit", "reuse", "reject")
+
+
+def assert_summaries(kv: torch.Tensor, filled: dict[int, int], page_size: int) -> None:
+    """The summary of each page equals the range of the keys in its first ``filled[block]`` rows."""
+    head_dim = kv.shape[-1] // 2
+    for block, rows in filled.items():
+        keys = kv[block, :, :rows, :head_dim]
+        assert not keys.isnan().any(), f"block {block} was never written"
+        assert torch.equal(kv[block, :, page_size, :head_dim], keys.amin(1)), f"minimum of block {block}"
+        assert torch.equal(kv[block, :, page_size, head_dim:], keys.amax(1)), f"maximum of block {block}"
+
+
+def check_engine_summaries(llm) -> tuple[int, int]:
+    """Check the pages that a running engine has written, in all layers; returns (full, partly filled).
+
+    Only full pages can have been reused, and those of the prefix cache are full. Memory never
+    written is zero.
+    """
+    full = partly = 0
+    for layer in attention_layers(llm).values():
+        kv, page_size = kv_cache(layer), layer.impl.page_size
+        written = (kv[:, 0, :page_size] != 0).any(-1).sum(-1).tolist()
+        used = {block: rows for block, rows in enumerate(written) if rows}
+        assert_summaries(kv, used, page_size)
+        full += sum(rows == page_size for rows in used.values())
+        partly += sum(rows < page_size for rows in used.values())
+    return full, partly
+
+
+def spec_of(page_size: int = PAGE, **changes) -> SparseAttentionSpec:
+    shape = {"num_kv_heads": HEADS, "head_size": HEAD_DIM, "dtype": torch.float32, **changes}
+    return SparseAttentionSpec.extend(FullAttentionSpec(block_size=page_size, **shape), 1)
+
+
+class Worker:
+    """vLLM's block manager over sparse pages, and a scheduler and a worker small enough to randomise."""
+
+    def __init__(self, seed: int):
+        self.random = random.Random(seed)
+        self.generator = torch.Generator().manual_seed(seed)
+        init_none_hash(sha256)
+        self.hasher = get_request_block_hasher(PAGE, sha256)
+        groups = [KVCacheGroupSpec(["layer"], spec_of())]
+        config = KVCacheConfig(num_blocks=NUM_BLOCKS, kv_cache_tensors=[], kv_cache_groups=groups)
+        self.manager = KVCacheManager(config, MAX_LEN, scheduler_block_size=PAGE, hash_block_size=PAGE)
+        self.kv = torch.full((NUM_BLOCKS, HEADS, PAGE + 1, 2 * HEAD_DIM), float("nan"))
+        self.filled: dict[int, int] = {}
+        """Rows of each block that its last writer filled; a block's pages outlive its requests."""
+        self.owners: dict[int, str] = {}
+        self.running: list[Request] = []
+        self.waiting: list[Request] = []
+        self.prefixes = [[self.random.randrange(90) for _ in range(80)] for _ in range(2)]
+        self.seen: Counter[str] = Counter()
+
+    def arrive(self) -> None:
+        shared = self.random.choice([0, 15, 16, 40, 64, 80])
+        tail = [self.random.randrange(90) for _ in range(self.random.randint(1, 60))]
+        request = Request(
+            str(self.seen["arrive"]), self.random.choice(self.prefixes)[:shared] + tail,
+            SamplingParams(max_tokens=64), None, block_hasher=self.hasher,
+        )  # fmt: skip
+        self.waiting.append(request)
+        self.seen["arrive"] += 1
+
+    def schedule(self) -> None:
+        """One step: each running request computes a random part of what it lacks."""
+        for request in list(self.running):
+            if request in self.running:
+                self.compute(request)
+        if self.waiting and len(self.running) < 4:
+            self.admit(self.waiting[0])
+
+    def admit(self, request: Request) -> None:
+        blocks, hits, *_ = self.manager.get_computed_blocks(request)
+        new = self.random.randint(1, request.num_tokens - hits)
+        if self.manager.allocate_slots(request, new, hits, blocks) is None:
+            return
+        self.waiting.remove(request)
+        self.running.append(request)
+        self.seen["resume"] += request.status == RequestStatus.PREEMPTED
+        self.seen["hit"] += hits > 0
+        request.status = RequestStatus.RUNNING
+        request.num_computed_tokens = hits
+        self.write(request, new)
+
+    def compute(self, request: Request) -> None:
+        lacking = request.num_tokens - request.num_computed_tokens
+        new = self.random.randint(1, lacking)
+        # A draft of up to three tokens, of which all may be rejected.
+        drafts = self.random.choice([0, 0, 3]) if lacking == new else 0
+        drafts = min(drafts, MAX_LEN - request.num_tokens)
+        while self.manager.allocate_slots(request, new + drafts) is None:
+            victim = self.running[-1]
+            self.preempt(victim)
+            if victim is request:
+                return
+        self.write(request, new, drafts)
+
+    def write(self, request: Request, new: int, drafts: int = 0) -> None:
+        """What the worker does for ``new`` tokens, and the scheduler afterwards."""
+        start = request.num_computed_tokens
+        positions = torch.arange(start, start + new + drafts)
+        (blocks,) = self.manager.get_block_ids(request.request_id)
+        for page in positions.div(PAGE, rounding_mode="floor").unique().tolist():
+            owner = f"{request.request_id}/{request.num_preemptions}/{page}"
+            self.seen["reuse"] += self.owners.get(blocks[page], owner) != owner
+            self.owners[blocks[page]] = owner
+            self.filled[blocks[page]] = min(PAGE, start + new + drafts - page * PAGE)
+        slots = torch.tensor(blocks)[positions // PAGE] * PAGE + positions % PAGE
+        slots = torch.cat([slots, torch.tensor([-1, -1])])
+        key, value = torch.randn(2, len(slots), HEADS, HEAD_DIM, generator=self.generator)
+        reference.page_write(key, value, self.kv, slots, PAGE, "minmax")
+        request.num_computed_tokens += new
+        finished_prompt = request.num_computed_tokens == request.num_tokens
+        self.seen["chunk"] += not finished_prompt
+        self.seen["decode"] += new == 1 and finished_prompt
+        self.seen["reject"] += drafts > 0
+        if finished_prompt:
+            request.append_output_token_ids(self.random.randrange(90))
+            if request.num_tokens >= MAX_LEN or self.random.random() < 0.02:
+                self.finish(request, "finish")
+
+    def preempt(self, request: Request) -> None:
+        self.manager.free(request)
+        self.running.remove(request)
+        request.status = RequestStatus.PREEMPTED
+        request.num_computed_tokens = 0
+        request.num_preemptions += 1
+        self.waiting.insert(0, request)
+        self.seen["preempt"] += 1
+
+    def finish(self, request: Request, event: str) -> None:
+        self.manager.free(request)
+        self.running.remove(request)
+        self.seen[event] += 1
+
+    def check(self) -> None:
+        live = {}
+        for request in self.running:
+            (blocks,) = self.manager.get_block_ids(request.request_id)
+            pages = -(-request.num_computed_tokens // PAGE)
+            # A page with rejected drafts is summarised with them until it is written again.
+            live |= {block: self.filled[block] for block in blocks[:pages]}
+            assert all(self.filled[block] == PAGE for block in blocks[: pages - 1])
+        cached = {
+            block.block_id: PAGE for block in self.manager.block_pool.blocks if block.block_hash is not None
+        }
+        assert live or not self.running
+        assert_summaries(self.kv, cached | live, PAGE)
+        self.seen["checked"] += len(cached | live)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_summaries_survive_random_schedules(seed):
+    worker = Worker(seed)
+    for _ in range(300):
+        draw = worker.random.random()
+        if draw < 0.12 and len(worker.waiting) < 3:
+            worker.arrive()
+        elif draw < 0.14 and worker.running:
+            worker.finish(worker.random.choice(worker.running), "abort")
+        worker.schedule()
+        worker.check()
+    assert worker.seen["checked"] > 1000
+    assert not [event for event in EVENTS if not worker.seen[event]], worker.seen
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("page_size", [16, 64])
+def test_engine_writes_the_summary_of_every_page(tiny, page_size):
+    """Chunked prefill, decode and prefix hits of a real engine, partly filled pages included."""
+    lengths = (50, 300, 700)
+    batch = prompts(lengths, seed=7)
+    with tiny.start(sparse={"budget_tokens": 2048}, block_size=page_size) as llm:
+        tokens(llm, batch, 40)
+        pages = sum((length + 39) // page_size for length in lengths)
+        assert check_engine_summaries(llm) == (3 * pages, 3 * 3)
+        (result,) = outputs(llm, [batch[1][:200] + batch[0] * 5], 4)
+        assert result.num_cached_tokens == 200 // page_size * page_size
+        assert check_engine_summaries(llm) == (3 * (pages + 453 // page_size - 200 // page_size), 3 * 4)
+
+
+@pytest.mark.parametrize("page_size", [16, 32, 64])
+def test_page_bytes_count_the_summary_row(page_size):
+    spec = spec_of(page_size)
+    assert spec.page_size_bytes == HEADS * (page_size + 1) * 2 * HEAD_DIM * 4
+    plain = FullAttentionSpec(block_size=page_size, num_kv_heads=HEADS, head_size=HEAD_DIM, dtype=torch.float32)
+    assert plain.page_size_bytes == HEADS * page_size * 2 * HEAD_DIM * 4, "vLLM's own spec was changed"
+
+
+def test_specs_merge_only_when_equal():
+    assert SparseAttentionSpec.merge([spec_of(), spec_of()]) == spec_of()
+    with pytest.raises(ValueError, match="same sparse page layout"):
+        SparseAttentionSpec.merge([spec_of(), spec_of(num_kv_heads=4)])
+
+
+def test_sparse_pages_have_their_own_manager():
+    assert type(Worker(0).manager.coordinator.single_type_managers[0]) is SparseAttentionManager
+
+
+def test_head_size_of_values_must_match():
+    with pytest.raises(ValueError, match="equal K and V head sizes, not 8 and 4"):
+        spec_of(head_size_v=4)

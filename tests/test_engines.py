@@ -1,0 +1,111 @@
+"""Every engine against the torch twin in float64; engines that need a GPU are skipped without one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import DEVICE, ON_GPU, TOLERANCE, error, make, select_reference
+
+from vllm_sparse.config import ConfigError
+from vllm_sparse.engines import ENGINES, choose_engine
+from vllm_sparse.engines.base import AttentionShape
+from vllm_sparse.engines.registry import engine_class
+from vllm_sparse.kernels import reference
+
+SHAPES = [(8, 4, 128, 16), (3, 3, 64, 16), (2, 7, 128, 32), (1, 1, 256, 64), (4, 8, 96, 16)]
+DTYPE = torch.bfloat16 if ON_GPU else torch.float32
+LENGTHS = [1, 0, 16, 17, 700, 389, 2111]
+
+
+def case_of(shape):
+    kv_heads, group, head_dim, page_size = shape
+    case = make(LENGTHS, kv_heads, group, head_dim, page_size, 8, dtype=DTYPE)
+    case.scores.copy_(torch.randn_like(case.scores))
+    select_reference(case)
+    return case
+
+
+def engine_for(name, case):
+    shape = AttentionShape(
+        DEVICE, DTYPE, case.q.shape[1], case.kv_heads, case.q.shape[2], case.page_size
+    )
+    reason = engine_class(name).unsupported(shape)
+    if reason is not None:
+        pytest.skip(reason)
+    return engine_class(name)()
+
+
+@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "kv{}_group{}_d{}_page{}".format(*shape))
+def test_engine_agrees_with_the_torch_twin(name, shape):
+    case = case_of(shape)
+    engine = engine_for(name, case)
+    exact = torch.zeros_like(case.q, dtype=torch.float64)
+    reference.sparse_decode(case.q.double(), case.kv.double(), case.table, case.page_size, case.scale, exact)
+    out = torch.full_like(case.q, 7.0)
+    engine.attend(case.q, case.kv, case.table, case.page_size, case.scale, out)
+    attended = case.plan.table_seq_lens > 0
+    assert error(out[attended], exact[attended]) < TOLERANCE[DTYPE]
+    assert (out[~attended] == 7.0).all(), "a row of length 0 was written"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("name", [name for name in ENGINES if name != "torch"])
+def test_engine_replays_in_a_cuda_graph_with_other_pages(name):
+    first, second = case_of(SHAPES[0]), case_of(SHAPES[0])
+    engine = engine_for(name, first)
+    out = torch.zeros_like(first.q)
+
+    def attend():
+        engine.attend(first.q, first.kv, first.table, first.page_size, first.scale, out)
+
+    attend()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        attend()
+    for mine, other in ((first.q, second.q), (first.kv, second.kv)):
+        mine[: len(other)].copy_(other[: len(mine)])
+    first.table.units.copy_(second.table.units)
+    first.table.lengths.copy_(second.table.lengths)
+    graph.replay()
+    expected = torch.zeros_like(first.q)
+    reference.sparse_decode(second.q, second.kv, second.table, second.page_size, second.scale, expected)
+    attended = second.plan.table_seq_lens > 0
+    assert error(out[attended], expected[attended]) < TOLERANCE[DTYPE]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="synchronisation is a matter of GPUs")
+@pytest.mark.parametrize("policy", ["quest", "streaming", "oracle", "random"])
+@pytest.mark.parametrize("name", [name for name in ENGINES if name != "torch"])
+def test_a_decode_step_never_waits_for_the_gpu(policy, name):
+    from vllm_sparse.kernels import launchers
+    from vllm_sparse.policies import get_decode_policy
+
+    case = case_of(SHAPES[0])
+    engine, chooser = engine_for(name, case), get_decode_policy(policy)
+
+    def step():
+        launchers.plan_decode(case.seq_lens, case.plan, 16, 8, 0, case.scores.shape[1], False)
+        chooser.score(case.q, case.kv, case.block_table, case.plan, 16, case.scale, case.scores)
+        launchers.select_pages(
+            case.scores, case.block_table, case.plan, case.kv, 16, 8, 1, 20, case.table
+        )
+        engine.attend(case.q, case.kv, case.table, 16, case.scale, case.q.clone())
+
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(ON_GPU, reason="about machines without a GPU")
+def test_an_engine_that_cannot_run_is_refused_with_the_reason_and_what_can():
+    shape = AttentionShape(DEVICE, DTYPE, 4, 2, 64, 16)
+    with pytest.raises(ConfigError, match=r"sparse.engine: 'fa3' cannot run here.*GPU.*Allowed here: auto, torch"):
+        choose_engine("fa3", shape)
+    assert type(choose_engine("auto", shape)).__name__ == "TorchEngine"

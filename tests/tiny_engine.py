@@ -1,0 +1,123 @@
+"""In-process engines of tiny models on a CPU, and what stock vLLM answers to the same prompts."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from pathlib import Path
+
+import tiny_model
+import torch
+
+MIXED_LENGTHS = (1, 5, 40, 300, 700)
+"""Prompt tokens: the longest takes several chunks, and more requests than fit in a batch."""
+ENGINE = {
+    "max_model_len": 1024,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 256,
+    "dtype": "float32",
+    "kv_cache_memory_bytes": 32 << 20,
+}
+SPARSE = {"budget_tokens": 128, "dense_layers": 0, "min_context_tokens": 0}
+"""A budget far below the longest prompts, in every layer and at every length."""
+
+
+def prompts(lengths=MIXED_LENGTHS, seed: int = 1, shared: int = 0) -> list[list[int]]:
+    """Random prompts of ``lengths`` tokens, the first ``shared`` tokens the same in all."""
+    generator = torch.Generator().manual_seed(seed)
+    prefix = torch.randint(1, tiny_model.VOCAB, (shared,), generator=generator).tolist()
+    rest = [torch.randint(1, tiny_model.VOCAB, (n,), generator=generator).tolist() for n in lengths]
+    return [(prefix + tail)[:length] for tail, length in zip(rest, lengths, strict=True)]
+
+
+def outputs(llm, token_lists, max_tokens: int = 16) -> list:
+    """Greedy request outputs, exactly ``max_tokens`` tokens each."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True)
+    return llm.generate([{"prompt_token_ids": tokens} for tokens in token_lists], params, use_tqdm=False)
+
+
+def tokens(llm, token_lists, max_tokens: int = 16) -> list[list[int]]:
+    return [list(output.outputs[0].token_ids) for output in outputs(llm, token_lists, max_tokens)]
+
+
+def cached_tokens(results) -> list[int]:
+    """Tokens of each prompt that came from the prefix cache."""
+    return [output.num_cached_tokens or 0 for output in results]
+
+
+def engine_core(llm):
+    return llm.llm_engine.engine_core.engine_core
+
+
+def attention_layers(llm) -> dict:
+    """Attention layers of the running engine by name."""
+    config = engine_core(llm).vllm_config.compilation_config
+    return {name: layer for name, layer in config.static_forward_context.items() if hasattr(layer, "impl")}
+
+
+def kv_cache(layer) -> torch.Tensor:
+    """[num_blocks, kv_heads, page_size + summary rows, 2 * head_dim] of a layer."""
+    return layer.kv_cache[0] if isinstance(layer.kv_cache, list) else layer.kv_cache
+
+
+@contextmanager
+def preemptions():
+    """A list that fills with (request id, output tokens it had) while requests are preempted."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    seen, original = [], Scheduler._preempt_request
+
+    def preempt(self, request, *args, **kwargs):
+        seen.append((request.request_id.split("-")[0], request.num_output_tokens))
+        return original(self, request, *args, **kwargs)
+
+    Scheduler._preempt_request = preempt
+    try:
+        yield seen
+    finally:
+        Scheduler._preempt_request = original
+
+
+class TinyEngines:
+    """Models and stock answers, made once per test session."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self._stock: dict = {}
+        self._running = False
+
+    def model(self, model_type: str = "llama", **changes) -> Path:
+        name = "_".join([model_type, *(f"{key}={value}" for key, value in changes.items())])
+        name = "".join(c if c.isalnum() or c in "=_." else "-" for c in name)
+        return tiny_model.make(self.root / name, model_type, **changes)
+
+    @contextmanager
+    def start(self, model: Path | None = None, sparse: dict | None = None, backend="sparse", **changes):
+        """An engine with fresh counters; ``sparse`` changes :data:`SPARSE`."""
+        from vllm import LLM
+
+        from vllm_sparse import metrics
+
+        assert not self._running, "one engine at a time: counters are the process's"
+        metrics.reset()
+        settings = {**ENGINE, "block_size": 32, **changes}
+        if backend is not None:
+            settings["attention_backend"] = backend
+        if backend != "CPU_ATTN" and "additional_config" not in settings:
+            settings["additional_config"] = {"sparse": {**SPARSE, **(sparse or {})}}
+        llm = LLM(str(model or self.model()), **settings)
+        self._running = True
+        try:
+            yield llm
+        finally:
+            self._running = False
+            llm.llm_engine.engine_core.shutdown()
+
+    def stock(self, token_lists, max_tokens: int = 16, model: Path | None = None, **changes) -> list[list[int]]:
+        """What stock vLLM generates, each answer computed once per session."""
+        key = (model, max_tokens, repr(token_lists), repr(changes))
+        if key not in self._stock:
+            with self.start(model, backend="CPU_ATTN", **changes) as llm:
+                self._stock[key] = tokens(llm, token_lists, max_tokens)
+        return self._stock[key]
