@@ -19,6 +19,7 @@ from benchmarks.timer import graph_us
 from vllm_sparse.decode_plan import DecodePlan
 from vllm_sparse.engines.registry import engine_class
 from vllm_sparse.kernels import launchers, reference
+from vllm_sparse.page_scores import PageScores
 from vllm_sparse.page_table import PageTable
 
 WORKING_SET_BYTES = 256 << 20
@@ -73,7 +74,7 @@ def bench(spec: str, args) -> list[dict]:
     seq_lens = torch.tensor(lens, dtype=torch.int32, device=device)
     plan = DecodePlan.empty(len(lens), device)
     launchers.plan_decode(seq_lens, plan, page, budget_pages, args.budget, sum(pages), False)
-    scores = torch.empty(q_heads, sum(pages), device=device)
+    scores = PageScores.empty(q_heads, sum(pages), len(lens), device)
     layers = []
     for _ in range(count):
         kv = torch.empty(sum(pages), heads, page + 1, 2 * dim, dtype=torch.bfloat16, device=device)

@@ -12,12 +12,14 @@ import triton.language as tl
 
 from vllm_sparse.decode_plan import DecodePlan
 from vllm_sparse.kernels.launch import page_splits
+from vllm_sparse.kernels.store_scores import store_chunk, store_scores
+from vllm_sparse.page_scores import CHUNK_PAGES, PageScores
 
 
 @triton.jit
 def _index_score(
-    seq_lens, score_offsets, scores, score_stride,
-    PAGE: tl.constexpr, BLOCK_P: tl.constexpr, RANDOM: tl.constexpr,
+    seq_lens, score_offsets, values, chunk_lse, score_stride, chunk_stride,
+    PAGE: tl.constexpr, CHUNK: tl.constexpr, RANDOM: tl.constexpr,
 ):  # fmt: skip
     split, head, request = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     offset = tl.load(score_offsets + request)
@@ -25,8 +27,9 @@ def _index_score(
     if (offset < 0) | (seq_len == 0):
         return
     num_pages = (seq_len + PAGE - 1) // PAGE
-    for start in range(split * BLOCK_P, num_pages, tl.num_programs(0) * BLOCK_P):
-        pages = start + tl.arange(0, BLOCK_P)
+    one = tl.arange(0, 1)
+    for chunk in range(split, (num_pages + CHUNK - 1) // CHUNK, tl.num_programs(0)):
+        pages = chunk * CHUNK + tl.arange(0, CHUNK)
         if RANDOM:
             # 64-bit products cut to 32 bits: the same arithmetic as the torch twin.
             cut = 0xFFFFFFFF
@@ -38,27 +41,31 @@ def _index_score(
             score = (x >> 8).to(tl.float32) / 16777216.0
         else:
             score = pages.to(tl.float32)
-        tl.store(scores + head.to(tl.int64) * score_stride + offset + pages, score, mask=pages < num_pages)
+        top, total = tl.full([1], float("-inf"), tl.float32), tl.zeros([1], tl.float32)
+        top, total = store_scores(values, score[None, :], head + one, one == 0, offset, pages, pages < num_pages,
+                                  score_stride, top, total)  # fmt: skip
+        store_chunk(chunk_lse, head + one, one == 0, offset, request, chunk, chunk_stride, top, total, CHUNK)
 
 
 def _launch(block_table, plan, page_size, scores, random):
-    q_heads, num_reqs = scores.shape[0], plan.table_seq_lens.shape[0]
-    splits = page_splits(num_reqs * q_heads, block_table.shape[1], 256, scores.device)
+    q_heads, num_reqs = scores.q_heads, plan.table_seq_lens.shape[0]
+    splits = page_splits(num_reqs * q_heads, block_table.shape[1], CHUNK_PAGES, block_table.device)
     _index_score[(splits, q_heads, num_reqs)](
-        plan.table_seq_lens, plan.score_offsets, scores, scores.stride(0),
-        PAGE=page_size, BLOCK_P=256, RANDOM=random,
+        plan.table_seq_lens, plan.score_offsets, scores.values, scores.chunk_lse,
+        scores.values.stride(0), scores.chunk_lse.stride(0),
+        PAGE=page_size, CHUNK=CHUNK_PAGES, RANDOM=random, num_warps=1,
     )  # fmt: skip
 
 
 def recency_score(
-    block_table: torch.Tensor, plan: DecodePlan, page_size: int, scores: torch.Tensor
+    block_table: torch.Tensor, plan: DecodePlan, page_size: int, scores: PageScores
 ) -> None:
     """Later pages score higher; arguments as in :meth:`vllm_sparse.policies.base.DecodePolicy.score`."""
     _launch(block_table, plan, page_size, scores, random=False)
 
 
 def random_score(
-    block_table: torch.Tensor, plan: DecodePlan, page_size: int, scores: torch.Tensor
+    block_table: torch.Tensor, plan: DecodePlan, page_size: int, scores: PageScores
 ) -> None:
     """Hashed scores; arguments as in :meth:`vllm_sparse.policies.base.DecodePolicy.score`."""
     _launch(block_table, plan, page_size, scores, random=True)

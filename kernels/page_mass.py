@@ -13,14 +13,16 @@ import triton.language as tl
 
 from vllm_sparse.decode_plan import DecodePlan
 from vllm_sparse.kernels.launch import page_splits
+from vllm_sparse.kernels.store_scores import store_chunk, store_scores
+from vllm_sparse.page_scores import CHUNK_PAGES, PageScores
 
 
 @triton.jit
 def _page_mass(
-    q, kv, block_table, seq_lens, score_offsets, scores,
-    q_stride_r, q_stride_h, kv_stride_b, kv_stride_h, kv_stride_r, table_stride, score_stride, scale,
+    q, kv, block_table, seq_lens, score_offsets, values, chunk_lse, q_stride_r, q_stride_h,
+    kv_stride_b, kv_stride_h, kv_stride_r, table_stride, score_stride, chunk_stride, scale,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    PAGE: tl.constexpr, PRECISION: tl.constexpr,
+    PAGE: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     split, head, request = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     offset = tl.load(score_offsets + request)
@@ -36,16 +38,21 @@ def _page_mass(
     query = tl.load(q + request.to(tl.int64) * q_stride_r + heads[:, None] * q_stride_h + dims[None, :],
                     mask=q_mask, other=0.0)  # fmt: skip
     keys = kv + head.to(tl.int64) * kv_stride_h + rows[None, :] * kv_stride_r + dims[:, None]
-    for page in range(split, num_pages, tl.num_programs(0)):
-        block = tl.load(block_table + request * table_stride + page).to(tl.int64)
-        live = page * PAGE + rows < seq_len
-        k = tl.load(keys + block * kv_stride_b, mask=live[None, :] & (dims < HEAD_DIM)[:, None], other=0.0)
-        logits = tl.dot(query, k, input_precision=PRECISION) * scale
-        logits = tl.where(live[None, :], logits, float("-inf"))
-        top = tl.max(logits, axis=1)
-        mass = tl.log(tl.sum(tl.exp(logits - top[:, None]), axis=1)) + top
-        target = scores + heads.to(tl.int64) * score_stride + offset + page
-        tl.store(target, mass, mask=group < GROUP)
+    one = tl.arange(0, 1)
+    for chunk in range(split, (num_pages + CHUNK - 1) // CHUNK, tl.num_programs(0)):
+        top = tl.full([GROUP_PAD], float("-inf"), tl.float32)
+        total = tl.zeros([GROUP_PAD], tl.float32)
+        for page in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, num_pages)):
+            block = tl.load(block_table + request * table_stride + page).to(tl.int64)
+            live = page * PAGE + rows < seq_len
+            k = tl.load(keys + block * kv_stride_b, mask=live[None, :] & (dims < HEAD_DIM)[:, None], other=0.0)
+            logits = tl.dot(query, k, input_precision=PRECISION) * scale
+            logits = tl.where(live[None, :], logits, float("-inf"))
+            peak = tl.max(logits, axis=1)
+            mass = tl.log(tl.sum(tl.exp(logits - peak[:, None]), axis=1)) + peak
+            top, total = store_scores(values, mass[:, None], heads, group < GROUP, offset, page + one, one == 0,
+                                      score_stride, top, total)  # fmt: skip
+        store_chunk(chunk_lse, heads, group < GROUP, offset, request, chunk, chunk_stride, top, total, CHUNK)
 
 
 def page_mass(
@@ -55,18 +62,19 @@ def page_mass(
     plan: DecodePlan,
     page_size: int,
     scale: float,
-    scores: torch.Tensor,
+    scores: PageScores,
 ) -> None:
     """Exact page masses; arguments as in :meth:`vllm_sparse.policies.base.DecodePolicy.score`."""
     num_reqs, q_heads, head_dim = q.shape
     kv_heads = kv.shape[1]
     group = q_heads // kv_heads
-    assert q.stride(2) == kv.stride(3) == 1 and scores.dtype == torch.float32 and scores.stride(1) == 1
-    splits = page_splits(num_reqs * kv_heads, block_table.shape[1], 1, q.device)
+    assert q.stride(2) == kv.stride(3) == 1
+    splits = page_splits(num_reqs * kv_heads, block_table.shape[1], CHUNK_PAGES, q.device)
     _page_mass[(splits, kv_heads, num_reqs)](
-        q, kv, block_table, plan.table_seq_lens, plan.score_offsets, scores,
+        q, kv, block_table, plan.table_seq_lens, plan.score_offsets, scores.values, scores.chunk_lse,
         q.stride(0), q.stride(1), kv.stride(0), kv.stride(1), kv.stride(2), block_table.stride(0),
-        scores.stride(0), scale,
+        scores.values.stride(0), scores.chunk_lse.stride(0), scale,
         GROUP=group, GROUP_PAD=max(16, triton.next_power_of_2(group)),
-        HEAD_DIM=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), PAGE=page_size, PRECISION="ieee",
+        HEAD_DIM=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), PAGE=page_size,
+        CHUNK=CHUNK_PAGES, PRECISION="ieee",
     )  # fmt: skip

@@ -15,18 +15,20 @@ import triton.language as tl
 
 from vllm_sparse.decode_plan import DecodePlan
 from vllm_sparse.kernels.launch import page_splits
+from vllm_sparse.kernels.store_scores import store_chunk, store_scores
+from vllm_sparse.page_scores import CHUNK_PAGES, PageScores
 
 TILE_BYTES = 32768
-TUNING = {"block_pages": 64, "waves": 8, "num_warps": 4, "num_stages": 2}
+TUNING = {"waves": 8, "num_warps": 4, "num_stages": 2}
 """Measured on an H100: see benchmarks/results/kernels.jsonl."""
 
 
 @triton.jit
 def _quest_score(
-    q, kv, block_table, seq_lens, score_offsets, scores,
-    q_stride_r, q_stride_h, kv_stride_b, kv_stride_h, kv_stride_r, table_stride, score_stride, scale,
+    q, kv, block_table, seq_lens, score_offsets, values, chunk_lse, q_stride_r, q_stride_h,
+    kv_stride_b, kv_stride_h, kv_stride_r, table_stride, score_stride, chunk_stride, scale,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_C: tl.constexpr,
-    PAGE: tl.constexpr, BLOCK_P: tl.constexpr, PRECISION: tl.constexpr,
+    PAGE: tl.constexpr, BLOCK_P: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     split, head, request = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     offset = tl.load(score_offsets + request)
@@ -34,7 +36,7 @@ def _quest_score(
     if (offset < 0) | (seq_len == 0):
         return
     num_pages = (seq_len + PAGE - 1) // PAGE
-    if split * BLOCK_P >= num_pages:
+    if split * CHUNK >= num_pages:
         return
     group = tl.arange(0, GROUP_PAD)
     content = tl.arange(0, BLOCK_C)
@@ -46,14 +48,17 @@ def _quest_score(
     query = tl.where(((content < HEAD_DIM)[None, :]) == (query < 0), query, tl.zeros_like(query))
     summaries = kv + head.to(tl.int64) * kv_stride_h + PAGE * kv_stride_r + content[:, None]
     block_row = block_table + request.to(tl.int64) * table_stride
-    for start in tl.range(split * BLOCK_P, num_pages, tl.num_programs(0) * BLOCK_P):
-        pages = start + tl.arange(0, BLOCK_P)
-        live = pages < num_pages
-        blocks = tl.load(block_row + pages, mask=live, other=0).to(tl.int64)
-        rows = tl.load(summaries + blocks[None, :] * kv_stride_b, mask=live[None, :] & in_row[:, None], other=0.0)
-        bound = tl.dot(query, rows, input_precision=PRECISION) * scale
-        target = scores + heads[:, None].to(tl.int64) * score_stride + offset + pages[None, :]
-        tl.store(target, bound, mask=(group < GROUP)[:, None] & live[None, :])
+    for chunk in range(split, (num_pages + CHUNK - 1) // CHUNK, tl.num_programs(0)):
+        top = tl.full([GROUP_PAD], float("-inf"), tl.float32)
+        total = tl.zeros([GROUP_PAD], tl.float32)
+        for start in tl.static_range(0, CHUNK, BLOCK_P):
+            pages = chunk * CHUNK + start + tl.arange(0, BLOCK_P)
+            live = pages < num_pages
+            blocks = tl.load(block_row + pages, mask=live, other=0).to(tl.int64)
+            rows = tl.load(summaries + blocks[None, :] * kv_stride_b, mask=live[None, :] & in_row[:, None], other=0.0)
+            bound = tl.dot(query, rows, input_precision=PRECISION) * scale
+            top, total = store_scores(values, bound, heads, group < GROUP, offset, pages, live, score_stride, top, total)
+        store_chunk(chunk_lse, heads, group < GROUP, offset, request, chunk, chunk_stride, top, total, CHUNK)
 
 
 def quest_score(
@@ -63,7 +68,7 @@ def quest_score(
     plan: DecodePlan,
     page_size: int,
     scale: float,
-    scores: torch.Tensor,
+    scores: PageScores,
 ) -> None:
     """Score pages by Quest's bound; arguments as in :meth:`vllm_sparse.policies.base.DecodePolicy.score`.
 
@@ -72,17 +77,17 @@ def quest_score(
     num_reqs, q_heads, head_dim = q.shape
     kv_heads = kv.shape[1]
     group = q_heads // kv_heads
-    assert q.stride(2) == kv.stride(3) == 1 and scores.dtype == torch.float32 and scores.stride(1) == 1
+    assert q.stride(2) == kv.stride(3) == 1
     assert kv.shape[2] > page_size, "the pages of this cache hold no summary"
     block_c = triton.next_power_of_2(2 * head_dim)
-    block_p = min(TUNING["block_pages"], TILE_BYTES // (block_c * kv.element_size()))
-    splits = page_splits(num_reqs * kv_heads, block_table.shape[1], block_p, q.device, TUNING["waves"])
+    block_p = min(CHUNK_PAGES, TILE_BYTES // (block_c * kv.element_size()))
+    splits = page_splits(num_reqs * kv_heads, block_table.shape[1], CHUNK_PAGES, q.device, TUNING["waves"])
     _quest_score[(splits, kv_heads, num_reqs)](
-        q, kv, block_table, plan.table_seq_lens, plan.score_offsets, scores,
+        q, kv, block_table, plan.table_seq_lens, plan.score_offsets, scores.values, scores.chunk_lse,
         q.stride(0), q.stride(1), kv.stride(0), kv.stride(1), kv.stride(2), block_table.stride(0),
-        scores.stride(0), scale,
+        scores.values.stride(0), scores.chunk_lse.stride(0), scale,
         GROUP=group, GROUP_PAD=max(16, triton.next_power_of_2(group)),
         HEAD_DIM=head_dim, BLOCK_C=block_c,
-        PAGE=page_size, BLOCK_P=block_p, PRECISION="ieee",
+        PAGE=page_size, BLOCK_P=block_p, CHUNK=CHUNK_PAGES, PRECISION="ieee",
         num_warps=TUNING["num_warps"], num_stages=TUNING["num_stages"],
     )  # fmt: skip

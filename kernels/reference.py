@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from vllm_sparse.decode_plan import DecodePlan
+from vllm_sparse.page_scores import CHUNK_PAGES, PageScores
 from vllm_sparse.page_table import PageTable, single_head_pages, units_per_block
 
 
@@ -70,7 +71,7 @@ def quest_score(
     plan: DecodePlan,
     page_size: int,
     scale: float,
-    scores: torch.Tensor,
+    scores: PageScores,
 ) -> None:
     head_dim, group = q.shape[-1], q.shape[1] // kv.shape[1]
     for request, blocks, offset, _ in _scored_requests(block_table, plan, page_size):
@@ -78,7 +79,7 @@ def quest_score(
         heads = q[request].float().view(-1, 1, group, head_dim) * scale
         low, high = low.transpose(0, 1)[:, :, None], high.transpose(0, 1)[:, :, None]
         bound = torch.maximum(heads * low, heads * high).sum(-1)
-        scores[:, offset : offset + len(blocks)] = bound.transpose(1, 2).flatten(0, 1)
+        _store_scores(scores, request, offset, bound.transpose(1, 2).flatten(0, 1))
 
 
 def page_mass(
@@ -88,7 +89,7 @@ def page_mass(
     plan: DecodePlan,
     page_size: int,
     scale: float,
-    scores: torch.Tensor,
+    scores: PageScores,
 ) -> None:
     head_dim, group = q.shape[-1], q.shape[1] // kv.shape[1]
     for request, blocks, offset, seq_len in _scored_requests(block_table, plan, page_size):
@@ -97,29 +98,28 @@ def page_mass(
         logits = heads @ keys.transpose(1, 2)
         logits[..., seq_len:] = float("-inf")
         mass = logits.unflatten(-1, (len(blocks), page_size)).logsumexp(-1)
-        scores[:, offset : offset + len(blocks)] = mass.flatten(0, 1)
+        _store_scores(scores, request, offset, mass.flatten(0, 1))
 
 
 def recency_score(
-    block_table: torch.Tensor, plan: DecodePlan, page_size: int, scores: torch.Tensor
+    block_table: torch.Tensor, plan: DecodePlan, page_size: int, scores: PageScores
 ) -> None:
-    for _, blocks, offset, _ in _scored_requests(block_table, plan, page_size):
-        recency = torch.arange(len(blocks), dtype=torch.float32, device=scores.device)
-        scores[:, offset : offset + len(blocks)] = recency
+    for request, blocks, offset, _ in _scored_requests(block_table, plan, page_size):
+        recency = torch.arange(len(blocks), dtype=torch.float32, device=blocks.device)
+        _store_scores(scores, request, offset, recency.expand(scores.q_heads, -1))
 
 
 def random_score(
-    block_table: torch.Tensor, plan: DecodePlan, page_size: int, scores: torch.Tensor
+    block_table: torch.Tensor, plan: DecodePlan, page_size: int, scores: PageScores
 ) -> None:
-    for _, blocks, offset, seq_len in _scored_requests(block_table, plan, page_size):
-        shape, device = (scores.shape[0], len(blocks)), scores.device
-        head = torch.arange(shape[0], device=device)[:, None]
-        page = torch.arange(shape[1], device=device)
-        scores[:, offset : offset + len(blocks)] = _hash_uniform(seq_len, head, page)
+    for request, blocks, offset, seq_len in _scored_requests(block_table, plan, page_size):
+        head = torch.arange(scores.q_heads, device=blocks.device)[:, None]
+        page = torch.arange(len(blocks), device=blocks.device)
+        _store_scores(scores, request, offset, _hash_uniform(seq_len, head, page))
 
 
 def select_pages(
-    scores: torch.Tensor,
+    scores: PageScores,
     block_table: torch.Tensor,
     plan: DecodePlan,
     kv: torch.Tensor,
@@ -130,7 +130,7 @@ def select_pages(
     table: PageTable,
 ) -> None:
     kv_heads = kv.shape[1]
-    group = scores.shape[0] // kv_heads
+    group = scores.q_heads // kv_heads
     heads = torch.arange(kv_heads, device=kv.device)[:, None]
     table.lengths.zero_()
     for request, seq_len in enumerate(plan.table_seq_lens.tolist()):
@@ -141,7 +141,7 @@ def select_pages(
         if offset < 0:
             chosen = torch.arange(pages, device=kv.device).expand(kv_heads, pages)
         else:
-            mass = scores[:, offset : offset + pages].softmax(-1)
+            mass = scores.values[:, offset : offset + pages].softmax(-1)
             mass = mass.unflatten(0, (kv_heads, group)).sum(1)
             mass[:, :sink_pages] = float("inf")
             mass[:, max(0, min(seq_len - window_tokens, seq_len - 1)) // page_size :] = float("inf")
@@ -224,6 +224,14 @@ def _scored_requests(block_table: torch.Tensor, plan: DecodePlan, page_size: int
         if seq_len and offsets[request] >= 0:
             blocks = block_table[request, : -(-seq_len // page_size)].long()
             yield request, blocks, offsets[request], seq_len
+
+
+def _store_scores(scores: PageScores, request: int, offset: int, values: torch.Tensor) -> None:
+    """``values`` [q_heads, pages] of one request and their log-sum-exp by chunks."""
+    scores.values[:, offset : offset + values.shape[1]] = values
+    first = offset // CHUNK_PAGES + request
+    for chunk, part in enumerate(values.split(CHUNK_PAGES, dim=1)):
+        scores.chunk_lse[:, first + chunk] = part.logsumexp(1)
 
 
 def _hash_uniform(seq_len: int, head: torch.Tensor, page: torch.Tensor) -> torch.Tensor:

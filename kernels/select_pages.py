@@ -16,12 +16,15 @@ import triton
 import triton.language as tl
 
 from vllm_sparse.decode_plan import DecodePlan
+from vllm_sparse.page_scores import CHUNK_PAGES, PageScores
 from vllm_sparse.page_table import PageTable, units_per_block
 
-SEGMENT_PAGES = 8192
+SEGMENT_PAGES = 2048
 """Most pages that one program selects from; the group's scores must fit its registers."""
-SMALL, MEDIUM = 512, 2048
-"""Contexts up to so many pages take smaller and faster copies of the same code."""
+SMALL_PAGES = 512
+"""Contexts up to so many pages take a smaller and faster copy of the same code."""
+CHUNK_BLOCK = 256
+"""Entries of ``PageScores.chunk_lse`` read at a time."""
 
 
 @triton.jit
@@ -59,36 +62,35 @@ def _keep_largest(keys, budget):
 
 @triton.jit
 def _page_keys(
-    score_row, score_stride, first, num_pages, sink_pages, window_start,
+    values, chunk_lse, score_stride, chunk_stride, offset, request, head, first, num_pages,
+    sink_pages, window_start,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, SEGMENT: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNK_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """uint32 keys of pages ``first .. first + SEGMENT`` of a (request, KV head), ordered as masses.
 
     A mass is not negative, so its bits order as it does; live pages are at least 1, forced ones
-    the largest.
+    the largest. Every segment of a row normalises in the same order, so equal masses stay equal.
     """
     group = tl.arange(0, GROUP_PAD)
-    lane = tl.arange(0, SEGMENT)
-    member = (group < GROUP)[:, None]
-    heads = score_row + group[:, None].to(tl.int64) * score_stride
-    pages = first + lane
+    member = group < GROUP
+    heads = (head * GROUP + group).to(tl.int64)
+    chunk_row = chunk_lse + heads[:, None] * chunk_stride + offset // CHUNK + request
+    num_chunks = (num_pages + CHUNK - 1) // CHUNK
+    top = tl.full([GROUP_PAD], float("-inf"), tl.float32)
+    total = tl.zeros([GROUP_PAD], tl.float32)
+    for start in range(0, num_chunks, CHUNK_BLOCK):
+        chunks = (start + tl.arange(0, CHUNK_BLOCK))[None, :]
+        part = tl.load(chunk_row + chunks, mask=member[:, None] & (chunks < num_chunks), other=float("-inf"))
+        new_top = tl.where(member, tl.maximum(top, tl.max(part, axis=1)), 0.0)
+        total = total * tl.exp(top - new_top) + tl.sum(tl.exp(part - new_top[:, None]), axis=1)
+        top = new_top
+    norm = tl.where(member, top + tl.log(total), 0.0)
+    pages = first + tl.arange(0, SEGMENT)
     live = pages < num_pages
-    x = tl.load(heads + pages[None, :], mask=member & live[None, :], other=float("-inf"))
-    top = tl.where(group < GROUP, tl.max(x, axis=1), 0.0)
-    share = tl.exp(x - top[:, None])
-    total = tl.sum(share, axis=1)
-    if num_pages > SEGMENT:
-        own_top = top
-        for start in range(0, num_pages, SEGMENT):
-            if start != first:
-                other = start + lane
-                y = tl.load(heads + other[None, :], mask=member & (other < num_pages)[None, :], other=float("-inf"))
-                new_top = tl.where(group < GROUP, tl.maximum(top, tl.max(y, axis=1)), 0.0)
-                total = total * tl.exp(top - new_top) + tl.sum(tl.exp(y - new_top[:, None]), axis=1)
-                top = new_top
-        total = total * tl.exp(top - own_top)
-    weight = tl.where(group < GROUP, 1.0 / total, 0.0)
-    mass = tl.sum(share * weight[:, None], axis=0)
+    x = tl.load(values + heads[:, None] * score_stride + offset + pages[None, :],
+                mask=member[:, None] & live[None, :], other=float("-inf"))  # fmt: skip
+    mass = tl.sum(tl.exp(x - norm[:, None]), axis=0)
     forced = (pages < sink_pages) | (pages >= window_start)
     keys = tl.where(forced, 0xFFFFFFFF, mass.to(tl.uint32, bitcast=True) + 1)
     return tl.where(live, keys, 0).to(tl.uint32)
@@ -96,14 +98,16 @@ def _page_keys(
 
 @triton.jit
 def _select_row(
-    score_row, score_stride, block_row, unit_row, head, num_pages, units_per_block,
-    budget, sink_pages, window_start,
+    values, chunk_lse, score_stride, chunk_stride, offset, request, head, num_pages,
+    sink_pages, window_start, block_row, unit_row, units_per_block, budget,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, SEGMENT: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNK_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Choose among all pages of one (request, KV head), at most ``SEGMENT``."""
     keys = _page_keys(
-        score_row, score_stride, 0, num_pages, sink_pages, window_start, GROUP, GROUP_PAD, SEGMENT
-    )
+        values, chunk_lse, score_stride, chunk_stride, offset, request, head, 0, num_pages,
+        sink_pages, window_start, GROUP, GROUP_PAD, SEGMENT, CHUNK, CHUNK_BLOCK,
+    )  # fmt: skip
     keep = _keep_largest(keys, budget)
     place = tl.cumsum(keep.to(tl.int32), axis=0) - 1
     blocks = tl.load(block_row + tl.arange(0, SEGMENT), mask=keep, other=0)
@@ -112,10 +116,12 @@ def _select_row(
 
 @triton.jit
 def _select_pages(
-    scores, block_table, seq_lens, score_offsets, units, lengths, candidate_keys, candidate_pages,
-    score_stride, table_stride, units_stride, units_per_block, budget, sink_pages, window_tokens,
+    values, chunk_lse, block_table, seq_lens, score_offsets, units, lengths, candidate_keys, candidate_pages,
+    score_stride, chunk_stride, table_stride, units_stride, units_per_block,
+    budget, sink_pages, window_tokens,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, KV_HEADS: tl.constexpr, PAGE: tl.constexpr,
-    SEGMENT: tl.constexpr, SMALL: tl.constexpr, MEDIUM: tl.constexpr, BUDGET_PAD: tl.constexpr,
+    SEGMENT: tl.constexpr, SMALL: tl.constexpr, BUDGET_PAD: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNK_BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, segment = tl.program_id(0), tl.program_id(1)
     request, head = row // KV_HEADS, row % KV_HEADS
@@ -136,23 +142,22 @@ def _select_pages(
     first = segment * SEGMENT
     if first >= num_pages:
         return
-    score_row = scores + (head * GROUP).to(tl.int64) * score_stride + offset
     window_start = tl.maximum(tl.minimum(seq_len - window_tokens, seq_len - 1), 0) // PAGE
     if num_pages <= SEGMENT:
         tl.store(lengths + row, seq_len - (num_pages - budget) * PAGE)
         if num_pages <= SMALL:
-            _select_row(score_row, score_stride, block_row, unit_row, head, num_pages, units_per_block,
-                        budget, sink_pages, window_start, GROUP, GROUP_PAD, SMALL)  # fmt: skip
-        elif num_pages <= MEDIUM:
-            _select_row(score_row, score_stride, block_row, unit_row, head, num_pages, units_per_block,
-                        budget, sink_pages, window_start, GROUP, GROUP_PAD, MEDIUM)  # fmt: skip
+            _select_row(values, chunk_lse, score_stride, chunk_stride, offset, request, head, num_pages,
+                        sink_pages, window_start, block_row, unit_row, units_per_block, budget,
+                        GROUP, GROUP_PAD, SMALL, CHUNK, CHUNK_BLOCK)  # fmt: skip
         else:
-            _select_row(score_row, score_stride, block_row, unit_row, head, num_pages, units_per_block,
-                        budget, sink_pages, window_start, GROUP, GROUP_PAD, SEGMENT)  # fmt: skip
+            _select_row(values, chunk_lse, score_stride, chunk_stride, offset, request, head, num_pages,
+                        sink_pages, window_start, block_row, unit_row, units_per_block, budget,
+                        GROUP, GROUP_PAD, SEGMENT, CHUNK, CHUNK_BLOCK)  # fmt: skip
     else:
         keys = _page_keys(
-            score_row, score_stride, first, num_pages, sink_pages, window_start, GROUP, GROUP_PAD, SEGMENT
-        )
+            values, chunk_lse, score_stride, chunk_stride, offset, request, head, first, num_pages,
+            sink_pages, window_start, GROUP, GROUP_PAD, SEGMENT, CHUNK, CHUNK_BLOCK,
+        )  # fmt: skip
         keep = _keep_largest(keys, budget)
         place = tl.cumsum(keep.to(tl.int32), axis=0) - 1
         slot = (row.to(tl.int64) * tl.num_programs(1) + segment) * BUDGET_PAD
@@ -190,7 +195,7 @@ def _merge_segments(
 
 
 def select_pages(
-    scores: torch.Tensor,
+    scores: PageScores,
     block_table: torch.Tensor,
     plan: DecodePlan,
     kv: torch.Tensor,
@@ -203,7 +208,7 @@ def select_pages(
     """Fill the page table of a decode step: chosen pages of scored rows, every page of short ones.
 
     Args:
-        scores: float32 [q_heads, capacity_pages], ragged over requests (``plan.score_offsets``).
+        scores: what the policy wrote, ragged over requests (``plan.score_offsets``).
         block_table: int32 [num_reqs, max_pages].
         plan: this step's routing.
         kv: [num_blocks, kv_heads, rows, 2 * head_dim]; only its shape and strides are read.
@@ -215,22 +220,22 @@ def select_pages(
     num_reqs, max_pages = block_table.shape
     kv_heads = kv.shape[1]
     rows = num_reqs * kv_heads
-    group = scores.shape[0] // kv_heads
+    group = scores.q_heads // kv_heads
     group_pad = triton.next_power_of_2(group)
-    segment = min(SEGMENT_PAGES, SEGMENT_PAGES * 4 // group_pad, max(16, triton.next_power_of_2(max_pages)))
+    segment = min(SEGMENT_PAGES, max(16, triton.next_power_of_2(max_pages)))
     segments = triton.cdiv(max_pages, segment)
     budget_pad = triton.next_power_of_2(budget_pages)
     shape = (rows, segments, budget_pad) if segments > 1 else (1,)
-    candidate_keys = torch.empty(shape, dtype=torch.uint32, device=scores.device)
-    candidate_pages = torch.empty(shape, dtype=torch.int32, device=scores.device)
+    candidate_keys = torch.empty(shape, dtype=torch.uint32, device=kv.device)
+    candidate_pages = torch.empty(shape, dtype=torch.int32, device=kv.device)
     _select_pages[(rows, segments)](
-        scores, block_table, plan.table_seq_lens, plan.score_offsets, table.units, table.lengths,
-        candidate_keys, candidate_pages,
-        scores.stride(0), block_table.stride(0), table.units.stride(0), units_per_block(kv),
-        budget_pages, sink_pages, window_tokens,
+        scores.values, scores.chunk_lse, block_table, plan.table_seq_lens, plan.score_offsets,
+        table.units, table.lengths, candidate_keys, candidate_pages,
+        scores.values.stride(0), scores.chunk_lse.stride(0), block_table.stride(0), table.units.stride(0),
+        units_per_block(kv), budget_pages, sink_pages, window_tokens,
         GROUP=group, GROUP_PAD=group_pad, KV_HEADS=kv_heads, PAGE=page_size, SEGMENT=segment,
-        SMALL=min(segment, SMALL), MEDIUM=min(segment, MEDIUM), BUDGET_PAD=budget_pad,
-        num_warps=min(16, max(1, segment // 256)),
+        SMALL=min(segment, SMALL_PAGES), BUDGET_PAD=budget_pad, CHUNK=CHUNK_PAGES, CHUNK_BLOCK=CHUNK_BLOCK,
+        num_warps=min(16, max(1, segment // 64)),
     )  # fmt: skip
     if segments > 1:
         block = triton.next_power_of_2(segments * budget_pad)

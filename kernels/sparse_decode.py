@@ -2,14 +2,12 @@
 
     out[r, h] = softmax(scale * q[r, h] . K[chosen]) V[chosen]
 
-Flash-decoding: programs share the pages of a row and each keeps a running softmax; the one that
-ends last adds their parts. Dao et al., FlashAttention-2 (arXiv 2307.08691); split-K:
-"Flash-Decoding for long-context inference", 2023.
+Flash-decoding: programs share the pages of a row, each keeps a running softmax, and a second
+kernel adds their parts. Dao et al., FlashAttention-2 (arXiv 2307.08691); split-K: "Flash-Decoding
+for long-context inference", 2023.
 """
 
 from __future__ import annotations
-
-from functools import cache
 
 import torch
 import triton
@@ -20,19 +18,17 @@ from vllm_sparse.page_table import PageTable
 
 LOG2_E = 1.4426950408889634
 TILE_BYTES = 32768
-MAX_ROWS = 1 << 16
-"""Rows that share the pages of a row among programs; far above where one program per row suffices."""
-TUNING = {"block_tokens": 128, "waves": 2, "num_warps": 4, "num_stages": 3}
+TUNING = {"block_tokens": 128, "waves": 2, "num_warps": 4, "num_stages": 3, "add_warps": 1}
 """Measured on an H100: see benchmarks/results/kernels.jsonl."""
 
 
 @triton.jit(do_not_specialize=["splits"])
 def _attend_split(
-    q, kv, units, lengths, out, part_out, part_lse, arrivals,
+    q, kv, units, lengths, out, part_out, part_lse,
     q_stride_r, q_stride_h, unit_stride, kv_stride_r, units_stride, out_stride_r, out_stride_h, scale_log2, splits,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
-    ALONE: tl.constexpr, SPLITS_PAD: tl.constexpr, PRECISION: tl.constexpr,
+    ALONE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     row, split = tl.program_id(0), tl.program_id(1)
     request, head = row // KV_HEADS, row % KV_HEADS
@@ -69,9 +65,8 @@ def _attend_split(
         total = total * fade + tl.sum(weights, axis=1)
         acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
         top = new_top
-    out_row = out + request.to(tl.int64) * out_stride_r + dims
     if ALONE:
-        target = out_row[None, :] + heads[:, None] * out_stride_h
+        target = out + request.to(tl.int64) * out_stride_r + heads[:, None] * out_stride_h + dims[None, :]
         tl.store(target, (acc / total[:, None]).to(out.dtype.element_ty), mask=q_mask)
     else:
         part = (row.to(tl.int64) * splits + split) * GROUP + group
@@ -80,27 +75,29 @@ def _attend_split(
         if filled:
             target = part_out + part[:, None] * BLOCK_D + dims[None, :]
             tl.store(target, acc / total[:, None], mask=(group < GROUP)[:, None])
-        # Every thread's part must be in memory before the counter says so.
-        tl.debug_barrier()
-        if tl.atomic_add(arrivals + row, 1, sem="acq_rel") == splits - 1:
-            tl.store(arrivals + row, 0)
-            parts = tl.arange(0, SPLITS_PAD)
-            for g in tl.static_range(GROUP):
-                slots = (row.to(tl.int64) * splits + parts) * GROUP + g
-                lse = tl.load(part_lse + slots, mask=parts < splits, other=float("-inf"), cache_modifier=".cg")
-                weights = tl.exp2(lse - tl.max(lse, axis=0))
-                # Splits without tokens wrote no output, whatever their memory holds.
-                piece = part_out + slots[:, None] * BLOCK_D + dims[None, :]
-                piece = tl.load(piece, mask=(weights > 0)[:, None], other=0.0, cache_modifier=".cg")
-                result = tl.sum(piece * weights[:, None], axis=0) / tl.sum(weights, axis=0)
-                target = out_row + (head * GROUP + g) * out_stride_h
-                tl.store(target, result.to(out.dtype.element_ty), mask=in_head)
 
 
-@cache
-def _arrivals(device: torch.device) -> torch.Tensor:
-    """int32 counters, one per row; every launch leaves them at 0 for the next."""
-    return torch.zeros(MAX_ROWS, dtype=torch.int32, device=device)
+@triton.jit(do_not_specialize=["splits"])
+def _add_splits(
+    lengths, part_out, part_lse, out, out_stride_r, out_stride_h, splits,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    SPLITS_PAD: tl.constexpr,
+):  # fmt: skip
+    row, g = tl.program_id(0), tl.program_id(1)
+    if tl.load(lengths + row) == 0:
+        return
+    request, head = row // KV_HEADS, (row % KV_HEADS) * GROUP + g
+    split = tl.arange(0, SPLITS_PAD)
+    dims = tl.arange(0, BLOCK_D)
+    part = (row.to(tl.int64) * splits + split) * GROUP + g
+    lse = tl.load(part_lse + part, mask=split < splits, other=float("-inf"))
+    weights = tl.exp2(lse - tl.max(lse, axis=0))
+    # Parts of splits without tokens were never written, whatever their memory holds.
+    filled = (weights > 0)[:, None]
+    parts = tl.load(part_out + part[:, None] * BLOCK_D + dims[None, :], mask=filled, other=0.0)
+    result = tl.sum(parts * weights[:, None], axis=0) / tl.sum(weights, axis=0)
+    target = out + request.to(tl.int64) * out_stride_r + head * out_stride_h + dims
+    tl.store(target, result.to(out.dtype.element_ty), mask=dims < HEAD_DIM)
 
 
 def sparse_decode(
@@ -125,18 +122,23 @@ def sparse_decode(
     blocks = triton.cdiv(table.units.shape[1] * page_size, block_n)
     wanted = triton.cdiv(TUNING["waves"] * num_multiprocessors(q.device), rows)
     splits = max(1, min(blocks, wanted, 64))
-    part_out = part_lse = arrivals = out
+    part_out = part_lse = out
     if splits > 1:
-        assert rows <= MAX_ROWS, f"{rows} rows of (request, KV head) in a step; at most {MAX_ROWS}"
         part_out = torch.empty((rows, splits, group, block_d), dtype=torch.float32, device=q.device)
         part_lse = torch.empty((rows, splits, group), dtype=torch.float32, device=q.device)
-        arrivals = _arrivals(q.device)
     _attend_split[(rows, splits)](
-        q, kv, table.units, table.lengths, out, part_out, part_lse, arrivals,
+        q, kv, table.units, table.lengths, out, part_out, part_lse,
         q.stride(0), q.stride(1), kv.stride(1), kv.stride(2), table.units.stride(0),
         out.stride(0), out.stride(1), scale * LOG2_E, splits,
         KV_HEADS=kv_heads, GROUP=group, GROUP_PAD=max(16, triton.next_power_of_2(group)),
-        HEAD_DIM=head_dim, BLOCK_D=block_d, PAGE=page_size, BLOCK_N=block_n,
-        ALONE=splits == 1, SPLITS_PAD=triton.next_power_of_2(splits), PRECISION="ieee",
-        num_warps=TUNING["num_warps"], num_stages=TUNING["num_stages"],
+        HEAD_DIM=head_dim, BLOCK_D=block_d, PAGE=page_size, BLOCK_N=block_n, ALONE=splits == 1,
+        PRECISION="ieee", num_warps=TUNING["num_warps"],
+        num_stages=TUNING["num_stages"],
     )  # fmt: skip
+    if splits > 1:
+        _add_splits[(rows, group)](
+            table.lengths, part_out, part_lse, out, out.stride(0), out.stride(1), splits,
+            KV_HEADS=kv_heads, GROUP=group, HEAD_DIM=head_dim, BLOCK_D=block_d,
+            SPLITS_PAD=triton.next_power_of_2(splits),
+            num_warps=TUNING["add_warps"],
+        )  # fmt: skip

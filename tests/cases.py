@@ -8,6 +8,7 @@ import torch
 
 from vllm_sparse.decode_plan import DecodePlan
 from vllm_sparse.kernels import reference
+from vllm_sparse.page_scores import PageScores
 from vllm_sparse.page_table import PageTable
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -26,7 +27,7 @@ class Case:
     block_table: torch.Tensor
     seq_lens: torch.Tensor
     plan: DecodePlan
-    scores: torch.Tensor
+    scores: PageScores
     table: PageTable
     page_size: int
     budget_pages: int
@@ -85,9 +86,28 @@ def make(
     table.lengths.fill_(-1)
     return Case(
         q=q.to(device), kv=kv, block_table=block_table.to(device), seq_lens=lens, plan=plan,
-        scores=torch.full((kv_heads * group, capacity), float("nan"), device=device),
+        scores=poisoned_scores(kv_heads * group, capacity, len(seq_lens), device),
         table=table, page_size=page_size, budget_pages=budget_pages, scale=head_dim**-0.5,
     )  # fmt: skip
+
+
+def poisoned_scores(q_heads: int, capacity: int, num_reqs: int, device: torch.device) -> PageScores:
+    scores = PageScores.empty(q_heads, capacity, num_reqs, device)
+    scores.values.fill_(float("nan"))
+    scores.chunk_lse.fill_(float("nan"))
+    return scores
+
+
+def set_scores(case: Case, values: torch.Tensor) -> None:
+    """Give every scored page its column of ``values`` [q_heads, capacity_pages]."""
+    for request, offset in enumerate(case.plan.score_offsets.tolist()):
+        if offset >= 0:
+            pages = -(-int(case.seq_lens[request]) // case.page_size)
+            reference._store_scores(case.scores, request, offset, values[:, offset : offset + pages])
+
+
+def random_scores(case: Case) -> None:
+    set_scores(case, torch.randn_like(case.scores.values))
 
 
 def select_reference(case: Case, sink_pages: int = 1, window_tokens: int = 20) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import DEVICE, ON_GPU, TOLERANCE, error, make, select_reference
+from cases import DEVICE, ON_GPU, TOLERANCE, error, make, random_scores, select_reference
 
 from vllm_sparse.config import ConfigError
 from vllm_sparse.engines import ENGINES, choose_engine
@@ -20,7 +20,7 @@ LENGTHS = [1, 0, 16, 17, 700, 389, 2111]
 def case_of(shape):
     kv_heads, group, head_dim, page_size = shape
     case = make(LENGTHS, kv_heads, group, head_dim, page_size, 8, dtype=DTYPE)
-    case.scores.copy_(torch.randn_like(case.scores))
+    random_scores(case)
     select_reference(case)
     return case
 
@@ -88,7 +88,7 @@ def test_a_decode_step_never_waits_for_the_gpu(policy, name):
     engine, chooser = engine_for(name, case), get_decode_policy(policy)
 
     def step():
-        launchers.plan_decode(case.seq_lens, case.plan, 16, 8, 0, case.scores.shape[1], False)
+        launchers.plan_decode(case.seq_lens, case.plan, 16, 8, 0, case.scores.capacity_pages, False)
         chooser.score(case.q, case.kv, case.block_table, case.plan, 16, case.scale, case.scores)
         launchers.select_pages(
             case.scores, case.block_table, case.plan, case.kv, 16, 8, 1, 20, case.table

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import DEVICE, DTYPES, ON_GPU, TOLERANCE, error, make, select_reference
+from cases import (
+    DEVICE,
+    DTYPES,
+    ON_GPU,
+    TOLERANCE,
+    error,
+    make,
+    poisoned_scores,
+    random_scores,
+    select_reference,
+    set_scores,
+)
 
 from vllm_sparse.decode_plan import DecodePlan
 from vllm_sparse.kernels import reference
@@ -82,23 +93,31 @@ def test_plan_decode_matches_twin(short_rows_dense, capacity):
 @dtypes
 @pytest.mark.parametrize("name", ["quest_score", "page_mass"])
 def test_scores_match_twin(shape, dtype, name):
-    case = case_of(shape, dtype)
-    actual = case.scores.clone()
+    case = case_of(shape, dtype, lengths=[*LENGTHS, 130 * shape[3]])
+    actual = poisoned_like(case)
     for run, scores in ((getattr(reference, name), case.scores), (getattr(launchers, name), actual)):
         run(case.q, case.kv, case.block_table, case.plan, case.page_size, case.scale, scores)
-    assert torch.equal(actual.isnan(), case.scores.isnan()), "wrote a score that nobody asked for"
-    written = ~actual.isnan()
-    assert written.any()
-    assert error(actual[written], case.scores[written]) < TOLERANCE[torch.float32]
+    for mine, twin in ((actual.values, case.scores.values), (actual.chunk_lse, case.scores.chunk_lse)):
+        assert torch.equal(mine.isnan(), twin.isnan()), "wrote a score that nobody asked for"
+        written = ~mine.isnan()
+        assert written.any()
+        assert error(mine[written], twin[written]) < TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize("name", ["recency_score", "random_score"])
 def test_index_scores_match_twin(name):
-    case = make(LENGTHS)
-    actual = case.scores.clone()
+    case = make([*LENGTHS, 2111])
+    actual = poisoned_like(case)
     for run, scores in ((getattr(reference, name), case.scores), (getattr(launchers, name), actual)):
         run(case.block_table, case.plan, case.page_size, scores)
-    assert torch.equal(actual.nan_to_num(-9.0), case.scores.nan_to_num(-9.0))
+    assert torch.equal(actual.values.nan_to_num(-9.0), case.scores.values.nan_to_num(-9.0))
+    written = ~case.scores.chunk_lse.isnan()
+    assert error(actual.chunk_lse[written], case.scores.chunk_lse[written]) < TOLERANCE[torch.float32]
+
+
+def poisoned_like(case):
+    q_heads, capacity = case.scores.values.shape
+    return poisoned_scores(q_heads, capacity, len(case.seq_lens), DEVICE)
 
 
 def test_quest_score_bounds_every_logit():
@@ -108,7 +127,7 @@ def test_quest_score_bounds_every_logit():
     keys = case.kv[blocks, :, :16, :64].double()
     logits = torch.einsum("hgd,phtd->hgpt", case.q[0].view(2, 3, 64).double(), keys) * case.scale
     best = logits.nan_to_num(-torch.inf).amax(-1).flatten(0, 1)
-    assert (case.scores[:, :19] >= best - 1e-4).all()
+    assert (case.scores.values[:, :19] >= best - 1e-4).all()
 
 
 @shapes
@@ -117,11 +136,12 @@ def test_quest_score_bounds_every_logit():
 def test_select_pages_matches_twin(shape, segment, scores, monkeypatch):
     monkeypatch.setattr(select_pages, "SEGMENT_PAGES", segment)
     case = case_of(shape, lengths=[*LENGTHS, 2111])
-    case.scores.copy_(torch.randn_like(case.scores))
+    values = torch.randn_like(case.scores.values)
     if scores == "ties":
-        case.scores.copy_(case.scores[0].sign().expand_as(case.scores))  # equal masses to the last bit
+        values = values[0].sign().expand_as(values)  # equal masses to the last bit
     elif scores == "underflow":
-        case.scores.mul_(1000.0)  # most masses are 0: ties again, of the lowest kind
+        values = values.round() * 1000.0  # most masses are exactly 0: ties again, of the lowest kind
+    set_scores(case, values)
     select_reference(case)
     units, lengths = case.table.units.clone(), case.table.lengths.clone()
     case.table.units.fill_(2**30)
@@ -153,17 +173,17 @@ def pages_of(case, row, units):
 def page_masses(case, row):
     """float64 masses of all pages of a table row's request and KV head."""
     request, head = divmod(row, case.kv_heads)
-    group = case.scores.shape[0] // case.kv_heads
+    group = case.scores.q_heads // case.kv_heads
     offset, length = int(case.plan.score_offsets[request]), int(case.seq_lens[request])
     span = slice(offset, offset + -(-length // case.page_size))
-    return case.scores[head * group : (head + 1) * group, span].double().softmax(-1).sum(0)
+    return case.scores.values[head * group : (head + 1) * group, span].double().softmax(-1).sum(0)
 
 
 @shapes
 @dtypes
 def test_sparse_decode_matches_float64(shape, dtype):
     case = case_of(shape, dtype)
-    case.scores.copy_(torch.randn_like(case.scores))
+    random_scores(case)
     select_reference(case)
     exact = torch.zeros_like(case.q, dtype=torch.float64)
     reference.sparse_decode(case.q.double(), case.kv.double(), case.table, case.page_size, case.scale, exact)
@@ -178,7 +198,7 @@ def test_sparse_decode_matches_float64(shape, dtype):
 def test_sparse_decode_adds_the_parts_of_many_programs(dtype):
     """Long rows beside a short one, whose later programs have nothing, twice: counters must reset."""
     case = make([1500, 33, 0, 701], 2, 3, 64, 16, budget_pages=40, min_context_tokens=640, dtype=dtype)
-    case.scores.copy_(torch.randn_like(case.scores))
+    random_scores(case)
     select_reference(case)
     exact = torch.zeros_like(case.q, dtype=torch.float64)
     reference.sparse_decode(case.q.double(), case.kv.double(), case.table, case.page_size, case.scale, exact)
@@ -213,11 +233,11 @@ def test_offsets_past_int32():
     launchers.page_write(key, value, kv, slots, page, "minmax")
     case = make([len(slots)], heads, 4, head_dim, page, 8, dtype=torch.bfloat16)
     case.kv, case.block_table = kv, far[None].int()
-    scores = case.scores.clone()
+    scores = poisoned_like(case)
     args = (case.block_table, case.plan, page, case.scale)
     launchers.quest_score(case.q, kv, *args, scores)
     reference.quest_score(case.q, kv, *args, case.scores)
-    assert error(scores[:, :40], case.scores[:, :40]) < 1e-5
+    assert error(scores.values[:, :40], case.scores.values[:, :40]) < 1e-5
     out, twin = torch.full_like(case.q, float("nan")), torch.full_like(case.q, float("nan"))
     launchers.select_pages(case.scores, case.block_table, case.plan, kv, page, 8, 1, 20, case.table)
     launchers.sparse_decode(case.q, kv, case.table, page, case.scale, out)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from test_cache_summary import assert_engine_summaries
+from test_cache_summary import EngineWrites
 from tiny_engine import outputs, preemptions, prompts, tokens
 
 from vllm_sparse import metrics
@@ -19,12 +19,13 @@ PAGE_BYTES = 3 * 2 * (16 + 1) * 2 * 32 * 4
 TIGHT = {**ENGINE, "kv_cache_memory_bytes": 32 * PAGE_BYTES}
 
 
-def run(tiny, sparse, settings) -> tuple[list, dict[int, int]]:
+def run(tiny, monkeypatch, sparse, settings) -> tuple[list, dict[int, int]]:
     """Tokens of BATCH, and the outputs that each preempted request had when it was first preempted."""
+    writes = EngineWrites(monkeypatch)
     with preemptions() as seen, tiny.start(sparse=sparse, **settings) as llm:
         answers = tokens(llm, BATCH, MAX_TOKENS)
         counts = metrics.snapshot()
-        assert_engine_summaries(llm)
+        assert writes.check(llm)
     assert counts["sparse_layers"] == 3
     first = {}
     for request, done in seen:
@@ -33,20 +34,20 @@ def run(tiny, sparse, settings) -> tuple[list, dict[int, int]]:
 
 
 @pytest.mark.parametrize("caching", [True, False], ids=["prefix_cache", "no_prefix_cache"])
-def test_preempted_requests_with_a_budget_of_everything_give_stock_tokens(tiny, caching):
+def test_preempted_requests_with_a_budget_of_everything_give_stock_tokens(tiny, caching, monkeypatch):
     expected = tiny.stock(BATCH, MAX_TOKENS, **ROOM)
     settings = {**TIGHT, "enable_prefix_caching": caching}
-    answers, preempted = run(tiny, {"budget_tokens": 2048}, settings)
+    answers, preempted = run(tiny, monkeypatch, {"budget_tokens": 2048}, settings)
     assert preempted, "no request was preempted"
     assert any(preempted.values()), "no request was preempted while it was decoding"
     assert answers == expected
 
 
-def test_preempted_requests_with_a_small_budget_agree_up_to_the_preemption(tiny):
+def test_preempted_requests_with_a_small_budget_agree_up_to_the_preemption(tiny, monkeypatch):
     """After it they may differ: the resumed request's own tokens are recomputed as prefill, densely."""
     sparse = {"budget_tokens": 96}
-    expected, none = run(tiny, sparse, ROOM)
-    answers, preempted = run(tiny, sparse, TIGHT)
+    expected, none = run(tiny, monkeypatch, sparse, ROOM)
+    answers, preempted = run(tiny, monkeypatch, sparse, TIGHT)
     assert not none and preempted
     assert len(preempted) < len(BATCH), "every request was preempted: nothing is left to compare in full"
     for request, (answer, untouched) in enumerate(zip(answers, expected, strict=True)):
@@ -55,13 +56,14 @@ def test_preempted_requests_with_a_small_budget_agree_up_to_the_preemption(tiny)
         assert len(answer) == MAX_TOKENS
 
 
-def test_preemption_is_deterministic_at_a_small_budget(tiny):
-    assert run(tiny, {"budget_tokens": 96}, TIGHT) == run(tiny, {"budget_tokens": 96}, TIGHT)
+def test_preemption_is_deterministic_at_a_small_budget(tiny, monkeypatch):
+    assert run(tiny, monkeypatch, {"budget_tokens": 96}, TIGHT) == run(tiny, monkeypatch, {"budget_tokens": 96}, TIGHT)
 
 
-def test_prompts_beyond_the_cache_wait_for_each_other(tiny):
+def test_prompts_beyond_the_cache_wait_for_each_other(tiny, monkeypatch):
     expected = tiny.stock(BATCH, 8, **ROOM)
+    writes = EngineWrites(monkeypatch)
     with tiny.start(sparse={"budget_tokens": 2048}, **{**TIGHT, "kv_cache_memory_bytes": 18 * PAGE_BYTES}) as llm:
         results = outputs(llm, BATCH, 8)
-        assert_engine_summaries(llm)
+        assert writes.check(llm)
     assert [list(result.outputs[0].token_ids) for result in results] == expected

@@ -118,6 +118,6 @@ class TinyEngines:
         """What stock vLLM generates, each answer computed once per session."""
         key = (model, max_tokens, repr(token_lists), repr(changes))
         if key not in self._stock:
-            with self.start(model, backend="CPU_ATTN", **changes) as llm:
+            with self.start(model, backend="CPU_ATTN", **{**changes, "block_size": 32}) as llm:
                 self._stock[key] = tokens(llm, token_lists, max_tokens)
         return self._stock[key]

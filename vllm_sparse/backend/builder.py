@@ -77,7 +77,7 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
             short_rows_dense = num_decodes >= SHORT_ROWS_DENSE_FROM
             kernels.for_device(self.device).plan_decode(
                 common.seq_lens[:num_decodes], plan, self.page_size, self.budget_pages,
-                self.config.min_context_tokens, workspace.scores.shape[1], short_rows_dense,
+                self.config.min_context_tokens, workspace.scores.capacity_pages, short_rows_dense,
             )  # fmt: skip
             if short_rows_dense:
                 decodes = common if not num_prefills else decode_rows(common, num_decodes, num_decode_tokens)

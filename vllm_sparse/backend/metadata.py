@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from vllm_sparse.decode_plan import DecodePlan
+from vllm_sparse.page_scores import PageScores
 from vllm_sparse.page_table import PageTable
 
 
@@ -27,7 +28,7 @@ class SparseMetadata:
 
     plan: DecodePlan
     table: PageTable
-    scores: torch.Tensor
+    scores: PageScores
 
     dense_all: Any = None
     """Metadata of the dense backend for every row: what dense layers run."""

@@ -13,6 +13,7 @@ import torch
 
 from vllm_sparse.config import SparseConfig
 from vllm_sparse.decode_plan import DecodePlan
+from vllm_sparse.page_scores import PageScores
 from vllm_sparse.page_table import PageTable
 
 logger = logging.getLogger("vllm.vllm_sparse")
@@ -28,13 +29,12 @@ class Workspace:
 
     plan: DecodePlan
     table: PageTable
-    scores: torch.Tensor
-    """float32 [q_heads, capacity_pages]."""
+    scores: PageScores
     page_size: int
 
     def fits(self, page_size: int, q_heads: int, kv_heads: int) -> bool:
         """Whether layers of this shape can share these buffers."""
-        return (self.page_size, self.scores.shape[0], self.kv_heads) == (page_size, q_heads, kv_heads)
+        return (self.page_size, self.scores.q_heads, self.kv_heads) == (page_size, q_heads, kv_heads)
 
     @property
     def kv_heads(self) -> int:
@@ -60,10 +60,10 @@ class Workspace:
         workspace = cls(
             plan=DecodePlan.empty(max_num_reqs, device),
             table=PageTable.empty(max_num_reqs, kv_heads, min(config.table_pages(page_size), max_pages), device),
-            scores=torch.zeros(q_heads, capacity, dtype=torch.float32, device=device),
+            scores=PageScores.empty(q_heads, capacity, max_num_reqs, device),
             page_size=page_size,
         )
-        mib = (workspace.scores.numel() + workspace.table.units.numel()) * 4 / 2**20
+        mib = (workspace.scores.values.numel() + workspace.table.units.numel()) * 4 / 2**20
         logger.info("sparse attention: workspace of %.0f MiB for up to %d requests", mib, max_num_reqs)
         return workspace
 

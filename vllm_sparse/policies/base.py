@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 
 from vllm_sparse.decode_plan import DecodePlan
+from vllm_sparse.page_scores import PageScores
 
 
 class DecodePolicy(ABC):
@@ -29,9 +30,9 @@ class DecodePolicy(ABC):
         plan: DecodePlan,
         page_size: int,
         scale: float,
-        scores: torch.Tensor,
+        scores: PageScores,
     ) -> None:
-        """Write ``scores[head, offset + page]``: higher means attend, in units of log-mass.
+        """Write the score of every page to be scored: higher means attend, in units of log-mass.
 
         Args:
             q: [num_reqs, q_heads, head_dim], one query token per request.
@@ -40,7 +41,7 @@ class DecodePolicy(ABC):
             plan: rows with ``score_offsets >= 0`` are to be scored, from that column on.
             page_size: tokens per page.
             scale: softmax scale.
-            scores: float32 [q_heads, capacity_pages], ragged over requests.
+            scores: where to write; kernels do so through :mod:`vllm_sparse.kernels.store_scores`.
         """
 
 

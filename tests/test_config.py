@@ -1,0 +1,191 @@
+"""A wrong configuration refuses to start, and says which key, which value and what is allowed."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+from tiny_engine import MIXED_LENGTHS, attention_layers, prompts, tokens
+
+from vllm_sparse.config import ENV_CONFIG, ConfigError, SparseConfig
+
+# Settings, and what the refusal must say.
+WRONG = {
+    "unknown_key": ({"budget": 128}, ["unknown key 'budget'", "Did you mean 'budget_tokens'?", "window_tokens"]),
+    "misspelt_key": ({"dense_layer": 1}, ["'dense_layer'", "Did you mean 'dense_layers'?"]),
+    "string_for_number": ({"budget_tokens": "128"}, ["sparse.budget_tokens", "a whole number", "'128'", "2048"]),
+    "float_for_number": ({"budget_tokens": 128.0}, ["sparse.budget_tokens", "a whole number", "128.0"]),
+    "bool_for_number": ({"dense_layers": True}, ["sparse.dense_layers", "a whole number", "True"]),
+    "null_for_number": ({"window_tokens": None}, ["sparse.window_tokens", "a whole number", "None"]),
+    "number_for_string": ({"engine": 3}, ["sparse.engine", "a string", "3"]),
+    "no_budget": ({"budget_tokens": 0}, ["sparse.budget_tokens", "0"]),
+    "negative_budget": ({"budget_tokens": -16}, ["sparse.budget_tokens", "-16"]),
+    "negative_window": ({"window_tokens": -1}, ["sparse.window_tokens", "-1", "0 or more"]),
+    "negative_sinks": ({"sink_tokens": -1}, ["sparse.sink_tokens", "-1", "0 or more"]),
+    "negative_layers": ({"dense_layers": -2}, ["sparse.dense_layers", "-2", "0 or more"]),
+    "negative_context": ({"min_context_tokens": -5}, ["sparse.min_context_tokens", "-5", "0 or more"]),
+    "budget_below_window": (
+        {"budget_tokens": 64, "window_tokens": 64},
+        ["sparse.budget_tokens", "64", "sink_tokens=16", "window_tokens=64", "at least 112"],
+    ),
+    "unknown_policy": ({"decode_policy": "qest"}, ["sparse.decode_policy", "'qest'", "Did you mean 'quest'?", "random"]),
+    "unknown_engine": ({"engine": "tritn"}, ["sparse.engine", "'tritn'", "Did you mean 'triton'?", "xformers"]),
+    "not_an_object": (["quest"], ["expected a JSON object", "['quest']"]),
+}
+wrong = pytest.mark.parametrize("case", WRONG)
+
+
+def of_engine(additional: dict) -> SparseConfig:
+    return SparseConfig.from_vllm(SimpleNamespace(additional_config=additional))
+
+
+@wrong
+def test_wrong_settings_are_refused_by_name(case):
+    settings, said = WRONG[case]
+    with pytest.raises(ConfigError) as refusal:
+        of_engine({"sparse": settings})
+    for words in said:
+        assert words in str(refusal.value)
+
+
+def test_smallest_allowed_budget_is_the_one_that_refusals_name():
+    # Sinks 1 page; a window of 64 can touch 5 pages; one page to choose.
+    smallest = {"budget_tokens": 112, "sink_tokens": 16, "window_tokens": 64}
+    assert of_engine({"sparse": smallest}).budget_pages(16) == 7
+    with pytest.raises(ConfigError, match="at least 112"):
+        of_engine({"sparse": {**smallest, "budget_tokens": 111}})
+    with pytest.raises(ConfigError, match="pages of 64 tokens.*at least 256"):
+        SparseConfig(**smallest).check_page_size(64)
+
+
+@pytest.mark.parametrize("page_size", [0, 8, 24, 40, 48, 512, -16])
+def test_page_sizes_that_kernels_cannot_use_are_refused(page_size):
+    with pytest.raises(ConfigError, match=f"--block-size: {page_size} is not a page size .* allowed: 16, 32, 64"):
+        SparseConfig().check_page_size(page_size)
+
+
+def test_environment_gives_the_config_as_json_or_as_a_file(monkeypatch, tmp_path):
+    settings = {"budget_tokens": 512, "decode_policy": "streaming"}
+    monkeypatch.setenv(ENV_CONFIG, json.dumps(settings))
+    assert of_engine({}) == SparseConfig(**settings)
+    path = tmp_path / "sparse.json"
+    path.write_text(json.dumps({"budget_tokens": 768}))
+    monkeypatch.setenv(ENV_CONFIG, str(path))
+    assert of_engine({}) == SparseConfig(budget_tokens=768)
+    monkeypatch.setenv(ENV_CONFIG, "  ")
+    assert of_engine({}) == SparseConfig()
+    monkeypatch.delenv(ENV_CONFIG)
+    assert SparseConfig.from_vllm(SimpleNamespace(additional_config=None)) == SparseConfig()
+
+
+def test_engine_settings_win_over_the_environment(monkeypatch):
+    monkeypatch.setenv(ENV_CONFIG, json.dumps({"budget_tokens": 512, "dense_layers": 7}))
+    assert of_engine({"sparse": {"budget_tokens": 1024}}) == SparseConfig(budget_tokens=1024)
+    assert of_engine({"sparse": {}}) == SparseConfig()
+    assert of_engine({"another plugin": 1}).dense_layers == 7
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("/nowhere/sparse.json", "'/nowhere/sparse.json' is neither a JSON object nor a readable file"),
+        ("budget_tokens=128", "neither a JSON object nor a readable file"),
+        ("[1, 2]", "neither a JSON object nor a readable file"),
+        ('{"budget_tokens": 128', "not valid JSON"),
+        ('{"budget": 128}', "Did you mean 'budget_tokens'?"),
+    ],
+)
+def test_wrong_environment_is_refused_by_name(monkeypatch, text, said):
+    monkeypatch.setenv(ENV_CONFIG, text)
+    with pytest.raises(ConfigError) as refusal:
+        of_engine({})
+    assert said in str(refusal.value) and ENV_CONFIG in str(refusal.value)
+
+
+@pytest.mark.parametrize("content", [b"budget_tokens: 128\n", b"\x89PNG\r\n\x1a\n\x00\xff", b"", b"[1]"])
+def test_file_without_a_json_object_is_refused_by_name(monkeypatch, tmp_path, content):
+    path = tmp_path / "notes.txt"
+    path.write_bytes(content)
+    monkeypatch.setenv(ENV_CONFIG, str(path))
+    with pytest.raises(ConfigError, match=rf"{ENV_CONFIG} \(file notes.txt\): (not valid JSON|expected a JSON)"):
+        of_engine({})
+
+
+def refused(tiny, **settings) -> str:
+    """Why a configuration was refused before anything was built from it."""
+
+    def build(*args, **kwargs):
+        pytest.fail("the configuration was accepted")
+
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(Exception, match="validation error") as refusal,
+    ):
+        patch.setattr("vllm.v1.engine.llm_engine.LLMEngine.__init__", build)
+        with tiny.start(**settings):
+            pass
+    return str(refusal.value)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("case", ["unknown_key", "bool_for_number", "budget_below_window", "unknown_policy"])
+def test_engine_refuses_wrong_settings_before_it_builds_anything(tiny, case):
+    settings, said = WRONG[case]
+    message = refused(tiny, additional_config={"sparse": settings})
+    for words in said:
+        assert words in message
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({"block_size": 8}, ["--block-size: 8", "allowed: 16, 32, 64"]),
+        ({"block_size": 64, "sparse": {"budget_tokens": 96}}, ["sparse.budget_tokens: 96", "pages of 64 tokens"]),
+        ({"kv_cache_dtype": "fp8"}, ["--kv-cache-dtype: 'fp8'", "bfloat16"]),
+    ],
+    ids=["page_of_8", "budget_for_large_pages", "fp8"],
+)
+def test_engine_refuses_what_pages_cannot_serve(tiny, settings, said):
+    message = refused(tiny, **settings)
+    for words in said:
+        assert words in message
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("name", ["fa3", "triton", "xformers"])
+def test_engine_that_needs_a_gpu_is_refused_on_a_cpu(tiny, name):
+    with (
+        pytest.raises(ConfigError, match=f"sparse.engine: '{name}' .* needs a GPU.* Allowed here: auto, torch"),
+        tiny.start(sparse={"engine": name}),
+    ):
+        pass
+
+
+@pytest.mark.engine
+def test_engine_takes_its_config_from_the_environment(tiny, monkeypatch, tmp_path):
+    path = tmp_path / "sparse.json"
+    path.write_text(json.dumps({"budget_tokens": 256, "dense_layers": 1}))
+    monkeypatch.setenv(ENV_CONFIG, str(path))
+    with tiny.start(additional_config={}) as llm:
+        configs = {layer.impl.config for layer in attention_layers(llm).values()}
+    assert configs == {SparseConfig(budget_tokens=256, dense_layers=1)}
+
+
+@pytest.mark.engine
+def test_wrong_prompts_are_refused_and_the_engine_still_serves(tiny):
+    batch = prompts()
+    expected = tiny.stock(batch)
+    with tiny.start(sparse={"budget_tokens": 2048}) as llm:
+        for prompt, said in ((prompts((1200,))[0], "1024"), ([], "empty"), ([600], "vocab")):
+            with pytest.raises(Exception, match=said):
+                tokens(llm, [prompt])
+        assert tokens(llm, batch) == expected
+    assert len(expected) == len(MIXED_LENGTHS)
+
+
+@pytest.mark.engine
+def test_page_size_defaults_to_16_on_a_cpu(tiny):
+    with tiny.start(block_size=None) as llm:
+        assert {layer.impl.page_size for layer in attention_layers(llm).values()} == {16}
