@@ -9,6 +9,7 @@ output tokens of all running requests; TTFT the time to the first token of the b
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -55,7 +56,9 @@ def main() -> None:
     backends = ([args.baseline] if args.baseline else []) + ["sparse"]
     times = {backend: run_worker(backend) for backend in backends}
     stock, sparse = times.get(args.baseline, {}), times["sparse"]
-    print(f"{'batch':>12} {'stock TPOT':>11} {'sparse TPOT':>12} {'ratio':>6} {'stock TTFT':>11} {'sparse TTFT':>12}")
+    print(
+        f"{'batch':>12} {'stock TPOT':>11} {'sparse TPOT':>12} {'ratio':>6} {'stock TTFT':>11} {'sparse TTFT':>12}"
+    )
     rows = []
     for spec in args.specs:
         ours, theirs = sparse[spec], stock.get(spec, {})
@@ -148,7 +151,7 @@ def time_batch(engine, batch, params) -> dict:
             if first is None:
                 first = now - start
             stamps.append(now)
-    gaps = sorted(b - a for a, b in zip(stamps, stamps[1:], strict=False))
+    gaps = sorted(b - a for a, b in itertools.pairwise(stamps))
     # The first and last steps of a batch do other work too: admission, the end of requests.
     return {
         "tpot_ms": round(statistics.median(gaps) * 1e3, 4),

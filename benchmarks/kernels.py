@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from vllm_sparse.kernels import launchers, reference
 
 from benchmarks import results
 from benchmarks.batch_spec import parse
 from benchmarks.timer import graph_us
 from vllm_sparse.decode_plan import DecodePlan
 from vllm_sparse.engines.registry import engine_class
-from vllm_sparse.kernels import launchers, reference
 from vllm_sparse.page_scores import PageScores
 from vllm_sparse.page_table import PageTable
 

@@ -1,7 +1,7 @@
 """Scores that need no keys: recency, and a hash for the random baseline.
 
-    recency[h, p] = p
-    random[h, p]  = murmur3 finaliser of (seq_len, h, p), uniform in [0, 1)
+recency[h, p] = p
+random[h, p]  = murmur3 finaliser of (seq_len, h, p), uniform in [0, 1)
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-
-from vllm_sparse.decode_plan import DecodePlan
 from vllm_sparse.kernels.launch import page_splits
 from vllm_sparse.kernels.store_scores import store_chunk, store_scores
+
+from vllm_sparse.decode_plan import DecodePlan
 from vllm_sparse.page_scores import CHUNK_PAGES, PageScores
 
 
@@ -57,15 +57,11 @@ def _launch(block_table, plan, page_size, scores, random):
     )  # fmt: skip
 
 
-def recency_score(
-    block_table: torch.Tensor, plan: DecodePlan, page_size: int, scores: PageScores
-) -> None:
+def recency_score(block_table: torch.Tensor, plan: DecodePlan, page_size: int, scores: PageScores) -> None:
     """Later pages score higher; arguments as in :meth:`vllm_sparse.policies.base.DecodePolicy.score`."""
     _launch(block_table, plan, page_size, scores, random=False)
 
 
-def random_score(
-    block_table: torch.Tensor, plan: DecodePlan, page_size: int, scores: PageScores
-) -> None:
+def random_score(block_table: torch.Tensor, plan: DecodePlan, page_size: int, scores: PageScores) -> None:
     """Hashed scores; arguments as in :meth:`vllm_sparse.policies.base.DecodePolicy.score`."""
     _launch(block_table, plan, page_size, scores, random=True)

@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-
 from vllm_sparse.kernels.launch import num_multiprocessors
+
 from vllm_sparse.page_table import PageTable
 
 LOG2_E = 1.4426950408889634

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from vllm_sparse.kernels import reference
 
 from vllm_sparse.decode_plan import DecodePlan
-from vllm_sparse.kernels import reference
 from vllm_sparse.page_scores import PageScores
 from vllm_sparse.page_table import PageTable
 

@@ -13,12 +13,15 @@ import triton
 from cases import make
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
-
 from vllm_sparse.kernels import launchers, select_pages
-
 
 SHARED_BYTES = {80: 166912, 86: 101376, 89: 101376, 90: 232448}
 """Shared memory that one block can have (CUDA C++ Programming Guide, compute capabilities)."""
+
+
+# (kv_heads, group, head_dim, page_size); the widest dtype takes the most shared memory at head_dim 256.
+SHAPES = [(8, 4, 128, 16), (2, 7, 64, 32), (1, 1, 256, 64), (4, 3, 96, 16)]
+MATRIX = {torch.bfloat16: SHAPES, torch.float16: SHAPES[:1], torch.float32: SHAPES[1:3]}
 
 
 class FakeDriver:
@@ -49,7 +52,9 @@ def compile_only(run):
         meta = kernel.metadata
         limit = SHARED_BYTES[meta.target.arch]
         if meta.shared > limit:
-            raise SystemExit(f"{meta.name}: {meta.shared} bytes of shared memory, sm_{meta.target.arch} has {limit}")
+            raise SystemExit(
+                f"{meta.name}: {meta.shared} bytes of shared memory, sm_{meta.target.arch} has {limit}"
+            )
         print(f"  {meta.name}: {len(kernel.asm['cubin'])} bytes, {meta.shared} shared, {meta.num_warps} warps")
         return kernel
 
@@ -58,8 +63,8 @@ def compile_only(run):
 
 def compile_all(capability: int) -> None:
     driver.set_active(FakeDriver(capability))
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for kv_heads, group, head_dim, page_size in ((8, 4, 128, 16), (2, 7, 64, 32), (1, 1, 256, 64), (4, 3, 96, 16)):
+    for dtype, shapes in MATRIX.items():
+        for kv_heads, group, head_dim, page_size in shapes:
             print(f"sm_{capability} {dtype} kv{kv_heads} group{group} d{head_dim} page{page_size}")
             case = make([300, 5], kv_heads, group, head_dim, page_size, 4, dtype=dtype, device=torch.device("cpu"))
             slots = torch.arange(3)

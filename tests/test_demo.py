@@ -5,7 +5,7 @@ import pytest
 pytest.importorskip("tqdm", reason="pip install 'vllm-sparse[demo]'")
 
 from vllm_sparse.demo import smollm2, texts
-from vllm_sparse.demo.__main__ import attended_fraction
+from vllm_sparse.demo.__main__ import attended_tokens
 
 CONTEXT_TOKENS = 3000
 PROMPT_OVERHEAD_TOKENS = 80
@@ -45,13 +45,13 @@ def test_more_context_than_there_are_essays_is_refused(tokenizer):
         texts.needle_prompt(tokenizer, 1_000_000, 0.5)
 
 
-def test_attended_fraction_is_that_of_the_last_report():
+def test_attended_tokens_are_those_of_the_last_report():
     log = (
         "x\n(Worker pid=1) sparse attention: attended 10 of 20 tokens\n... attended 30 of 120 tokens (25.0%)"
     )
     log += "\nsparse attention: attended 30 of 120 tokens (25.0%) in decode steps so far\nshutdown"
-    assert attended_fraction(log) == 0.25
+    assert attended_tokens(log) == (30, 120)
 
 
-def test_attended_fraction_of_a_log_without_a_report_is_unknown():
-    assert attended_fraction("INFO: started") is None
+def test_attended_tokens_of_a_log_without_a_report_are_unknown():
+    assert attended_tokens("INFO: started") is None

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import DEVICE, ON_GPU, TOLERANCE, error, make, random_scores, select_reference
+from vllm_sparse.kernels import reference
 
 from vllm_sparse.config import ConfigError
 from vllm_sparse.engines import ENGINES, choose_engine
 from vllm_sparse.engines.base import AttentionShape
 from vllm_sparse.engines.registry import engine_class
-from vllm_sparse.kernels import reference
 
 SHAPES = [(8, 4, 128, 16), (3, 3, 64, 16), (2, 7, 128, 32), (1, 1, 256, 64), (4, 8, 96, 16)]
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
@@ -26,9 +26,7 @@ def case_of(shape):
 
 
 def engine_for(name, case):
-    shape = AttentionShape(
-        DEVICE, DTYPE, case.q.shape[1], case.kv_heads, case.q.shape[2], case.page_size
-    )
+    shape = AttentionShape(DEVICE, DTYPE, case.q.shape[1], case.kv_heads, case.q.shape[2], case.page_size)
     reason = engine_class(name).unsupported(shape)
     if reason is not None:
         pytest.skip(reason)
@@ -82,6 +80,7 @@ def test_engine_replays_in_a_cuda_graph_with_other_pages(name):
 @pytest.mark.parametrize("name", [name for name in ENGINES if name != "torch"])
 def test_a_decode_step_never_waits_for_the_gpu(policy, name):
     from vllm_sparse.kernels import launchers
+
     from vllm_sparse.policies import get_decode_policy
 
     case = case_of(SHAPES[0])
@@ -90,9 +89,7 @@ def test_a_decode_step_never_waits_for_the_gpu(policy, name):
     def step():
         launchers.plan_decode(case.seq_lens, case.plan, 16, 8, 0, case.scores.capacity_pages, False)
         chooser.score(case.q, case.kv, case.block_table, case.plan, 16, case.scale, case.scores)
-        launchers.select_pages(
-            case.scores, case.block_table, case.plan, case.kv, 16, 8, 1, 20, case.table
-        )
+        launchers.select_pages(case.scores, case.block_table, case.plan, case.kv, 16, 8, 1, 20, case.table)
         engine.attend(case.q, case.kv, case.table, 16, case.scale, case.q.clone())
 
     step()

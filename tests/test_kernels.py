@@ -16,12 +16,12 @@ from cases import (
     select_reference,
     set_scores,
 )
-
-from vllm_sparse.decode_plan import DecodePlan
 from vllm_sparse.kernels import reference
 
+from vllm_sparse.decode_plan import DecodePlan
+
 pytest.importorskip("triton")
-from vllm_sparse.kernels import launchers, select_pages  # noqa: E402
+from vllm_sparse.kernels import launchers, select_pages
 
 # (kv_heads, group, head_dim, page_size): group 1/3/4/7/8, odd head sizes, every page size.
 SHAPES = [(2, 3, 64, 16), (1, 1, 128, 16), (3, 4, 96, 32), (1, 7, 256, 16), (2, 8, 32, 64)]
@@ -102,6 +102,17 @@ def test_scores_match_twin(shape, dtype, name):
         written = ~mine.isnan()
         assert written.any()
         assert error(mine[written], twin[written]) < TOLERANCE[torch.float32]
+
+
+@dtypes
+def test_quest_score_slack_matches_twin(dtype):
+    case = case_of(SHAPES[0], dtype)
+    actual = poisoned_like(case)
+    for run, scores in ((reference.quest_score, case.scores), (launchers.quest_score, actual)):
+        run(case.q, case.kv, case.block_table, case.plan, case.page_size, case.scale, scores, 0.5)
+    written = ~case.scores.values.isnan()
+    # The kernel rounds three quarters of a query to its dtype.
+    assert error(actual.values[written], case.scores.values[written]) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("name", ["recency_score", "random_score"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -88,19 +89,20 @@ class TinyEngines:
         self._running = False
 
     def model(self, model_type: str = "llama", **changes) -> Path:
-        name = "_".join([model_type, *(f"{key}={value}" for key, value in changes.items())])
-        name = "".join(c if c.isalnum() or c in "=_." else "-" for c in name)
-        return tiny_model.make(self.root / name, model_type, **changes)
+        name = hashlib.sha256(repr(sorted(changes.items())).encode()).hexdigest()[:12]
+        return tiny_model.make(self.root / f"{model_type}-{name}", model_type, **changes)
 
     @contextmanager
     def start(self, model: Path | None = None, sparse: dict | None = None, backend="sparse", **changes):
         """An engine with fresh counters; ``sparse`` changes :data:`SPARSE`."""
         from vllm import LLM
+        from vllm.v1.attention.selector import _cached_get_attn_backend
 
         from vllm_sparse import metrics
 
         assert not self._running, "one engine at a time: counters are the process's"
         metrics.reset()
+        _cached_get_attn_backend.cache_clear()  # choices of an engine before were counted then
         settings = {**ENGINE, "block_size": 32, **changes}
         if backend is not None:
             settings["attention_backend"] = backend

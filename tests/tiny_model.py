@@ -10,8 +10,15 @@ import torch
 VOCAB = 512
 
 
-def make(path: Path, model_type: str = "llama", seed: int = 0, **changes) -> Path:
-    """Write config, weights and a byte-level tokenizer to ``path``; returns it."""
+def make(
+    path: Path, model_type: str = "llama", seed: int = 0, embedding: float = 1.0, ones: dict | None = None, **changes
+) -> Path:
+    """Write config, weights and a byte-level tokenizer to ``path``; returns it.
+
+    ``embedding`` scales token embeddings: where they are tied to the output, large ones make a random
+    model repeat its last token whatever its layers compute. ``ones`` names vectors to add to the
+    checkpoint, with their sizes: weights that a vLLM wants although the model does not use them.
+    """
     import transformers
 
     if (path / "model.safetensors").exists():
@@ -35,7 +42,9 @@ def make(path: Path, model_type: str = "llama", seed: int = 0, **changes) -> Pat
     settings.update(changes)
     config = transformers.AutoConfig.for_model(model_type, **settings)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.save_pretrained(path)
+    model.get_input_embeddings().weight.data.mul_(embedding)
+    weights = model.state_dict() | {name: torch.ones(size) for name, size in (ones or {}).items()}
+    model.save_pretrained(path, state_dict=weights)
     write_tokenizer(path)
     return path
 

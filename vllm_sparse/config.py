@@ -30,7 +30,7 @@ class ConfigError(ValueError):
 class SparseConfig:
     """What a user can choose. Token counts are per request and KV head."""
 
-    decode_policy: str = "quest"
+    decode_policy: str = "midbound"
     """Which pages a decode step attends to: a name of :mod:`vllm_sparse.policies`."""
     budget_tokens: int = 2048
     """Tokens attended in a decode step, sinks and window included; rounded down to whole pages."""

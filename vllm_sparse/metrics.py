@@ -12,6 +12,7 @@ import torch
 logger = logging.getLogger("vllm.vllm_sparse")
 
 REPORT_SECONDS = 10.0
+REPORT_STEPS = 16
 
 
 @dataclass
@@ -49,17 +50,25 @@ def count_stock_layer(reason: str) -> None:
 class AttendedTokens:
     """Attended and context tokens of decode steps, counted on the device, reported now and then.
 
-    The device adds into ``counters`` (int64 [2]) in every step. A report starts an asynchronous
-    copy and logs the one before it, so no step waits.
+    The device adds into ``counters`` (int64 [2]) in every step. A report is an asynchronous copy,
+    logged some steps later, so no step waits for it.
     """
 
     def __init__(self, counters: torch.Tensor):
         self.counters = counters
         on_gpu = counters.device.type != "cpu"
         self._copied = torch.zeros(2, dtype=torch.int64, pin_memory=on_gpu)
-        self._logged = 0
-        self._steps = 0
+        self._forget_reports()
+
+    def _forget_reports(self) -> None:
+        self._steps = self._logged = 0
+        self._copying = False
         self._next_report = 0.0
+
+    def reset(self) -> None:
+        """Forget what was counted so far: warm-up and graph capture decode nothing real."""
+        self.counters.zero_()
+        self._forget_reports()
 
     def read(self) -> tuple[int, int]:
         """(attended, context) tokens so far; waits for the device."""
@@ -69,20 +78,24 @@ class AttendedTokens:
     def step(self) -> None:
         """Call once per decode step."""
         self._steps += 1
-        if self._steps % 16:
+        if self._steps % REPORT_STEPS:
             return
-        now = time.monotonic()
-        if now < self._next_report:
+        if self._copying:
+            self._copying = False
+            self._log(*self._copied.tolist())
+        elif time.monotonic() >= self._next_report:
+            self._next_report = time.monotonic() + REPORT_SECONDS
+            self._copied.copy_(self.counters, non_blocking=True)
+            self._copying = True
+
+    def _log(self, attended: int, context: int) -> None:
+        if context <= self._logged:
             return
-        self._next_report = now + (REPORT_SECONDS if self._logged else 0.0)
-        attended, context = self._copied.tolist()
-        self._copied.copy_(self.counters, non_blocking=True)
-        if context > self._logged:
-            self._logged = context
-            logger.info(
-                "sparse attention: attended %d of %d tokens (%.1f%%) in decode steps so far",
-                attended, context, 100 * attended / context,
-            )  # fmt: skip
+        self._logged = context
+        logger.info(
+            "sparse attention: attended %d of %d tokens (%.1f%%) in decode steps so far",
+            attended, context, 100 * attended / context,
+        )  # fmt: skip
 
 
 trackers: list[AttendedTokens] = []

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
+import torch
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
@@ -31,15 +33,12 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
         self.config = SparseConfig.from_vllm(vllm_config)
         self.page_size = kv_cache_spec.block_size
         self.config.check_page_size(self.page_size)
-        self.budget_pages = self.config.budget_pages(self.page_size)
         layers = vllm_config.compilation_config.static_forward_context
         impls = [layers[name].impl for name in layer_names]
         for position, (name, impl) in enumerate(zip(layer_names, impls, strict=True)):
             number = re.search(r"\.(\d+)\.", name)
             impl.bind(int(number[1]) if number else position, self.page_size)
-        if all(impl.dense_reason is not None for impl in impls):
-            # No layer selects pages, so the counters must not say that it did.
-            self.budget_pages = 1 << 30
+        self.selects = any(impl.dense_reason is None for impl in impls)
         impl = impls[0]
         self.workspace = impl.workspace
         if not self.workspace.fits(self.page_size, impl.num_heads, impl.num_kv_heads):
@@ -50,14 +49,26 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
         if device.type != "cpu":
             backend = dense.stock_backend(impl.dtype, impl.head_size, impl.alibi_slopes is not None)
         self.dense = dense.DenseBuilder(kv_cache_spec, layer_names, vllm_config, device, backend)
-        self.tracker = metrics.AttendedTokens(self.workspace.plan.counters)
-        metrics.trackers.append(self.tracker)
+        self.plan = self.workspace.plan
+        self.tracker = None
+        if any(tracker.counters is self.plan.counters for tracker in metrics.trackers):
+            # Another group of layers, as hybrid models have, counts the same steps.
+            self.plan = replace(self.plan, counters=torch.zeros_like(self.plan.counters))
+        elif self.selects:
+            self.tracker = metrics.AttendedTokens(self.plan.counters)
+            metrics.trackers.append(self.tracker)
+
+    def build_for_cudagraph_capture(self, common_attn_metadata) -> SparseMetadata:
+        metadata = self.build(0, common_attn_metadata)
+        if self.tracker is not None:
+            self.tracker.reset()
+        return metadata
 
     def build(self, common_prefix_len, common_attn_metadata, fast_build=False) -> SparseMetadata:
         common = common_attn_metadata
         num_decodes, num_prefills, num_decode_tokens, _ = split_decodes_and_prefills(common)
         workspace = self.workspace
-        plan = workspace.plan.rows(num_decodes)
+        plan = self.plan.rows(num_decodes)
         metadata = SparseMetadata(
             num_actual_tokens=common.num_actual_tokens,
             num_decodes=num_decodes,
@@ -73,17 +84,19 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
         if num_prefills:
             rows = dense.prefill_rows(common, num_decodes, num_decode_tokens) if num_decodes else common
             metadata.dense_prefill = self.dense.build("prefill", rows, fast_build)
-        if num_decodes:
+        if num_decodes and self.selects:
             short_rows_dense = num_decodes >= SHORT_ROWS_DENSE_FROM
             kernels.for_device(self.device).plan_decode(
-                common.seq_lens[:num_decodes], plan, self.page_size, self.budget_pages,
-                self.config.min_context_tokens, workspace.scores.capacity_pages, short_rows_dense,
+                common.seq_lens[:num_decodes], plan, self.page_size,
+                self.config.budget_pages(self.page_size), self.config.min_context_tokens,
+                workspace.scores.capacity_pages, short_rows_dense,
             )  # fmt: skip
             if short_rows_dense:
                 decodes = common if not num_prefills else decode_rows(common, num_decodes, num_decode_tokens)
                 rows = dense.short_rows(decodes, plan.dense_seq_lens)
                 metadata.dense_short = self.dense.build("short", rows, fast_build)
-            self.tracker.step()
+            if self.tracker is not None:
+                self.tracker.step()
         return metadata
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from vllm.config import get_current_vllm_config
-from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
@@ -140,9 +139,7 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
             return output
         if md.dense_prefill is not None:
             rows = slice(decodes, md.num_actual_tokens)
-            self.dense.attend(
-                layer, query[rows], key[rows], value[rows], kv_cache, md.dense_prefill, output[rows]
-            )
+            self.dense.attend(layer, query[rows], key[rows], value[rows], kv_cache, md.dense_prefill, output[rows])
         if decodes:
             query, output_rows = query[:decodes], output[:decodes]
             if md.dense_short is not None:

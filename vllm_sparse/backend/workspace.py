@@ -66,4 +66,3 @@ class Workspace:
         mib = (workspace.scores.values.numel() + workspace.table.units.numel()) * 4 / 2**20
         logger.info("sparse attention: workspace of %.0f MiB for up to %d requests", mib, max_num_reqs)
         return workspace
-

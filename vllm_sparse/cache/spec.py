@@ -60,6 +60,4 @@ class SparseAttentionManager(FullAttentionManager):
 
 # Registering first would make vLLM believe that its own specs are registered already.
 KVCacheSpecRegistry._ensure_registered()
-KVCacheSpecRegistry.register(
-    SparseAttentionSpec, SparseAttentionManager, uniform_type_base_spec=FullAttentionSpec
-)
+KVCacheSpecRegistry.register(SparseAttentionSpec, SparseAttentionManager, uniform_type_base_spec=FullAttentionSpec)

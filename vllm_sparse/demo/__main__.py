@@ -48,22 +48,23 @@ def _run(arguments: argparse.Namespace) -> int:
         _report("question", question)
         answer, first_token_s = _ask(server, messages)
         token_s = _time_per_token(server, messages)
-        fraction = attended_fraction(server.log())
+        attended = attended_tokens(server.log())
     right = number in answer
     _report("result", "right" if right else f"WRONG: the number is {number}")
-    if fraction is not None:
-        _report("attended", f"{fraction:.1%} of the context in a decode step")
+    if attended is not None:
+        chosen, context = attended
+        _report("attended", f"{chosen:,} of {context:,} context tokens in the first decode steps ({chosen / context:.1%})")
     _report("time", f"{first_token_s:.1f} s to the first token, {1000 * token_s:.0f} ms for each further one")
     return 0 if right else 1
 
 
-def attended_fraction(log: str) -> float | None:
-    """Attended tokens over context tokens, from the last report in a server's log; None without one."""
+def attended_tokens(log: str) -> tuple[int, int] | None:
+    """Attended tokens and context tokens from the last report in a server's log; None without one."""
     reports = ATTENDED.findall(log)
     if not reports:
         return None
     attended, context = map(int, reports[-1])
-    return attended / context
+    return attended, context
 
 
 def _ask(server: Server, messages: list[dict]) -> tuple[str, float]:

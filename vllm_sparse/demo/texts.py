@@ -57,9 +57,7 @@ def _essay_tokens(tokenizer, text: str, num_tokens: int, choice: random.Random) 
     longest = num_tokens * CHARACTERS_PER_TOKEN
     if longest >= len(text):
         limit = (len(text) - 1) // CHARACTERS_PER_TOKEN
-        raise ValueError(
-            f"context_tokens={num_tokens:,} is too long for the essays; ask for at most {limit:,}."
-        )
+        raise ValueError(f"context_tokens={num_tokens:,} is too long for the essays; ask for at most {limit:,}.")
     start = _sentence_start(text, choice.randrange(len(text) - longest))
     tokens = tokenizer.encode(text[start : start + longest], add_special_tokens=False, verbose=False)
     return tokenizer.decode(tokens[:num_tokens])

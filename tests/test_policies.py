@@ -1,0 +1,175 @@
+"""What every policy's choice of pages must be, and that informed choices beat blind ones."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from cases import DEVICE, Case, make
+
+from vllm_sparse import kernels
+from vllm_sparse.kernels import reference
+from vllm_sparse.page_table import units_per_block
+from vllm_sparse.policies import DECODE_POLICIES, get_decode_policy
+from vllm_sparse.policies.base import SUMMARY_ROWS
+
+SCORING = [name for name in DECODE_POLICIES if name != "dense"]
+policies = pytest.mark.parametrize("policy", SCORING)
+
+
+def choose(case: Case, policy: str, sink_pages: int = 1, window_tokens: int = 20) -> list[list[list[int]]]:
+    """Positions of the chosen pages, by request and KV head, as the engines are given them."""
+    run = kernels.for_device(DEVICE)
+    get_decode_policy(policy).score(
+        case.q, case.kv, case.block_table, case.plan, case.page_size, case.scale, case.scores
+    )
+    run.select_pages(
+        case.scores, case.block_table, case.plan, case.kv, case.page_size,
+        case.budget_pages, sink_pages, window_tokens, case.table,
+    )  # fmt: skip
+    chosen = []
+    for request, seq_len in enumerate(case.seq_lens.tolist()):
+        blocks = case.block_table[request, : -(-seq_len // case.page_size)].tolist()
+        heads = []
+        for head in range(case.kv_heads):
+            row = request * case.kv_heads + head
+            count = -(-int(case.table.lengths[row]) // case.page_size)
+            units = case.table.units[row, :count].tolist()
+            owners = {unit % units_per_block(case.kv) for unit in units}
+            assert owners <= {head}, f"row of KV head {head} names pages of {owners}"
+            heads.append([blocks.index(unit // units_per_block(case.kv)) for unit in units])
+        chosen.append(heads)
+    return chosen
+
+
+@policies
+@pytest.mark.parametrize("seed", range(12))
+def test_chosen_pages_hold_the_invariants(policy, seed):
+    rng = random.Random(seed)
+    page_size, sink_pages, window_tokens = rng.choice([16, 32, 64]), rng.choice([0, 1, 2]), rng.choice([0, 1, 20, 64])
+    least = sink_pages + -(-window_tokens // page_size) + 2
+    budget_pages = least + rng.randrange(6)
+    edges = [1, page_size, page_size + 1, budget_pages * page_size, budget_pages * page_size + 1]
+    lengths = [0, *rng.sample(edges, 3), *(rng.randrange(1, 60 * page_size) for _ in range(3))]
+    heads = rng.choice([1, 2, 3])
+    case = make(lengths, heads, rng.choice([1, 3, 4, 7]), rng.choice([32, 64]), page_size, budget_pages, seed=seed)
+    for seq_len, by_head in zip(lengths, choose(case, policy, sink_pages, window_tokens), strict=True):
+        pages = -(-seq_len // page_size)
+        assert len(by_head) == heads
+        for chosen in by_head:
+            assert chosen == sorted(set(chosen)), "not ascending, or a page twice"
+            assert len(chosen) == min(pages, budget_pages), "not the budget"
+            if not seq_len:
+                continue
+            assert chosen[-1] == pages - 1, "the current page is missing, or a page past the context is there"
+            assert set(range(min(sink_pages, pages))) <= set(chosen), "a sink is missing"
+            oldest_in_window = max(0, seq_len - max(window_tokens, 1))
+            assert set(range(oldest_in_window // page_size, pages)) <= set(chosen), "the window is incomplete"
+    lengths_of_rows = case.table.lengths.view(len(lengths), heads)
+    for seq_len, row in zip(lengths, lengths_of_rows.tolist(), strict=True):
+        skipped = max(0, -(-seq_len // page_size) - budget_pages)
+        assert set(row) == {seq_len - skipped * page_size}
+
+
+@policies
+def test_budget_of_all_pages_chooses_all_pages(policy):
+    lengths = [1, 16, 95, 96]
+    case = make(lengths, budget_pages=6)
+    assert choose(case, policy) == [[list(range(-(-n // 16)))] * 2 for n in lengths]
+
+
+@policies
+def test_choice_of_a_request_does_not_depend_on_its_batch(policy):
+    batch = make([333, 77, 600, 1], seed=5)
+    together = choose(batch, policy)
+    for request in range(4):
+        alone = make([333, 77, 600, 1], seed=5)
+        for name in ("q", "block_table", "seq_lens"):
+            setattr(alone, name, getattr(alone, name)[request : request + 1])
+        empty = make([int(alone.seq_lens[0])], seed=0)
+        alone.plan, alone.scores, alone.table = empty.plan, empty.scores, empty.table
+        assert choose(alone, policy) == together[request : request + 1]
+
+
+def cluster(case: Case, seed: int = 0) -> None:
+    """Give each page keys around a centre of its own: some pages then matter to a query, most do not."""
+    generator = torch.Generator().manual_seed(seed)
+    heads, head_dim = case.kv_heads, case.q.shape[2]
+    for request, seq_len in enumerate(case.seq_lens.tolist()):
+        blocks = case.block_table[request, : -(-seq_len // case.page_size)].cpu().long()
+        centres = 1.5 * torch.randn(len(blocks), 1, heads, head_dim, generator=generator)
+        keys = centres + 0.5 * torch.randn(len(blocks), case.page_size, heads, head_dim, generator=generator)
+        slots = blocks[:, None] * case.page_size + torch.arange(case.page_size)
+        keys, slots = keys.flatten(0, 1)[:seq_len].to(DEVICE), slots.flatten()[:seq_len].to(DEVICE)
+        reference.page_write(keys, torch.zeros_like(keys), case.kv, slots, case.page_size, "minmax")
+
+
+def captured(case: Case, chosen: list[list[list[int]]]) -> torch.Tensor:
+    """Share of the attention mass on the chosen pages, float64 [num_reqs, kv_heads], mean over each group."""
+    group, head_dim = case.q.shape[1] // case.kv_heads, case.q.shape[2]
+    shares = torch.zeros(len(chosen), case.kv_heads, dtype=torch.float64)
+    for request, seq_len in enumerate(case.seq_lens.tolist()):
+        blocks = case.block_table[request, : -(-seq_len // case.page_size)].long()
+        for head, pages in enumerate(chosen[request]):
+            keys = case.kv[blocks, head, : case.page_size, :head_dim].flatten(0, 1)[:seq_len].double()
+            queries = case.q[request, head * group : (head + 1) * group].double()
+            mass = (queries @ keys.T * case.scale).softmax(-1).mean(0).cpu()
+            mass = torch.nn.functional.pad(mass, (0, -seq_len % case.page_size)).view(-1, case.page_size).sum(1)
+            shares[request, head] = mass[pages].sum()
+    return shares
+
+
+@pytest.mark.parametrize("group", [1, 4, 7])
+def test_informed_policies_capture_more_attention_than_blind_ones(group):
+    case = make([1500, 999, 640], 2, group, 64, 16, 8, seed=3)
+    cluster(case)
+    shares = {policy: captured(case, choose(case, policy)) for policy in SCORING}
+    for policy in SCORING:
+        assert (shares["oracle"] >= shares[policy] - 1e-6).all(), f"{policy} beat the best possible choice"
+    mean = {policy: share.mean().item() for policy, share in shares.items()}
+    assert mean["quest"] > 1.5 * mean["random"]
+    assert mean["quest"] > 1.5 * mean["streaming"]
+    assert mean["quest"] > 0.8 * mean["oracle"]
+
+
+def test_quest_finds_one_key_that_matches_in_a_long_context():
+    case = make([1600], 2, 1, 64, 16, 6, seed=9)
+    slot = int(case.block_table[0, 41]) * 16 + 5
+    key = 4 * case.q[0][None]
+    reference.page_write(
+        torch.cat([case.kv[slot // 16, :, :5, :64].transpose(0, 1), key, case.kv[slot // 16, :, 6:16, :64].transpose(0, 1)]),
+        torch.zeros(16, 2, 64, device=DEVICE), case.kv, torch.arange(16, device=DEVICE) + slot - 5, 16, "minmax",
+    )  # fmt: skip
+    assert all(41 in chosen for chosen in choose(case, "quest")[0])
+
+
+def test_streaming_takes_sinks_and_the_most_recent_pages():
+    case = make([1000, 64], budget_pages=6)
+    assert choose(case, "streaming", sink_pages=2) == [[[0, 1, 59, 60, 61, 62]] * 2, [[0, 1, 2, 3]] * 2]
+
+
+def test_random_is_the_same_on_every_run_and_new_for_each_head_and_step():
+    first, again, next_step = (make([n, 777], 2, 1, seed=4) for n in (1500, 1500, 1501))
+    chosen = choose(first, "random")
+    assert choose(again, "random") == chosen
+    assert chosen[0][0] != chosen[0][1], "heads chose the same pages"
+    later = choose(next_step, "random")
+    assert later[0][0] != chosen[0][0], "the next step chose the same pages"
+    assert later[1] == chosen[1], "another request's length changed the choice"
+
+
+def test_random_reaches_every_page():
+    seen = set()
+    for seq_len in range(1000, 1063):
+        seen.update(*choose(make([seq_len], 4, 1, 32, seed=1), "random")[0])
+    assert seen == set(range(67))
+
+
+def test_every_policy_names_a_known_summary():
+    assert {policy.summary for policy in DECODE_POLICIES.values()} <= set(SUMMARY_ROWS)
+    case = make([100])
+    with pytest.raises(AssertionError, match="no scores"):
+        get_decode_policy("dense").score(
+            case.q, case.kv, case.block_table, case.plan, case.page_size, case.scale, case.scores
+        )
