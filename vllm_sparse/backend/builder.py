@@ -92,23 +92,9 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
                 workspace.scores.capacity_pages, short_rows_dense,
             )  # fmt: skip
             if short_rows_dense:
-                decodes = common if not num_prefills else decode_rows(common, num_decodes, num_decode_tokens)
+                decodes = common if not num_prefills else dense.decode_rows(common, num_decodes, num_decode_tokens)
                 rows = dense.short_rows(decodes, plan.dense_seq_lens)
                 metadata.dense_short = self.dense.build("short", rows, fast_build)
             if self.tracker is not None:
                 self.tracker.step()
         return metadata
-
-
-def decode_rows(common, num_decodes: int, num_decode_tokens: int):
-    """``common`` with only its decode rows."""
-    return common.replace(
-        query_start_loc=common.query_start_loc[: num_decodes + 1],
-        query_start_loc_cpu=common.query_start_loc_cpu[: num_decodes + 1],
-        seq_lens=common.seq_lens[:num_decodes],
-        num_reqs=num_decodes,
-        num_actual_tokens=num_decode_tokens,
-        max_query_len=1,
-        block_table_tensor=common.block_table_tensor[:num_decodes],
-        slot_mapping=common.slot_mapping[:num_decode_tokens],
-    )

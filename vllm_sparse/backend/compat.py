@@ -118,8 +118,9 @@ def _check_config(original, vllm_config) -> None:
     if cache is None:
         return
     if current_platform.is_cpu() and not getattr(cache, "user_specified_block_size", False):
-        # CPUs default to 128, at which a budget of a few hundred tokens holds no pages to choose.
-        cache.block_size = 16
+        # CPUs default to 128, at which a budget of a few hundred tokens holds no pages to choose; 32
+        # is the least that vLLM's own CPU backend takes for layers that are left to it.
+        cache.block_size = 32
     if cache.block_size is not None:
         config.check_page_size(cache.block_size)
     if cache.cache_dtype not in ("auto", "float16", "bfloat16", "float32"):
@@ -132,6 +133,11 @@ def _check_config(original, vllm_config) -> None:
         raise ConfigError(
             f"--decode-context-parallel-size: {parallel.decode_context_parallel_size} is not supported by the "
             f"sparse backend; allowed: 1"
+        )
+    if getattr(parallel, "enable_dbo", False):
+        raise ConfigError(
+            "--enable-dbo: micro-batches would share the buffers of one decode step; the sparse backend "
+            "runs without it"
         )
 
 
@@ -161,3 +167,23 @@ def head_major_layouts() -> tuple | None:
     except ImportError:
         return None
     return (KVCacheLayout.LBHNC, KVCacheLayout.BLHNC)
+
+
+def pages_count_rows() -> bool:
+    """Whether vLLM sizes a page by its rows (0.31 on) rather than by its bytes."""
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    return hasattr(FullAttentionSpec, "get_num_kernel_states")
+
+
+def replace_rows(common, **rows):
+    """A copy of vLLM's common metadata for other rows, without what it derived from the old ones."""
+    derived = (
+        "_seq_lens_cpu",
+        "_num_computed_tokens_cpu",
+        "_num_computed_tokens_cache",
+        "_token_to_req_indices_cache",
+        "seq_lens_cpu_upper_bound",
+        "is_prefilling",
+    )
+    return common.replace(**{name: None for name in derived if hasattr(common, name)}, **rows)

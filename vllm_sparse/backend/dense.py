@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from vllm_sparse.backend import compat
 from vllm_sparse.kernels import reference
 
 
@@ -80,7 +81,8 @@ class DenseBuilder:
 def prefill_rows(common, num_decodes: int, num_decode_tokens: int):
     """``common`` without its first ``num_decodes`` rows."""
     starts, starts_cpu = common.query_start_loc[num_decodes:], common.query_start_loc_cpu[num_decodes:]
-    return common.replace(
+    return compat.replace_rows(
+        common,
         query_start_loc=starts - num_decode_tokens,
         query_start_loc_cpu=starts_cpu - num_decode_tokens,
         seq_lens=common.seq_lens[num_decodes:],
@@ -88,19 +90,24 @@ def prefill_rows(common, num_decodes: int, num_decode_tokens: int):
         num_actual_tokens=common.num_actual_tokens - num_decode_tokens,
         block_table_tensor=common.block_table_tensor[num_decodes:],
         slot_mapping=common.slot_mapping[num_decode_tokens:],
-        **_clear_caches(common),
     )
 
 
 def short_rows(common, dense_seq_lens: torch.Tensor):
     """``common`` with the lengths of rows that go dense; 0 for the others."""
-    return common.replace(seq_lens=dense_seq_lens, **_clear_caches(common))
+    return compat.replace_rows(common, seq_lens=dense_seq_lens)
 
 
-def _clear_caches(common) -> dict[str, None]:
-    """Values that vLLM derived from the lengths we replace, and would not derive again."""
-    derived = (
-        "_seq_lens_cpu", "_num_computed_tokens_cpu", "_num_computed_tokens_cache",
-        "_token_to_req_indices_cache", "seq_lens_cpu_upper_bound", "is_prefilling",
-    )  # fmt: skip
-    return {name: None for name in derived if hasattr(common, name)}
+def decode_rows(common, num_decodes: int, num_decode_tokens: int):
+    """``common`` with only its decode rows."""
+    return compat.replace_rows(
+        common,
+        query_start_loc=common.query_start_loc[: num_decodes + 1],
+        query_start_loc_cpu=common.query_start_loc_cpu[: num_decodes + 1],
+        seq_lens=common.seq_lens[:num_decodes],
+        num_reqs=num_decodes,
+        num_actual_tokens=num_decode_tokens,
+        max_query_len=1,
+        block_table_tensor=common.block_table_tensor[:num_decodes],
+        slot_mapping=common.slot_mapping[:num_decode_tokens],
+    )

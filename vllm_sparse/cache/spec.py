@@ -13,6 +13,8 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
+from vllm_sparse.backend import compat
+
 
 @dataclass(frozen=True, kw_only=True)
 class SparseAttentionSpec(FullAttentionSpec):
@@ -20,11 +22,10 @@ class SparseAttentionSpec(FullAttentionSpec):
 
     summary_rows: int = 0
 
-    # vLLM up to 0.30 sizes a page by its bytes, later releases by its states (rows).
     @property
     def real_page_size_bytes(self) -> int:
         content_bytes = super().real_page_size_bytes
-        if hasattr(FullAttentionSpec, "get_num_kernel_states"):
+        if compat.pages_count_rows():
             return content_bytes
         return content_bytes // self.block_size * (self.block_size + self.summary_rows)
 

@@ -53,7 +53,8 @@ def _run(arguments: argparse.Namespace) -> int:
     _report("result", "right" if right else f"WRONG: the number is {number}")
     if attended is not None:
         chosen, context = attended
-        _report("attended", f"{chosen:,} of {context:,} context tokens in the first decode steps ({chosen / context:.1%})")
+        share = f"{chosen / context:.1%}"
+        _report("attended", f"{chosen:,} of {context:,} context tokens over the first decode steps, {share}")
     _report("time", f"{first_token_s:.1f} s to the first token, {1000 * token_s:.0f} ms for each further one")
     return 0 if right else 1
 

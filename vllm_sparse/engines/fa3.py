@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from vllm_sparse.engines.base import AttentionShape, Engine
 from vllm_sparse.page_table import single_head_pages
+
+MAX_ROWS = 1 << 17
 
 
 class FA3Engine(Engine):
@@ -32,27 +36,20 @@ class FA3Engine(Engine):
         from vllm.vllm_flash_attn import flash_attn_varlen_func
 
         self._attend = flash_attn_varlen_func
-        self._starts: dict[torch.device, torch.Tensor] = {}
-
-    def _sequence_starts(self, rows: int, device: torch.device) -> torch.Tensor:
-        """int32 [rows + 1]: one query row per sequence. Grown, never freed: CUDA graphs hold it."""
-        starts = self._starts.get(device)
-        if starts is None or len(starts) <= rows:
-            size = max(rows + 1, 2 * len(starts) if starts is not None else 1024)
-            starts = self._starts[device] = torch.arange(size, dtype=torch.int32, device=device)
-            self._starts.setdefault(("kept", size), starts)  # type: ignore[arg-type]
-        return starts[: rows + 1]
+        # Made here and not on first use, which may be inside a CUDA graph's capture.
+        self._starts = _sequence_starts(torch.cuda.current_device())
 
     def attend(self, q, kv, table, page_size, scale, out):
         num_reqs, q_heads, head_dim = q.shape
         kv_heads = kv.shape[1]
         rows, group = num_reqs * kv_heads, q_heads // kv_heads
+        assert rows <= MAX_ROWS, f"{rows} rows of (request, KV head) in a step; at most {MAX_ROWS}"
         keys, values = single_head_pages(kv, page_size)
         result = self._attend(
             q=q.reshape(rows, group, head_dim),
             k=keys,
             v=values,
-            cu_seqlens_q=self._sequence_starts(rows, q.device),
+            cu_seqlens_q=self._starts[: rows + 1],
             max_seqlen_q=1,
             seqused_k=table.lengths,
             max_seqlen_k=table.units.shape[1] * page_size,
@@ -65,3 +62,9 @@ class FA3Engine(Engine):
         attended = (table.lengths > 0).view(num_reqs, kv_heads, 1, 1)
         heads = (num_reqs, kv_heads, group, head_dim)
         torch.where(attended, result.view(heads), out.view(heads), out=out.view(heads))
+
+
+@cache
+def _sequence_starts(device_index: int) -> torch.Tensor:
+    """int32 [MAX_ROWS + 1]: every sequence has one row of queries."""
+    return torch.arange(MAX_ROWS + 1, dtype=torch.int32, device=f"cuda:{device_index}")
