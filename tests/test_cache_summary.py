@@ -176,10 +176,8 @@ class Worker:
             # A page with rejected drafts is summarised with them until it is written again.
             live |= {block: self.filled[block] for block in blocks[:pages]}
             assert all(self.filled[block] == PAGE for block in blocks[: pages - 1])
-        cached = {
-            block.block_id: PAGE for block in self.manager.block_pool.blocks if block.block_hash is not None
-        }
-        assert live or not self.running
+        cached = {block.block_id: PAGE for block in self.manager.block_pool.blocks if block.block_hash is not None}
+        assert self.kv[0].isnan().all(), "the null block was written"
         assert_summaries(self.kv, cached | live, PAGE)
         self.seen["checked"] += len(cached | live)
 

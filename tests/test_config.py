@@ -29,7 +29,10 @@ WRONG = {
         {"budget_tokens": 64, "window_tokens": 64},
         ["sparse.budget_tokens", "64", "sink_tokens=16", "window_tokens=64", "at least 112"],
     ),
-    "unknown_policy": ({"decode_policy": "qest"}, ["sparse.decode_policy", "'qest'", "Did you mean 'quest'?", "random"]),
+    "unknown_policy": (
+        {"decode_policy": "qest"},
+        ["sparse.decode_policy", "'qest'", "Did you mean 'quest'?", "random"],
+    ),
     "unknown_engine": ({"engine": "tritn"}, ["sparse.engine", "'tritn'", "Did you mean 'triton'?", "xformers"]),
     "not_an_object": (["quest"], ["expected a JSON object", "['quest']"]),
 }
@@ -186,6 +189,6 @@ def test_wrong_prompts_are_refused_and_the_engine_still_serves(tiny):
 
 
 @pytest.mark.engine
-def test_page_size_defaults_to_16_on_a_cpu(tiny):
+def test_page_size_defaults_to_32_on_a_cpu(tiny):
     with tiny.start(block_size=None) as llm:
-        assert {layer.impl.page_size for layer in attention_layers(llm).values()} == {16}
+        assert {layer.impl.page_size for layer in attention_layers(llm).values()} == {32}

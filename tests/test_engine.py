@@ -75,6 +75,19 @@ def test_every_page_size_gives_stock_tokens(tiny, page_size):
         assert_ran_sparse()
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_agrees_with_stock_up_to_rounding(tiny, dtype):
+    expected = tiny.stock(MIXED, dtype=dtype)
+    with tiny.start(sparse=ALL_TOKENS, dtype=dtype) as llm:
+        got = tokens(llm, MIXED)
+        assert_ran_sparse()
+    # Where rounding flips one token, the rest of that answer is another text.
+    same = sum(
+        a == b for mine, theirs in zip(got, expected, strict=True) for a, b in zip(mine, theirs, strict=True)
+    )
+    assert same > 0.5 * 16 * len(MIXED)
+
+
 @pytest.mark.parametrize("heads", [(2, 2), (6, 2), (7, 1)], ids=["group1", "group3", "group7"])
 def test_every_group_size_gives_stock_tokens(tiny, heads):
     model = tiny.model(num_attention_heads=heads[0], num_key_value_heads=heads[1], hidden_size=32 * heads[0])

@@ -47,7 +47,11 @@ def choose(case: Case, policy: str, sink_pages: int = 1, window_tokens: int = 20
 @pytest.mark.parametrize("seed", range(12))
 def test_chosen_pages_hold_the_invariants(policy, seed):
     rng = random.Random(seed)
-    page_size, sink_pages, window_tokens = rng.choice([16, 32, 64]), rng.choice([0, 1, 2]), rng.choice([0, 1, 20, 64])
+    page_size, sink_pages, window_tokens = (
+        rng.choice([16, 32, 64]),
+        rng.choice([0, 1, 2]),
+        rng.choice([0, 1, 20, 64]),
+    )
     least = sink_pages + -(-window_tokens // page_size) + 2
     budget_pages = least + rng.randrange(6)
     edges = [1, page_size, page_size + 1, budget_pages * page_size, budget_pages * page_size + 1]

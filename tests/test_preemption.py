@@ -57,7 +57,9 @@ def test_preempted_requests_with_a_small_budget_agree_up_to_the_preemption(tiny,
 
 
 def test_preemption_is_deterministic_at_a_small_budget(tiny, monkeypatch):
-    assert run(tiny, monkeypatch, {"budget_tokens": 96}, TIGHT) == run(tiny, monkeypatch, {"budget_tokens": 96}, TIGHT)
+    assert run(tiny, monkeypatch, {"budget_tokens": 96}, TIGHT) == run(
+        tiny, monkeypatch, {"budget_tokens": 96}, TIGHT
+    )
 
 
 def test_prompts_beyond_the_cache_wait_for_each_other(tiny, monkeypatch):

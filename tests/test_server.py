@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import socket
 import subprocess
 import sys
@@ -14,7 +12,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from conftest import CPU_ENGINE
+from process import running
 from tiny_engine import ENGINE, prompts
 
 pytestmark = pytest.mark.engine
@@ -62,32 +60,19 @@ def server(tiny, tmp_path_factory):
         port = free.getsockname()[1]
     settings = {**ENGINE, "block_size": 32, "port": port, "host": "127.0.0.1", "served_model_name": "tiny"}
     arguments = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
-    arguments += ["--attention-backend=sparse", f"--additional-config={json.dumps({'sparse': SPARSE})}"]
-    environment = {name: value for name, value in os.environ.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
-    assert CPU_ENGINE["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0", "the in-process setting was renamed"
+    arguments += [
+        "--enforce-eager",
+        "--attention-backend=sparse",
+        f"--additional-config={json.dumps({'sparse': SPARSE})}",
+    ]
     log = tmp_path_factory.mktemp("server") / "log"
-    command = [str(Path(sys.executable).parent / "vllm"), "serve", str(tiny.model()), *arguments]
-    with log.open("wb") as file:
-        process = subprocess.Popen(
-            command, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-        )
-    try:
+    command = [Path(sys.executable).parent / "vllm", "serve", tiny.model(), *arguments]
+    # As in production: an engine process of its own, and warm-up steps, which have no attention metadata.
+    with running(command, log, VLLM_ENABLE_V1_MULTIPROCESSING=None, VLLM_CPU_CI_ENV=None) as process:
         tiny.stock(PROMPTS, MAX_TOKENS)  # while the server starts
-        running = Server(process, port, log)
-        running.wait()
-        yield running
-    finally:
-        # The engine is a child in the same group, and must not outlive a test that failed.
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            pass
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        process.wait()
+        started = Server(process, port, log)
+        started.wait()
+        yield started
 
 
 def test_completions_are_those_of_stock_vllm(server, tiny):

@@ -11,7 +11,12 @@ VOCAB = 512
 
 
 def make(
-    path: Path, model_type: str = "llama", seed: int = 0, embedding: float = 1.0, ones: dict | None = None, **changes
+    path: Path,
+    model_type: str = "llama",
+    seed: int = 0,
+    embedding: float = 1.0,
+    ones: dict | None = None,
+    **changes,
 ) -> Path:
     """Write config, weights and a byte-level tokenizer to ``path``; returns it.
 
