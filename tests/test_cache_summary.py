@@ -10,17 +10,17 @@ import torch
 
 pytest.importorskip("vllm")
 
-from tiny_engine import attention_layers, kv_cache, outputs, prompts, tokens  # noqa: E402
-from vllm.sampling_params import SamplingParams  # noqa: E402
-from vllm.utils.hashing import sha256  # noqa: E402
-from vllm.v1.core.kv_cache_manager import KVCacheManager  # noqa: E402
-from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash  # noqa: E402
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec  # noqa: E402
-from vllm.v1.request import Request, RequestStatus  # noqa: E402
+from tiny_engine import attention_layers, kv_cache, outputs, prompts, tokens
+from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.request import Request, RequestStatus
+from vllm_sparse.kernels import reference
 
-from vllm_sparse.backend.impl import SparseImpl  # noqa: E402
-from vllm_sparse.cache.spec import SparseAttentionManager, SparseAttentionSpec  # noqa: E402
-from vllm_sparse.kernels import reference  # noqa: E402
+from vllm_sparse.backend.impl import SparseImpl
+from vllm_sparse.cache.spec import SparseAttentionManager, SparseAttentionSpec
 
 PAGE, HEADS, HEAD_DIM = 16, 2, 8
 NUM_BLOCKS, MAX_LEN = 24, 192

@@ -58,7 +58,7 @@ def test_smallest_allowed_budget_is_the_one_that_refusals_name():
     assert of_engine({"sparse": smallest}).budget_pages(16) == 7
     with pytest.raises(ConfigError, match="at least 112"):
         of_engine({"sparse": {**smallest, "budget_tokens": 111}})
-    with pytest.raises(ConfigError, match="pages of 64 tokens.*at least 256"):
+    with pytest.raises(ConfigError, match=r"pages of 64 tokens.*at least 256"):
         SparseConfig(**smallest).check_page_size(64)
 
 

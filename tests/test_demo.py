@@ -46,9 +46,7 @@ def test_more_context_than_there_are_essays_is_refused(tokenizer):
 
 
 def test_attended_tokens_are_those_of_the_last_report():
-    log = (
-        "x\n(Worker pid=1) sparse attention: attended 10 of 20 tokens\n... attended 30 of 120 tokens (25.0%)"
-    )
+    log = "x\n(Worker pid=1) sparse attention: attended 10 of 20 tokens\n... attended 30 of 120 tokens (25.0%)"
     log += "\nsparse attention: attended 30 of 120 tokens (25.0%) in decode steps so far\nshutdown"
     assert attended_tokens(log) == (30, 120)
 

@@ -101,7 +101,7 @@ def test_batch_with_short_rows_beside_long_ones_gives_stock_tokens(tiny):
     """From 16 decode rows on, short contexts run densely beside the sparse engine."""
     from vllm_sparse.backend.builder import SHORT_ROWS_DENSE_FROM
 
-    batch = prompts(tuple(range(3, 3 + 2 * SHORT_ROWS_DENSE_FROM, 2)) + (500, 700), seed=3)
+    batch = prompts((*range(3, 3 + 2 * SHORT_ROWS_DENSE_FROM, 2), 500, 700), seed=3)
     settings = {"max_num_seqs": 32, "max_num_batched_tokens": 2048}
     expected = tiny.stock(batch, **settings)
     with tiny.start(sparse=ALL_TOKENS, **settings) as llm:

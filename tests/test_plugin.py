@@ -14,14 +14,14 @@ import torch
 
 pytest.importorskip("vllm")
 
-from conftest import CPU_ENGINE  # noqa: E402
-from vllm.platforms import current_platform  # noqa: E402
-from vllm.v1.attention.backends.registry import AttentionBackendEnum  # noqa: E402
-from vllm.v1.attention.selector import AttentionSelectorConfig  # noqa: E402
+from conftest import CPU_ENGINE
+from vllm.platforms import current_platform
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.attention.selector import AttentionSelectorConfig
+from vllm_sparse.plugin_entrypoints import register
 
-from vllm_sparse import metrics  # noqa: E402
-from vllm_sparse.backend import compat  # noqa: E402
-from vllm_sparse.plugin_entrypoints import register  # noqa: E402
+from vllm_sparse import metrics
+from vllm_sparse.backend import compat
 
 
 def run_python(code: str, *arguments: str, **environment: str) -> str:
@@ -97,7 +97,7 @@ def test_without_the_flag_vllm_is_as_without_the_plugin(tiny):
             llm = LLM(sys.argv[2], block_size=32, **ENGINE)
             print(tokens(llm, prompts()))
             layers = attention_layers(llm).values()
-            print({layer.attn_backend.get_name() for layer in layers}, {type(layer.impl).__name__ for layer in layers})
+            print({(layer.attn_backend.get_name(), type(layer.impl).__name__) for layer in layers})
             print(hasattr(current_platform.get_attn_backend_cls, "_vllm_sparse"))
             print(sorted(name for name in sys.modules if name.startswith("vllm_sparse")))
     """

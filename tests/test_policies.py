@@ -7,9 +7,9 @@ import random
 import pytest
 import torch
 from cases import DEVICE, Case, make
+from vllm_sparse.kernels import reference
 
 from vllm_sparse import kernels
-from vllm_sparse.kernels import reference
 from vllm_sparse.page_table import units_per_block
 from vllm_sparse.policies import DECODE_POLICIES, get_decode_policy
 from vllm_sparse.policies.base import SUMMARY_ROWS
@@ -139,12 +139,11 @@ def test_informed_policies_capture_more_attention_than_blind_ones(group):
 
 def test_quest_finds_one_key_that_matches_in_a_long_context():
     case = make([1600], 2, 1, 64, 16, 6, seed=9)
-    slot = int(case.block_table[0, 41]) * 16 + 5
-    key = 4 * case.q[0][None]
-    reference.page_write(
-        torch.cat([case.kv[slot // 16, :, :5, :64].transpose(0, 1), key, case.kv[slot // 16, :, 6:16, :64].transpose(0, 1)]),
-        torch.zeros(16, 2, 64, device=DEVICE), case.kv, torch.arange(16, device=DEVICE) + slot - 5, 16, "minmax",
-    )  # fmt: skip
+    block = int(case.block_table[0, 41])
+    keys = case.kv[block, :, :16, :64].transpose(0, 1).clone()
+    keys[5] = 4 * case.q[0]
+    slots = torch.arange(block * 16, block * 16 + 16, device=DEVICE)
+    reference.page_write(keys, torch.zeros_like(keys), case.kv, slots, 16, "minmax")
     assert all(41 in chosen for chosen in choose(case, "quest")[0])
 
 
