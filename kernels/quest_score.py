@@ -21,7 +21,7 @@ from vllm_sparse.page_scores import CHUNK_PAGES, PageScores
 
 TILE_BYTES = 32768
 TUNING = {"waves": 8, "num_warps": 4, "num_stages": 2}
-"""Measured on an H100: see benchmarks/results/kernels.jsonl."""
+"""Chosen from benchmarks/results/sweep.jsonl: an H100, an earlier commit of these kernels."""
 
 
 @triton.jit(do_not_specialize=["slack"])

@@ -19,7 +19,7 @@ from vllm_sparse.page_table import PageTable
 LOG2_E = 1.4426950408889634
 TILE_BYTES = 32768
 TUNING = {"block_tokens": 128, "waves": 2, "num_warps": 4, "num_stages": 3, "add_warps": 1}
-"""Measured on an H100: see benchmarks/results/kernels.jsonl."""
+"""Chosen from benchmarks/results/sweep.jsonl: an H100, an earlier commit of these kernels."""
 
 
 @triton.jit(do_not_specialize=["splits"])

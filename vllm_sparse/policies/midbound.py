@@ -12,8 +12,8 @@ class Midbound(DecodePolicy):
     """``q . centre + 1/2 |q| . half-range`` from the page's per-channel key range.
 
     Quest's bound assumes a key that is extreme in every channel at once; no page holds one, and the
-    excess differs from page to page. Half of it ranks pages better, at the same bytes and time.
-    Summary from Tang et al., arXiv 2406.10774.
+    excess differs from page to page; this counts half of it, from the same bytes. The half was chosen
+    on one prompt of one model, see README. Summary from Tang et al., arXiv 2406.10774.
     """
 
     summary = "minmax"
