@@ -62,7 +62,7 @@ def bench(spec: str, args) -> list[dict]:
     q_heads, budget_pages, scale = heads * args.group, args.budget // page, args.head_dim**-0.5
     pages = [-(-n // page) for n in lens]
     layer_bytes = sum(pages) * heads * (page + 1) * 4 * dim
-    summary_bytes = sum(pages) * heads * 4 * dim
+    summary_bytes = sum(pages) * heads * (2 * dim + 4)
     count = max(2, min(16, -(-WORKING_SET_BYTES // summary_bytes), (40 << 30) // layer_bytes))
     device = torch.device("cuda")
     blocks = torch.randperm(sum(pages), device=device).int()
@@ -73,16 +73,16 @@ def bench(spec: str, args) -> list[dict]:
         start += n
     seq_lens = torch.tensor(lens, dtype=torch.int32, device=device)
     plan = DecodePlan.empty(len(lens), device)
-    launchers.plan_decode(seq_lens, plan, page, budget_pages, args.budget, sum(pages), False)
+    table = PageTable.empty(len(lens), heads, budget_pages, device)
+    launchers.plan_decode(seq_lens, plan, table, page, budget_pages, args.budget, sum(pages), False)
     scores = PageScores.empty(q_heads, sum(pages), len(lens), device)
     layers = []
     for _ in range(count):
         kv = torch.empty(sum(pages), heads, page + 1, 2 * dim, dtype=torch.bfloat16, device=device)
-        kv.normal_()
-        keys = kv[:, :, :page, :dim]
-        kv[:, :, page, :dim], kv[:, :, page, dim:] = keys.amin(2), keys.amax(2)
+        fresh = torch.randn(2, sum(pages) * page, heads, dim, dtype=torch.bfloat16, device=device)
+        launchers.page_write(*fresh, kv, torch.arange(sum(pages) * page, device=device), page, "key_range")
+        del fresh
         q = torch.randn(len(lens), q_heads, dim, dtype=torch.bfloat16, device=device)
-        table = PageTable.empty(len(lens), heads, budget_pages, device)
         layers.append(Layer(kv, q, table, torch.empty_like(q)))
 
     def score(layer):
@@ -157,7 +157,7 @@ def _page_write(batch, heads, dim, page, block_table, seq_lens):
     last = (seq_lens - 1).long()
     slots = block_table.gather(1, (last // page)[:, None]).squeeze(1).long() * page + last % page
     key = torch.randn(batch, heads, dim, dtype=torch.bfloat16, device="cuda")
-    return lambda layer: launchers.page_write(key, key, layer.kv, slots, page, "minmax")
+    return lambda layer: launchers.page_write(key, key, layer.kv, slots, page, "key_range")
 
 
 def _check(layer, timed, page, scale) -> None:

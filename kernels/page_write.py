@@ -1,7 +1,14 @@
 """page_write: K and V of new tokens into their pages, and the summaries of those pages.
 
-    page[b, h, r] = [key | value]                  for each token with slot b * page_size + r
-    page[b, h, page_size] = [min_r K | max_r K]    over rows 0..last written row (summary "minmax")
+    page[b, h, r] = [key | value]             for each token with slot b * page_size + r
+    page[b, h, page_size] = bytes of [c | w | c_scale, w_scale]    (summary "key_range")
+
+where over rows 0..last written row, per channel, with int8 c and w and scales in the cache's dtype,
+
+    c * c_scale = (max K + min K) / 2, to the nearest
+    w * w_scale >= largest distance of a K from c * c_scale, rounded up
+
+so ``c * c_scale +- w * w_scale`` holds every key of the page. Half the bytes of a 16-bit range.
 
 Summaries are recomputed from the page, never accumulated, so reused blocks, chunked prefill and
 rejected drafts need no special case. Tokens that share a page are neighbours in the batch (they
@@ -14,48 +21,65 @@ import torch
 import triton
 import triton.language as tl
 
+MARGIN = 1 + 2**-7
+"""What a scale may lose when it is rounded to 8 bits of mantissa."""
+SMALLEST = 1e-7
+"""Least scale: not 0 in float16, whose smallest number is 6e-8."""
+
+
+@triton.jit
+def _scale(largest, MARGIN: tl.constexpr, SMALLEST: tl.constexpr, DTYPE: tl.constexpr):
+    """A step of which 127 reach ``largest``, as ``DTYPE`` will hold it."""
+    return tl.maximum(largest * (MARGIN / 127), SMALLEST).to(DTYPE)
+
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _page_write(
-    key, value, kv, slots,
+    key, value, kv, kv_bytes, slots,
     num_tokens, key_stride_t, key_stride_h, value_stride_t, value_stride_h,
     kv_stride_b, kv_stride_h, kv_stride_r,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, MINMAX: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, KEY_RANGE: tl.constexpr,
+    ITEM_BYTES: tl.constexpr, MARGIN: tl.constexpr, SMALLEST: tl.constexpr,
 ):  # fmt: skip
     token, head = tl.program_id(0), tl.program_id(1)
+    dims = tl.arange(0, BLOCK_D)
+    in_head = dims < HEAD_DIM
     slot = tl.load(slots + token)
+    before = tl.load(slots + token - 1, mask=token > 0, other=-1)
+    k = tl.load(key + token.to(tl.int64) * key_stride_t + head * key_stride_h + dims, mask=in_head)
+    v = tl.load(value + token.to(tl.int64) * value_stride_t + head * value_stride_h + dims, mask=in_head)
     if slot < 0:
         return
     block, first = slot // PAGE, slot % PAGE
-    before = tl.load(slots + token - 1, mask=token > 0, other=-1)
-    if (before >= 0) & (before // PAGE == block):
-        return
-    rows = tl.arange(0, PAGE)
-    dims = tl.arange(0, BLOCK_D)
-    in_head = (dims < HEAD_DIM)[None, :]
-    # Row r of the page is token + r - first of the batch, if that token is of this page.
-    source = token + rows - first
-    in_batch = (rows >= first) & (source < num_tokens)
-    source_slot = tl.load(slots + source, mask=in_batch, other=-1)
-    fresh = in_batch & (source_slot == block * PAGE + rows)
-    source = tl.where(fresh, source, token).to(tl.int64)[:, None]
-    mask = fresh[:, None] & in_head
-    k = tl.load(key + source * key_stride_t + head * key_stride_h + dims[None, :], mask=mask, other=0.0)
-    v = tl.load(value + source * value_stride_t + head * value_stride_h + dims[None, :], mask=mask, other=0.0)
-    page = kv + block.to(tl.int64) * kv_stride_b + head.to(tl.int64) * kv_stride_h
-    cells = page + rows[:, None] * kv_stride_r + dims[None, :]
-    tl.store(cells, k, mask=mask)
-    tl.store(cells + HEAD_DIM, v, mask=mask)
-    if MINMAX:
-        old = (rows < first)[:, None]
-        kept = tl.load(cells, mask=old & in_head, other=0.0)
-        k = tl.where(old, kept, k).to(tl.float32)
-        filled = old | fresh[:, None]
-        low = tl.min(tl.where(filled, k, float("inf")), axis=0)
-        high = tl.max(tl.where(filled, k, float("-inf")), axis=0)
-        summary = page + PAGE * kv_stride_r + dims
-        tl.store(summary, low.to(kv.dtype.element_ty), mask=dims < HEAD_DIM)
-        tl.store(summary + HEAD_DIM, high.to(kv.dtype.element_ty), mask=dims < HEAD_DIM)
+    page = block.to(tl.int64) * kv_stride_b + head.to(tl.int64) * kv_stride_h
+    tl.store(kv + page + first * kv_stride_r + dims, k, mask=in_head)
+    tl.store(kv + page + first * kv_stride_r + HEAD_DIM + dims, v, mask=in_head)
+    if KEY_RANGE & ((before < 0) | (before // PAGE != block)):
+        rows = tl.arange(0, PAGE)
+        old = rows < first
+        # Row r of the page is token + r - first of the batch, if that token is of this page.
+        source = token + rows - first
+        fresh = tl.load(slots + source, mask=~old & (source < num_tokens), other=-1) == block * PAGE + rows
+        # Older rows come from the page, new ones from the batch: other programs write those just now.
+        cells = tl.where(old[:, None], kv + page + rows[:, None] * kv_stride_r,
+                         key + source.to(tl.int64)[:, None] * key_stride_t + head * key_stride_h)  # fmt: skip
+        mask = (old | fresh)[:, None] & in_head[None, :]
+        keys = tl.load(cells + dims[None, :], mask=mask, other=0.0).to(tl.float32)
+        low = tl.where(in_head, tl.min(tl.where(mask, keys, float("inf")), axis=0), 0.0)
+        high = tl.where(in_head, tl.max(tl.where(mask, keys, float("-inf")), axis=0), 0.0)
+        centre = low + (high - low) * 0.5
+        c_scale = _scale(tl.max(tl.abs(centre), axis=0), MARGIN, SMALLEST, kv.dtype.element_ty)
+        c_step = c_scale.to(tl.float32)
+        c = tl.floor(centre / c_step + 0.5)
+        half = tl.maximum(high - c * c_step, c * c_step - low)
+        w_scale = _scale(tl.max(half, axis=0), MARGIN, SMALLEST, kv.dtype.element_ty)
+        w = tl.ceil(half / w_scale.to(tl.float32))
+        summary = page + PAGE * kv_stride_r
+        tl.store(kv_bytes + summary * ITEM_BYTES + dims, c.to(tl.int8), mask=in_head)
+        tl.store(kv_bytes + summary * ITEM_BYTES + HEAD_DIM + dims, w.to(tl.int8), mask=in_head)
+        scales = kv + summary + 2 * HEAD_DIM // ITEM_BYTES
+        tl.store(scales, c_scale)
+        tl.store(scales + 1, w_scale)
 
 
 def page_write(
@@ -73,7 +97,7 @@ def page_write(
         kv: [num_blocks, kv_heads, page_size + summary rows, 2 * head_dim].
         slot_mapping: int64 [num_tokens], ``block * page_size + row``; -1 skips a token.
         page_size: tokens per page, a power of two.
-        summary: ``none`` or ``minmax``.
+        summary: ``none`` or ``key_range``.
     """
     num_tokens, (_, kv_heads, head_dim) = slot_mapping.shape[0], key.shape
     assert key.stride(2) == value.stride(2) == kv.stride(3) == 1, "head_dim must be contiguous"
@@ -81,10 +105,12 @@ def page_write(
     assert page_size & (page_size - 1) == 0, f"page size {page_size} is not a power of two"
     if num_tokens == 0:
         return
+    key, value = key.to(kv.dtype), value.to(kv.dtype)
     _page_write[(num_tokens, kv_heads)](
-        key, value, kv, slot_mapping,
+        key, value, kv, kv.view(torch.int8), slot_mapping,
         num_tokens, key.stride(0), key.stride(1), value.stride(0), value.stride(1),
         kv.stride(0), kv.stride(1), kv.stride(2),
         HEAD_DIM=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), PAGE=page_size,
-        MINMAX=summary == "minmax", num_warps=1 if page_size <= 16 else 4,
+        KEY_RANGE=summary == "key_range", ITEM_BYTES=kv.element_size(), MARGIN=MARGIN, SMALLEST=SMALLEST,
+        num_warps=max(1, page_size // 32),
     )  # fmt: skip

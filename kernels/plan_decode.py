@@ -3,6 +3,7 @@
     pages_r  = ceil(seq_len_r / page_size)
     scored_r = seq_len_r > min_context and pages_r > budget and its scores fit the buffer
     offset_r = sum of pages over the rows before r that want scoring
+    length_r = seq_len_r - max(pages_r - budget, 0) * page_size   of a scored row
 
 Rows that are not scored attend to every page: through the page table, or through the dense
 backend where ``short_rows_dense`` says that one runs beside it in this step.
@@ -14,46 +15,70 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_sparse.decode_plan import DecodePlan
+from vllm_sparse.decode_plan import NO_CHUNK, DecodePlan
+from vllm_sparse.page_scores import CHUNK_PAGES
+from vllm_sparse.page_table import PageTable
 
 
 @triton.jit(do_not_specialize=["num_reqs", "capacity"])
 def _plan_decode(
-    seq_lens, table_seq_lens, dense_seq_lens, score_offsets, counters,
+    seq_lens, table_seq_lens, dense_seq_lens, score_offsets, work, totals, counters, lengths,
     num_reqs, budget_pages, min_context, capacity,
-    PAGE: tl.constexpr, SHORT_DENSE: tl.constexpr, BLOCK: tl.constexpr,
+    KV_HEADS: tl.constexpr, PAGE: tl.constexpr, CHUNK: tl.constexpr, NO_CHUNK: tl.constexpr,
+    SHORT_DENSE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     rows = tl.arange(0, BLOCK)
     mask = rows < num_reqs
-    length = tl.load(seq_lens + rows, mask=mask, other=0).to(tl.int64)
-    pages = (length + PAGE - 1) // PAGE
-    wanted = (length > min_context) & (pages > budget_pages)
+    seq_len = tl.load(seq_lens + rows, mask=mask, other=0).to(tl.int64)
+    pages = (seq_len + PAGE - 1) // PAGE
+    wanted = (seq_len > min_context) & (pages > budget_pages)
     claimed = tl.where(wanted, pages, 0)
     offset = tl.cumsum(claimed, axis=0) - claimed
     scored = wanted & (offset + pages <= capacity)
     dense = (wanted & (offset + pages > capacity)) | (~wanted & SHORT_DENSE)
-    tl.store(table_seq_lens + rows, tl.where(dense, 0, length).to(tl.int32), mask=mask)
-    tl.store(dense_seq_lens + rows, tl.where(dense, length, 0).to(tl.int32), mask=mask)
+    in_table = tl.where(dense, 0, seq_len)
+    tl.store(table_seq_lens + rows, in_table.to(tl.int32), mask=mask)
+    tl.store(dense_seq_lens + rows, tl.where(dense, seq_len, 0).to(tl.int32), mask=mask)
     tl.store(score_offsets + rows, tl.where(scored, offset, -1).to(tl.int32), mask=mask)
-    attended = tl.where(scored, length - (pages - budget_pages) * PAGE, length)
+    length = tl.where(scored, seq_len - (pages - budget_pages) * PAGE, in_table).to(tl.int32)
+    for head in range(KV_HEADS):
+        tl.store(lengths + rows * KV_HEADS + head, length, mask=mask)
+    # The work list: scored rows, then short ones.
+    short = (in_table > 0) & ~scored
+    num_scored, num_short = tl.sum(scored.to(tl.int32), axis=0), tl.sum(short.to(tl.int32), axis=0)
+    scored_place = tl.cumsum(scored.to(tl.int32), axis=0) - 1
+    short_place = num_scored + tl.cumsum(short.to(tl.int32), axis=0) - 1
+    chunks = tl.where(scored, (pages + CHUNK - 1) // CHUNK, 0).to(tl.int32)
+    item = work + tl.where(scored, scored_place, short_place) * 4
+    tl.store(item, rows, mask=scored | short)
+    tl.store(item + 1, seq_len.to(tl.int32), mask=scored | short)
+    tl.store(item + 2, tl.where(scored, offset, -1).to(tl.int32), mask=scored | short)
+    tl.store(item + 3, tl.cumsum(chunks, axis=0), mask=scored)
+    tl.store(work + rows * 4 + 3, NO_CHUNK, mask=mask & (rows >= num_scored))
+    tl.store(totals, num_scored)
+    tl.store(totals + 1, num_scored + num_short)
+    tl.store(totals + 2, tl.sum(chunks, axis=0))
+    attended = tl.where(dense, seq_len, length)
     tl.atomic_add(counters, tl.sum(attended, axis=0))
-    tl.atomic_add(counters + 1, tl.sum(length, axis=0))
+    tl.atomic_add(counters + 1, tl.sum(seq_len, axis=0))
 
 
 def plan_decode(
     seq_lens: torch.Tensor,
     plan: DecodePlan,
+    table: PageTable,
     page_size: int,
     budget_pages: int,
     min_context_tokens: int,
     capacity_pages: int,
     short_rows_dense: bool,
 ) -> None:
-    """Fill ``plan`` for this step.
+    """Fill ``plan`` and ``table.lengths`` for this step.
 
     Args:
         seq_lens: int32 [num_reqs], context tokens, the current one included; 0 for padding.
         plan: buffers of ``num_reqs`` rows.
+        table: buffers of ``num_reqs * kv_heads`` rows; its units are left to ``select_pages``.
         page_size, budget_pages, min_context_tokens: see :class:`vllm_sparse.config.SparseConfig`.
         capacity_pages: columns of the score buffer.
         short_rows_dense: rows that need no scoring go to the dense backend, not the page table.
@@ -62,7 +87,9 @@ def plan_decode(
     if num_reqs == 0:
         return
     _plan_decode[(1,)](
-        seq_lens, plan.table_seq_lens, plan.dense_seq_lens, plan.score_offsets, plan.counters,
+        seq_lens, plan.table_seq_lens, plan.dense_seq_lens, plan.score_offsets,
+        plan.work, plan.totals, plan.counters, table.lengths,
         num_reqs, budget_pages, min_context_tokens, capacity_pages,
-        PAGE=page_size, SHORT_DENSE=short_rows_dense, BLOCK=max(1024, triton.next_power_of_2(num_reqs)),
+        KV_HEADS=table.lengths.shape[0] // num_reqs, PAGE=page_size, CHUNK=CHUNK_PAGES, NO_CHUNK=NO_CHUNK,
+        SHORT_DENSE=short_rows_dense, BLOCK=max(1024, triton.next_power_of_2(num_reqs)),
     )  # fmt: skip

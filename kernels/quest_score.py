@@ -1,11 +1,11 @@
 """quest_score: estimates of a page's largest logit from its per-channel key range.
 
-    centre = (min[p] + max[p]) / 2,  half = (max[p] - min[p]) / 2
-    score[h, p] = scale * (q[h] . centre + slack * |q[h]| . half)
-                = scale * [q[h] - slack |q[h]| | q[h] + slack |q[h]|] / 2 . [min[p] | max[p]]
+    score[h, p] = scale * (q[h] . centre[p] + slack * |q[h]| . half_width[p])
 
-With slack 1 it is Quest's upper bound, sum_d max(q_d min_d, q_d max_d) (arXiv 2406.10774). The last
-form is one matrix product with the summary row.
+With slack 1 it is Quest's upper bound, sum_d max(q_d min_d, q_d max_d) (arXiv 2406.10774). Centre and
+half width are int8 (:mod:`vllm_sparse.kernels.page_write` has the format), and so is the query, in two
+digits to base 128: two int8 matrix products with the bytes of the summary row. Turning those bytes
+into floats first took longer than reading them.
 """
 
 from __future__ import annotations
@@ -13,59 +13,97 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from vllm_sparse.kernels.launch import page_splits
+from vllm_sparse.kernels.launch import num_multiprocessors
 from vllm_sparse.kernels.store_scores import store_chunk, store_scores
 
-from vllm_sparse.decode_plan import DecodePlan
+from vllm_sparse.decode_plan import NO_CHUNK, DecodePlan
 from vllm_sparse.page_scores import CHUNK_PAGES, PageScores
 
-TILE_BYTES = 32768
-TUNING = {"waves": 8, "num_warps": 4, "num_stages": 2}
-"""Chosen from benchmarks/results/sweep.jsonl: an H100, an earlier commit of these kernels."""
+TUNING = {"waves": 8, "num_warps": 2}
+ROWS = 128
+"""Entries of the work list read at a time in the search for a program's first row."""
 
 
-@triton.jit(do_not_specialize=["slack"])
+@triton.jit
+def _two_digits(x, steps):
+    """``x`` [dims, group] as int8 [dims, 2 * group]: ``steps * (digit 0 + digit 1 / 128)``, digits side by side."""
+    x = x / steps[None, :]
+    high = tl.floor(x + 0.5)
+    low = tl.floor((x - high) * 128 + 0.5)
+    return tl.join(high.to(tl.int8), low.to(tl.int8)).reshape(x.shape[0], 2 * x.shape[1])
+
+
+@triton.jit
+def _products(rows, digits, steps):
+    """``rows`` int8 [pages, dims] times what ``digits`` stand for, float32 [pages, group]."""
+    both = tl.dot(rows, digits, out_dtype=tl.int32)
+    high, low = tl.split(both.reshape(both.shape[0], both.shape[1] // 2, 2))
+    return (high.to(tl.float32) + low.to(tl.float32) * 0.0078125) * steps[None, :]
+
+
+@triton.jit(do_not_specialize=["num_reqs", "slack"])
 def _quest_score(
-    q, kv, block_table, seq_lens, score_offsets, values, chunk_lse, q_stride_r, q_stride_h,
-    kv_stride_b, kv_stride_h, kv_stride_r, table_stride, score_stride, chunk_stride, scale, slack,
-    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_C: tl.constexpr,
-    PAGE: tl.constexpr, BLOCK_P: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+    q, kv, kv_bytes, block_table, work, totals, values, chunk_lse,
+    q_stride_r, q_stride_h, kv_stride_b, kv_stride_h, kv_stride_r, table_stride, score_stride, chunk_stride,
+    num_reqs, scale, slack,
+    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    PAGE: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, NO_CHUNK: tl.constexpr,
+    ITEM_BYTES: tl.constexpr,
 ):  # fmt: skip
-    split, head, request = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    offset = tl.load(score_offsets + request)
-    seq_len = tl.load(seq_lens + request)
-    if (offset < 0) | (seq_len == 0):
+    program, head = tl.program_id(0), tl.program_id(1)
+    rows = tl.arange(0, ROWS)
+    # The first rows of the list before anything waits: most batches have no more.
+    ends = tl.load(work + rows * 4 + 3, mask=rows < num_reqs, other=NO_CHUNK)
+    total_chunks = tl.load(totals + 2)
+    share = (total_chunks + tl.num_programs(0) - 1) // tl.num_programs(0)
+    chunk, last_chunk = program * share, tl.minimum(program * share + share, total_chunks)
+    if chunk >= last_chunk:
         return
-    num_pages = (seq_len + PAGE - 1) // PAGE
-    if split * CHUNK >= num_pages:
-        return
+    row = tl.sum((ends <= chunk).to(tl.int32))
+    for base in range(ROWS, num_reqs, ROWS):
+        ends = tl.load(work + (base + rows) * 4 + 3, mask=base + rows < num_reqs, other=NO_CHUNK)
+        row += tl.sum((ends <= chunk).to(tl.int32))
     group = tl.arange(0, GROUP_PAD)
-    content = tl.arange(0, BLOCK_C)
-    in_row = content < 2 * HEAD_DIM
+    dims = tl.arange(0, BLOCK_D)
     heads = head * GROUP + group
-    query = q + request.to(tl.int64) * q_stride_r + heads[:, None] * q_stride_h + (content % HEAD_DIM)[None, :]
-    query = tl.load(query, mask=(group < GROUP)[:, None] & in_row[None, :], other=0.0)
-    # With slack 1 minima meet the negative part of q and maxima the positive: exact in any dtype.
-    side = tl.where(content < HEAD_DIM, -slack, slack)[None, :]
-    wide = query.to(tl.float32)
-    query = ((wide + side * tl.abs(wide)) * 0.5).to(query.dtype)
-    summaries = kv + head.to(tl.int64) * kv_stride_h + PAGE * kv_stride_r + content[:, None]
-    block_row = block_table + request.to(tl.int64) * table_stride
-    for chunk in range(split, (num_pages + CHUNK - 1) // CHUNK, tl.num_programs(0)):
-        top = tl.full([GROUP_PAD], float("-inf"), tl.float32)
-        total = tl.zeros([GROUP_PAD], tl.float32)
-        for start in tl.static_range(0, CHUNK, BLOCK_P):
-            pages = chunk * CHUNK + start + tl.arange(0, BLOCK_P)
+    summary_row = head.to(tl.int64) * kv_stride_h + PAGE * kv_stride_r
+    summaries = kv_bytes + summary_row * ITEM_BYTES + dims[None, :]
+    scales = kv + summary_row + 2 * HEAD_DIM // ITEM_BYTES
+    while chunk < last_chunk:
+        item = work + row * 4
+        request, seq_len, offset = tl.load(item), tl.load(item + 1), tl.load(item + 2)
+        begin = tl.load(item - 1, mask=row > 0, other=0)
+        end = tl.minimum(tl.load(item + 3), last_chunk)
+        num_pages = (seq_len + PAGE - 1) // PAGE
+        query = tl.load(q + request.to(tl.int64) * q_stride_r + heads[None, :] * q_stride_h + dims[:, None],
+                        mask=(group < GROUP)[None, :] & (dims < HEAD_DIM)[:, None], other=0.0).to(tl.float32)  # fmt: skip
+        steps = tl.maximum(tl.max(tl.abs(query), axis=0) / 127, 1e-30)
+        signed, sizes = _two_digits(query, steps), _two_digits(tl.abs(query), steps)
+        steps *= scale
+        block_row = block_table + request.to(tl.int64) * table_stride
+        for of_row in range(chunk - begin, end - begin):
+            pages = of_row * CHUNK + tl.arange(0, CHUNK)
             live = pages < num_pages
-            blocks = tl.load(block_row + pages, mask=live, other=0).to(tl.int64)
-            rows = tl.load(
-                summaries + blocks[None, :] * kv_stride_b, mask=live[None, :] & in_row[:, None], other=0.0
-            )
-            bound = tl.dot(query, rows, input_precision=PRECISION) * scale
+            blocks = tl.load(block_row + pages, mask=live, other=0).to(tl.int64) * kv_stride_b
+            cells = summaries + (blocks * ITEM_BYTES)[:, None]
+            if HEAD_DIM == BLOCK_D:
+                mask = live[:, None]
+            else:
+                mask = live[:, None] & (dims < HEAD_DIM)[None, :]
+            centre = tl.load(cells, mask=mask, other=0)
+            width = tl.load(cells + HEAD_DIM, mask=mask, other=0)
+            c_scale = tl.load(scales + blocks, mask=live, other=0.0).to(tl.float32)
+            w_scale = tl.load(scales + blocks + 1, mask=live, other=0.0).to(tl.float32) * slack
+            bound = (_products(centre, signed, steps) * c_scale[:, None]
+                     + _products(width, sizes, steps) * w_scale[:, None])  # fmt: skip
+            top = tl.full([GROUP_PAD], float("-inf"), tl.float32)
+            total = tl.zeros([GROUP_PAD], tl.float32)
             top, total = store_scores(
-                values, bound, heads, group < GROUP, offset, pages, live, score_stride, top, total
+                values, tl.trans(bound), heads, group < GROUP, offset, pages, live, score_stride, top, total
             )
-        store_chunk(chunk_lse, heads, group < GROUP, offset, request, chunk, chunk_stride, top, total, CHUNK)
+            store_chunk(chunk_lse, heads, group < GROUP, offset, request, of_row, chunk_stride, top, total, CHUNK)
+        chunk = end
+        row += 1
 
 
 def quest_score(
@@ -81,22 +119,21 @@ def quest_score(
     """Score pages by their key range, ``slack`` from its centre (0) to its bound (1); the rest as in
     :meth:`vllm_sparse.policies.base.DecodePolicy.score`.
 
-    Reads ``4 * head_dim`` bytes (16-bit cache) per page and KV head.
+    Reads ``2 * head_dim + 4`` bytes (16-bit cache) per page and KV head.
     """
     num_reqs, q_heads, head_dim = q.shape
     kv_heads = kv.shape[1]
     group = q_heads // kv_heads
     assert q.stride(2) == kv.stride(3) == 1
     assert kv.shape[2] > page_size, "the pages of this cache hold no summary"
-    block_c = triton.next_power_of_2(2 * head_dim)
-    block_p = min(CHUNK_PAGES, TILE_BYTES // (block_c * kv.element_size()))
-    splits = page_splits(num_reqs * kv_heads, block_table.shape[1], CHUNK_PAGES, q.device, TUNING["waves"])
-    _quest_score[(splits, kv_heads, num_reqs)](
-        q, kv, block_table, plan.table_seq_lens, plan.score_offsets, scores.values, scores.chunk_lse,
+    chunks = num_reqs * triton.cdiv(block_table.shape[1], CHUNK_PAGES)
+    programs = min(chunks, triton.cdiv(TUNING["waves"] * num_multiprocessors(q.device), kv_heads))
+    _quest_score[(programs, kv_heads)](
+        q, kv, kv.view(torch.int8), block_table, plan.work, plan.totals, scores.values, scores.chunk_lse,
         q.stride(0), q.stride(1), kv.stride(0), kv.stride(1), kv.stride(2), block_table.stride(0),
-        scores.values.stride(0), scores.chunk_lse.stride(0), scale, slack,
-        GROUP=group, GROUP_PAD=max(16, triton.next_power_of_2(group)),
-        HEAD_DIM=head_dim, BLOCK_C=block_c,
-        PAGE=page_size, BLOCK_P=block_p, CHUNK=CHUNK_PAGES, PRECISION="ieee",
-        num_warps=TUNING["num_warps"], num_stages=TUNING["num_stages"],
+        scores.values.stride(0), scores.chunk_lse.stride(0), num_reqs, scale, slack,
+        GROUP=group, GROUP_PAD=max(4, triton.next_power_of_2(group)),
+        HEAD_DIM=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), PAGE=page_size,
+        CHUNK=CHUNK_PAGES, ROWS=ROWS, NO_CHUNK=NO_CHUNK, ITEM_BYTES=kv.element_size(),
+        num_warps=TUNING["num_warps"],
     )  # fmt: skip

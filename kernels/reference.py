@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import torch
 
-from vllm_sparse.decode_plan import DecodePlan
+from vllm_sparse.decode_plan import NO_CHUNK, DecodePlan
 from vllm_sparse.page_scores import CHUNK_PAGES, PageScores
 from vllm_sparse.page_table import PageTable, single_head_pages, units_per_block
+
+SCALE_MARGIN, SMALLEST_SCALE = 1 + 2**-7, 1e-7
 
 
 def page_write(
@@ -34,16 +36,41 @@ def page_write(
     head_dim = key.shape[-1]
     touched, inverse = torch.unique(blocks, return_inverse=True)
     filled = torch.zeros_like(touched).scatter_reduce_(0, inverse, rows + 1, "amax", include_self=True)
-    keys = kv[touched, :, :page_size, :head_dim]
+    keys = kv[touched, :, :page_size, :head_dim].float()
     outside = torch.arange(page_size, device=kv.device) >= filled[:, None]
     outside = outside[:, None, :, None]
-    kv[touched, :, page_size, :head_dim] = keys.masked_fill(outside, float("inf")).amin(2)
-    kv[touched, :, page_size, head_dim:] = keys.masked_fill(outside, float("-inf")).amax(2)
+    low, high = keys.masked_fill(outside, float("inf")).amin(2), keys.masked_fill(outside, float("-inf")).amax(2)
+    centre, c_scale = _steps(low + (high - low) * 0.5, kv.dtype)
+    c = torch.floor(centre + 0.5)
+    middle = c * c_scale.float()
+    half, w_scale = _steps(torch.maximum(high - middle, middle - low), kv.dtype)
+    row = kv.new_zeros(len(touched), kv.shape[1], 2 * head_dim)
+    as_bytes = row.view(torch.int8)
+    as_bytes[..., :head_dim], as_bytes[..., head_dim : 2 * head_dim] = c.to(torch.int8), half.ceil().to(torch.int8)
+    place = 2 * head_dim // kv.element_size()
+    row[..., place : place + 1], row[..., place + 1 : place + 2] = c_scale, w_scale
+    written = place + 2
+    kv[touched, :, page_size, :written] = row[..., :written]
+
+
+def _steps(values: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """``values`` [..., head_dim] in steps of a scale of ``dtype`` of which 127 reach the largest."""
+    scale = (values.abs().amax(-1, keepdim=True) * (SCALE_MARGIN / 127)).clamp(min=SMALLEST_SCALE).to(dtype)
+    return values / scale.float(), scale
+
+
+def key_range(kv: torch.Tensor, page_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Centre and half width of the keys of each page of ``kv``, float32 [num_blocks, kv_heads, head_dim]."""
+    row, head_dim = kv[:, :, page_size], kv.shape[-1] // 2
+    place = 2 * head_dim // kv.element_size()
+    c, w = row.contiguous().view(torch.int8)[..., : 2 * head_dim].float().split(head_dim, -1)
+    return c * row[..., place : place + 1].float(), w * row[..., place + 1 : place + 2].float()
 
 
 def plan_decode(
     seq_lens: torch.Tensor,
     plan: DecodePlan,
+    table: PageTable,
     page_size: int,
     budget_pages: int,
     min_context_tokens: int,
@@ -61,6 +88,16 @@ def plan_decode(
     plan.dense_seq_lens.copy_(torch.where(dense, lens, 0))
     plan.score_offsets.copy_(torch.where(scored, offsets, -1))
     attended = torch.where(scored, lens - (pages - budget_pages) * page_size, lens)
+    if len(lens):
+        kv_heads = table.lengths.shape[0] // len(lens)
+        table.lengths.copy_(torch.where(dense, 0, attended).repeat_interleave(kv_heads))
+    short = ~dense & ~scored & (lens > 0)
+    rows = torch.cat([scored.nonzero(), short.nonzero()]).squeeze(1)
+    chunks = -(-pages[scored] // CHUNK_PAGES)
+    plan.work[: len(rows), :3] = torch.stack([rows, lens[rows], plan.score_offsets[rows]], 1).int()
+    plan.work[:, 3] = NO_CHUNK
+    plan.work[: len(chunks), 3] = chunks.cumsum(0).int()
+    plan.totals.copy_(torch.stack([scored.sum(), (scored | short).sum(), chunks.sum()]))
     plan.counters += torch.stack([attended.sum(), lens.sum()])
 
 
@@ -76,10 +113,8 @@ def quest_score(
 ) -> None:
     head_dim, group = q.shape[-1], q.shape[1] // kv.shape[1]
     for request, blocks, offset, _ in _scored_requests(block_table, plan, page_size):
-        low, high = kv[blocks, :, page_size].float().split(head_dim, -1)
+        centre, half = (x.transpose(0, 1)[:, :, None] for x in key_range(kv[blocks], page_size))
         heads = q[request].float().view(-1, 1, group, head_dim) * scale
-        low, high = low.transpose(0, 1)[:, :, None], high.transpose(0, 1)[:, :, None]
-        centre, half = (low + high) / 2, (high - low) / 2
         bound = (heads * centre + slack * heads.abs() * half).sum(-1)
         _store_scores(scores, request, offset, bound.transpose(1, 2).flatten(0, 1))
 
@@ -130,7 +165,6 @@ def select_pages(
     kv_heads = kv.shape[1]
     group = scores.q_heads // kv_heads
     heads = torch.arange(kv_heads, device=kv.device)[:, None]
-    table.lengths.zero_()
     for request, seq_len in enumerate(plan.table_seq_lens.tolist()):
         if seq_len == 0:
             continue
@@ -148,7 +182,6 @@ def select_pages(
         rows = slice(request * kv_heads, (request + 1) * kv_heads)
         units = block_table[request, chosen].long() * units_per_block(kv) + heads
         table.units[rows, : chosen.shape[1]] = units.int()
-        table.lengths[rows] = seq_len - (pages - chosen.shape[1]) * page_size
 
 
 def sparse_decode(

@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from vllm_sparse.kernels.launch import num_multiprocessors
 
 from vllm_sparse.decode_plan import DecodePlan
 from vllm_sparse.page_scores import CHUNK_PAGES, PageScores
@@ -23,6 +24,7 @@ SEGMENT_PAGES = 2048
 """Most pages that one program selects from; the group's scores must fit its registers."""
 SMALL_PAGES = 512
 """Contexts up to so many pages take a smaller and faster copy of the same code."""
+PROGRAMS_PER_SM = 2
 CHUNK_BLOCK = 256
 """Entries of ``PageScores.chunk_lse`` read at a time."""
 
@@ -75,6 +77,8 @@ def _page_keys(
     group = tl.arange(0, GROUP_PAD)
     member = group < GROUP
     heads = (head * GROUP + group).to(tl.int64)
+    pages = first + tl.arange(0, SEGMENT)
+    live = pages < num_pages
     chunk_row = chunk_lse + heads[:, None] * chunk_stride + offset // CHUNK + request
     num_chunks = (num_pages + CHUNK - 1) // CHUNK
     top = tl.full([GROUP_PAD], float("-inf"), tl.float32)
@@ -86,8 +90,6 @@ def _page_keys(
         total = total * tl.exp(top - new_top) + tl.sum(tl.exp(part - new_top[:, None]), axis=1)
         top = new_top
     norm = tl.where(member, top + tl.log(total), 0.0)
-    pages = first + tl.arange(0, SEGMENT)
-    live = pages < num_pages
     x = tl.load(values + heads[:, None] * score_stride + offset + pages[None, :],
                 mask=member[:, None] & live[None, :], other=float("-inf"))  # fmt: skip
     mass = tl.sum(tl.exp(x - norm[:, None]), axis=0)
@@ -104,94 +106,100 @@ def _select_row(
     CHUNK: tl.constexpr, CHUNK_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Choose among all pages of one (request, KV head), at most ``SEGMENT``."""
+    pages = tl.arange(0, SEGMENT)
+    blocks = tl.load(block_row + pages, mask=pages < num_pages, other=0)
     keys = _page_keys(
         values, chunk_lse, score_stride, chunk_stride, offset, request, head, 0, num_pages,
         sink_pages, window_start, GROUP, GROUP_PAD, SEGMENT, CHUNK, CHUNK_BLOCK,
     )  # fmt: skip
     keep = _keep_largest(keys, budget)
     place = tl.cumsum(keep.to(tl.int32), axis=0) - 1
-    blocks = tl.load(block_row + tl.arange(0, SEGMENT), mask=keep, other=0)
     tl.store(unit_row + place, blocks * units_per_block + head, mask=keep)
 
 
 @triton.jit
 def _select_pages(
-    values, chunk_lse, block_table, seq_lens, score_offsets, units, lengths, candidate_keys, candidate_pages,
+    values, chunk_lse, block_table, work, totals, units, candidate_keys, candidate_pages,
     score_stride, chunk_stride, table_stride, units_stride, units_per_block,
-    budget, sink_pages, window_tokens,
+    budget, sink_pages, window_tokens, segments, num_reqs,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, KV_HEADS: tl.constexpr, PAGE: tl.constexpr,
     SEGMENT: tl.constexpr, SMALL: tl.constexpr, BUDGET_PAD: tl.constexpr,
     CHUNK: tl.constexpr, CHUNK_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row, segment = tl.program_id(0), tl.program_id(1)
-    request, head = row // KV_HEADS, row % KV_HEADS
-    seq_len = tl.load(seq_lens + request)
-    offset = tl.load(score_offsets + request)
-    num_pages = (seq_len + PAGE - 1) // PAGE
-    unit_row = units + row.to(tl.int64) * units_stride
-    block_row = block_table + request.to(tl.int64) * table_stride
-    if offset < 0:
-        # Short context, or a row that is not of this table (length 0).
-        if segment == 0:
-            tl.store(lengths + row, seq_len)
-            for start in range(0, num_pages, SMALL):
-                pages = start + tl.arange(0, SMALL)
-                blocks = tl.load(block_row + pages, mask=pages < num_pages, other=0)
-                tl.store(unit_row + pages, blocks * units_per_block + head, mask=pages < num_pages)
-        return
-    first = segment * SEGMENT
-    if first >= num_pages:
-        return
-    window_start = tl.maximum(tl.minimum(seq_len - window_tokens, seq_len - 1), 0) // PAGE
-    if num_pages <= SEGMENT:
-        tl.store(lengths + row, seq_len - (num_pages - budget) * PAGE)
-        if num_pages <= SMALL:
-            _select_row(values, chunk_lse, score_stride, chunk_stride, offset, request, head, num_pages,
-                        sink_pages, window_start, block_row, unit_row, units_per_block, budget,
-                        GROUP, GROUP_PAD, SMALL, CHUNK, CHUNK_BLOCK)  # fmt: skip
-        else:
-            _select_row(values, chunk_lse, score_stride, chunk_stride, offset, request, head, num_pages,
-                        sink_pages, window_start, block_row, unit_row, units_per_block, budget,
-                        GROUP, GROUP_PAD, SEGMENT, CHUNK, CHUNK_BLOCK)  # fmt: skip
-    else:
-        keys = _page_keys(
-            values, chunk_lse, score_stride, chunk_stride, offset, request, head, first, num_pages,
-            sink_pages, window_start, GROUP, GROUP_PAD, SEGMENT, CHUNK, CHUNK_BLOCK,
-        )  # fmt: skip
-        keep = _keep_largest(keys, budget)
-        place = tl.cumsum(keep.to(tl.int32), axis=0) - 1
-        slot = (row.to(tl.int64) * tl.num_programs(1) + segment) * BUDGET_PAD
-        empty = tl.arange(0, BUDGET_PAD)
-        kept = tl.sum(keep.to(tl.int32), axis=0)
-        tl.store(candidate_keys + slot + empty, tl.zeros([BUDGET_PAD], tl.uint32), mask=empty >= kept)
-        tl.store(candidate_keys + slot + place, keys, mask=keep)
-        tl.store(candidate_pages + slot + place, first + tl.arange(0, SEGMENT), mask=keep)
+    step = tl.num_programs(0)
+    place, inside = tl.program_id(0) // (KV_HEADS * segments), tl.program_id(0) % (KV_HEADS * segments)
+    # Read before it is known that there is such a row: one wait for memory less.
+    request, seq_len, offset = tl.load(work + place * 4), tl.load(work + place * 4 + 1), tl.load(work + place * 4 + 2)
+    end = tl.load(totals + 1)
+    item = tl.program_id(0)
+    while place < end:
+        head, segment = inside // segments, inside % segments
+        row = request * KV_HEADS + head
+        num_pages = (seq_len + PAGE - 1) // PAGE
+        first = segment * SEGMENT
+        unit_row = units + row.to(tl.int64) * units_stride
+        block_row = block_table + request.to(tl.int64) * table_stride
+        window_start = tl.maximum(tl.minimum(seq_len - window_tokens, seq_len - 1), 0) // PAGE
+        if offset < 0:
+            if segment == 0:
+                for start in range(0, num_pages, SMALL):
+                    pages = start + tl.arange(0, SMALL)
+                    blocks = tl.load(block_row + pages, mask=pages < num_pages, other=0)
+                    tl.store(unit_row + pages, blocks * units_per_block + head, mask=pages < num_pages)
+        elif num_pages <= SMALL:
+            if segment == 0:
+                _select_row(values, chunk_lse, score_stride, chunk_stride, offset, request, head, num_pages,
+                            sink_pages, window_start, block_row, unit_row, units_per_block, budget,
+                            GROUP, GROUP_PAD, SMALL, CHUNK, CHUNK_BLOCK)  # fmt: skip
+        elif num_pages <= SEGMENT:
+            if segment == 0:
+                _select_row(values, chunk_lse, score_stride, chunk_stride, offset, request, head, num_pages,
+                            sink_pages, window_start, block_row, unit_row, units_per_block, budget,
+                            GROUP, GROUP_PAD, SEGMENT, CHUNK, CHUNK_BLOCK)  # fmt: skip
+        elif first < num_pages:
+            keys = _page_keys(
+                values, chunk_lse, score_stride, chunk_stride, offset, request, head, first, num_pages,
+                sink_pages, window_start, GROUP, GROUP_PAD, SEGMENT, CHUNK, CHUNK_BLOCK,
+            )  # fmt: skip
+            keep = _keep_largest(keys, budget)
+            index = tl.cumsum(keep.to(tl.int32), axis=0) - 1
+            slot = (row.to(tl.int64) * segments + segment) * BUDGET_PAD
+            empty = tl.arange(0, BUDGET_PAD)
+            kept = tl.sum(keep.to(tl.int32), axis=0)
+            tl.store(candidate_keys + slot + empty, tl.zeros([BUDGET_PAD], tl.uint32), mask=empty >= kept)
+            tl.store(candidate_keys + slot + index, keys, mask=keep)
+            tl.store(candidate_pages + slot + index, first + tl.arange(0, SEGMENT), mask=keep)
+        item += step
+        place, inside = item // (KV_HEADS * segments), item % (KV_HEADS * segments)
+        more = place < num_reqs
+        request = tl.load(work + place * 4, mask=more, other=0)
+        seq_len = tl.load(work + place * 4 + 1, mask=more, other=0)
+        offset = tl.load(work + place * 4 + 2, mask=more, other=0)
 
 
 @triton.jit
 def _merge_segments(
-    block_table, seq_lens, score_offsets, units, lengths, candidate_keys, candidate_pages,
-    table_stride, units_stride, units_per_block, budget, num_segments,
+    block_table, work, totals, units, candidate_keys, candidate_pages,
+    table_stride, units_stride, units_per_block, budget, segments,
     KV_HEADS: tl.constexpr, PAGE: tl.constexpr, SEGMENT: tl.constexpr, BUDGET_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0)
-    request, head = row // KV_HEADS, row % KV_HEADS
-    seq_len = tl.load(seq_lens + request)
-    num_pages = (seq_len + PAGE - 1) // PAGE
-    if (tl.load(score_offsets + request) < 0) | (num_pages <= SEGMENT):
-        return
-    lane = tl.arange(0, BLOCK)
-    live = lane < (num_pages + SEGMENT - 1) // SEGMENT * BUDGET_PAD
-    base = row.to(tl.int64) * num_segments * BUDGET_PAD
-    keys = tl.load(candidate_keys + base + lane, mask=live, other=0)
-    keep = _keep_largest(keys, budget)
-    place = tl.cumsum(keep.to(tl.int32), axis=0) - 1
-    pages = tl.load(candidate_pages + base + lane, mask=keep, other=0)
-    blocks = tl.load(block_table + request.to(tl.int64) * table_stride + pages, mask=keep, other=0)
-    unit_row = units + row.to(tl.int64) * units_stride
-    tl.store(unit_row + place, blocks * units_per_block + head, mask=keep)
-    tl.store(lengths + row, seq_len - (num_pages - budget) * PAGE)
+    for item in range(tl.program_id(0), tl.load(totals) * KV_HEADS, tl.num_programs(0)):
+        listed, head = work + item // KV_HEADS * 4, item % KV_HEADS
+        request, seq_len = tl.load(listed), tl.load(listed + 1)
+        row = request * KV_HEADS + head
+        num_pages = (seq_len + PAGE - 1) // PAGE
+        if num_pages > SEGMENT:
+            lane = tl.arange(0, BLOCK)
+            live = lane < (num_pages + SEGMENT - 1) // SEGMENT * BUDGET_PAD
+            base = row.to(tl.int64) * segments * BUDGET_PAD
+            keys = tl.load(candidate_keys + base + lane, mask=live, other=0)
+            keep = _keep_largest(keys, budget)
+            place = tl.cumsum(keep.to(tl.int32), axis=0) - 1
+            pages = tl.load(candidate_pages + base + lane, mask=keep, other=0)
+            blocks = tl.load(block_table + request.to(tl.int64) * table_stride + pages, mask=keep, other=0)
+            unit_row = units + row.to(tl.int64) * units_stride
+            tl.store(unit_row + place, blocks * units_per_block + head, mask=keep)
 
 
 def select_pages(
@@ -205,7 +213,7 @@ def select_pages(
     window_tokens: int,
     table: PageTable,
 ) -> None:
-    """Fill the page table of a decode step: chosen pages of scored rows, every page of short ones.
+    """Fill the units of a decode step: chosen pages of scored rows, every page of short ones.
 
     Args:
         scores: what the policy wrote, ragged over requests (``plan.score_offsets``).
@@ -215,7 +223,7 @@ def select_pages(
         page_size: tokens per page.
         budget_pages: pages kept of a scored row.
         sink_pages, window_tokens: first pages and last tokens that are always kept.
-        table: [num_reqs * kv_heads] rows, overwritten.
+        table: [num_reqs * kv_heads] rows; ``plan_decode`` has filled its lengths.
     """
     num_reqs, max_pages = block_table.shape
     kv_heads = kv.shape[1]
@@ -228,20 +236,20 @@ def select_pages(
     shape = (rows, segments, budget_pad) if segments > 1 else (1,)
     candidate_keys = torch.empty(shape, dtype=torch.uint32, device=kv.device)
     candidate_pages = torch.empty(shape, dtype=torch.int32, device=kv.device)
-    _select_pages[(rows, segments)](
-        scores.values, scores.chunk_lse, block_table, plan.table_seq_lens, plan.score_offsets,
-        table.units, table.lengths, candidate_keys, candidate_pages,
+    programs = PROGRAMS_PER_SM * num_multiprocessors(kv.device)
+    _select_pages[(min(programs, rows * segments),)](
+        scores.values, scores.chunk_lse, block_table, plan.work, plan.totals,
+        table.units, candidate_keys, candidate_pages,
         scores.values.stride(0), scores.chunk_lse.stride(0), block_table.stride(0), table.units.stride(0),
-        units_per_block(kv), budget_pages, sink_pages, window_tokens,
+        units_per_block(kv), budget_pages, sink_pages, window_tokens, segments, num_reqs,
         GROUP=group, GROUP_PAD=group_pad, KV_HEADS=kv_heads, PAGE=page_size, SEGMENT=segment,
         SMALL=min(segment, SMALL_PAGES), BUDGET_PAD=budget_pad, CHUNK=CHUNK_PAGES, CHUNK_BLOCK=CHUNK_BLOCK,
-        num_warps=min(16, max(1, segment // 64)),
+        num_warps=min(8, max(1, segment // 64)),
     )  # fmt: skip
     if segments > 1:
         block = triton.next_power_of_2(segments * budget_pad)
-        _merge_segments[(rows,)](
-            block_table, plan.table_seq_lens, plan.score_offsets, table.units, table.lengths,
-            candidate_keys, candidate_pages,
+        _merge_segments[(min(programs, rows),)](
+            block_table, plan.work, plan.totals, table.units, candidate_keys, candidate_pages,
             block_table.stride(0), table.units.stride(0), units_per_block(kv), budget_pages, segments,
             KV_HEADS=kv_heads, PAGE=page_size, SEGMENT=segment, BUDGET_PAD=budget_pad, BLOCK=block,
             num_warps=min(16, max(1, block // 256)),

@@ -18,7 +18,8 @@ from vllm_sparse.page_table import PageTable
 
 LOG2_E = 1.4426950408889634
 TILE_BYTES = 32768
-TUNING = {"block_tokens": 128, "waves": 2, "num_warps": 4, "num_stages": 3, "add_warps": 1}
+MAX_SPLITS = 64
+TUNING = {"block_tokens": 64, "waves": 4, "num_warps": 2, "num_stages": 3, "add_warps": 1}
 """Chosen from benchmarks/results/sweep.jsonl: an H100, an earlier commit of these kernels."""
 
 
@@ -100,6 +101,13 @@ def _add_splits(
     tl.store(target, result.to(out.dtype.element_ty), mask=dims < HEAD_DIM)
 
 
+def num_splits(rows: int, blocks: int, device: torch.device) -> int:
+    """Programs per row: as many as run at once, each with the same number of blocks if it can be."""
+    running = TUNING["waves"] * num_multiprocessors(device)
+    splits = max(1, min(blocks, running // rows, MAX_SPLITS))
+    return triton.cdiv(blocks, triton.cdiv(blocks, splits))
+
+
 def sparse_decode(
     q: torch.Tensor,
     kv: torch.Tensor,
@@ -119,9 +127,7 @@ def sparse_decode(
     block_d = triton.next_power_of_2(head_dim)
     # K and V tiles of 32 KiB: two stages of both fit the shared memory of every GPU since 2020.
     block_n = min(TUNING["block_tokens"], TILE_BYTES // (block_d * kv.element_size()))
-    blocks = triton.cdiv(table.units.shape[1] * page_size, block_n)
-    wanted = triton.cdiv(TUNING["waves"] * num_multiprocessors(q.device), rows)
-    splits = max(1, min(blocks, wanted, 64))
+    splits = num_splits(rows, triton.cdiv(table.units.shape[1] * page_size, block_n), q.device)
     part_out = part_lse = out
     if splits > 1:
         part_out = torch.empty((rows, splits, group, block_d), dtype=torch.float32, device=q.device)

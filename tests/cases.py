@@ -74,16 +74,16 @@ def make(
         slots = (blocks[:, None] * page_size + torch.arange(page_size)).flatten()[:length]
         tokens = torch.randn(2, length, kv_heads, head_dim, generator=generator)
         key, value = (tokens[0] + key_bias).to(dtype), tokens[1].to(dtype)
-        reference.page_write(key.to(device), value.to(device), kv, slots.to(device), page_size, "minmax")
+        reference.page_write(key.to(device), value.to(device), kv, slots.to(device), page_size, "key_range")
     q = torch.randn(len(seq_lens), kv_heads * group, head_dim, generator=generator).to(dtype)
     lens = torch.tensor(seq_lens, dtype=torch.int32, device=device)
     plan = DecodePlan.empty(len(seq_lens), device)
     capacity = sum(pages) + 1
-    reference.plan_decode(lens, plan, page_size, budget_pages, min_context_tokens, capacity, False)
     width = max(budget_pages, -(-min_context_tokens // page_size), 1)
     table = PageTable.empty(len(seq_lens), kv_heads, width, device)
     table.units.fill_(2**30)
     table.lengths.fill_(-1)
+    reference.plan_decode(lens, plan, table, page_size, budget_pages, min_context_tokens, capacity, False)
     return Case(
         q=q.to(device), kv=kv, block_table=block_table.to(device), seq_lens=lens, plan=plan,
         scores=poisoned_scores(kv_heads * group, capacity, len(seq_lens), device),

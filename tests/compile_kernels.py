@@ -69,8 +69,8 @@ def compile_all(capability: int) -> None:
             case = make([300, 5], kv_heads, group, head_dim, page_size, 4, dtype=dtype, device=torch.device("cpu"))
             slots = torch.arange(3)
             key = torch.zeros(3, kv_heads, head_dim, dtype=dtype)
-            launchers.page_write(key, key, case.kv, slots, page_size, "minmax")
-            launchers.plan_decode(case.seq_lens, case.plan, page_size, 4, 64, 100, True)
+            launchers.page_write(key, key, case.kv, slots, page_size, "key_range")
+            launchers.plan_decode(case.seq_lens, case.plan, case.table, page_size, 4, 64, 100, True)
             pages = (case.q, case.kv, case.block_table, case.plan, page_size, case.scale, case.scores)
             launchers.quest_score(*pages)
             launchers.page_mass(*pages)
@@ -78,7 +78,7 @@ def compile_all(capability: int) -> None:
             launchers.random_score(case.block_table, case.plan, page_size, case.scores)
             for segment in (select_pages.SEGMENT_PAGES, 16):
                 select_pages.SEGMENT_PAGES, usual = segment, select_pages.SEGMENT_PAGES
-                table = case.block_table.repeat(1, 4)
+                table = case.block_table.repeat(1, 4 if segment == 16 else 500)
                 launchers.select_pages(case.scores, table, case.plan, case.kv, page_size, 4, 1, 20, case.table)
                 select_pages.SEGMENT_PAGES = usual
             launchers.sparse_decode(case.q, case.kv, case.table, page_size, case.scale, case.q)

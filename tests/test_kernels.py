@@ -19,6 +19,7 @@ from cases import (
 from vllm_sparse.kernels import reference
 
 from vllm_sparse.decode_plan import DecodePlan
+from vllm_sparse.page_table import PageTable
 
 pytest.importorskip("triton")
 from vllm_sparse.kernels import launchers, select_pages
@@ -43,7 +44,7 @@ def case_of(shape, dtype=torch.float32, lengths=None, budget_pages=4, **kwargs):
 
 @shapes
 @dtypes
-@pytest.mark.parametrize("summary", ["minmax", "none"])
+@pytest.mark.parametrize("summary", ["key_range", "none"])
 def test_page_write_matches_twin_over_chunks(shape, dtype, summary):
     kv_heads, _, head_dim, page_size = shape
     expected = torch.full((9, kv_heads, page_size + 1, 2 * head_dim), float("nan"), dtype=dtype, device=DEVICE)
@@ -62,17 +63,49 @@ def test_page_write_matches_twin_over_chunks(shape, dtype, summary):
         key, value = torch.randn(2, len(slots) + 2, kv_heads, head_dim, device=DEVICE).to(dtype)
         for write, kv in ((reference.page_write, expected), (launchers.page_write, actual)):
             write(key, value, kv, slots, page_size, summary)
-    assert torch.equal(actual.nan_to_num(123.0), expected.nan_to_num(123.0))
-    assert expected[7].isnan().any() == (summary == "none")
+    rows = slice(0, page_size)
+    assert torch.equal(actual[:, :, rows].nan_to_num(123.0), expected[:, :, rows].nan_to_num(123.0))
+    if summary == "none":
+        assert actual[7, :, page_size].isnan().all() and expected[7, :, page_size].isnan().all()
+    else:
+        mine, twin = (reference.key_range(kv[[7, 2, 3, 8]], page_size) for kv in (actual, expected))
+        # Division and rounding of the two may differ by one step of 127.
+        assert all((a - b).abs().max() <= b.abs().max() / 100 for a, b in zip(mine, twin, strict=True))
+        assert error(mine[0], twin[0]) < 1e-3 and error(mine[1], twin[1]) < 1e-3
     assert expected[1].isnan().all(), "a block that no slot names was written"
 
 
 def test_page_write_summary_covers_exactly_the_filled_rows():
     key = torch.randn(5, 1, 64, device=DEVICE)
     kv = torch.full((2, 1, 17, 128), float("nan"), device=DEVICE)
-    launchers.page_write(key, key, kv, torch.arange(16, 21, device=DEVICE), 16, "minmax")
-    assert torch.equal(kv[1, 0, 16, :64], key[:, 0].amin(0))
-    assert torch.equal(kv[1, 0, 16, 64:], key[:, 0].amax(0))
+    launchers.page_write(key, key, kv, torch.arange(16, 21, device=DEVICE), 16, "key_range")
+    centre, half_width = (x[0, 0] for x in reference.key_range(kv[1:], 16))
+    low, high = key[:, 0].amin(0), key[:, 0].amax(0)
+    assert (centre - half_width <= low).all() and (centre + half_width >= high).all()
+    # Not much wider than it must be: a step of the centre and a step of the width.
+    slack = half_width - (high - low) / 2
+    assert (slack <= (low + high).abs().max() / 250 + half_width.max() / 120).all()
+
+
+@dtypes
+@pytest.mark.parametrize("keys", ["outlier", "zero", "tiny", "constant"])
+def test_key_range_holds_every_key(dtype, keys):
+    """Channels of very different size share a scale; no key may fall out of its page's range."""
+    key = torch.randn(16, 2, 64, device=DEVICE)
+    if keys == "outlier":
+        key[:, :, 5] = 60 + 0.1 * key[:, :, 5]
+        key[:, :, 7] *= 30
+    elif keys == "constant":
+        key = key[:1].expand(16, -1, -1)
+    else:
+        key = key * (0.0 if keys == "zero" else 1e-6)
+    key = key.to(dtype).contiguous()
+    for write in (reference.page_write, launchers.page_write):
+        kv = torch.full((1, 2, 17, 128), float("nan"), dtype=dtype, device=DEVICE)
+        write(key, key, kv, torch.arange(16, device=DEVICE), 16, "key_range")
+        centre, half_width = (x[0] for x in reference.key_range(kv, 16))
+        stored = kv[0, :, :16, :64].float()
+        assert ((stored - centre[:, None]).abs() <= half_width[:, None] * (1 + 1e-5)).all()
 
 
 @pytest.mark.parametrize("short_rows_dense", [False, True])
@@ -80,11 +113,18 @@ def test_page_write_summary_covers_exactly_the_filled_rows():
 def test_plan_decode_matches_twin(short_rows_dense, capacity):
     seq_lens = torch.tensor([0, 1, 64, 65, 96, 97, 400, 0, 129, 5000], dtype=torch.int32, device=DEVICE)
     expected, actual = DecodePlan.empty(10, DEVICE), DecodePlan.empty(10, DEVICE)
-    for plan, run in ((expected, reference.plan_decode), (actual, launchers.plan_decode)):
+    tables = [PageTable.empty(10, 3, 8, DEVICE) for _ in range(2)]
+    for plan, table, run in ((expected, tables[0], reference.plan_decode), (actual, tables[1], launchers.plan_decode)):
+        table.lengths.fill_(-1)
         for _ in range(2):
-            run(seq_lens, plan, 16, 4, 96, capacity, short_rows_dense)
-    for name in ("table_seq_lens", "dense_seq_lens", "score_offsets", "counters"):
+            run(seq_lens, plan, table, 16, 4, 96, capacity, short_rows_dense)
+    for name in ("table_seq_lens", "dense_seq_lens", "score_offsets", "totals", "counters"):
         assert torch.equal(getattr(actual, name), getattr(expected, name)), name
+    assert torch.equal(tables[0].lengths, tables[1].lengths)
+    in_table = int(expected.totals[1])
+    assert torch.equal(actual.work[:in_table], expected.work[:in_table])
+    assert torch.equal(actual.work[:, 3], expected.work[:, 3])
+    assert sorted(actual.work[:in_table, 0].tolist()) == actual.table_seq_lens.nonzero().squeeze(1).tolist()
     total = actual.table_seq_lens + actual.dense_seq_lens
     assert torch.equal(total, seq_lens), "a row was lost or is attended twice"
 
@@ -142,10 +182,12 @@ def test_quest_score_bounds_every_logit():
 
 
 @shapes
-@pytest.mark.parametrize("segment", [4096, 16], ids=["one_segment", "merged_segments"])
+@pytest.mark.parametrize("sizes", [(2048, 512), (256, 16), (16, 16)],
+                         ids=["small", "one_segment", "merged_segments"])  # fmt: skip
 @pytest.mark.parametrize("scores", ["random", "ties", "underflow"])
-def test_select_pages_matches_twin(shape, segment, scores, monkeypatch):
-    monkeypatch.setattr(select_pages, "SEGMENT_PAGES", segment)
+def test_select_pages_matches_twin(shape, sizes, scores, monkeypatch):
+    for name, pages in zip(("SEGMENT_PAGES", "SMALL_PAGES"), sizes, strict=True):
+        monkeypatch.setattr(select_pages, name, pages)
     case = case_of(shape, lengths=[*LENGTHS, 2111])
     values = torch.randn_like(case.scores.values)
     if scores == "ties":
@@ -156,11 +198,9 @@ def test_select_pages_matches_twin(shape, segment, scores, monkeypatch):
     select_reference(case)
     units, lengths = case.table.units.clone(), case.table.lengths.clone()
     case.table.units.fill_(2**30)
-    case.table.lengths.fill_(-1)
     launchers.select_pages(
         case.scores, case.block_table, case.plan, case.kv, case.page_size, case.budget_pages, 1, 20, case.table
     )
-    assert torch.equal(case.table.lengths, lengths)
     for row, length in enumerate(lengths.tolist()):
         pages = -(-length // case.page_size)
         mine, twin = case.table.units[row, :pages], units[row, :pages]
@@ -241,7 +281,7 @@ def test_offsets_past_int32():
     far = torch.arange(blocks - 40, blocks, device=DEVICE)
     slots = (far[:, None] * page + torch.arange(page, device=DEVICE)).flatten()[:-3]
     key, value = torch.randn(2, len(slots), heads, head_dim, device=DEVICE).bfloat16()
-    launchers.page_write(key, value, kv, slots, page, "minmax")
+    launchers.page_write(key, value, kv, slots, page, "key_range")
     case = make([len(slots)], heads, 4, head_dim, page, 8, dtype=torch.bfloat16)
     case.kv, case.block_table = kv, far[None].int()
     scores = poisoned_like(case)

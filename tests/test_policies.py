@@ -106,7 +106,7 @@ def cluster(case: Case, seed: int = 0) -> None:
         keys = centres + 0.5 * torch.randn(len(blocks), case.page_size, heads, head_dim, generator=generator)
         slots = blocks[:, None] * case.page_size + torch.arange(case.page_size)
         keys, slots = keys.flatten(0, 1)[:seq_len].to(DEVICE), slots.flatten()[:seq_len].to(DEVICE)
-        reference.page_write(keys, torch.zeros_like(keys), case.kv, slots, case.page_size, "minmax")
+        reference.page_write(keys, torch.zeros_like(keys), case.kv, slots, case.page_size, "key_range")
 
 
 def captured(case: Case, chosen: list[list[list[int]]]) -> torch.Tensor:
@@ -143,7 +143,7 @@ def test_quest_finds_one_key_that_matches_in_a_long_context():
     keys = case.kv[block, :, :16, :64].transpose(0, 1).clone()
     keys[5] = 4 * case.q[0]
     slots = torch.arange(block * 16, block * 16 + 16, device=DEVICE)
-    reference.page_write(keys, torch.zeros_like(keys), case.kv, slots, 16, "minmax")
+    reference.page_write(keys, torch.zeros_like(keys), case.kv, slots, 16, "key_range")
     assert all(41 in chosen for chosen in choose(case, "quest")[0])
 
 

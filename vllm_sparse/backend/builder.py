@@ -87,7 +87,7 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
         if num_decodes and self.selects:
             short_rows_dense = num_decodes >= SHORT_ROWS_DENSE_FROM
             kernels.for_device(self.device).plan_decode(
-                common.seq_lens[:num_decodes], plan, self.page_size,
+                common.seq_lens[:num_decodes], plan, metadata.table, self.page_size,
                 self.config.budget_pages(self.page_size), self.config.min_context_tokens,
                 workspace.scores.capacity_pages, short_rows_dense,
             )  # fmt: skip

@@ -19,7 +19,7 @@ class DecodePolicy(ABC):
     """
 
     summary: ClassVar[str] = "none"
-    """What each page stores beside K and V: ``none``, or ``minmax`` (per-channel min and max of K)."""
+    """What each page stores beside K and V: ``none``, or ``key_range`` (:mod:`vllm_sparse.kernels.page_write`)."""
 
     @abstractmethod
     def score(
@@ -45,5 +45,5 @@ class DecodePolicy(ABC):
         """
 
 
-SUMMARY_ROWS = {"none": 0, "minmax": 1}
+SUMMARY_ROWS = {"none": 0, "key_range": 1}
 """Extra rows of ``2 * head_dim`` elements that a summary takes in each page and KV head."""

@@ -16,7 +16,7 @@ class Midbound(DecodePolicy):
     on one prompt of one model, see README. Summary from Tang et al., arXiv 2406.10774.
     """
 
-    summary = "minmax"
+    summary = "key_range"
 
     def score(self, q, kv, block_table, plan, page_size, scale, scores):
         score = kernels.for_device(q.device).quest_score

@@ -13,7 +13,7 @@ class Quest(DecodePolicy):
     arXiv 2406.10774.
     """
 
-    summary = "minmax"
+    summary = "key_range"
 
     def score(self, q, kv, block_table, plan, page_size, scale, scores):
         kernels.for_device(q.device).quest_score(q, kv, block_table, plan, page_size, scale, scores)
