@@ -80,9 +80,11 @@ def main() -> None:
                     "p99_baseline_ms": theirs.get("p99_ms"), "p99_sparse_ms": ours["p99_ms"],
                     "speedup": round(baseline / ours[f"{bench}_ms"], 3) if baseline else None,
                     "start_baseline_s": stock.get("start_s"), "start_sparse_s": sparse["start_s"],
+                    "free_baseline_gib": stock.get("free_gib"), "free_sparse_gib": sparse["free_gib"],
                 }
             )  # fmt: skip
     print(f"engine start: stock {stock.get('start_s', 0)} s, sparse {sparse['start_s']} s")
+    print(f"GPU memory left at the end: stock {stock.get('free_gib', 0)} GiB, sparse {sparse['free_gib']} GiB")
     results.append("engine", rows, args.out)
 
 
@@ -126,6 +128,9 @@ def measure(args) -> dict:
         params = SamplingParams(max_tokens=args.tokens, temperature=0, ignore_eos=True, detokenize=False)
         found[spec] = time_batch(llm.llm_engine, batch, params)
         print(args.worker, spec, found[spec], file=sys.stderr, flush=True)
+    import torch
+
+    found["free_gib"] = round(torch.cuda.mem_get_info()[0] / 2**30, 2)
     if sparse:
         from vllm_sparse.config import SparseConfig
 

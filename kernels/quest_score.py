@@ -26,7 +26,7 @@ ROWS = 128
 
 @triton.jit
 def _two_digits(x, steps):
-    """``x`` [dims, group] as int8 [dims, 2 * group]: ``steps * (digit 0 + digit 1 / 128)``, digits side by side."""
+    """``x`` [dims, group] as ``steps * (digit 0 + digit 1 / 128)``: int8 [dims, 2 * group], digits side by side."""
     x = x / steps[None, :]
     high = tl.floor(x + 0.5)
     low = tl.floor((x - high) * 128 + 0.5)
@@ -76,7 +76,8 @@ def _quest_score(
         end = tl.minimum(tl.load(item + 3), last_chunk)
         num_pages = (seq_len + PAGE - 1) // PAGE
         query = tl.load(q + request.to(tl.int64) * q_stride_r + heads[None, :] * q_stride_h + dims[:, None],
-                        mask=(group < GROUP)[None, :] & (dims < HEAD_DIM)[:, None], other=0.0).to(tl.float32)  # fmt: skip
+                        mask=(group < GROUP)[None, :] & (dims < HEAD_DIM)[:, None], other=0.0)  # fmt: skip
+        query = query.to(tl.float32)
         steps = tl.maximum(tl.max(tl.abs(query), axis=0) / 127, 1e-30)
         signed, sizes = _two_digits(query, steps), _two_digits(tl.abs(query), steps)
         steps *= scale
@@ -86,10 +87,7 @@ def _quest_score(
             live = pages < num_pages
             blocks = tl.load(block_row + pages, mask=live, other=0).to(tl.int64) * kv_stride_b
             cells = summaries + (blocks * ITEM_BYTES)[:, None]
-            if HEAD_DIM == BLOCK_D:
-                mask = live[:, None]
-            else:
-                mask = live[:, None] & (dims < HEAD_DIM)[None, :]
+            mask = live[:, None] if HEAD_DIM == BLOCK_D else live[:, None] & (dims < HEAD_DIM)[None, :]
             centre = tl.load(cells, mask=mask, other=0)
             width = tl.load(cells + HEAD_DIM, mask=mask, other=0)
             c_scale = tl.load(scales + blocks, mask=live, other=0.0).to(tl.float32)

@@ -129,7 +129,11 @@ def _select_pages(
     step = tl.num_programs(0)
     place, inside = tl.program_id(0) // (KV_HEADS * segments), tl.program_id(0) % (KV_HEADS * segments)
     # Read before it is known that there is such a row: one wait for memory less.
-    request, seq_len, offset = tl.load(work + place * 4), tl.load(work + place * 4 + 1), tl.load(work + place * 4 + 2)
+    request, seq_len, offset = (
+        tl.load(work + place * 4),
+        tl.load(work + place * 4 + 1),
+        tl.load(work + place * 4 + 2),
+    )
     end = tl.load(totals + 1)
     item = tl.program_id(0)
     while place < end:

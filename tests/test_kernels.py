@@ -114,7 +114,10 @@ def test_plan_decode_matches_twin(short_rows_dense, capacity):
     seq_lens = torch.tensor([0, 1, 64, 65, 96, 97, 400, 0, 129, 5000], dtype=torch.int32, device=DEVICE)
     expected, actual = DecodePlan.empty(10, DEVICE), DecodePlan.empty(10, DEVICE)
     tables = [PageTable.empty(10, 3, 8, DEVICE) for _ in range(2)]
-    for plan, table, run in ((expected, tables[0], reference.plan_decode), (actual, tables[1], launchers.plan_decode)):
+    for plan, table, run in (
+        (expected, tables[0], reference.plan_decode),
+        (actual, tables[1], launchers.plan_decode),
+    ):
         table.lengths.fill_(-1)
         for _ in range(2):
             run(seq_lens, plan, table, 16, 4, 96, capacity, short_rows_dense)

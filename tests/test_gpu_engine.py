@@ -1,0 +1,117 @@
+"""The real engine on a GPU: CUDA graphs, both model runners, drafts to verify, no waiting for the device."""
+
+from __future__ import annotations
+
+import traceback
+import warnings
+
+import pytest
+import torch
+from cases import ON_GPU
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not ON_GPU, reason="needs a CUDA GPU")]
+
+LENGTHS = (3000, 700, 40)
+ENGINE = dict(
+    dtype="float32",  # so that greedy tokens depend on no batch size
+    max_model_len=4096, max_num_seqs=8, max_num_batched_tokens=1024, kv_cache_memory_bytes=256 << 20,
+    block_size=16, disable_log_stats=True,
+)  # fmt: skip
+GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8]}
+SPARSE = {"budget_tokens": 512, "min_context_tokens": 1024, "dense_layers": 1}
+DRAFTS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+
+
+@pytest.fixture(scope="module")
+def answer(tmp_path_factory):
+    """Greedy tokens of an engine with the given settings, and what a callback saw in it."""
+    pytest.importorskip("vllm")
+    import gc
+
+    import tiny_engine
+    import tiny_model
+    from vllm import LLM
+
+    from vllm_sparse import metrics
+
+    model = tiny_model.make(
+        tmp_path_factory.mktemp("models") / "llama", num_attention_heads=8, head_dim=64, num_hidden_layers=4
+    )
+    known: dict[str, list] = {}
+
+    def run(see=None, sparse: dict | None = SPARSE, **settings):
+        name = repr((sparse, settings))
+        if name in known and see is None:
+            return known[name]
+        if sparse is not None:
+            settings["additional_config"] = {"sparse": sparse}
+            settings["attention_backend"] = "sparse"
+        settings.setdefault("enforce_eager", "compilation_config" not in settings)
+        metrics.reset()
+        llm = LLM(str(model), **ENGINE, **settings)
+        try:
+            found = tiny_engine.tokens(llm, tiny_engine.prompts(LENGTHS), 40)
+            if see is not None:
+                see(llm)
+        finally:
+            del llm
+            gc.collect()
+            torch.cuda.empty_cache()
+        known[name] = found
+        return found
+
+    return run
+
+
+def test_graphs_replay_what_eager_computes(answer):
+    from vllm_sparse import metrics
+
+    counts = {}
+    graphs = answer(compilation_config=GRAPHS, see=lambda llm: counts.update(metrics.snapshot()))
+    assert counts["attended_tokens"] < 0.7 * counts["context_tokens"], "nothing was sparse"
+    assert graphs == answer()
+
+
+def test_model_runner_v2_answers_like_v1(answer, monkeypatch):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    runner = []
+
+    def see(llm):
+        runner.append(type(llm.llm_engine.model_executor.driver_worker.worker.model_runner).__module__)
+
+    graphs = answer(compilation_config=GRAPHS, see=see)
+    assert "worker.gpu." in runner[0], f"ran {runner[0]}"
+    monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER")
+    assert graphs == answer()
+
+
+def test_drafts_are_verified_against_the_dense_answer(answer):
+    """A budget that covers the context: sparse with drafts must say what stock vLLM says without."""
+    everything = {**SPARSE, "budget_tokens": 4096}
+    stock = answer(sparse=None, attention_backend="TRITON_ATTN")
+    assert answer(sparse=everything, speculative_config=DRAFTS) == stock
+    assert answer(sparse=everything, compilation_config=GRAPHS) == stock
+
+
+def test_no_line_of_ours_waits_for_the_device(answer):
+    """PyTorch reports every synchronising call; none may come from this package in a decode step."""
+    ours, others = [], []
+
+    def see(llm):
+        import tiny_engine
+
+        def record(message, *_):
+            frames = [frame for frame in traceback.extract_stack() if "vllm_sparse" in frame.filename]
+            (ours if frames else others).append(f"{message} {frames[-1:]}")
+
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("always")
+                warnings.showwarning = record
+                tiny_engine.tokens(llm, tiny_engine.prompts(LENGTHS), 40)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    answer(see=see)
+    assert not ours, ours[:3]
