@@ -26,7 +26,7 @@ ROWS = 128
 
 @triton.jit
 def _two_digits(x, steps):
-    """``x`` [dims, group] as ``steps * (digit 0 + digit 1 / 128)``: int8 [dims, 2 * group], digits side by side."""
+    """``x`` [dims, group] as ``steps * (digit 0 + digit 1 / 128)``: int8 [dims, 2 * group]."""
     x = x / steps[None, :]
     high = tl.floor(x + 0.5)
     low = tl.floor((x - high) * 128 + 0.5)

@@ -20,10 +20,10 @@ from vllm_sparse.decode_plan import DecodePlan
 from vllm_sparse.page_scores import CHUNK_PAGES, PageScores
 from vllm_sparse.page_table import PageTable, units_per_block
 
-SEGMENT_PAGES = 2048
+SEGMENT_PAGES = 4096
 """Most pages that one program selects from; the group's scores must fit its registers."""
-SMALL_PAGES = 512
-"""Contexts up to so many pages take a smaller and faster copy of the same code."""
+SMALL_PAGES, MEDIUM_PAGES = 512, 2048
+"""Contexts up to so many pages take smaller and faster copies of the same code."""
 PROGRAMS_PER_SM = 2
 CHUNK_BLOCK = 256
 """Entries of ``PageScores.chunk_lse`` read at a time."""
@@ -123,28 +123,27 @@ def _select_pages(
     score_stride, chunk_stride, table_stride, units_stride, units_per_block,
     budget, sink_pages, window_tokens, segments, num_reqs,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, KV_HEADS: tl.constexpr, PAGE: tl.constexpr,
-    SEGMENT: tl.constexpr, SMALL: tl.constexpr, BUDGET_PAD: tl.constexpr,
+    SEGMENT: tl.constexpr, SMALL: tl.constexpr, MEDIUM: tl.constexpr, BUDGET_PAD: tl.constexpr,
     CHUNK: tl.constexpr, CHUNK_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    step = tl.num_programs(0)
-    place, inside = tl.program_id(0) // (KV_HEADS * segments), tl.program_id(0) % (KV_HEADS * segments)
+    # Segment by segment, so that rows of one segment, most rows, all go first.
+    item, row_slots = tl.program_id(0), num_reqs * KV_HEADS
+    listed = work + item % row_slots // KV_HEADS * 4
     # Read before it is known that there is such a row: one wait for memory less.
-    request, seq_len, offset = (
-        tl.load(work + place * 4),
-        tl.load(work + place * 4 + 1),
-        tl.load(work + place * 4 + 2),
-    )
-    end = tl.load(totals + 1)
-    item = tl.program_id(0)
-    while place < end:
-        head, segment = inside // segments, inside % segments
+    request, seq_len, offset = tl.load(listed), tl.load(listed + 1), tl.load(listed + 2)
+    end = tl.load(totals + 1) * KV_HEADS
+    while item < row_slots * segments:
+        slot, segment = item % row_slots, item // row_slots
+        head = slot % KV_HEADS
         row = request * KV_HEADS + head
         num_pages = (seq_len + PAGE - 1) // PAGE
         first = segment * SEGMENT
         unit_row = units + row.to(tl.int64) * units_stride
         block_row = block_table + request.to(tl.int64) * table_stride
         window_start = tl.maximum(tl.minimum(seq_len - window_tokens, seq_len - 1), 0) // PAGE
-        if offset < 0:
+        if slot >= end:
+            pass
+        elif offset < 0:
             if segment == 0:
                 for start in range(0, num_pages, SMALL):
                     pages = start + tl.arange(0, SMALL)
@@ -155,6 +154,11 @@ def _select_pages(
                 _select_row(values, chunk_lse, score_stride, chunk_stride, offset, request, head, num_pages,
                             sink_pages, window_start, block_row, unit_row, units_per_block, budget,
                             GROUP, GROUP_PAD, SMALL, CHUNK, CHUNK_BLOCK)  # fmt: skip
+        elif num_pages <= MEDIUM:
+            if segment == 0:
+                _select_row(values, chunk_lse, score_stride, chunk_stride, offset, request, head, num_pages,
+                            sink_pages, window_start, block_row, unit_row, units_per_block, budget,
+                            GROUP, GROUP_PAD, MEDIUM, CHUNK, CHUNK_BLOCK)  # fmt: skip
         elif num_pages <= SEGMENT:
             if segment == 0:
                 _select_row(values, chunk_lse, score_stride, chunk_stride, offset, request, head, num_pages,
@@ -167,18 +171,18 @@ def _select_pages(
             )  # fmt: skip
             keep = _keep_largest(keys, budget)
             index = tl.cumsum(keep.to(tl.int32), axis=0) - 1
-            slot = (row.to(tl.int64) * segments + segment) * BUDGET_PAD
+            base = (row.to(tl.int64) * segments + segment) * BUDGET_PAD
             empty = tl.arange(0, BUDGET_PAD)
             kept = tl.sum(keep.to(tl.int32), axis=0)
-            tl.store(candidate_keys + slot + empty, tl.zeros([BUDGET_PAD], tl.uint32), mask=empty >= kept)
-            tl.store(candidate_keys + slot + index, keys, mask=keep)
-            tl.store(candidate_pages + slot + index, first + tl.arange(0, SEGMENT), mask=keep)
-        item += step
-        place, inside = item // (KV_HEADS * segments), item % (KV_HEADS * segments)
-        more = place < num_reqs
-        request = tl.load(work + place * 4, mask=more, other=0)
-        seq_len = tl.load(work + place * 4 + 1, mask=more, other=0)
-        offset = tl.load(work + place * 4 + 2, mask=more, other=0)
+            tl.store(candidate_keys + base + empty, tl.zeros([BUDGET_PAD], tl.uint32), mask=empty >= kept)
+            tl.store(candidate_keys + base + index, keys, mask=keep)
+            tl.store(candidate_pages + base + index, first + tl.arange(0, SEGMENT), mask=keep)
+        item += tl.num_programs(0)
+        slot = item % row_slots
+        listed = work + slot // KV_HEADS * 4
+        request = tl.load(listed, mask=slot < end, other=0)
+        seq_len = tl.load(listed + 1, mask=slot < end, other=0)
+        offset = tl.load(listed + 2, mask=slot < end, other=0)
 
 
 @triton.jit
@@ -247,8 +251,8 @@ def select_pages(
         scores.values.stride(0), scores.chunk_lse.stride(0), block_table.stride(0), table.units.stride(0),
         units_per_block(kv), budget_pages, sink_pages, window_tokens, segments, num_reqs,
         GROUP=group, GROUP_PAD=group_pad, KV_HEADS=kv_heads, PAGE=page_size, SEGMENT=segment,
-        SMALL=min(segment, SMALL_PAGES), BUDGET_PAD=budget_pad, CHUNK=CHUNK_PAGES, CHUNK_BLOCK=CHUNK_BLOCK,
-        num_warps=min(8, max(1, segment // 64)),
+        SMALL=min(segment, SMALL_PAGES), MEDIUM=min(segment, MEDIUM_PAGES), BUDGET_PAD=budget_pad,
+        CHUNK=CHUNK_PAGES, CHUNK_BLOCK=CHUNK_BLOCK, num_warps=min(16, max(1, segment // 64)),
     )  # fmt: skip
     if segments > 1:
         block = triton.next_power_of_2(segments * budget_pad)

@@ -185,11 +185,11 @@ def test_quest_score_bounds_every_logit():
 
 
 @shapes
-@pytest.mark.parametrize("sizes", [(2048, 512), (256, 16), (16, 16)],
-                         ids=["small", "one_segment", "merged_segments"])  # fmt: skip
+@pytest.mark.parametrize("sizes", [(2048, 512, 1024), (256, 16, 64), (16, 16, 16)],
+                         ids=["small", "three_sizes", "merged_segments"])  # fmt: skip
 @pytest.mark.parametrize("scores", ["random", "ties", "underflow"])
 def test_select_pages_matches_twin(shape, sizes, scores, monkeypatch):
-    for name, pages in zip(("SEGMENT_PAGES", "SMALL_PAGES"), sizes, strict=True):
+    for name, pages in zip(("SEGMENT_PAGES", "SMALL_PAGES", "MEDIUM_PAGES"), sizes, strict=True):
         monkeypatch.setattr(select_pages, name, pages)
     case = case_of(shape, lengths=[*LENGTHS, 2111])
     values = torch.randn_like(case.scores.values)
