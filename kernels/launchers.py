@@ -4,17 +4,27 @@ from vllm_sparse.kernels.index_score import random_score, recency_score
 from vllm_sparse.kernels.page_mass import page_mass
 from vllm_sparse.kernels.page_write import page_write
 from vllm_sparse.kernels.plan_decode import plan_decode
+from vllm_sparse.kernels.prefill_table import prefill_table
+from vllm_sparse.kernels.probe_mass import probe_mass
 from vllm_sparse.kernels.quest_score import quest_score
+from vllm_sparse.kernels.select_bands import select_bands
 from vllm_sparse.kernels.select_pages import select_pages
 from vllm_sparse.kernels.sparse_decode import sparse_decode
+from vllm_sparse.kernels.sparse_prefill import sparse_prefill
+from vllm_sparse.kernels.vertical_slash import vertical_slash
 
 __all__ = [
     "page_mass",
     "page_write",
     "plan_decode",
+    "prefill_table",
+    "probe_mass",
     "quest_score",
     "random_score",
     "recency_score",
+    "select_bands",
     "select_pages",
     "sparse_decode",
+    "sparse_prefill",
+    "vertical_slash",
 ]

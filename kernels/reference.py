@@ -8,6 +8,13 @@ over speed. Tensors are described in :mod:`vllm_sparse.page_table` and
 from __future__ import annotations
 
 import torch
+from vllm_sparse.kernels.reference_prefill import (  # noqa: F401
+    prefill_table,
+    probe_mass,
+    select_bands,
+    sparse_prefill,
+    vertical_slash,
+)
 
 from vllm_sparse.decode_plan import DecodePlan
 from vllm_sparse.page_scores import CHUNK_PAGES, PageScores

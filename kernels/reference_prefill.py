@@ -1,0 +1,159 @@
+"""Plain-torch twins of the prefill launchers, same names and signatures; see :mod:`reference`."""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_sparse.page_table import PageTable, single_head_pages, units_per_block
+from vllm_sparse.probe import PROBE_TOKENS, probe_groups, probe_page, probe_start
+from vllm_sparse.query_blocks import BLOCK_TOKENS, QueryBlocks
+
+
+def probe_mass(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    block_table: torch.Tensor,
+    chunk: QueryBlocks,
+    page_size: int,
+    scale: float,
+    part_lse: torch.Tensor,
+    mass: torch.Tensor,
+) -> None:
+    q_heads, head_dim = q.shape[1:]
+    kv_heads = kv.shape[1]
+    start, end, pages = probe_start(chunk, page_size), chunk.end_position, chunk.num_pages(page_size)
+    assert start >= 0, f"an estimate needs {PROBE_TOKENS} tokens of context, not {end}"
+    positions = torch.arange(max(start, chunk.first_position), end, device=q.device)
+    keys = kv[block_table[:pages].long(), :, :page_size, :head_dim].transpose(0, 1).flatten(1, 2)[:, :end].float()
+    query = q[positions - chunk.first_position].float().view(-1, kv_heads, q_heads // kv_heads, head_dim)
+    logits = torch.einsum("qhgd,hkd->hgqk", query, keys).flatten(0, 1) * scale
+    behind = positions[:, None] - torch.arange(end, device=q.device)
+    weights = logits.masked_fill(behind < 0, float("-inf")).softmax(-1)
+    weights = torch.nn.functional.pad(weights, (0, pages * page_size - end))
+    behind = positions[:, None] - torch.arange(pages * page_size, device=q.device)
+    page = torch.arange(pages, device=q.device)
+    for k in range(probe_groups(page_size) + 1):
+        band = (probe_page(chunk, page_size) - 1 + k - page).repeat_interleave(page_size)
+        inside = behind.div(page_size, rounding_mode="floor") == band
+        mass[:, k] = (weights * inside).sum(1).unflatten(-1, (pages, page_size)).sum(-1)
+
+
+def select_bands(
+    mass: torch.Tensor,
+    chunk: QueryBlocks,
+    page_size: int,
+    vertical_pages: int,
+    slash_bands: int,
+    coverage: float,
+    masses: torch.Tensor,
+    page_keep: torch.Tensor,
+    band_count: torch.Tensor,
+) -> None:
+    pages = chunk.num_pages(page_size)
+    masses[:, :, :pages] = 0
+    by_page, by_band = masses[:, :, :pages]
+    index = torch.arange(pages, device=mass.device)
+    for k in range(mass.shape[1]):
+        by_page += mass[:, k]
+        page = probe_page(chunk, page_size) - 1 + k - index
+        inside = (page >= 0) & (page < pages)
+        by_band[:, inside] += mass[:, k, page[inside]]
+    page_keep[:, :pages] = _largest(by_page, vertical_pages, coverage)
+    band_count[:, 0] = 0
+    band_count[:, 1 : pages + 1] = _largest(by_band, slash_bands, coverage).cumsum(1)
+
+
+def _largest(masses: torch.Tensor, wanted: int, coverage: float) -> torch.Tensor:
+    """Mask of the largest of each row: ``wanted`` of them, or those that hold ``coverage`` of it."""
+    if coverage >= 1 or (not coverage and wanted >= masses.shape[1]):
+        return torch.ones_like(masses, dtype=torch.bool)
+    if not coverage and wanted == 0:
+        return torch.zeros_like(masses, dtype=torch.bool)
+    ordered = masses.sort(dim=1, descending=True).values
+    if coverage:
+        short = ordered.cumsum(1) < coverage * ordered.sum(1, keepdim=True)
+        last = short.sum(1, keepdim=True).clamp(max=masses.shape[1] - 1)
+    else:
+        last = torch.full_like(ordered[:, :1], wanted - 1, dtype=torch.long)
+    return (masses >= ordered.gather(1, last)) & (masses > 0)
+
+
+def vertical_slash(
+    page_keep: torch.Tensor,
+    band_count: torch.Tensor,
+    blocks: QueryBlocks,
+    page_size: int,
+    keep: torch.Tensor,
+) -> None:
+    start, end = _block_spans(blocks, keep.device)
+    page = torch.arange(keep.shape[1], device=keep.device)
+    nearest = ((start + 1) // page_size - 1)[:, None] - page
+    farthest = ((end - 1) // page_size)[:, None] - page
+    seen = farthest >= 0
+    slash = band_count[:, (farthest + 1).clamp(min=0)] > band_count[:, nearest.clamp(min=0)]
+    kept = (slash | page_keep[:, None, : keep.shape[1]].bool()) & seen
+    keep.copy_(kept.flatten(0, 1))
+
+
+def prefill_table(
+    keep: torch.Tensor,
+    block_table: torch.Tensor,
+    blocks: QueryBlocks,
+    kv: torch.Tensor,
+    page_size: int,
+    sink_pages: int,
+    window_tokens: int,
+    counters: torch.Tensor,
+    table: PageTable,
+) -> None:
+    start, end = _block_spans(blocks, keep.device)
+    pages, q_heads = keep.shape[1], keep.shape[0] // blocks.num_blocks
+    page = torch.arange(pages, device=keep.device)
+    window_start = (start + 1 - max(window_tokens, 1)).clamp(min=0) // page_size
+    before_end = -(-end // page_size)
+    always = (page < sink_pages) | (page >= window_start[:, None])
+    chosen = (keep.bool().unflatten(0, (q_heads, -1)) | always) & (page < before_end[:, None])
+    lengths = end - (before_end - chosen.sum(-1)) * page_size
+    table.lengths.copy_(lengths.flatten())
+    head = torch.arange(q_heads, device=keep.device) // (q_heads // kv.shape[1])
+    unit = block_table[:pages].long() * units_per_block(kv) + head[:, None]
+    for row, mask in enumerate(chosen.flatten(0, 1)):
+        units = unit[row // blocks.num_blocks, mask]
+        table.units[row, : len(units)] = units.int()
+    queries = end - start
+    unseen = queries * (queries - 1) // 2
+    counters[0] += (queries * lengths - unseen).sum()
+    counters[1] += (queries * end - unseen).sum() * q_heads
+
+
+def sparse_prefill(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    table: PageTable,
+    page_size: int,
+    scale: float,
+    out: torch.Tensor,
+) -> None:
+    num_tokens, q_heads, _ = q.shape
+    num_blocks = -(-num_tokens // BLOCK_TOKENS)
+    keys, values = single_head_pages(kv, page_size)
+    for row, length in enumerate(table.lengths.tolist()):
+        head, block = divmod(row, num_blocks)
+        tokens = slice(block * BLOCK_TOKENS, min((block + 1) * BLOCK_TOKENS, num_tokens))
+        units = table.units[row, : -(-length // page_size)].long()
+        k, v = (x[units].flatten(0, 2)[:length].to(_wide(q)) for x in (keys, values))
+        query = q[tokens, head].to(_wide(q))
+        seen = length - torch.arange(len(query) - 1, -1, -1, device=q.device)
+        hidden = torch.arange(length, device=q.device) >= seen[:, None]
+        weights = (query @ k.T * scale).masked_fill(hidden, float("-inf")).softmax(-1)
+        out[tokens, head] = (weights @ v).to(out.dtype)
+
+
+def _wide(x: torch.Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _block_spans(blocks: QueryBlocks, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """First position and end position of each block, int64 [num_blocks]."""
+    start = blocks.first_position + torch.arange(blocks.num_blocks, device=device) * BLOCK_TOKENS
+    return start, (start + BLOCK_TOKENS).clamp(max=blocks.end_position)

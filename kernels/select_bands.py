@@ -1,0 +1,128 @@
+"""select_bands: the pages and bands of diagonals that hold most of a chunk's estimated attention.
+
+    page_mass[h, p] = sum_k mass[h, k, p]                          the vertical lines of a page
+    band_mass[h, b] = sum_k mass[h, k, first_page - 1 + k - b]     the diagonals of a band
+
+Of each, a head keeps either a number of them, or (``coverage`` > 0) the fewest that hold that share
+of its mass: Lai et al., "FlexPrefill", arXiv 2502.20766. Equal masses at the threshold are all kept,
+masses of 0 never, unless everything is asked for.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_sparse.probe import probe_groups, probe_page
+from vllm_sparse.query_blocks import QueryBlocks
+
+EVERYTHING = -1
+BLOCK_PAGES = 2048
+
+
+@triton.jit(do_not_specialize=["num_pages", "first_page"])
+def _fold_bands(mass, masses, mass_stride_h, mass_stride_k, masses_stride_0, masses_stride_h, num_pages, first_page,
+                BANDS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    tile, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    index = tile * BLOCK + tl.arange(0, BLOCK)
+    live = index < num_pages
+    by_page = tl.zeros([BLOCK], tl.float32)
+    by_band = tl.zeros([BLOCK], tl.float32)
+    for k in tl.static_range(BANDS):
+        row = mass + head * mass_stride_h + k * mass_stride_k
+        by_page += tl.load(row + index, mask=live, other=0.0)
+        page = first_page - 1 + k - index
+        by_band += tl.load(row + page, mask=live & (page >= 0) & (page < num_pages), other=0.0)
+    tl.store(masses + head * masses_stride_h + index, by_page, mask=live)
+    tl.store(masses + masses_stride_0 + head * masses_stride_h + index, by_band, mask=live)
+
+
+@triton.jit
+def _threshold(row, count, wanted, coverage, BLOCK: tl.constexpr):
+    """The largest key such that the masses from it on are enough; keys order masses as integers."""
+    total, high = 0.0, 0
+    for start in range(0, count, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        values = tl.load(row + index, mask=index < count, other=0.0)
+        total += tl.sum(values, axis=0)
+        high = tl.maximum(high, tl.max(values.to(tl.int32, bitcast=True), axis=0))
+    low = 1
+    high = tl.maximum(high, 1) + 1
+    # Invariant: what lies at or above ``low`` is enough, at or above ``high`` it is not.
+    while high - low > 1:
+        middle = low + (high - low) // 2
+        kept, held = 0, 0.0
+        for start in range(0, count, BLOCK):
+            index = start + tl.arange(0, BLOCK)
+            values = tl.load(row + index, mask=index < count, other=0.0)
+            keep = values.to(tl.int32, bitcast=True) >= middle
+            kept += tl.sum(keep.to(tl.int32), axis=0)
+            held += tl.sum(tl.where(keep, values, 0.0), axis=0)
+        enough = tl.where(coverage > 0, held >= coverage * total, kept >= wanted)
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle)
+    return low
+
+
+@triton.jit(do_not_specialize=["num_pages", "wanted_pages", "wanted_bands", "coverage"])
+def _select_bands(masses, page_keep, band_count, masses_stride_0, masses_stride_h, keep_stride_h, count_stride_h,
+                  num_pages, wanted_pages, wanted_bands, coverage, BLOCK: tl.constexpr):  # fmt: skip
+    head, diagonal = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row = masses + diagonal * masses_stride_0 + head * masses_stride_h
+    wanted = tl.where(diagonal == 1, wanted_bands, wanted_pages)
+    threshold = tl.where(wanted < 0, 0, 0x7FFFFFFF)
+    if (wanted > 0) | (coverage > 0):
+        threshold = _threshold(row, num_pages, wanted, coverage, BLOCK)
+    before = 0
+    if diagonal == 1:
+        tl.store(band_count + head * count_stride_h, 0)
+    for start in range(0, num_pages, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        live = index < num_pages
+        values = tl.load(row + index, mask=live, other=0.0)
+        keep = live & (values.to(tl.int32, bitcast=True) >= threshold)
+        if diagonal == 1:
+            kept = keep.to(tl.int32)
+            tl.store(band_count + head * count_stride_h + index + 1, before + tl.cumsum(kept, axis=0), mask=live)
+            before += tl.sum(kept, axis=0)
+        else:
+            tl.store(page_keep + head * keep_stride_h + index, keep.to(tl.uint8), mask=live)
+
+
+def select_bands(
+    mass: torch.Tensor,
+    chunk: QueryBlocks,
+    page_size: int,
+    vertical_pages: int,
+    slash_bands: int,
+    coverage: float,
+    masses: torch.Tensor,
+    page_keep: torch.Tensor,
+    band_count: torch.Tensor,
+) -> None:
+    """Choose the vertical pages and slash bands of a chunk, per query head.
+
+    Args:
+        mass: float32 [q_heads, groups + 1, num_pages], from ``probe_mass``.
+        chunk, page_size: where the probe lies.
+        vertical_pages, slash_bands: how many to keep, where ``coverage`` is 0; all from ``num_pages`` on.
+        coverage: share of the mass that the pages, and that the bands, must hold; all from 1 on.
+        masses: float32 [2, q_heads, num_pages or more], overwritten.
+        page_keep: uint8 [q_heads, num_pages or more], overwritten.
+        band_count: int32 [q_heads, num_pages + 1 or more], overwritten: kept bands before each band.
+    """
+    q_heads, bands, num_pages = mass.shape
+    assert bands == probe_groups(page_size) + 1 and num_pages == chunk.num_pages(page_size)
+    assert mass.stride(2) == masses.stride(2) == page_keep.stride(1) == band_count.stride(1) == 1
+    wanted = [EVERYTHING if n >= num_pages else n for n in (vertical_pages, slash_bands)]
+    if coverage >= 1:
+        wanted, coverage = [EVERYTHING, EVERYTHING], 0.0
+    _fold_bands[(triton.cdiv(num_pages, 256), q_heads)](
+        mass, masses, mass.stride(0), mass.stride(1), masses.stride(0), masses.stride(1),
+        num_pages, probe_page(chunk, page_size), BANDS=bands, BLOCK=256, num_warps=2,
+    )  # fmt: skip
+    _select_bands[(q_heads, 2)](
+        masses, page_keep, band_count, masses.stride(0), masses.stride(1), page_keep.stride(0),
+        band_count.stride(0), num_pages, *wanted, float(coverage), BLOCK=BLOCK_PAGES, num_warps=8,
+    )  # fmt: skip

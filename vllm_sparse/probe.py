@@ -1,0 +1,28 @@
+"""The probe: the last queries of a chunk, which estimate where all of it attends."""
+
+from __future__ import annotations
+
+from vllm_sparse.query_blocks import QueryBlocks
+
+PROBE_TOKENS = 64
+"""Positions of a probe; one tile of tensor cores, and what MInference uses."""
+
+
+def probe_start(chunk: QueryBlocks, page_size: int) -> int:
+    """Position of the probe's first row, a multiple of the page size or of 64.
+
+    The probe ends at the next such border at or after the chunk's end, so that each of its rows
+    meets the keys of a page in the same two bands of diagonals; rows past the end have no query.
+    """
+    align = min(page_size, PROBE_TOKENS)
+    return -(-chunk.end_position // align) * align - PROBE_TOKENS
+
+
+def probe_page(chunk: QueryBlocks, page_size: int) -> int:
+    """Page of the probe's first row."""
+    return probe_start(chunk, page_size) // page_size
+
+
+def probe_groups(page_size: int) -> int:
+    """Pages that the probe's rows lie in."""
+    return max(1, PROBE_TOKENS // page_size)
