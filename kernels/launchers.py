@@ -1,5 +1,6 @@
 """All Triton launchers under one name; needs Triton (see :func:`vllm_sparse.kernels.for_device`)."""
 
+from vllm_sparse.kernels.fixed_pattern import fixed_pattern
 from vllm_sparse.kernels.index_score import random_score, recency_score
 from vllm_sparse.kernels.page_mass import page_mass
 from vllm_sparse.kernels.page_write import page_write
@@ -14,6 +15,7 @@ from vllm_sparse.kernels.sparse_prefill import sparse_prefill
 from vllm_sparse.kernels.vertical_slash import vertical_slash
 
 __all__ = [
+    "fixed_pattern",
     "page_mass",
     "page_write",
     "plan_decode",

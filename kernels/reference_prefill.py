@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from vllm_sparse.fixed_pattern import FixedPattern
 from vllm_sparse.page_table import PageTable, single_head_pages, units_per_block
 from vllm_sparse.probe import PROBE_TOKENS, probe_groups, probe_page, probe_start
 from vllm_sparse.query_blocks import BLOCK_TOKENS, QueryBlocks
@@ -95,6 +96,26 @@ def vertical_slash(
     keep.copy_(kept.flatten(0, 1))
 
 
+def fixed_pattern(pattern: FixedPattern, blocks: QueryBlocks, page_size: int, keep: torch.Tensor) -> None:
+    start, end = (x[:, None] for x in _block_spans(blocks, keep.device))
+    q_heads = keep.shape[0] // blocks.num_blocks
+    page = torch.arange(keep.shape[1], device=keep.device)
+    head = torch.arange(q_heads, device=keep.device)[:, None, None]
+    last = (end - 1) // page_size
+    nearest = (start - (page * page_size + page_size - 1)).clamp(min=0)
+    farthest = end - 1 - page * page_size
+    every = pattern.dilated_heads
+    dilation = torch.where(head % every == every - 1, pattern.dilation, 1)
+    chosen = (nearest < pattern.recent_tokens * dilation) & ((last - page) % dilation == 0)
+    chosen |= page * page_size < pattern.initial_tokens
+    if pattern.stride_tokens:
+        chosen |= farthest // pattern.stride_tokens * pattern.stride_tokens >= nearest
+    if pattern.random_tokens:
+        random_pages = -(-pattern.random_tokens // page_size)
+        chosen |= hash_uniform(start, head, page) * (last + 1) < random_pages
+    keep.copy_((chosen & (farthest >= 0)).flatten(0, 1))
+
+
 def prefill_table(
     keep: torch.Tensor,
     block_table: torch.Tensor,
@@ -134,7 +155,7 @@ def sparse_prefill(
     scale: float,
     out: torch.Tensor,
 ) -> None:
-    num_tokens, q_heads, _ = q.shape
+    num_tokens = q.shape[0]
     num_blocks = -(-num_tokens // BLOCK_TOKENS)
     keys, values = single_head_pages(kv, page_size)
     for row, length in enumerate(table.lengths.tolist()):
@@ -147,6 +168,19 @@ def sparse_prefill(
         hidden = torch.arange(length, device=q.device) >= seen[:, None]
         weights = (query @ k.T * scale).masked_fill(hidden, float("-inf")).softmax(-1)
         out[tokens, head] = (weights @ v).to(out.dtype)
+
+
+def hash_uniform(length, head: torch.Tensor, page: torch.Tensor) -> torch.Tensor:
+    """Uniform float32 in [0, 1), a pure function of its arguments (the Triton kernels have the same).
+
+    A 32-bit finaliser (murmur3) over a mix of a length, a query head and a page index.
+    """
+    mask = 0xFFFFFFFF
+    x = (page * 0x9E3779B1 + head * 0x85EBCA77 + length * 0xC2B2AE3D) & mask
+    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & mask
+    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & mask
+    x = x ^ (x >> 16)
+    return (x >> 8).float() / (1 << 24)
 
 
 def _wide(x: torch.Tensor) -> torch.dtype:

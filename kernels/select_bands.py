@@ -22,8 +22,10 @@ BLOCK_PAGES = 2048
 
 
 @triton.jit(do_not_specialize=["num_pages", "first_page"])
-def _fold_bands(mass, masses, mass_stride_h, mass_stride_k, masses_stride_0, masses_stride_h, num_pages, first_page,
-                BANDS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def _fold_bands(
+    mass, masses, mass_stride_h, mass_stride_k, masses_stride_0, masses_stride_h, num_pages, first_page,
+    BANDS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     tile, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     index = tile * BLOCK + tl.arange(0, BLOCK)
     live = index < num_pages
@@ -41,27 +43,25 @@ def _fold_bands(mass, masses, mass_stride_h, mass_stride_k, masses_stride_0, mas
 @triton.jit
 def _threshold(row, count, wanted, coverage, BLOCK: tl.constexpr):
     """The largest key such that the masses from it on are enough; keys order masses as integers."""
-    total, high = 0.0, 0
+    lanes = tl.arange(0, BLOCK)
+    totals, highs = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.int32)
     for start in range(0, count, BLOCK):
-        index = start + tl.arange(0, BLOCK)
-        values = tl.load(row + index, mask=index < count, other=0.0)
-        total += tl.sum(values, axis=0)
-        high = tl.maximum(high, tl.max(values.to(tl.int32, bitcast=True), axis=0))
-    low = 1
-    high = tl.maximum(high, 1) + 1
+        values = tl.load(row + start + lanes, mask=start + lanes < count, other=0.0)
+        totals += values
+        highs = tl.maximum(highs, values.to(tl.int32, bitcast=True))
+    enough = tl.where(coverage > 0, coverage * tl.sum(totals, axis=0), wanted)
+    low, high = 1, tl.maximum(tl.max(highs, axis=0), 1) + 1
     # Invariant: what lies at or above ``low`` is enough, at or above ``high`` it is not.
     while high - low > 1:
         middle = low + (high - low) // 2
-        kept, held = 0, 0.0
+        held = tl.zeros([BLOCK], tl.float32)
         for start in range(0, count, BLOCK):
-            index = start + tl.arange(0, BLOCK)
-            values = tl.load(row + index, mask=index < count, other=0.0)
-            keep = values.to(tl.int32, bitcast=True) >= middle
-            kept += tl.sum(keep.to(tl.int32), axis=0)
-            held += tl.sum(tl.where(keep, values, 0.0), axis=0)
-        enough = tl.where(coverage > 0, held >= coverage * total, kept >= wanted)
-        low = tl.where(enough, middle, low)
-        high = tl.where(enough, high, middle)
+            values = tl.load(row + start + lanes, mask=start + lanes < count, other=0.0)
+            worth = tl.where(coverage > 0, values, 1.0)
+            held += tl.where(values.to(tl.int32, bitcast=True) >= middle, worth, 0.0)
+        met = tl.sum(held, axis=0) >= enough
+        low = tl.where(met, middle, low)
+        high = tl.where(met, high, middle)
     return low
 
 

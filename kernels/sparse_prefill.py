@@ -75,11 +75,14 @@ def _sparse_prefill(
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    top, total, acc = _attend_tokens(query, kv, unit_row, seen, 0, common, top, total, acc, unit_stride, kv_stride_r,
-                                     scale_log2, HEAD_DIM, BLOCK_D, PAGE, BLOCK_N, False, PRECISION)  # fmt: skip
-    top, total, acc = _attend_tokens(query, kv, unit_row, seen, common, last, top, total, acc, unit_stride,
-                                     kv_stride_r, scale_log2, HEAD_DIM, BLOCK_D, PAGE, BLOCK_N, True,
-                                     PRECISION)  # fmt: skip
+    top, total, acc = _attend_tokens(
+        query, kv, unit_row, seen, 0, common, top, total, acc, unit_stride, kv_stride_r, scale_log2,
+        HEAD_DIM, BLOCK_D, PAGE, BLOCK_N, False, PRECISION,
+    )  # fmt: skip
+    top, total, acc = _attend_tokens(
+        query, kv, unit_row, seen, common, last, top, total, acc, unit_stride, kv_stride_r, scale_log2,
+        HEAD_DIM, BLOCK_D, PAGE, BLOCK_N, True, PRECISION,
+    )  # fmt: skip
     target = out + token[:, None] * out_stride_t + head * out_stride_h + dims[None, :]
     tl.store(target, (acc / total[:, None]).to(out.dtype.element_ty), mask=mask)
 

@@ -16,6 +16,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 from vllm_sparse.kernels import launchers, select_pages
 
+from vllm_sparse.fixed_pattern import FixedPattern
+
 SHARED_BYTES = {80: 166912, 86: 101376, 89: 101376, 90: 232448}
 """Shared memory that one block can have (CUDA C++ Programming Guide, compute capabilities)."""
 
@@ -97,6 +99,8 @@ def compile_prefill(case) -> None:
             mass, blocks, page_size, 1, 1, coverage, buffers.masses, buffers.page_keep, buffers.band_count
         )  # fmt: skip
     launchers.vertical_slash(buffers.page_keep, buffers.band_count, blocks, page_size, keep)
+    pattern = FixedPattern(16, 32, 2, 2, 64, 32)
+    launchers.fixed_pattern(pattern, blocks, page_size, keep)
     launchers.prefill_table(keep, case.block_table, blocks, case.kv, page_size, 1, 20, buffers.counters, table)
     launchers.sparse_prefill(case.q, case.kv, table, page_size, case.scale, case.q)
 

@@ -18,6 +18,7 @@ from prefill_cases import (
 )
 from vllm_sparse.kernels import reference
 
+from vllm_sparse.fixed_pattern import FixedPattern
 from vllm_sparse.page_table import PageTable
 from vllm_sparse.probe import probe_groups, probe_page, probe_start
 from vllm_sparse.query_blocks import BLOCK_TOKENS, QueryBlocks
@@ -224,6 +225,64 @@ def test_vertical_slash_keeps_pages_that_a_band_touches(run, chunk, page_size):
         rows = slice(block * BLOCK_TOKENS, (block + 1) * BLOCK_TOKENS)
         expected = slash[:, rows].any(1) | (page_keep.bool() & seen[rows].any(0))
         assert torch.equal(keep.view(2, -1, pages)[:, block].bool(), expected)
+
+
+PATTERNS = {
+    "a_shape": FixedPattern(initial_tokens=40, recent_tokens=70),
+    "strided": FixedPattern(recent_tokens=50, stride_tokens=100),
+    "dilated": FixedPattern(initial_tokens=20, recent_tokens=100, dilation=3),
+    "longformer": FixedPattern(recent_tokens=90, dilation=2, dilated_heads=2),
+    "bigbird": FixedPattern(initial_tokens=16, recent_tokens=16, random_tokens=120),
+}
+
+
+@pytest.mark.parametrize("page_size", [16, 32])
+@pytest.mark.parametrize("pattern", PATTERNS)
+@chunks
+def test_fixed_pattern_matches_twin(chunk, pattern, page_size):
+    case = make_chunk(*chunk, 1, 3, 32, page_size)
+    expected = torch.full_like(random_keep(case), 77)
+    actual = expected.clone()
+    for run, keep in ((reference, expected), (launchers, actual)):
+        run.fixed_pattern(PATTERNS[pattern], case.blocks, page_size, keep)
+    assert torch.equal(actual, expected) and (expected <= 1).all()
+
+
+def fixed_keep(pattern: FixedPattern, case) -> torch.Tensor:
+    """bool [q_heads, num_blocks, num_pages]."""
+    keep = torch.full_like(random_keep(case), 77)
+    reference.fixed_pattern(pattern, case.blocks, case.page_size, keep)
+    return keep.bool().view(case.q_heads, case.blocks.num_blocks, -1)
+
+
+@chunks
+@pytest.mark.parametrize("name", ["a_shape", "strided"])
+def test_fixed_pattern_keeps_pages_with_any_token_that_counts(chunk, name):
+    case, pattern = make_chunk(*chunk, 1, 1, 32, 16), PATTERNS[name]
+    keep = fixed_keep(pattern, case)[0]
+    key = torch.arange(case.num_pages * 16, device=DEVICE)
+    for block, part in enumerate(case.blocks.split(1)):
+        position = torch.arange(part.first_position, part.end_position, device=DEVICE)[:, None]
+        behind = position - key
+        counts = (key < pattern.initial_tokens) | (behind < pattern.recent_tokens)
+        if pattern.stride_tokens:
+            counts |= behind % pattern.stride_tokens == 0
+        counts &= behind >= 0
+        assert torch.equal(keep[block], counts.any(0).unflatten(0, (-1, 16)).any(1))
+
+
+def test_dilated_heads_skip_pages_and_reach_farther():
+    case = make_chunk(600, 16, 1, 2, 32, 16)
+    near, far = fixed_keep(PATTERNS["longformer"], case)[:, 0]
+    assert near.sum() == near[-int(near.sum()) :].sum(), "the undilated window has gaps"
+    assert not far[-2] and far[-1] and far[-3]
+    assert far.nonzero().min() < near.nonzero().min()
+
+
+def test_random_pages_are_about_as_many_as_asked_for():
+    case = make_chunk(3000, 256, 2, 8, 32, 16)
+    drawn = fixed_keep(FixedPattern(random_tokens=320), case).sum(-1).float()
+    assert 15 < drawn.mean() < 25 and drawn.std() > 1, "20 pages on average, drawn anew by block and head"
 
 
 def test_parts_of_a_chunk_cover_it_in_order():

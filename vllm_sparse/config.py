@@ -47,11 +47,11 @@ class SparseConfig:
     min_prefill_tokens: int = 8192
     """Up to this context length a prefill chunk runs dense, which is exact."""
     vertical_tokens: int = 1024
-    """Columns that ``vertical_slash`` keeps per query head, in whole pages."""
+    """What a chunk keeps wherever the query is, in whole pages: columns, first or global tokens, by policy."""
     slash_tokens: int = 2048
-    """Diagonals that ``vertical_slash`` keeps per query head, in bands as wide as a page."""
+    """What a chunk keeps by distance from the query: diagonals, in bands of a page, or recent tokens."""
     prefill_coverage: float = 0.0
-    """Share of the estimated attention to keep instead of fixed sizes; 0: fixed sizes."""
+    """Share of the estimated attention that policies which estimate keep instead of those sizes; 0: sizes."""
     engine: str = "auto"
     """What attends over chosen pages: ``auto`` or a name of :mod:`vllm_sparse.engines`."""
 

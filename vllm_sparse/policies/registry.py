@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from vllm_sparse.config import SparseConfig
+from vllm_sparse.policies.a_shape import AShape
 from vllm_sparse.policies.base import DecodePolicy
+from vllm_sparse.policies.bigbird import BigBird
 from vllm_sparse.policies.dense import Dense
+from vllm_sparse.policies.dilated import Dilated
+from vllm_sparse.policies.longformer import Longformer
 from vllm_sparse.policies.midbound import Midbound
 from vllm_sparse.policies.oracle import Oracle
 from vllm_sparse.policies.prefill_base import PrefillPolicy
@@ -12,6 +16,7 @@ from vllm_sparse.policies.prefill_dense import DensePrefill
 from vllm_sparse.policies.quest import Quest
 from vllm_sparse.policies.random import Random
 from vllm_sparse.policies.streaming import Streaming
+from vllm_sparse.policies.strided import Strided
 from vllm_sparse.policies.vertical_slash import VerticalSlash
 
 DECODE_POLICIES: dict[str, type[DecodePolicy]] = {
@@ -25,6 +30,11 @@ DECODE_POLICIES: dict[str, type[DecodePolicy]] = {
 
 PREFILL_POLICIES: dict[str, type[PrefillPolicy]] = {
     "vertical_slash": VerticalSlash,
+    "a_shape": AShape,
+    "strided": Strided,
+    "dilated": Dilated,
+    "longformer": Longformer,
+    "bigbird": BigBird,
     "dense": DensePrefill,
 }
 
