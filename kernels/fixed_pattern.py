@@ -19,7 +19,7 @@ from vllm_sparse.fixed_pattern import FixedPattern
 from vllm_sparse.query_blocks import BLOCK_TOKENS, QueryBlocks
 
 
-@triton.jit(do_not_specialize=["first_position", "end_position", "num_pages", "num_blocks"])
+@triton.jit(do_not_specialize=["keep_stride", "first_position", "end_position", "num_pages", "num_blocks"])
 def _fixed_pattern(
     keep, keep_stride, first_position, end_position, num_pages, num_blocks,
     INITIAL: tl.constexpr, RECENT: tl.constexpr, DILATION: tl.constexpr, DILATED_HEADS: tl.constexpr,

@@ -20,7 +20,13 @@ from vllm_sparse.page_table import PageTable, units_per_block
 from vllm_sparse.query_blocks import BLOCK_TOKENS, QueryBlocks
 
 
-@triton.jit(do_not_specialize=["first_position", "end_position", "num_blocks", "sink_pages", "window_tokens"])
+# A launch for every width of the table must not be a compilation for it.
+@triton.jit(
+    do_not_specialize=[
+        "keep_stride", "units_stride", "first_position", "end_position", "num_blocks", "sink_pages",
+        "window_tokens",
+    ]
+)  # fmt: skip
 def _prefill_table(
     keep, block_table, units, lengths, counters, keep_stride, units_stride, units_per_block,
     first_position, end_position, num_blocks, sink_pages, window_tokens,

@@ -79,7 +79,11 @@ def _probe_lse(
     tl.store(part, tl.where(total > 0, top + tl.log2(tl.maximum(total, 1e-30)), float("-inf")))
 
 
-@triton.jit(do_not_specialize=["first_position", "end_position", "start", "splits", "num_pages"])
+@triton.jit(
+    do_not_specialize=[
+        "mass_stride_h", "mass_stride_k", "first_position", "end_position", "start", "splits", "num_pages",
+    ]
+)  # fmt: skip
 def _probe_mass(
     q, kv, block_table, part_lse, mass, q_stride_t, q_stride_h, kv_stride_b, kv_stride_h, kv_stride_r,
     lse_stride_h, mass_stride_h, mass_stride_k, scale_log2, first_position, end_position, start, splits, num_pages,

@@ -21,7 +21,7 @@ EVERYTHING = -1
 BLOCK_PAGES = 2048
 
 
-@triton.jit(do_not_specialize=["num_pages", "first_page"])
+@triton.jit(do_not_specialize=["mass_stride_h", "mass_stride_k", "num_pages", "first_page"])
 def _fold_bands(
     mass, masses, mass_stride_h, mass_stride_k, masses_stride_0, masses_stride_h, num_pages, first_page,
     BANDS: tl.constexpr, BLOCK: tl.constexpr,

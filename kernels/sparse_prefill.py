@@ -48,7 +48,7 @@ def _attend_tokens(
     return top, total, acc
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_blocks"])
+@triton.jit(do_not_specialize=["units_stride", "num_tokens", "num_blocks"])
 def _sparse_prefill(
     q, kv, units, lengths, out, q_stride_t, q_stride_h, unit_stride, kv_stride_r, units_stride,
     out_stride_t, out_stride_h, scale_log2, num_tokens, num_blocks,

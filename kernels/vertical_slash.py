@@ -16,7 +16,7 @@ import triton.language as tl
 from vllm_sparse.query_blocks import BLOCK_TOKENS, QueryBlocks
 
 
-@triton.jit(do_not_specialize=["first_position", "end_position", "num_pages", "num_blocks"])
+@triton.jit(do_not_specialize=["out_stride", "first_position", "end_position", "num_pages", "num_blocks"])
 def _vertical_slash(
     page_keep, band_count, keep, keep_stride_h, count_stride_h, out_stride, first_position, end_position,
     num_pages, num_blocks, PAGE: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK: tl.constexpr,

@@ -48,7 +48,6 @@ def make_chunk(
     dtype: torch.dtype = torch.float32,
     seed: int | None = None,
     layers: int = 1,
-    table_bytes: int = 64 << 20,
     later_tokens: int = 0,
 ) -> PrefillCase:
     """A chunk whose outputs, and buffers, start as poison; ``later_tokens`` of context follow it."""
@@ -59,9 +58,7 @@ def make_chunk(
     q_heads = kv_heads * group
     generator = torch.Generator().manual_seed(torch.seed() % 2**31 if seed is None else seed)
     q = torch.randn(num_tokens, q_heads, head_dim, generator=generator)
-    buffers = PrefillBuffers.allocate(
-        q_heads, head_dim, page_size, end, num_tokens, dtype, DEVICE, table_bytes=table_bytes
-    )
+    buffers = PrefillBuffers.allocate(q_heads, head_dim, page_size, end, num_tokens, dtype, DEVICE)
     poison(buffers)
     return PrefillCase(
         q=(3 * q).to(dtype).to(DEVICE), kv=case.kv, block_table=case.block_table[0],

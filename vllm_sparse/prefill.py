@@ -50,6 +50,19 @@ class SparsePrefill:
     window_tokens: int
     scale: float
 
+    def warm_up(self, kv_heads: int, page_rows: int, head_dim: int, q_heads: int, dtype: torch.dtype) -> None:
+        """Compile what a chunk launches, so that the first long request does not wait for it."""
+        device, page_size = self.buffers.units.device, self.buffers.page_size
+        chunk = QueryBlocks(0, 0, BLOCK_TOKENS, 0)
+        pages = chunk.num_pages(page_size)
+        if pages > self.buffers.max_pages:
+            return  # no context is as long as a block
+        kv = torch.zeros(pages, kv_heads, page_rows, 2 * head_dim, dtype=dtype, device=device)
+        q = torch.zeros(BLOCK_TOKENS, q_heads, head_dim, dtype=dtype, device=device)
+        block_table = torch.arange(pages, dtype=torch.int32, device=device)[None]
+        self.attend(q, kv, block_table, chunk, torch.empty_like(q))
+        self.buffers.counters.zero_()
+
     def attend(
         self,
         q: torch.Tensor,

@@ -3,12 +3,13 @@
 A chunk is attended in parts of as many query blocks as the buffers hold. The largest are, for 32
 query heads, head_dim 128, 16-bit queries and page 16:
 
-    page table   64 MiB   int32 [blocks * heads, pages]: 64 blocks at 128K tokens, 8 at 1M
-    keep mask    16 MiB   uint8, a quarter of the table
-    scratch     128 MiB   queries and outputs by head: 8192 tokens of 2 * 8 KiB
-    estimate     18 MiB   at 1M tokens: per (head, page) two float32, one int32, one uint8
+    page table    64 MiB   int32 [blocks * heads, pages]: 64 blocks at 128K tokens of context, 8 at 1M
+    keep mask     16 MiB   uint8, a quarter of the table
+    scratch       96 MiB   queries and outputs by head: 6144 tokens of 2 * 8 KiB
+    estimate      26 MiB   at 1M tokens: per (head, page) two float32, one int32, one uint8
 
-226 MiB at 1M tokens of context, 211 MiB at 128K; a chunk's masses share the table's memory.
+202 MiB at 1M tokens of context, 159 MiB at 128K. A chunk's masses lie where its tables come later: at 64
+heads and 1M tokens they, not the tables, set that size, and all of it is 249 MiB.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from vllm_sparse.probe import PROBE_TOKENS, probe_groups
 from vllm_sparse.query_blocks import BLOCK_TOKENS, QueryBlocks
 
 TABLE_BYTES = 64 << 20
-SCRATCH_BYTES = 128 << 20
+SCRATCH_BYTES = 96 << 20
 PROBE_SPLITS = 64
 """Most programs that share the context of one query head in an estimate."""
 
@@ -64,7 +65,6 @@ class PrefillBuffers:
         max_chunk_tokens: int,
         dtype: torch.dtype,
         device: torch.device,
-        table_bytes: int = TABLE_BYTES,
     ) -> PrefillBuffers:
         """Buffers for chunks of up to ``max_chunk_tokens`` in contexts of up to ``max_context_tokens``."""
         max_pages = -(-max_context_tokens // page_size) + 1
@@ -72,7 +72,7 @@ class PrefillBuffers:
         chunk_tokens = min(max_chunk_tokens, max_context_tokens, SCRATCH_BYTES // token_bytes)
         max_blocks = max(1, -(-chunk_tokens // BLOCK_TOKENS))
         row_bytes = 4 * q_heads * max_pages
-        capacity = min(max_blocks * row_bytes, max(table_bytes, row_bytes)) // 4
+        capacity = min(max_blocks * row_bytes, max(TABLE_BYTES, row_bytes)) // 4
         # The masses of an estimate lie in the table's memory, see ``probe_masses``.
         capacity = max(capacity, q_heads * (probe_groups(page_size) + 1) * max_pages)
         gpu = device.type != "cpu"
@@ -94,6 +94,10 @@ class PrefillBuffers:
             scratch=zeros(2, max_blocks * BLOCK_TOKENS * q_heads * head_dim if gpu else 0, dtype=dtype),
             counters=zeros(2, dtype=torch.int64),
         )
+
+    @property
+    def max_pages(self) -> int:
+        return self.page_keep.shape[1]
 
     @property
     def num_bytes(self) -> int:

@@ -47,8 +47,10 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
             self.workspace = Workspace.allocate(
                 vllm_config, self.config, self.page_size, impl.num_heads, impl.num_kv_heads, impl.head_size, device
             )
-        for impl in impls:
-            impl.bind_prefill(self.workspace.prefill)
+        for layer in impls:
+            layer.bind_prefill(self.workspace.prefill)
+        if self.selects and self.workspace.prefill is not None and device.type != "cpu":
+            impl.warm_up_prefill()
         backend = None
         if device.type != "cpu":
             backend = dense.stock_backend(impl.dtype, impl.head_size, impl.alibi_slopes is not None)

@@ -117,6 +117,11 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
                 self.sink_pages, self.config.window_tokens, self.scale,
             )  # fmt: skip
 
+    def warm_up_prefill(self) -> None:
+        """Compile the kernels of sparse prefill; layers of equal shape share them."""
+        rows = self.page_size + SUMMARY_ROWS[self.policy.summary]
+        self.prefill.warm_up(self.num_kv_heads, rows, self.head_size, self.num_heads, self.dtype)
+
     def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping) -> None:
         """Write K and V of new tokens and refresh the summaries of the pages they touch."""
         self.kernels.page_write(key, value, kv_cache, slot_mapping, self.page_size, self.policy.summary)
