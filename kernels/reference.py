@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import torch
 from vllm_sparse.kernels.reference_prefill import (  # noqa: F401
+    antidiagonal_score,
     fixed_pattern,
     hash_uniform,
+    pooled_score,
     prefill_table,
     probe_mass,
     select_bands,
+    select_row_pages,
     sparse_prefill,
     vertical_slash,
 )

@@ -101,6 +101,11 @@ def compile_prefill(case) -> None:
     launchers.vertical_slash(buffers.page_keep, buffers.band_count, blocks, page_size, keep)
     pattern = FixedPattern(16, 32, 2, 2, 64, 32)
     launchers.fixed_pattern(pattern, blocks, page_size, keep)
+    scores = buffers.scores(blocks)
+    scored = (case.q, case.kv, case.block_table, blocks, page_size, case.scale)
+    launchers.pooled_score(*scored, buffers.pooled, scores)
+    launchers.antidiagonal_score(*scored, scores)
+    launchers.select_row_pages(scores, blocks, page_size, 2, 0.0, keep)
     launchers.prefill_table(keep, case.block_table, blocks, case.kv, page_size, 1, 20, buffers.counters, table)
     launchers.sparse_prefill(case.q, case.kv, table, page_size, case.scale, case.q)
 

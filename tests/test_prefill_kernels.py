@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from cases import DEVICE, DTYPES, TOLERANCE, error
 from prefill_cases import (
     attention_weights,
     expected_mask,
+    keys_and_values,
     make_chunk,
     masked_attention,
     poison,
@@ -225,6 +227,69 @@ def test_vertical_slash_keeps_pages_that_a_band_touches(run, chunk, page_size):
         rows = slice(block * BLOCK_TOKENS, (block + 1) * BLOCK_TOKENS)
         expected = slash[:, rows].any(1) | (page_keep.bool() & seen[rows].any(0))
         assert torch.equal(keep.view(2, -1, pages)[:, block].bool(), expected)
+
+
+def score(run, case, name: str) -> torch.Tensor:
+    """bool-masked scores [q_heads * num_blocks, num_pages]: NaN after each block's last page."""
+    scores = torch.full((len(random_keep(case)), case.num_pages), float("nan"), device=DEVICE)
+    pooled = [case.buffers.pooled] if name == "pooled_score" else []
+    getattr(run, name)(
+        case.q, case.kv, case.block_table, case.blocks, case.page_size, case.scale, *pooled, scores
+    )  # fmt: skip
+    for block, part in enumerate(case.blocks.split(1)):
+        scores.view(case.q_heads, -1, case.num_pages)[:, block, part.num_pages(case.page_size) :] = 0
+    return scores
+
+
+@pytest.mark.parametrize("name", ["pooled_score", "antidiagonal_score"])
+@pytest.mark.parametrize("chunk", [(0, 129), (37, 200), (190, 77)], ids=str)
+@shapes
+def test_scores_match_twin(shape, chunk, name):
+    case = make_chunk(*chunk, *shape)
+    assert error(score(launchers, case, name), score(reference, case, name)) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["pooled_score", "antidiagonal_score"])
+@dtypes
+def test_scores_match_twin_in_other_dtypes(dtype, name):
+    case = make_chunk(300, 211, 2, 3, 64, 16, dtype=dtype)
+    assert error(score(launchers, case, name), score(reference, case, name)) < TOLERANCE[dtype]
+
+
+@BOTH
+def test_pooled_score_is_the_product_of_means(run):
+    case = make_chunk(37, 200, 1, 2, 32, 16)
+    keys, _ = keys_and_values(case)
+    scores = score(run, case, "pooled_score").view(2, 2, -1)
+    query = case.q.double()[128:200, 1].mean(0)
+    for page, count in ((0, 16), (7, 16), (14, 13)):
+        expected = query @ keys[1, page * 16 : page * 16 + count].mean(0) * case.scale
+        assert abs(scores[1, 1, page] - expected) < 1e-4
+
+
+@BOTH
+def test_antidiagonal_score_samples_the_attention_of_a_block(run):
+    case = make_chunk(32, 128, 1, 1, 32, 16)
+    keys, _ = keys_and_values(case)
+    logits = torch.zeros(8, 10, dtype=torch.float64, device=DEVICE)
+    for r, j, s in torch.cartesian_prod(torch.arange(8), torch.arange(10), torch.arange(16)).tolist():
+        logits[r, j] += case.q[16 * r + 15 - s, 0].double() @ keys[0, 16 * j + s] * case.scale / 16
+    row, column = torch.arange(8, device=DEVICE)[:, None], torch.arange(10, device=DEVICE)
+    weights = logits.masked_fill(column > row + 2, float("-inf")).softmax(-1)
+    assert error(score(run, case, "antidiagonal_score").exp()[0], weights.sum(0)) < 1e-4
+
+
+@pytest.mark.parametrize("sizes", [(3, 0.0), (0, 0.0), (ALL, 0.0), (1, 0.6), (1, 1)], ids=str)
+@chunks
+def test_select_row_pages_matches_twin(chunk, sizes):
+    case = make_chunk(*chunk, 1, 2, 32, 16)
+    # Log-masses of powers of two: sums of masses are exact in any order.
+    scores = torch.randint(-6, 0, random_keep(case).shape, device=DEVICE) * math.log(2)
+    keeps = []
+    for run in (reference, launchers):
+        keeps.append(torch.full_like(random_keep(case), 77))
+        run.select_row_pages(scores.clone(), case.blocks, 16, *sizes, keeps[-1])
+    assert torch.equal(*keeps) and (keeps[0] <= 1).all()
 
 
 PATTERNS = {

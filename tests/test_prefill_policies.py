@@ -15,7 +15,7 @@ from vllm_sparse.prefill import SparsePrefill, plan_chunks
 from vllm_sparse.query_blocks import QueryBlocks
 
 CHOOSING = [name for name in PREFILL_POLICIES if name != "dense"]
-ESTIMATING = ["vertical_slash"]
+ESTIMATING = ["vertical_slash", "block_sparse", "xattention"]
 policies = pytest.mark.parametrize("policy", CHOOSING)
 SIZES = {"vertical_tokens": 48, "slash_tokens": 64}
 

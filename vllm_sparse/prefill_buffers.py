@@ -50,6 +50,8 @@ class PrefillBuffers:
     """int32 [q_heads, max_pages + 1]: kept bands of diagonals before each band."""
     probe_lse: torch.Tensor
     """float32 [q_heads, PROBE_SPLITS, PROBE_TOKENS]."""
+    pooled: torch.Tensor
+    """[max_blocks * q_heads, head_dim]: mean queries of blocks."""
     scratch: torch.Tensor
     """[2, max_blocks * BLOCK_TOKENS * q_heads * head_dim]: for engines that want queries by head."""
     counters: torch.Tensor
@@ -91,6 +93,7 @@ class PrefillBuffers:
             page_keep=zeros(q_heads, max_pages, dtype=torch.uint8),
             band_count=zeros(q_heads, max_pages + 1, dtype=torch.int32),
             probe_lse=zeros(q_heads, PROBE_SPLITS, PROBE_TOKENS, dtype=torch.float32),
+            pooled=zeros(max_blocks * q_heads, head_dim, dtype=dtype),
             scratch=zeros(2, max_blocks * BLOCK_TOKENS * q_heads * head_dim if gpu else 0, dtype=dtype),
             counters=zeros(2, dtype=torch.int64),
         )
@@ -118,6 +121,11 @@ class PrefillBuffers:
         """An uninitialised mask uint8 [q_heads * num_blocks, num_pages]."""
         rows, pages = self.q_heads * blocks.num_blocks, blocks.num_pages(self.page_size)
         return self.keep[: rows * pages].view(rows, pages)
+
+    def scores(self, blocks: QueryBlocks) -> torch.Tensor:
+        """Float32 [q_heads * num_blocks, num_pages], in the memory of these blocks' table."""
+        rows, pages = self.q_heads * blocks.num_blocks, blocks.num_pages(self.page_size)
+        return self.units.view(torch.float32)[: rows * pages].view(rows, pages)
 
     def probe_masses(self, chunk: QueryBlocks) -> torch.Tensor:
         """Float32 [q_heads, groups + 1, num_pages], in memory that the chunk's tables take later."""

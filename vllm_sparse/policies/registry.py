@@ -6,6 +6,7 @@ from vllm_sparse.config import SparseConfig
 from vllm_sparse.policies.a_shape import AShape
 from vllm_sparse.policies.base import DecodePolicy
 from vllm_sparse.policies.bigbird import BigBird
+from vllm_sparse.policies.block_sparse import BlockSparse
 from vllm_sparse.policies.dense import Dense
 from vllm_sparse.policies.dilated import Dilated
 from vllm_sparse.policies.longformer import Longformer
@@ -18,6 +19,7 @@ from vllm_sparse.policies.random import Random
 from vllm_sparse.policies.streaming import Streaming
 from vllm_sparse.policies.strided import Strided
 from vllm_sparse.policies.vertical_slash import VerticalSlash
+from vllm_sparse.policies.xattention import XAttention
 
 DECODE_POLICIES: dict[str, type[DecodePolicy]] = {
     "quest": Quest,
@@ -30,6 +32,8 @@ DECODE_POLICIES: dict[str, type[DecodePolicy]] = {
 
 PREFILL_POLICIES: dict[str, type[PrefillPolicy]] = {
     "vertical_slash": VerticalSlash,
+    "block_sparse": BlockSparse,
+    "xattention": XAttention,
     "a_shape": AShape,
     "strided": Strided,
     "dilated": Dilated,
