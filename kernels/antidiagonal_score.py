@@ -4,7 +4,8 @@
     score[h, b, p] = log sum_{r in b} sum_{j in p} softmax_j L[r, j]
 
 Rows r are 16 queries of a block, columns j are 16 keys; j is seen where its first key is no later than
-r's last query. Xu et al., "XAttention: Block Sparse Attention with Antidiagonal Scoring", arXiv 2503.16428,
+r's last query, and of its keys those up to the block's end.
+Xu et al., "XAttention: Block Sparse Attention with Antidiagonal Scoring", arXiv 2503.16428,
 with stride 16.
 """
 
@@ -56,15 +57,14 @@ def _antidiagonal_score(
 ):  # fmt: skip
     row = tl.program_id(0)
     head, block = row // num_blocks, row % num_blocks
-    end_position = first_position + num_tokens
     start = block * BLOCK_TOKENS
+    end_position = first_position + tl.minimum(start + BLOCK_TOKENS, num_tokens)
     r = tl.arange(0, ROWS)
     q_row = start + r * STRIDE
     in_block = (r * STRIDE < BLOCK_TOKENS) & (q_row < num_tokens)
     queries = q + head * q_stride_h
     base = kv + (head // GROUP).to(tl.int64) * kv_stride_h
-    last = first_position + tl.minimum(start + BLOCK_TOKENS, num_tokens) - 1
-    tiles = (last // STRIDE + BLOCK_J) // BLOCK_J
+    tiles = ((end_position - 1) // STRIDE + BLOCK_J) // BLOCK_J
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     for tile in range(0, tiles):

@@ -1,6 +1,6 @@
 """pooled_score: how the mean query of a block likes the mean key of a page.
 
-    score[h, b, p] = scale * mean_{i in b} q[h, i] . mean_{j in p} K[j],    p up to the page of b's last query
+    score[h, b, p] = scale * mean_{i in b} q[h, i] . mean_{j in p} K[j],    p before the block's own pages
 
 Mean pooling as in the block-sparse heads of Jiang et al., "MInference 1.0", arXiv 2407.02490. Means are
 rounded to the cache's dtype, which is what tensor cores take.
@@ -32,10 +32,10 @@ def _pool_queries(
     tl.store(pooled + row * pooled_stride + dims, mean.to(pooled.dtype.element_ty), mask=dims < HEAD_DIM)
 
 
-@triton.jit(do_not_specialize=["score_stride", "end_position", "num_pages", "rows_per_head"])
+@triton.jit(do_not_specialize=["score_stride", "num_pages", "rows_per_head"])
 def _pooled_score(
     pooled, kv, block_table, scores, pooled_stride, kv_stride_b, kv_stride_h, kv_stride_r, score_stride, scale,
-    end_position, num_pages, rows_per_head,
+    num_pages, rows_per_head,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, PAGES_N: tl.constexpr,
     ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -46,12 +46,10 @@ def _pooled_score(
     block = tl.load(block_table + pages, mask=pages < num_pages, other=0).to(tl.int64)
     cells = kv + block * kv_stride_b + head * kv_stride_h
     total = tl.zeros([BLOCK_D, PAGES_N], tl.float32)
+    mask = (pages < num_pages)[None, :] & in_head[:, None]
     for row in range(PAGE):
-        live = pages * PAGE + row < end_position
-        total += tl.load(cells[None, :] + row * kv_stride_r + dims[:, None],
-                         mask=live[None, :] & in_head[:, None], other=0.0).to(tl.float32)  # fmt: skip
-    count = tl.maximum(tl.minimum(end_position - pages * PAGE, PAGE), 1)
-    mean = (total / count[None, :]).to(kv.dtype.element_ty)
+        total += tl.load(cells[None, :] + row * kv_stride_r + dims[:, None], mask=mask, other=0.0).to(tl.float32)
+    mean = (total / PAGE).to(kv.dtype.element_ty)
     for first in range(0, rows_per_head, ROWS):
         within = first + tl.arange(0, ROWS)
         rows = head * rows_per_head + within
@@ -83,7 +81,8 @@ def pooled_score(
         page_size: tokens per page.
         scale: softmax scale.
         pooled: [q_heads * num_blocks or more, head_dim], the dtype of ``kv``, overwritten: mean queries.
-        scores: float32 [q_heads * num_blocks, num_pages], overwritten; pages after a block are of no meaning.
+        scores: float32 [q_heads * num_blocks, num_pages], overwritten; of a block's own pages and later ones
+            the scores have no meaning.
     """
     num_tokens, q_heads, head_dim = q.shape
     kv_heads = kv.shape[1]
@@ -98,6 +97,6 @@ def pooled_score(
     pages_n = 32
     _pooled_score[(triton.cdiv(num_pages, pages_n), kv_heads)](
         pooled, kv, block_table, scores, pooled.stride(0), kv.stride(0), kv.stride(1), kv.stride(2),
-        scores.stride(0), scale, blocks.end_position, num_pages, rows // kv_heads,
+        scores.stride(0), scale, num_pages, rows // kv_heads,
         **dims, PAGE=page_size, PAGES_N=pages_n, ROWS=32, PRECISION="ieee", num_warps=4,
     )  # fmt: skip

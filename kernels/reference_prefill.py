@@ -130,8 +130,7 @@ def pooled_score(
     means = torch.stack([part.float().mean(0) for part in q.split(BLOCK_TOKENS)], 1)
     pooled[: scores.shape[0]] = means.flatten(0, 1).to(pooled.dtype)
     keys = _context_keys(kv, block_table, blocks, page_size).float()
-    counts = (blocks.end_position - torch.arange(keys.shape[1], device=kv.device) * page_size).clamp(max=page_size)
-    means = (keys.sum(2) / counts[:, None]).to(kv.dtype).float().repeat_interleave(group, 0)
+    means = keys.mean(2).to(kv.dtype).float().repeat_interleave(group, 0)
     queries = pooled[: scores.shape[0]].float().unflatten(0, (-1, blocks.num_blocks))
     scores.copy_((queries @ means.transpose(1, 2) * scale).flatten(0, 1))
 
@@ -145,19 +144,23 @@ def antidiagonal_score(
     scale: float,
     scores: torch.Tensor,
 ) -> None:
-    stride, num_tokens, q_heads = 16, q.shape[0], q.shape[1]
+    stride, q_heads = 16, q.shape[1]
     keys = _context_keys(kv, block_table, blocks, page_size).float().flatten(1, 2)
-    keys = keys.unflatten(1, (-1, stride)).flatten(2).repeat_interleave(q_heads // kv.shape[1], 0)
-    padded = torch.nn.functional.pad(q.float(), (0, 0, 0, 0, 0, -num_tokens % stride))
-    queries = padded.transpose(0, 1).unflatten(1, (-1, stride)).flip(2).flatten(2)
-    logits = queries @ keys.transpose(1, 2) * (scale / stride)
-    row = torch.arange(logits.shape[1], device=q.device)
-    last = blocks.first_position + ((row + 1) * stride).clamp(max=num_tokens) - 1
-    unseen = torch.arange(logits.shape[2], device=q.device) * stride > last[:, None]
-    weights = logits.masked_fill(unseen, float("-inf")).softmax(-1)
-    by_page = weights.unflatten(2, (scores.shape[1], -1)).sum(-1)
-    by_block = torch.stack([part.sum(1) for part in by_page.split(BLOCK_TOKENS // stride, 1)], 1)
-    scores.copy_(by_block.clamp(min=1e-30).log().flatten(0, 1))
+    out = scores.view(q_heads, blocks.num_blocks, -1)
+    for block, part in enumerate(blocks.split(1)):
+        seen_keys = keys.clone()
+        seen_keys[:, part.end_position :] = 0
+        columns = seen_keys.unflatten(1, (-1, stride)).flatten(2).repeat_interleave(q_heads // kv.shape[1], 0)
+        query = q[block * BLOCK_TOKENS :][: part.num_tokens].float()
+        query = torch.nn.functional.pad(query, (0, 0, 0, 0, 0, -part.num_tokens % stride))
+        rows = query.transpose(0, 1).unflatten(1, (-1, stride)).flip(2).flatten(2)
+        logits = rows @ columns.transpose(1, 2) * (scale / stride)
+        row = torch.arange(logits.shape[1], device=q.device)
+        last = part.first_position + ((row + 1) * stride).clamp(max=part.num_tokens) - 1
+        unseen = torch.arange(logits.shape[2], device=q.device) * stride > last[:, None]
+        weights = logits.masked_fill(unseen, float("-inf")).softmax(-1)
+        mass = weights.unflatten(2, (scores.shape[1], -1)).sum((1, 3))
+        out[:, block] = mass.clamp(min=1e-30).log()
 
 
 def select_row_pages(
@@ -168,10 +171,12 @@ def select_row_pages(
     coverage: float,
     keep: torch.Tensor,
 ) -> None:
-    _, end = _block_spans(blocks, scores.device)
-    counts = (-(-end // page_size)).repeat(scores.shape[0] // blocks.num_blocks)
+    start, _ = _block_spans(blocks, scores.device)
+    counts = (start // page_size).repeat(scores.shape[0] // blocks.num_blocks)
     keep.zero_()
     for row, count in enumerate(counts.tolist()):
+        if count == 0:
+            continue
         mass = scores[row : row + 1, :count]
         mass.copy_((mass - mass.max()).exp())
         keep[row, :count] = _largest(mass, wanted_pages, coverage)[0]

@@ -1,9 +1,9 @@
 """select_row_pages: the pages that hold most of the estimated mass of each (query head, block).
 
-    mass[r, p] = exp(score[r, p] - max_p score[r, p]),    p up to the page of the block's last query
+    mass[r, p] = exp(score[r, p] - max_p score[r, p]),    p before the page of the block's first query
     keep[r]    = the ``wanted`` largest, or (``coverage`` > 0) the fewest that hold that share of it
 
-Equal masses at the threshold are all kept.
+A block's own pages are attended anyway. Equal masses at the threshold are all kept.
 """
 
 from __future__ import annotations
@@ -18,17 +18,16 @@ from vllm_sparse.query_blocks import BLOCK_TOKENS, QueryBlocks
 
 @triton.jit(
     do_not_specialize=[
-        "score_stride", "keep_stride", "first_position", "end_position", "num_pages", "num_blocks", "wanted",
+        "score_stride", "keep_stride", "first_position", "num_pages", "num_blocks", "wanted",
         "coverage",
     ]
 )  # fmt: skip
 def _select_row_pages(
-    scores, keep, score_stride, keep_stride, first_position, end_position, num_pages, num_blocks, wanted, coverage,
+    scores, keep, score_stride, keep_stride, first_position, num_pages, num_blocks, wanted, coverage,
     PAGE: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
-    start = first_position + row % num_blocks * BLOCK_TOKENS
-    count = (tl.minimum(start + BLOCK_TOKENS, end_position) + PAGE - 1) // PAGE
+    count = (first_position + row % num_blocks * BLOCK_TOKENS) // PAGE
     score_row = scores + row.to(tl.int64) * score_stride
     lanes = tl.arange(0, BLOCK)
     tops = tl.full([BLOCK], float("-inf"), tl.float32)
@@ -76,7 +75,7 @@ def select_row_pages(
     if coverage >= 1:
         wanted_pages, coverage = num_pages, 0.0
     _select_row_pages[(rows,)](
-        scores, keep, scores.stride(0), keep.stride(0), blocks.first_position, blocks.end_position, num_pages,
+        scores, keep, scores.stride(0), keep.stride(0), blocks.first_position, num_pages,
         blocks.num_blocks, wanted_pages, float(coverage),
         PAGE=page_size, BLOCK_TOKENS=BLOCK_TOKENS, BLOCK=1024, num_warps=4,
     )  # fmt: skip

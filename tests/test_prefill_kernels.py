@@ -230,19 +230,19 @@ def test_vertical_slash_keeps_pages_that_a_band_touches(run, chunk, page_size):
 
 
 def score(run, case, name: str) -> torch.Tensor:
-    """bool-masked scores [q_heads * num_blocks, num_pages]: NaN after each block's last page."""
+    """[q_heads * num_blocks, num_pages], 0 from each block's own pages on."""
     scores = torch.full((len(random_keep(case)), case.num_pages), float("nan"), device=DEVICE)
     pooled = [case.buffers.pooled] if name == "pooled_score" else []
     getattr(run, name)(
         case.q, case.kv, case.block_table, case.blocks, case.page_size, case.scale, *pooled, scores
     )  # fmt: skip
     for block, part in enumerate(case.blocks.split(1)):
-        scores.view(case.q_heads, -1, case.num_pages)[:, block, part.num_pages(case.page_size) :] = 0
+        scores.view(case.q_heads, -1, case.num_pages)[:, block, part.first_position // case.page_size :] = 0
     return scores
 
 
 @pytest.mark.parametrize("name", ["pooled_score", "antidiagonal_score"])
-@pytest.mark.parametrize("chunk", [(0, 129), (37, 200), (190, 77)], ids=str)
+@pytest.mark.parametrize("chunk", [(300, 129), (637, 200), (790, 77)], ids=str)
 @shapes
 def test_scores_match_twin(shape, chunk, name):
     case = make_chunk(*chunk, *shape)
@@ -262,8 +262,8 @@ def test_pooled_score_is_the_product_of_means(run):
     keys, _ = keys_and_values(case)
     scores = score(run, case, "pooled_score").view(2, 2, -1)
     query = case.q.double()[128:200, 1].mean(0)
-    for page, count in ((0, 16), (7, 16), (14, 13)):
-        expected = query @ keys[1, page * 16 : page * 16 + count].mean(0) * case.scale
+    for page in (0, 7, 9):
+        expected = query @ keys[1, page * 16 : page * 16 + 16].mean(0) * case.scale
         assert abs(scores[1, 1, page] - expected) < 1e-4
 
 
@@ -276,7 +276,7 @@ def test_antidiagonal_score_samples_the_attention_of_a_block(run):
         logits[r, j] += case.q[16 * r + 15 - s, 0].double() @ keys[0, 16 * j + s] * case.scale / 16
     row, column = torch.arange(8, device=DEVICE)[:, None], torch.arange(10, device=DEVICE)
     weights = logits.masked_fill(column > row + 2, float("-inf")).softmax(-1)
-    assert error(score(run, case, "antidiagonal_score").exp()[0], weights.sum(0)) < 1e-4
+    assert error(score(run, case, "antidiagonal_score").exp()[0, :2], weights.sum(0)[:2]) < 1e-4
 
 
 @pytest.mark.parametrize("sizes", [(3, 0.0), (0, 0.0), (ALL, 0.0), (1, 0.6), (1, 1)], ids=str)
