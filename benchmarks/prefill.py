@@ -27,7 +27,12 @@ from vllm_sparse.prefill import SparsePrefill
 from vllm_sparse.prefill_buffers import PrefillBuffers
 from vllm_sparse.query_blocks import QueryBlocks
 
-DEFAULT = {"prefill_policy": "vertical_slash"}
+DEFAULT = {
+    "prefill_policy": "vertical_slash",
+    "prefill_coverage": 0,
+    "vertical_tokens": 1024,
+    "slash_tokens": 1024,
+}
 
 
 class Timed:

@@ -6,7 +6,15 @@ import torch
 
 from vllm_sparse.fixed_pattern import FixedPattern
 from vllm_sparse.page_table import PageTable, single_head_pages, units_per_block
-from vllm_sparse.probe import PROBE_TOKENS, probe_groups, probe_page, probe_start
+from vllm_sparse.probe import (
+    COVER_OCTAVES,
+    COVER_ROUNDS,
+    PROBE_TOKENS,
+    band_shift,
+    probe_groups,
+    probe_page,
+    probe_start,
+)
 from vllm_sparse.query_blocks import BLOCK_TOKENS, QueryBlocks
 
 
@@ -46,6 +54,7 @@ def select_bands(
     vertical_pages: int,
     slash_bands: int,
     coverage: float,
+    sink_pages: int,
     masses: torch.Tensor,
     page_keep: torch.Tensor,
     band_count: torch.Tensor,
@@ -53,15 +62,40 @@ def select_bands(
     pages = chunk.num_pages(page_size)
     masses[:, :, :pages] = 0
     by_page, by_band = masses[:, :, :pages]
-    index = torch.arange(pages, device=mass.device)
-    for k in range(mass.shape[1]):
-        by_page += mass[:, k]
-        page = probe_page(chunk, page_size) - 1 + k - index
-        inside = (page >= 0) & (page < pages)
-        by_band[:, inside] += mass[:, k, page[inside]]
-    page_keep[:, :pages] = _largest(by_page, vertical_pages, coverage)
+    page = torch.arange(pages, device=mass.device)
+    counted = mass.masked_fill(page < sink_pages, 0)
+    bands = [probe_page(chunk, page_size) - 1 + k - page for k in range(mass.shape[1])]
+    for k, band in enumerate(bands):
+        by_page += counted[:, k]
+        exists = (band >= 0) & (band < pages)
+        by_band[:, band[exists]] += counted[:, k, exists]
+    if 0 < coverage < 1:
+        kept_pages, kept_bands = _cover(counted, bands, by_page, by_band, coverage, band_shift(page_size))
+    else:
+        kept_pages = _largest(by_page, vertical_pages, coverage)
+        kept_bands = _largest(by_band, slash_bands, coverage)
+    page_keep[:, :pages] = kept_pages
     band_count[:, 0] = 0
-    band_count[:, 1 : pages + 1] = _largest(by_band, slash_bands, coverage).cumsum(1)
+    band_count[:, 1 : pages + 1] = kept_bands.cumsum(1)
+
+
+def _cover(counted, bands, by_page, by_band, coverage: float, shift: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Masks of the pages and bands from a threshold on that together hold ``coverage`` of the mass.
+
+    Masses are compared as the integers of their bits, in which a factor of two is 2**23.
+    """
+    page_key, band_key = by_page.view(torch.int32), by_band.view(torch.int32) - shift
+    high = torch.maximum(page_key.amax(1), band_key.amax(1)).clamp(min=1)[:, None] + 1
+    low = (high - COVER_OCTAVES * 2**23).clamp(min=1)
+    band = torch.stack(bands)
+    exists = (band >= 0) & (band < by_page.shape[1])
+    enough = coverage * by_page.sum(1, keepdim=True)
+    for _ in range(COVER_ROUNDS):
+        middle = low + (high - low) // 2
+        diagonal = (band_key >= middle)[:, band.clamp(0, by_page.shape[1] - 1)] & exists
+        held = (counted * (diagonal | (page_key >= middle)[:, None])).sum((1, 2))[:, None]
+        low, high = torch.where(held >= enough, middle, low), torch.where(held >= enough, high, middle)
+    return page_key >= low, band_key >= low
 
 
 def _largest(masses: torch.Tensor, wanted: int, coverage: float) -> torch.Tensor:

@@ -96,7 +96,7 @@ def compile_prefill(case) -> None:
     )  # fmt: skip
     for coverage in (0.0, 0.9):
         launchers.select_bands(
-            mass, blocks, page_size, 1, 1, coverage, buffers.masses, buffers.page_keep, buffers.band_count
+            mass, blocks, page_size, 1, 1, coverage, 1, buffers.masses, buffers.page_keep, buffers.band_count
         )  # fmt: skip
     launchers.vertical_slash(buffers.page_keep, buffers.band_count, blocks, page_size, keep)
     pattern = FixedPattern(16, 32, 2, 2, 64, 32)

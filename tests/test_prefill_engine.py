@@ -13,7 +13,8 @@ pytestmark = pytest.mark.engine
 LAYERS, Q_HEADS = 3, 4
 DENSE_DECODE = {"decode_policy": "dense", "min_prefill_tokens": 0}
 EVERYTHING = {**DENSE_DECODE, "prefill_policy": "vertical_slash", "prefill_coverage": 1}
-LITTLE = {**DENSE_DECODE, "prefill_policy": "vertical_slash", "vertical_tokens": 32, "slash_tokens": 32}
+SIZES = {"prefill_coverage": 0, "vertical_tokens": 32, "slash_tokens": 32}
+LITTLE = {**DENSE_DECODE, **SIZES, "prefill_policy": "vertical_slash"}
 # Chunks that end anywhere in a page or block: what is left of 333 or 201 tokens after the decodes' share.
 LENGTHS = (1, 5, 140, 300, 700, 517)
 MIXED = prompts(LENGTHS, seed=9)

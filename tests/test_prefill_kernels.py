@@ -156,7 +156,7 @@ def test_probe_mass_matches_twin(dtype):
 def select(run, case, mass, vertical=3, slash=4, coverage=0.0):
     buffers = case.buffers
     run.select_bands(
-        mass, case.blocks, case.page_size, vertical, slash, coverage,
+        mass, case.blocks, case.page_size, vertical, slash, coverage, SINK_PAGES,
         buffers.masses, buffers.page_keep, buffers.band_count,
     )  # fmt: skip
     pages = case.num_pages
@@ -196,15 +196,23 @@ def test_select_bands_keeps_the_sizes_or_the_coverage_it_is_given(run):
     case = make_chunk(900, 200, 1, 2, 32, 16)
     mass = probe(reference, case)
     masses, pages, counts = select(run, case, mass, 5, 9)
-    assert torch.allclose(masses.sum(-1), mass.sum((1, 2)).expand(2, -1), rtol=1e-4)
+    total = mass[:, :, SINK_PAGES:].sum((1, 2))
+    assert torch.allclose(masses.sum(-1), total.expand(2, -1), rtol=1e-4), "sinks are attended anyway"
     assert (pages.sum(1) == 5).all() and (counts[:, -1] == 9).all()
+    band = torch.stack([probe_page(case.blocks, 16) - 1 + k - torch.arange(case.num_pages) for k in range(5)])
+    exists = (band >= 0) & (band < case.num_pages)
+
+    def share(kept_pages, kept_bands):
+        cells = kept_pages[:, None] | (kept_bands[:, band.clamp(0, case.num_pages - 1)] & exists.to(DEVICE))
+        return (mass * cells)[:, :, SINK_PAGES:].sum((1, 2)) / total
+
     for coverage in (0.3, 0.9):
         masses, pages, counts = select(run, case, mass, coverage=coverage)
-        for by, kept in ((masses[0], pages.bool()), (masses[1], counts.diff(dim=1).bool())):
-            held, total = (by * kept).sum(1), by.sum(1)
-            least = torch.where(kept, by, float("inf")).amin(1)
-            assert (held >= coverage * total * 0.9999).all(), "less than what was asked for"
-            assert (held - least < coverage * total).all(), "one could have been left out"
+        pages, bands = pages.bool(), counts.diff(dim=1).bool()
+        assert (share(pages, bands) >= coverage * 0.9999).all(), "less than what was asked for"
+        worth = torch.cat([masses[0].where(pages, 9e9), (masses[1] / 4).where(bands, 9e9)], 1)
+        more = worth.amin(1, keepdim=True) * 1.01
+        assert (share(masses[0] >= more, masses[1] / 4 >= more) < coverage).all(), "more than what was asked for"
 
 
 @BOTH

@@ -17,7 +17,7 @@ from vllm_sparse.query_blocks import QueryBlocks
 CHOOSING = [name for name in PREFILL_POLICIES if name != "dense"]
 ESTIMATING = ["vertical_slash", "block_sparse", "xattention"]
 policies = pytest.mark.parametrize("policy", CHOOSING)
-SIZES = {"vertical_tokens": 48, "slash_tokens": 64}
+SIZES = {"prefill_coverage": 0, "vertical_tokens": 48, "slash_tokens": 64}
 
 
 class Recording(TorchEngine):

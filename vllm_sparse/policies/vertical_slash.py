@@ -9,9 +9,10 @@ from vllm_sparse.policies.prefill_base import PrefillPolicy
 class VerticalSlash(PrefillPolicy):
     """Pages with the most mass for all blocks, and bands of diagonals, estimated from 64 queries.
 
-    ``vertical_tokens`` and ``slash_tokens`` of them, or with ``prefill_coverage`` the fewest that hold
-    that share of each head's mass. Jiang et al., "MInference 1.0", NeurIPS 2024, arXiv 2407.02490.
-    Columns are taken by the page and diagonals by the band of a page's width.
+    With ``prefill_coverage`` as few as together hold that share of each head's mass, else
+    ``vertical_tokens`` and ``slash_tokens`` of them (see :mod:`vllm_sparse.kernels.select_bands`). Jiang
+    et al., "MInference 1.0", NeurIPS 2024, arXiv 2407.02490. Columns are taken by the page and diagonals
+    by the band of a page's width.
     """
 
     def estimate(self, q, kv, block_table, chunk, scale, buffers):
@@ -21,7 +22,7 @@ class VerticalSlash(PrefillPolicy):
         run.select_bands(
             mass, chunk, self.page_size, -(-config.vertical_tokens // self.page_size),
             -(-config.slash_tokens // self.page_size), config.prefill_coverage,
-            buffers.masses, buffers.page_keep, buffers.band_count,
+            config.sink_pages(self.page_size), buffers.masses, buffers.page_keep, buffers.band_count,
         )  # fmt: skip
 
     def choose(self, q, kv, block_table, blocks, scale, buffers, keep):
