@@ -75,6 +75,7 @@ def main() -> None:
                     "bench": bench, "shape": args.model or "Llama-3.1-8B", "mode": "resident", "tp": args.tp,
                     "batch": len(parse(spec)), "context": max(r.context_tokens for r in parse(spec)),
                     "batch_spec": spec, "budget": sparse["budget"], "policy": sparse["policy"],
+                    "prefill_policy": sparse["prefill_policy"], "prefill_density": sparse["prefill_density"],
                     "sparse": json.loads(args.sparse), "baseline": args.baseline, "eager": args.eager,
                     "baseline_ms": baseline, "sparse_ms": ours[f"{bench}_ms"],
                     "p99_baseline_ms": theirs.get("p99_ms"), "p99_sparse_ms": ours["p99_ms"],
@@ -105,6 +106,7 @@ def run_worker(backend: str) -> dict:
 
 def measure(args) -> dict:
     os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
+    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # lets collective_rpc send the function that counts
     from vllm import LLM, SamplingParams
 
     batches = {spec: parse(spec) for spec in args.specs}
@@ -136,8 +138,18 @@ def measure(args) -> dict:
 
         config = SparseConfig.from_mapping(json.loads(args.sparse), "--sparse")
         found |= {"budget": config.budget_tokens, "policy": config.decode_policy}
+        found |= {"prefill_policy": config.prefill_policy, "prefill_density": prefill_density(llm)}
         found["environment"] = results.environment()
     return found
+
+
+def prefill_density(llm) -> float | None:
+    """Share of (query, key) pairs that sparse prefill attended, over all batches; None if there was none."""
+    from vllm_sparse import metrics
+
+    counts = llm.collective_rpc(metrics.snapshot)[0]
+    causal = counts["prefill_causal_pairs"]
+    return round(counts["prefill_attended_pairs"] / causal, 4) if causal else None
 
 
 def time_batch(engine, batch, params) -> dict:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from vllm_sparse.kernels.hash_uniform import hash_uniform
 from vllm_sparse.kernels.launch import page_splits
 from vllm_sparse.kernels.store_scores import store_chunk, store_scores
 
@@ -30,17 +31,7 @@ def _index_score(
     one = tl.arange(0, 1)
     for chunk in range(split, (num_pages + CHUNK - 1) // CHUNK, tl.num_programs(0)):
         pages = chunk * CHUNK + tl.arange(0, CHUNK)
-        if RANDOM:
-            # 64-bit products cut to 32 bits: the same arithmetic as the torch twin.
-            cut = 0xFFFFFFFF
-            x = (pages.to(tl.int64) * 0x9E3779B1 + head.to(tl.int64) * 0x85EBCA77
-                 + seq_len.to(tl.int64) * 0xC2B2AE3D) & cut  # fmt: skip
-            x = ((x ^ (x >> 16)) * 0x85EBCA6B) & cut
-            x = ((x ^ (x >> 13)) * 0xC2B2AE35) & cut
-            x = x ^ (x >> 16)
-            score = (x >> 8).to(tl.float32) / 16777216.0
-        else:
-            score = pages.to(tl.float32)
+        score = hash_uniform(seq_len, head, pages) if RANDOM else pages.to(tl.float32)
         top, total = tl.full([1], float("-inf"), tl.float32), tl.zeros([1], tl.float32)
         top, total = store_scores(values, score[None, :], head + one, one == 0, offset, pages, pages < num_pages,
                                   score_stride, top, total)  # fmt: skip

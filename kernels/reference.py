@@ -8,6 +8,18 @@ over speed. Tensors are described in :mod:`vllm_sparse.page_table` and
 from __future__ import annotations
 
 import torch
+from vllm_sparse.kernels.reference_prefill import (  # noqa: F401
+    antidiagonal_score,
+    fixed_pattern,
+    hash_uniform,
+    pooled_score,
+    prefill_table,
+    probe_mass,
+    select_bands,
+    select_row_pages,
+    sparse_prefill,
+    vertical_slash,
+)
 
 from vllm_sparse.decode_plan import NO_CHUNK, DecodePlan
 from vllm_sparse.page_scores import CHUNK_PAGES, PageScores
@@ -148,7 +160,7 @@ def random_score(block_table: torch.Tensor, plan: DecodePlan, page_size: int, sc
     for request, blocks, offset, seq_len in _scored_requests(block_table, plan, page_size):
         head = torch.arange(scores.q_heads, device=blocks.device)[:, None]
         page = torch.arange(len(blocks), device=blocks.device)
-        _store_scores(scores, request, offset, _hash_uniform(seq_len, head, page))
+        _store_scores(scores, request, offset, hash_uniform(seq_len, head, page))
 
 
 def select_pages(
@@ -268,16 +280,3 @@ def _store_scores(scores: PageScores, request: int, offset: int, values: torch.T
     first = offset // CHUNK_PAGES + request
     for chunk, part in enumerate(values.split(CHUNK_PAGES, dim=1)):
         scores.chunk_lse[:, first + chunk] = part.logsumexp(1)
-
-
-def _hash_uniform(seq_len: int, head: torch.Tensor, page: torch.Tensor) -> torch.Tensor:
-    """Uniform float32 in [0, 1), a pure function of its arguments (the Triton kernel has the same).
-
-    A 32-bit finaliser (murmur3) over a mix of context length, query head and page index.
-    """
-    mask = 0xFFFFFFFF
-    x = (page * 0x9E3779B1 + head * 0x85EBCA77 + seq_len * 0xC2B2AE3D) & mask
-    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & mask
-    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & mask
-    x = x ^ (x >> 16)
-    return (x >> 8).float() / (1 << 24)

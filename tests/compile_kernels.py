@@ -11,9 +11,12 @@ import sys
 import torch
 import triton
 from cases import make
+from prefill_cases import make_chunk
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 from vllm_sparse.kernels import launchers, select_pages
+
+from vllm_sparse.fixed_pattern import FixedPattern
 
 SHARED_BYTES = {80: 166912, 86: 101376, 89: 101376, 90: 232448}
 """Shared memory that one block can have (CUDA C++ Programming Guide, compute capabilities)."""
@@ -82,6 +85,29 @@ def compile_all(capability: int) -> None:
                 launchers.select_pages(case.scores, table, case.plan, case.kv, page_size, 4, 1, 20, case.table)
                 select_pages.SEGMENT_PAGES = usual
             launchers.sparse_decode(case.q, case.kv, case.table, page_size, case.scale, case.q)
+            compile_prefill(make_chunk(70, 200, kv_heads, group, head_dim, page_size, dtype))
+
+
+def compile_prefill(case) -> None:
+    blocks, page_size, buffers = case.blocks, case.page_size, case.buffers
+    keep, table, mass = buffers.keep_mask(blocks), buffers.table(blocks), buffers.probe_masses(blocks)
+    launchers.probe_mass(
+        case.q, case.kv, case.block_table, blocks, page_size, case.scale, buffers.probe_lse, mass
+    )  # fmt: skip
+    for coverage in (0.0, 0.9):
+        launchers.select_bands(
+            mass, blocks, page_size, 1, 1, coverage, 1, buffers.masses, buffers.page_keep, buffers.band_count
+        )  # fmt: skip
+    launchers.vertical_slash(buffers.page_keep, buffers.band_count, blocks, page_size, keep)
+    pattern = FixedPattern(16, 32, 2, 2, 64, 32)
+    launchers.fixed_pattern(pattern, blocks, page_size, keep)
+    scores = buffers.scores(blocks)
+    scored = (case.q, case.kv, case.block_table, blocks, page_size, case.scale)
+    launchers.pooled_score(*scored, buffers.pooled, scores)
+    launchers.antidiagonal_score(*scored, scores)
+    launchers.select_row_pages(scores, blocks, page_size, 2, 0.0, keep)
+    launchers.prefill_table(keep, case.block_table, blocks, case.kv, page_size, 1, 20, buffers.counters, table)
+    launchers.sparse_prefill(case.q, case.kv, table, page_size, case.scale, case.q)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,13 @@ WRONG = {
         {"budget_tokens": 64, "window_tokens": 64},
         ["sparse.budget_tokens", "64", "sink_tokens=16", "window_tokens=64", "at least 112"],
     ),
+    "negative_slash": ({"slash_tokens": -1}, ["sparse.slash_tokens", "-1", "0 or more"]),
+    "coverage_above_1": ({"prefill_coverage": 95}, ["sparse.prefill_coverage", "95", "0 (fixed sizes) to 1"]),
+    "string_for_share": ({"prefill_coverage": "0.9"}, ["sparse.prefill_coverage", "a number", "'0.9'", "0.95"]),
+    "unknown_prefill_policy": (
+        {"prefill_policy": "vertical-slash"},
+        ["sparse.prefill_policy", "'vertical-slash'", "Did you mean 'vertical_slash'?", "dense"],
+    ),
     "unknown_policy": (
         {"decode_policy": "qest"},
         ["sparse.decode_policy", "'qest'", "Did you mean 'quest'?", "random"],

@@ -42,27 +42,43 @@ class SparseConfig:
     """Up to this context length a request runs dense, which is exact."""
     dense_layers: int = 2
     """The first so many attention layers run dense: their attention is spread too widely to select."""
+    prefill_policy: str = "dense"
+    """Which pages a prefill chunk attends to: a name of :mod:`vllm_sparse.policies`."""
+    min_prefill_tokens: int = 8192
+    """Up to this context length a prefill chunk runs dense, which is exact."""
+    vertical_tokens: int = 1024
+    """What a chunk keeps wherever the query is, in whole pages: columns, first or global tokens, by policy."""
+    slash_tokens: int = 2048
+    """What a chunk keeps by distance from the query: diagonals, in bands of a page, or recent tokens."""
+    prefill_coverage: float = 0.95
+    """Share of the estimated attention that policies which estimate keep; 0: the sizes above instead."""
     engine: str = "auto"
     """What attends over chosen pages: ``auto`` or a name of :mod:`vllm_sparse.engines`."""
 
     def __post_init__(self) -> None:
         from vllm_sparse.engines.registry import ENGINES
-        from vllm_sparse.policies.registry import DECODE_POLICIES
+        from vllm_sparse.policies.registry import DECODE_POLICIES, PREFILL_POLICIES
 
         for field in fields(self):
             value, expected = getattr(self, field.name), type(field.default)
-            if type(value) is not expected:
+            if type(value) is not expected and not (expected is float and type(value) is int):
                 raise ConfigError(
                     f"sparse.{field.name}: expected {_NAMES[expected]}, got {value!r}. "
                     f"Example: {json.dumps({field.name: field.default})}"
                 )
         _require_choice("decode_policy", self.decode_policy, DECODE_POLICIES)
+        _require_choice("prefill_policy", self.prefill_policy, PREFILL_POLICIES)
         _require_choice("engine", self.engine, ("auto", *ENGINES))
-        for name in ("sink_tokens", "window_tokens", "min_context_tokens", "dense_layers"):
+        for name in (
+            "sink_tokens", "window_tokens", "min_context_tokens", "dense_layers",
+            "min_prefill_tokens", "vertical_tokens", "slash_tokens",
+        ):  # fmt: skip
             if getattr(self, name) < 0:
                 raise ConfigError(f"sparse.{name}: {getattr(self, name)} is negative; allowed: 0 or more")
         if self.budget_tokens < 1:
             raise ConfigError(f"sparse.budget_tokens: {self.budget_tokens}; allowed: at least one page")
+        if not 0 <= self.prefill_coverage <= 1:
+            raise ConfigError(f"sparse.prefill_coverage: {self.prefill_coverage}; allowed: 0 (fixed sizes) to 1")
         # Whatever the page size, a smaller budget could not hold what is always attended.
         self.check_page_size(PAGE_SIZES[0])
 
@@ -113,7 +129,7 @@ class SparseConfig:
             )
 
 
-_NAMES = {int: "a whole number", str: "a string"}
+_NAMES = {int: "a whole number", float: "a number", str: "a string"}
 
 
 def _nearest(word: str, known: list[str]) -> str:

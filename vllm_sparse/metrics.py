@@ -48,14 +48,14 @@ def count_stock_layer(reason: str) -> None:
 
 
 class AttendedTokens:
-    """Attended and context tokens of decode steps, counted on the device, reported now and then.
+    """Attended and context tokens of ``what``, counted on the device, reported now and then.
 
     The device adds into ``counters`` (int64 [2]) in every step. A report is an asynchronous copy,
     logged some steps later, so no step waits for it.
     """
 
-    def __init__(self, counters: torch.Tensor):
-        self.counters = counters
+    def __init__(self, counters: torch.Tensor, what: str = "decode steps"):
+        self.counters, self.what = counters, what
         on_gpu = counters.device.type != "cpu"
         self._copied = torch.zeros(2, dtype=torch.int64, pin_memory=on_gpu)
         self._forget_reports()
@@ -76,7 +76,7 @@ class AttendedTokens:
         return attended, context
 
     def step(self) -> None:
-        """Call once per decode step."""
+        """Call once per step."""
         self._steps += 1
         if self._steps % REPORT_STEPS:
             return
@@ -93,24 +93,29 @@ class AttendedTokens:
             return
         self._logged = context
         logger.info(
-            "sparse attention: attended %d of %d tokens (%.1f%%) in decode steps so far",
-            attended, context, 100 * attended / context,
+            "sparse attention: attended %d of %d tokens (%.1f%%) in %s so far",
+            attended, context, 100 * attended / context, self.what,
         )  # fmt: skip
 
 
 trackers: list[AttendedTokens] = []
 """One per metadata builder of this process, newest last."""
+prefill_trackers: list[AttendedTokens] = []
+"""The same of sparse prefill chunks: (query, key) pairs of all their layers and query heads."""
 
 
 def snapshot(worker: object = None) -> dict:
     """This process's counts as plain data; the argument lets ``collective_rpc`` call it."""
     totals = [tracker.read() for tracker in trackers]
+    prefill = [tracker.read() for tracker in prefill_trackers]
     return {
         "sparse_layers": layers.sparse,
         "dense_layers": dict(layers.dense),
         "stock_layers": dict(layers.stock),
         "attended_tokens": sum(attended for attended, _ in totals),
         "context_tokens": sum(context for _, context in totals),
+        "prefill_attended_pairs": sum(attended for attended, _ in prefill),
+        "prefill_causal_pairs": sum(causal for _, causal in prefill),
     }
 
 
@@ -120,3 +125,4 @@ def reset() -> None:
     layers.dense.clear()
     layers.stock.clear()
     trackers.clear()
+    prefill_trackers.clear()

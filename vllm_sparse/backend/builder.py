@@ -10,7 +10,7 @@ from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuild
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from vllm_sparse import kernels, metrics
-from vllm_sparse.backend import dense
+from vllm_sparse.backend import dense, prefill
 from vllm_sparse.backend.metadata import SparseMetadata
 from vllm_sparse.backend.workspace import Workspace
 from vllm_sparse.config import SparseConfig
@@ -18,10 +18,12 @@ from vllm_sparse.config import SparseConfig
 SHORT_ROWS_DENSE_FROM = 16
 """Decode batches of this size on run the dense backend beside the sparse engine for short rows: it
 reads short contexts faster than a page table does, and in smaller batches costs more than it saves."""
+NEVER = 2**31 - 1
+"""Context up to which decode rows are short where only prefill is sparse."""
 
 
 class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
-    """Splits a step into decode and prefill rows and plans the decode rows on the device."""
+    """Splits a step into decode and prefill rows; plans the former on the device, the latter on the host."""
 
     # Decode of one token per request takes one path; batches of several tokens per request (drafts
     # to verify) take the dense one. Both are the same kernels for every batch of a size.
@@ -43,8 +45,12 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
         self.workspace = impl.workspace
         if not self.workspace.fits(self.page_size, impl.num_heads, impl.num_kv_heads):
             self.workspace = Workspace.allocate(
-                vllm_config, self.config, self.page_size, impl.num_heads, impl.num_kv_heads, device
+                vllm_config, self.config, self.page_size, impl.num_heads, impl.num_kv_heads, impl.head_size, device
             )
+        for layer in impls:
+            layer.bind_prefill(self.workspace.prefill)
+        if self.selects and self.workspace.prefill is not None and device.type != "cpu":
+            impl.warm_up_prefill()
         backend = None
         if device.type != "cpu":
             backend = dense.stock_backend(impl.dtype, impl.head_size, impl.alibi_slopes is not None)
@@ -57,6 +63,18 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
         elif self.selects:
             self.tracker = metrics.AttendedTokens(self.plan.counters)
             metrics.trackers.append(self.tracker)
+        self.prefill_tracker = self._track_prefill()
+
+    def _track_prefill(self) -> metrics.AttendedTokens | None:
+        buffers = self.workspace.prefill
+        if buffers is None or not self.selects:
+            return None
+        for tracker in metrics.prefill_trackers:
+            if tracker.counters is buffers.counters:
+                return tracker
+        tracker = metrics.AttendedTokens(buffers.counters, "(query, key) pairs of sparse prefill")
+        metrics.prefill_trackers.append(tracker)
+        return tracker
 
     def build_for_cudagraph_capture(self, common_attn_metadata) -> SparseMetadata:
         metadata = self.build(0, common_attn_metadata)
@@ -82,13 +100,20 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
             dense_all=self.dense.build("all", common, fast_build),
         )
         if num_prefills:
-            rows = dense.prefill_rows(common, num_decodes, num_decode_tokens) if num_decodes else common
-            metadata.dense_prefill = self.dense.build("prefill", rows, fast_build)
+            metadata.chunks = prefill.sparse_chunks(common, num_decodes, self.config)
+            if len(metadata.chunks) < num_prefills:
+                rows = dense.prefill_rows(common, num_decodes, num_decode_tokens) if num_decodes else common
+                rows = prefill.dense_rows(rows, metadata.chunks, num_decodes)
+                metadata.dense_prefill = self.dense.build("prefill", rows, fast_build)
+            if metadata.chunks and self.prefill_tracker is not None:
+                self.prefill_tracker.step()
         if num_decodes and self.selects:
-            short_rows_dense = num_decodes >= SHORT_ROWS_DENSE_FROM
+            selects_decode = self.config.decode_policy != "dense"
+            short_rows_dense = num_decodes >= SHORT_ROWS_DENSE_FROM or not selects_decode
             kernels.for_device(self.device).plan_decode(
                 common.seq_lens[:num_decodes], plan, metadata.table, self.page_size,
-                self.config.budget_pages(self.page_size), self.config.min_context_tokens,
+                self.config.budget_pages(self.page_size),
+                self.config.min_context_tokens if selects_decode else NEVER,
                 workspace.scores.capacity_pages, short_rows_dense,
             )  # fmt: skip
             if short_rows_dense:

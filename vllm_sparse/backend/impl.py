@@ -13,14 +13,16 @@ from vllm_sparse.backend.backend import SparseBackend
 from vllm_sparse.backend.metadata import SparseMetadata
 from vllm_sparse.backend.workspace import Workspace
 from vllm_sparse.config import SparseConfig
-from vllm_sparse.engines import choose_engine
+from vllm_sparse.engines import PREFILL_ORDER, choose_engine
 from vllm_sparse.engines.base import AttentionShape
-from vllm_sparse.policies import get_decode_policy
+from vllm_sparse.policies import get_decode_policy, get_prefill_policy
 from vllm_sparse.policies.base import SUMMARY_ROWS
+from vllm_sparse.prefill import SparsePrefill
+from vllm_sparse.prefill_buffers import PrefillBuffers
 
 
 class SparseImpl(AttentionImpl[SparseMetadata]):
-    """Writes pages with their summaries, attends decode rows over chosen pages, the rest densely."""
+    """Writes pages with their summaries, attends sparse rows over chosen pages, the rest densely."""
 
     supports_dcp = False
 
@@ -62,7 +64,7 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
         self.workspace = self._share_or_allocate_workspace(vllm_config)
 
     def _why_dense(self) -> str | None:
-        if self.config.decode_policy == "dense":
+        if self.config.decode_policy == self.config.prefill_policy == "dense":
             return "the dense policy was asked for"
         if self.alibi_slopes is not None:
             return "ALiBi biases depend on position, which page scores do not see"
@@ -81,7 +83,7 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
             if isinstance(made, Workspace) and made.fits(page_size, self.num_heads, self.num_kv_heads):
                 return made
         return Workspace.allocate(
-            vllm_config, self.config, page_size, self.num_heads, self.num_kv_heads, self.device
+            vllm_config, self.config, page_size, self.num_heads, self.num_kv_heads, self.head_size, self.device
         )
 
     def bind(self, layer_index: int, page_size: int) -> None:
@@ -96,6 +98,7 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
             self.device, self.dtype, self.num_heads, self.num_kv_heads, self.head_size, page_size
         )
         self.engine = choose_engine(self.config.engine, shape)
+        self.prefill_engine = choose_engine(self.config.engine, shape, PREFILL_ORDER)
         if self.stock_impl is None:
             self.dense = dense.TorchDense(self.scale, page_size, self.soft_cap, self.alibi_slopes)
         else:
@@ -104,6 +107,20 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
             metrics.count_sparse_layer()
         else:
             metrics.count_dense_layer(self.dense_reason)
+
+    def bind_prefill(self, buffers: PrefillBuffers | None) -> None:
+        """Settle how sparse chunks are attended; None where prefill is dense."""
+        self.prefill = None
+        if buffers is not None:
+            self.prefill = SparsePrefill(
+                get_prefill_policy(self.config, self.page_size), self.prefill_engine, buffers,
+                self.sink_pages, self.config.window_tokens, self.scale,
+            )  # fmt: skip
+
+    def warm_up_prefill(self) -> None:
+        """Compile the kernels of sparse prefill; layers of equal shape share them."""
+        rows = self.page_size + SUMMARY_ROWS[self.policy.summary]
+        self.prefill.warm_up(self.num_kv_heads, rows, self.head_size, self.num_heads, self.dtype)
 
     def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping) -> None:
         """Write K and V of new tokens and refresh the summaries of the pages they touch."""
@@ -140,6 +157,9 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
         if md.dense_prefill is not None:
             rows = slice(decodes, md.num_actual_tokens)
             self.dense.attend(layer, query[rows], key[rows], value[rows], kv_cache, md.dense_prefill, output[rows])
+        for chunk in md.chunks:
+            # After the dense rows: a dense backend may write zeros for rows of length 0.
+            self.prefill.attend(query, kv_cache, md.block_table, chunk, output)
         if decodes:
             query, output_rows = query[:decodes], output[:decodes]
             if md.dense_short is not None:
@@ -150,6 +170,8 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
         return output
 
     def _decode(self, query, kv_cache, md: SparseMetadata, output) -> None:
+        if self.config.decode_policy == "dense":
+            return
         block_table = md.block_table[: md.num_decodes]
         self.policy.score(query, kv_cache, block_table, md.plan, self.page_size, self.scale, md.scores)
         self.kernels.select_pages(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ import torch
 from vllm_sparse.decode_plan import DecodePlan
 from vllm_sparse.page_scores import PageScores
 from vllm_sparse.page_table import PageTable
+from vllm_sparse.query_blocks import QueryBlocks
 
 
 @dataclass
@@ -33,6 +34,8 @@ class SparseMetadata:
     dense_all: Any = None
     """Metadata of the dense backend for every row: what dense layers run."""
     dense_prefill: Any = None
-    """The same for prefill rows alone, None without any."""
+    """The same for prefill rows alone, None where none is dense; those in ``chunks`` have length 0."""
+    chunks: list[QueryBlocks] = field(default_factory=list)
+    """Prefill rows that attend over chosen pages."""
     dense_short: Any = None
     """The same for decode rows with lengths ``plan.dense_seq_lens``, None where the table takes them."""

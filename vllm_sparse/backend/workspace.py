@@ -1,4 +1,4 @@
-"""Device buffers of decode steps, allocated while vLLM measures what the model needs.
+"""Device buffers of sparse steps, allocated while vLLM measures what the model needs.
 
 Anything allocated after vLLM has sized its KV pool is memory it does not know of. Layers are built
 before that, so the first layer allocates for all.
@@ -15,6 +15,7 @@ from vllm_sparse.config import SparseConfig
 from vllm_sparse.decode_plan import DecodePlan
 from vllm_sparse.page_scores import PageScores
 from vllm_sparse.page_table import PageTable
+from vllm_sparse.prefill_buffers import PrefillBuffers
 
 logger = logging.getLogger("vllm.vllm_sparse")
 
@@ -31,6 +32,8 @@ class Workspace:
     table: PageTable
     scores: PageScores
     page_size: int
+    prefill: PrefillBuffers | None = None
+    """None where prefill is dense."""
 
     def fits(self, page_size: int, q_heads: int, kv_heads: int) -> bool:
         """Whether layers of this shape can share these buffers."""
@@ -48,6 +51,7 @@ class Workspace:
         page_size: int,
         q_heads: int,
         kv_heads: int,
+        head_dim: int,
         device: torch.device,
     ) -> Workspace:
         """Buffers for the largest batch and context that vLLM may schedule."""
@@ -63,6 +67,13 @@ class Workspace:
             scores=PageScores.empty(q_heads, capacity, max_num_reqs, device),
             page_size=page_size,
         )
+        if config.prefill_policy != "dense":
+            workspace.prefill = PrefillBuffers.allocate(
+                q_heads, head_dim, page_size, vllm_config.model_config.max_model_len,
+                vllm_config.scheduler_config.max_num_batched_tokens, vllm_config.model_config.dtype, device,
+            )  # fmt: skip
         mib = (workspace.scores.values.numel() + workspace.table.units.numel()) * 4 / 2**20
+        if workspace.prefill is not None:
+            mib += workspace.prefill.num_bytes / 2**20
         logger.info("sparse attention: workspace of %.0f MiB for up to %d requests", mib, max_num_reqs)
         return workspace

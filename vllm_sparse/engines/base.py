@@ -1,4 +1,4 @@
-"""What an engine is: attention of one query token per request over a PageTable."""
+"""What an engine is: attention over a PageTable, of one query token per request or of query blocks."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_sparse import kernels
 from vllm_sparse.page_table import PageTable
 
 
@@ -54,3 +55,29 @@ class Engine(ABC):
             scale: softmax scale.
             out: [num_reqs, q_heads, head_dim], the dtype of ``q``.
         """
+
+    def attend_blocks(
+        self,
+        q: torch.Tensor,
+        kv: torch.Tensor,
+        table: PageTable,
+        page_size: int,
+        scale: float,
+        out: torch.Tensor,
+        scratch: torch.Tensor,
+    ) -> None:
+        """Write the attention of one request's query blocks over their pages to ``out``.
+
+        Query i of the n in a block sees all but the last ``n - 1 - i`` tokens of its row. Unless an
+        engine does it in its own way, kernels of this project do.
+
+        Args:
+            q: [num_tokens, q_heads, head_dim], blocks of 128 tokens, the last one may be partial.
+            kv: [num_blocks, kv_heads, page_size + summary rows, 2 * head_dim].
+            table: the chosen pages; row ``head * num_blocks + block``, a block's own pages last.
+            page_size: tokens per page.
+            scale: softmax scale.
+            out: [num_tokens, q_heads, head_dim], the dtype of ``q``.
+            scratch: [2, num_tokens * q_heads * head_dim or more] of undefined contents; empty on a CPU.
+        """
+        kernels.for_device(q.device).sparse_prefill(q, kv, table, page_size, scale, out)

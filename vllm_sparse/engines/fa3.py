@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 
 from vllm_sparse.engines.base import AttentionShape, Engine
 from vllm_sparse.page_table import single_head_pages
+from vllm_sparse.query_blocks import BLOCK_TOKENS
 
 MAX_ROWS = 1 << 17
 
@@ -62,6 +63,37 @@ class FA3Engine(Engine):
         attended = (table.lengths > 0).view(num_reqs, kv_heads, 1, 1)
         heads = (num_reqs, kv_heads, group, head_dim)
         torch.where(attended, result.view(heads), out.view(heads), out=out.view(heads))
+
+    def attend_blocks(self, q, kv, table, page_size, scale, out, scratch):
+        """Every (query head, block) is a sequence; queries by head lie as sequences must."""
+        num_tokens, q_heads, head_dim = q.shape
+        keys, values = single_head_pages(kv, page_size)
+        by_head, result = scratch[:, : q.numel()].view(2, q_heads, num_tokens, head_dim)
+        by_head.copy_(q.transpose(0, 1))
+        self._attend(
+            q=by_head.view(-1, 1, head_dim),
+            k=keys,
+            v=values,
+            out=result.view(-1, 1, head_dim),
+            cu_seqlens_q=_block_starts(num_tokens, q_heads, q.device.index),
+            max_seqlen_q=min(num_tokens, BLOCK_TOKENS),
+            seqused_k=table.lengths,
+            max_seqlen_k=table.units.shape[1] * page_size,
+            block_table=table.units,
+            softmax_scale=scale,
+            causal=True,
+            fa_version=3,
+        )
+        out.copy_(result.transpose(0, 1))
+
+
+@lru_cache(maxsize=64)
+def _block_starts(num_tokens: int, q_heads: int, device_index: int) -> torch.Tensor:
+    """int32 [q_heads * num_blocks + 1]: sequences are the blocks of each head's tokens in turn."""
+    blocks = torch.arange(0, num_tokens, BLOCK_TOKENS, dtype=torch.int32)
+    starts = torch.arange(q_heads, dtype=torch.int32)[:, None] * num_tokens + blocks
+    starts = torch.cat([starts.flatten(), torch.tensor([q_heads * num_tokens], dtype=torch.int32)])
+    return starts.to(f"cuda:{device_index}")
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from importlib import import_module
 
 from vllm_sparse.engines.base import AttentionShape, Engine
@@ -12,7 +13,10 @@ ENGINES: dict[str, str] = {
     "xformers": "vllm_sparse.engines.xformers.XFormersEngine",
     "torch": "vllm_sparse.engines.torch.TorchEngine",
 }
-"""Class paths, fastest first; classes are imported when chosen, so none is a hard dependency."""
+"""Class paths, fastest in decode first; classes are imported when chosen, so none is a hard dependency."""
+
+PREFILL_ORDER = ("fa3", "triton", "torch")
+"""What ``auto`` tries for prefill: only FlashAttention-3 uses all of a Hopper's tensor cores."""
 
 
 def engine_class(name: str) -> type[Engine]:
@@ -20,15 +24,15 @@ def engine_class(name: str) -> type[Engine]:
     return getattr(import_module(module), attribute)
 
 
-def choose_engine(name: str, shape: AttentionShape) -> Engine:
-    """The engine ``name`` for ``shape``; ``auto`` takes the first that supports it.
+def choose_engine(name: str, shape: AttentionShape, order: Iterable[str] = tuple(ENGINES)) -> Engine:
+    """The engine ``name`` for ``shape``; ``auto`` takes the first of ``order`` that supports it.
 
     Raises:
         ConfigError: the engine cannot serve this layer on this device; says why and what can.
     """
     from vllm_sparse.config import ConfigError
 
-    candidates = ENGINES if name == "auto" else (name,)
+    candidates = order if name == "auto" else (name,)
     for candidate in candidates:
         engine = engine_class(candidate)
         reason = engine.unsupported(shape)

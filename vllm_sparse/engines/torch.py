@@ -15,3 +15,6 @@ class TorchEngine(Engine):
 
     def attend(self, q, kv, table, page_size, scale, out):
         reference.sparse_decode(q, kv, table, page_size, scale, out)
+
+    def attend_blocks(self, q, kv, table, page_size, scale, out, scratch):
+        reference.sparse_prefill(q, kv, table, page_size, scale, out)

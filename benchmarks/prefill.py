@@ -1,0 +1,189 @@
+"""Time one layer's prefill attention, sparse beside dense FlashAttention-3.
+
+    python -m benchmarks.prefill 1q32ks32k 1q128ks128k --chunk 8192 \\
+        --sparse '{"prefill_policy": "vertical_slash", "vertical_tokens": 1024, "slash_tokens": 1024}'
+
+A spec ``1q32ks128k`` prefills the last 32K of 128K tokens, in chunks. Data is random, so the density
+follows from the sizes that ``--sparse`` gives, and the row says what it was. Checks results first, prints
+milliseconds of estimate, table building and attention, and appends JSON lines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+import torch
+from vllm_sparse.kernels import reference
+
+from benchmarks import results
+from benchmarks.batch_spec import parse
+from vllm_sparse.config import SparseConfig
+from vllm_sparse.engines.registry import engine_class
+from vllm_sparse.policies import get_prefill_policy
+from vllm_sparse.prefill import SparsePrefill
+from vllm_sparse.prefill_buffers import PrefillBuffers
+from vllm_sparse.query_blocks import QueryBlocks
+
+DEFAULT = {
+    "prefill_policy": "vertical_slash",
+    "prefill_coverage": 0,
+    "vertical_tokens": 1024,
+    "slash_tokens": 1024,
+}
+
+
+class Timed:
+    """Passes one method through and keeps CUDA events around each call of it."""
+
+    def __init__(self, target, method: str):
+        self.spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        run = getattr(target, method)
+
+        def timed(*args):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            run(*args)
+            end.record()
+            self.spans.append((start, end))
+
+        setattr(target, method, timed)
+
+    def take_ms(self) -> float:
+        """Milliseconds since it was last asked; the device must be idle."""
+        total = sum(start.elapsed_time(end) for start, end in self.spans)
+        self.spans.clear()
+        return total
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("specs", nargs="*", default=["1q8ks8k", "1q32ks32k", "1q128ks128k"])
+    parser.add_argument("--chunk", type=int, default=8192, help="query tokens of a step")
+    parser.add_argument("--sparse", default="{}", help="sparse settings as JSON, over vertical_slash")
+    parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument("--group", type=int, default=4)
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--page-size", type=int, default=16)
+    parser.add_argument("--engines", nargs="*", default=["fa3", "triton"])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=results.RESULTS)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    print(f"{'batch':>14} {'engine':>8} {'density':>8} {'estimate':>9} {'table':>8} {'attend':>9} {'all':>9} "
+          f"{'dense FA3':>10} {'ratio':>6}")  # fmt: skip
+    rows = []
+    for spec in args.specs:
+        for row in bench(spec, args):
+            print(
+                f"{spec:>14} {row['kernel']:>8} {row['density']:8.3f} {row['estimate_ms']:9.3f} "
+                f"{row['table_ms']:8.3f} {row['attend_ms']:9.3f} {row['sparse_ms']:9.3f} "
+                f"{row['baseline_ms']:10.3f} {row['speedup']:5.2f}x",
+                flush=True,
+            )
+            rows.append(row)
+    results.append("prefill", rows, args.out)
+
+
+def bench(spec: str, args) -> list[dict]:
+    request = parse(spec)[0]
+    context, page, heads, dim = request.context_tokens, args.page_size, args.kv_heads, args.head_dim
+    settings = {**DEFAULT, **json.loads(args.sparse)}
+    config = SparseConfig.from_mapping(settings, "--sparse")
+    q_heads, scale, device = heads * args.group, dim**-0.5, torch.device("cuda")
+    pages = -(-context // page)
+    kv = torch.empty(pages, heads, page + 1, 2 * dim, dtype=torch.bfloat16, device=device).normal_()
+    table = torch.randperm(pages, device=device).int()[None]
+    chunks = []
+    for start in range(context - request.query_tokens, context, args.chunk):
+        chunks.append(QueryBlocks(0, 0, min(args.chunk, context - start), start))
+    q = torch.randn(args.chunk, q_heads, dim, dtype=torch.bfloat16, device=device)
+    out = torch.empty_like(q)
+    buffers = PrefillBuffers.allocate(q_heads, dim, page, context, args.chunk, q.dtype, device)
+    dense_ms = median_ms(lambda: run_dense(q, kv, table, chunks, page, scale, out), args.repeats)
+    found = []
+    for name in args.engines:
+        sparse = SparsePrefill(
+            get_prefill_policy(config, page), engine_class(name)(), buffers, config.sink_pages(page),
+            config.window_tokens, scale,
+        )  # fmt: skip
+        check(sparse, q, kv, table, chunks[-1], out, name)
+
+        def run(sparse=sparse):
+            for chunk in chunks:
+                sparse.attend(q, kv, table, chunk, out)
+
+        sparse_ms = median_ms(run, args.repeats)
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        estimate = Timed(sparse.policy, "estimate")
+        attend = Timed(sparse.engine, "attend_blocks")
+        buffers.counters.zero_()
+        whole_ms = median_ms(run, 1)
+        attended, causal = buffers.counters.tolist()
+        estimate_ms, attend_ms = estimate.take_ms() / 2, attend.take_ms() / 2
+        found.append(
+            results.environment()
+            | {
+                "bench": "prefill_attention", "shape": f"kv{heads}_group{args.group}_d{dim}_page{page}",
+                "batch_spec": spec, "batch": 1, "context": context, "chunk": args.chunk, "kernel": name,
+                "policy": config.prefill_policy, "sparse": settings, "mode": "resident", "tp": 1,
+                "density": round(attended / causal, 4), "estimate_ms": round(estimate_ms, 4),
+                "table_ms": round(whole_ms - estimate_ms - attend_ms, 4), "attend_ms": round(attend_ms, 4),
+                "sparse_ms": round(sparse_ms, 4), "baseline_ms": round(dense_ms, 4),
+                "speedup": round(dense_ms / sparse_ms, 3),
+                "overhead": round((whole_ms - attend_ms) / attend_ms, 4),
+                "buffers_mib": round(buffers.num_bytes / 2**20, 1),
+                "temporary_mib": round((torch.cuda.max_memory_allocated() - held) / 2**20, 1),
+            }
+        )  # fmt: skip
+    return found
+
+
+def median_ms(run, repeats: int) -> float:
+    """Median of ``repeats`` runs after a warm-up, launch gaps included: prefill is in no CUDA graph."""
+    run()
+    times = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def run_dense(q, kv, table, chunks, page, scale, out) -> None:
+    from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+    k, v = kv[:, :, :page].transpose(1, 2).split(q.shape[-1], -1)
+    for chunk in chunks:
+        n = chunk.num_tokens
+        flash_attn_varlen_func(
+            q=q[:n], k=k, v=v, out=out[:n], max_seqlen_q=n, max_seqlen_k=chunk.end_position,
+            cu_seqlens_q=torch.tensor([0, n], dtype=torch.int32, device=q.device),
+            seqused_k=torch.tensor([chunk.end_position], dtype=torch.int32, device=q.device),
+            block_table=table, softmax_scale=scale, causal=True, fa_version=3,
+        )  # fmt: skip
+
+
+def check(sparse: SparsePrefill, q, kv, table, chunk: QueryBlocks, out, name: str) -> None:
+    """The engine must agree with the torch twin, on the same page table, before anything is timed."""
+    last = QueryBlocks(0, 0, min(333, chunk.num_tokens), chunk.end_position - min(333, chunk.num_tokens))
+    out.fill_(float("nan"))
+    sparse.attend(q, kv, table, last, out)
+    expected = torch.empty_like(q[: last.num_tokens], dtype=torch.float32)
+    buffers = sparse.buffers
+    reference.sparse_prefill(
+        q[: last.num_tokens], kv, buffers.table(last), buffers.page_size, sparse.scale, expected
+    )  # fmt: skip
+    error = ((out[: last.num_tokens].float() - expected).norm() / expected.norm()).item()
+    if not error < 1e-2:
+        raise SystemExit(f"{name}: relative error {error:.1e} against the torch twin")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""antidiagonal_score: attention of a query block sampled along antidiagonals.
+
+    L[r, j]        = scale / 16 * sum_{s < 16} q[h, 16 r + 15 - s] . K[16 j + s]
+    score[h, b, p] = log sum_{r in b} sum_{j in p} softmax_j L[r, j]
+
+Rows r are 16 queries of a block, columns j are 16 keys; j is seen where its first key is no later than
+r's last query, and of its keys those up to the block's end.
+Xu et al., "XAttention: Block Sparse Attention with Antidiagonal Scoring", arXiv 2503.16428,
+with stride 16.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_sparse.query_blocks import BLOCK_TOKENS, QueryBlocks
+
+STRIDE = 16
+LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def _strided_logits(
+    q, kv_head_base, block_table, columns, q_stride_t, q_row, num_tokens, in_block, first_position, end_position,
+    kv_stride_b, kv_stride_r, scale_log2,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, STRIDE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_J: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """L [ROWS, BLOCK_J] in units of log2, -inf where nothing is seen; ``q_row`` [ROWS] first queries of rows."""
+    dims = tl.arange(0, BLOCK_D)
+    in_head = dims < HEAD_DIM
+    logits = tl.zeros([ROWS, BLOCK_J], tl.float32)
+    for s in range(STRIDE):
+        token = q_row + STRIDE - 1 - s
+        query = tl.load(q + token.to(tl.int64)[:, None] * q_stride_t + dims[None, :],
+                        mask=(in_block & (token < num_tokens))[:, None] & in_head[None, :], other=0.0)  # fmt: skip
+        key = columns * STRIDE + s
+        known = key < end_position
+        block = tl.load(block_table + key // PAGE, mask=known, other=0).to(tl.int64)
+        cells = kv_head_base + block * kv_stride_b + (key % PAGE) * kv_stride_r
+        k = tl.load(cells[None, :] + dims[:, None], mask=known[None, :] & in_head[:, None], other=0.0)
+        logits = tl.dot(query, k, logits, input_precision=PRECISION)
+    last = tl.minimum(q_row + STRIDE, num_tokens) - 1 + first_position
+    seen = in_block[:, None] & (columns[None, :] * STRIDE <= last[:, None])
+    return tl.where(seen, logits * scale_log2, float("-inf"))
+
+
+@triton.jit(do_not_specialize=["score_stride", "first_position", "num_tokens", "num_blocks", "num_pages"])
+def _antidiagonal_score(
+    q, kv, block_table, scores, q_stride_t, q_stride_h, kv_stride_b, kv_stride_h, kv_stride_r, score_stride,
+    scale_log2, first_position, num_tokens, num_blocks, num_pages,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK_J: tl.constexpr,
+    PAGES_J: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    head, block = row // num_blocks, row % num_blocks
+    start = block * BLOCK_TOKENS
+    end_position = first_position + tl.minimum(start + BLOCK_TOKENS, num_tokens)
+    r = tl.arange(0, ROWS)
+    q_row = start + r * STRIDE
+    in_block = (r * STRIDE < BLOCK_TOKENS) & (q_row < num_tokens)
+    queries = q + head * q_stride_h
+    base = kv + (head // GROUP).to(tl.int64) * kv_stride_h
+    tiles = ((end_position - 1) // STRIDE + BLOCK_J) // BLOCK_J
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    for tile in range(0, tiles):
+        logits = _strided_logits(
+            queries, base, block_table, tile * BLOCK_J + tl.arange(0, BLOCK_J), q_stride_t, q_row, num_tokens,
+            in_block, first_position, end_position, kv_stride_b, kv_stride_r, scale_log2,
+            HEAD_DIM, BLOCK_D, PAGE, STRIDE, ROWS, BLOCK_J, PRECISION,
+        )  # fmt: skip
+        new_top = tl.maximum(top, tl.max(logits, axis=1))
+        peak = tl.where(new_top == float("-inf"), 0.0, new_top)
+        total = total * tl.exp2(top - peak) + tl.sum(tl.exp2(logits - peak[:, None]), axis=1)
+        top = new_top
+    lse = tl.where(total > 0, top + tl.log2(tl.maximum(total, 1e-30)), 0.0)
+    for tile in range(0, tiles):
+        logits = _strided_logits(
+            queries, base, block_table, tile * BLOCK_J + tl.arange(0, BLOCK_J), q_stride_t, q_row, num_tokens,
+            in_block, first_position, end_position, kv_stride_b, kv_stride_r, scale_log2,
+            HEAD_DIM, BLOCK_D, PAGE, STRIDE, ROWS, BLOCK_J, PRECISION,
+        )  # fmt: skip
+        mass = tl.sum(tl.exp2(logits - lse[:, None]), axis=0)
+        mass = tl.sum(tl.reshape(mass, [PAGES_J, BLOCK_J // PAGES_J]), axis=1)
+        pages = tile * PAGES_J + tl.arange(0, PAGES_J)
+        tl.store(scores + row.to(tl.int64) * score_stride + pages, tl.log(tl.maximum(mass, 1e-30)),
+                 mask=pages < num_pages)  # fmt: skip
+
+
+def antidiagonal_score(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    block_table: torch.Tensor,
+    blocks: QueryBlocks,
+    page_size: int,
+    scale: float,
+    scores: torch.Tensor,
+) -> None:
+    """Score pages for query blocks, in units of log-mass; arguments as in ``pooled_score``."""
+    num_tokens, q_heads, head_dim = q.shape
+    rows, num_pages = scores.shape
+    assert rows == q_heads * blocks.num_blocks and num_pages == blocks.num_pages(page_size)
+    assert q.stride(2) == kv.stride(3) == scores.stride(1) == 1
+    block_j = max(32, page_size // STRIDE)
+    _antidiagonal_score[(rows,)](
+        q, kv, block_table, scores, q.stride(0), q.stride(1), kv.stride(0), kv.stride(1), kv.stride(2),
+        scores.stride(0), scale * LOG2_E / STRIDE, blocks.first_position, num_tokens, blocks.num_blocks, num_pages,
+        GROUP=q_heads // kv.shape[1], HEAD_DIM=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), PAGE=page_size,
+        BLOCK_TOKENS=BLOCK_TOKENS, STRIDE=STRIDE, ROWS=16, BLOCK_J=block_j,
+        PAGES_J=block_j * STRIDE // page_size, PRECISION="ieee", num_warps=4,
+    )  # fmt: skip

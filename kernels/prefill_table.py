@@ -1,0 +1,97 @@
+"""prefill_table: a keep mask of (query head, query block, page), as a PageTable.
+
+    chosen[r, p] = keep[r, p]  or  p < sink_pages  or  window_start <= p,    p <= last
+    units[r]     = units of the chosen pages, ascending
+    lengths[r]   = tokens of those pages up to the block's last query
+
+``last`` is the page of the block's last query and ``window_start`` the page of the first token that
+the recent window of its first query holds, so a block's own pages are always there, complete and at
+the end of its row. Attention that aligns causality to the end of the row (query i of n sees all but
+the last n - 1 - i tokens) is then exact, wherever in a page chunk and block begin.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_sparse.page_table import PageTable, units_per_block
+from vllm_sparse.query_blocks import BLOCK_TOKENS, QueryBlocks
+
+
+# A launch for every width of the table must not be a compilation for it.
+@triton.jit(
+    do_not_specialize=[
+        "keep_stride", "units_stride", "first_position", "end_position", "num_blocks", "sink_pages",
+        "window_tokens",
+    ]
+)  # fmt: skip
+def _prefill_table(
+    keep, block_table, units, lengths, counters, keep_stride, units_stride, units_per_block,
+    first_position, end_position, num_blocks, sink_pages, window_tokens,
+    GROUP: tl.constexpr, PAGE: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    head = row // num_blocks // GROUP
+    start = first_position + (row % num_blocks) * BLOCK_TOKENS
+    end = tl.minimum(start + BLOCK_TOKENS, end_position)
+    pages_before_end = (end + PAGE - 1) // PAGE
+    window_start = tl.maximum(start + 1 - tl.maximum(window_tokens, 1), 0) // PAGE
+    keep_row = keep + row.to(tl.int64) * keep_stride
+    unit_row = units + row.to(tl.int64) * units_stride
+    kept = 0
+    for first in range(0, pages_before_end, BLOCK):
+        page = first + tl.arange(0, BLOCK)
+        live = page < pages_before_end
+        chosen = tl.load(keep_row + page, mask=live, other=0) > 0
+        chosen = live & (chosen | (page < sink_pages) | (page >= window_start))
+        count = chosen.to(tl.int32)
+        place = kept + tl.cumsum(count, axis=0) - 1
+        block = tl.load(block_table + page, mask=chosen, other=0)
+        tl.store(unit_row + place, block * units_per_block + head, mask=chosen)
+        kept += tl.sum(count, axis=0)
+    length = end - (pages_before_end - kept) * PAGE
+    tl.store(lengths + row, length)
+    # Query i of n sees length - (n - 1 - i) tokens of the table, and end - (n - 1 - i) of its context.
+    queries = (end - start).to(tl.int64)
+    unseen = queries * (queries - 1) // 2
+    tl.atomic_add(counters, queries * length - unseen)
+    tl.atomic_add(counters + 1, queries * end - unseen)
+
+
+def prefill_table(
+    keep: torch.Tensor,
+    block_table: torch.Tensor,
+    blocks: QueryBlocks,
+    kv: torch.Tensor,
+    page_size: int,
+    sink_pages: int,
+    window_tokens: int,
+    counters: torch.Tensor,
+    table: PageTable,
+) -> None:
+    """Fill the page table of query blocks.
+
+    Args:
+        keep: uint8 [q_heads * num_blocks, num_pages]; above 0: attend.
+        block_table: int32 [max_pages] of the request.
+        blocks: the query blocks.
+        kv: [num_blocks, kv_heads, rows, 2 * head_dim]; only its shape and strides are read.
+        page_size: tokens per page.
+        sink_pages: first pages that are always kept.
+        window_tokens: each query keeps at least so many tokens up to its own.
+        counters: int64 [2]: (query, key) pairs attended, and causal ones, are added.
+        table: [q_heads * num_blocks] rows of num_pages, overwritten.
+    """
+    rows, num_pages = keep.shape
+    num_blocks = blocks.num_blocks
+    q_heads = rows // num_blocks
+    assert rows == q_heads * num_blocks == table.lengths.shape[0] and table.units.shape == keep.shape
+    assert num_pages == blocks.num_pages(page_size)
+    assert keep.stride(1) == table.units.stride(1) == block_table.stride(0) == 1
+    _prefill_table[(rows,)](
+        keep, block_table, table.units, table.lengths, counters, keep.stride(0), table.units.stride(0),
+        units_per_block(kv), blocks.first_position, blocks.end_position, num_blocks, sink_pages, window_tokens,
+        GROUP=q_heads // kv.shape[1], PAGE=page_size, BLOCK_TOKENS=BLOCK_TOKENS, BLOCK=1024, num_warps=4,
+    )  # fmt: skip

@@ -1,0 +1,203 @@
+"""select_bands: the pages and bands of diagonals that hold most of a chunk's estimated attention.
+
+    page_mass[h, p] = sum_k mass[h, k, p]                          the vertical lines of a page
+    band_mass[h, b] = sum_k mass[h, k, first_page - 1 + k - b]     the diagonals of a band
+
+Sinks, which are always attended, count for neither. A head keeps a number of the largest of each, or
+(``coverage`` > 0) those from a threshold on that together hold this share of its mass:
+
+    page_mass[p] >= t  or  band_mass[b] >= t * max(1, 64 / page)
+
+because a band costs a block of 128 queries several pages. One threshold for both leaves out the columns
+that kept diagonals hold already, and the other way round, which a share of each (Lai et al.,
+"FlexPrefill", arXiv 2502.20766) pays twice. Equal masses at a threshold are all kept, masses of 0 never,
+unless everything is asked for.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_sparse.probe import COVER_OCTAVES, COVER_ROUNDS, band_shift, probe_groups, probe_page
+from vllm_sparse.query_blocks import QueryBlocks
+
+EVERYTHING = -1
+BLOCK_PAGES = 2048
+
+
+@triton.jit(do_not_specialize=["mass_stride_h", "mass_stride_k", "num_pages", "first_page", "sink_pages"])
+def _fold_bands(
+    mass, masses, mass_stride_h, mass_stride_k, masses_stride_0, masses_stride_h, num_pages, first_page,
+    sink_pages, BANDS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    tile, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    index = tile * BLOCK + tl.arange(0, BLOCK)
+    live = index < num_pages
+    by_page = tl.zeros([BLOCK], tl.float32)
+    by_band = tl.zeros([BLOCK], tl.float32)
+    for k in tl.static_range(BANDS):
+        row = mass + head * mass_stride_h + k * mass_stride_k
+        by_page += tl.load(row + index, mask=live & (index >= sink_pages), other=0.0)
+        page = first_page - 1 + k - index
+        by_band += tl.load(row + page, mask=live & (page >= sink_pages) & (page < num_pages), other=0.0)
+    tl.store(masses + head * masses_stride_h + index, by_page, mask=live)
+    tl.store(masses + masses_stride_0 + head * masses_stride_h + index, by_band, mask=live)
+
+
+@triton.jit
+def _threshold(row, count, wanted, coverage, BLOCK: tl.constexpr):
+    """The largest key such that the masses from it on are enough; keys order masses as integers."""
+    lanes = tl.arange(0, BLOCK)
+    totals, highs = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.int32)
+    for start in range(0, count, BLOCK):
+        values = tl.load(row + start + lanes, mask=start + lanes < count, other=0.0)
+        totals += values
+        highs = tl.maximum(highs, values.to(tl.int32, bitcast=True))
+    enough = tl.where(coverage > 0, coverage * tl.sum(totals, axis=0), wanted)
+    low, high = 1, tl.maximum(tl.max(highs, axis=0), 1) + 1
+    # Invariant: what lies at or above ``low`` is enough, at or above ``high`` it is not.
+    while high - low > 1:
+        middle = low + (high - low) // 2
+        held = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, count, BLOCK):
+            values = tl.load(row + start + lanes, mask=start + lanes < count, other=0.0)
+            worth = tl.where(coverage > 0, values, 1.0)
+            held += tl.where(values.to(tl.int32, bitcast=True) >= middle, worth, 0.0)
+        met = tl.sum(held, axis=0) >= enough
+        low = tl.where(met, middle, low)
+        high = tl.where(met, high, middle)
+    return low
+
+
+@triton.jit(do_not_specialize=["num_pages", "wanted_pages", "wanted_bands"])
+def _select_bands(masses, page_keep, band_count, masses_stride_0, masses_stride_h, keep_stride_h, count_stride_h,
+                  num_pages, wanted_pages, wanted_bands, BLOCK: tl.constexpr):  # fmt: skip
+    head, diagonal = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row = masses + diagonal * masses_stride_0 + head * masses_stride_h
+    wanted = tl.where(diagonal == 1, wanted_bands, wanted_pages)
+    threshold = tl.where(wanted < 0, 0, 0x7FFFFFFF)
+    if wanted > 0:
+        threshold = _threshold(row, num_pages, wanted, 0.0, BLOCK)
+    if diagonal == 1:
+        _store_counts(row, band_count + head * count_stride_h, num_pages, threshold, BLOCK)
+    else:
+        _store_kept(row, page_keep + head * keep_stride_h, num_pages, threshold, BLOCK)
+
+
+@triton.jit
+def _store_kept(row, page_keep, num_pages, threshold, BLOCK: tl.constexpr):
+    for start in range(0, num_pages, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        values = tl.load(row + index, mask=index < num_pages, other=0.0)
+        keep = values.to(tl.int32, bitcast=True) >= threshold
+        tl.store(page_keep + index, keep.to(tl.uint8), mask=index < num_pages)
+
+
+@triton.jit
+def _store_counts(row, band_count, num_bands, threshold, BLOCK: tl.constexpr):
+    before = 0
+    tl.store(band_count, 0)
+    for start in range(0, num_bands, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        values = tl.load(row + index, mask=index < num_bands, other=0.0)
+        kept = ((index < num_bands) & (values.to(tl.int32, bitcast=True) >= threshold)).to(tl.int32)
+        tl.store(band_count + index + 1, before + tl.cumsum(kept, axis=0), mask=index < num_bands)
+        before += tl.sum(kept, axis=0)
+
+
+@triton.jit(
+    do_not_specialize=["mass_stride_h", "mass_stride_k", "num_pages", "first_page", "sink_pages", "coverage"]
+)
+def _cover_bands(
+    mass, masses, page_keep, band_count, mass_stride_h, mass_stride_k, masses_stride_0, masses_stride_h,
+    keep_stride_h, count_stride_h, num_pages, first_page, sink_pages, coverage,
+    BANDS: tl.constexpr, BAND_SHIFT: tl.constexpr, ROUNDS: tl.constexpr, OCTAVES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(0).to(tl.int64)
+    by_page = masses + head * masses_stride_h
+    by_band = by_page + masses_stride_0
+    cells = mass + head * mass_stride_h
+    lanes = tl.arange(0, BLOCK)
+    totals, highs = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.int32)
+    for start in range(0, num_pages, BLOCK):
+        index = start + lanes
+        of_page = tl.load(by_page + index, mask=index < num_pages, other=0.0)
+        of_band = tl.load(by_band + index, mask=index < num_pages, other=0.0)
+        totals += of_page
+        highs = tl.maximum(highs, of_page.to(tl.int32, bitcast=True))
+        highs = tl.maximum(highs, of_band.to(tl.int32, bitcast=True) - BAND_SHIFT)
+    enough = coverage * tl.sum(totals, axis=0)
+    high = tl.maximum(tl.max(highs, axis=0), 1) + 1
+    low = tl.maximum(high - OCTAVES * 0x800000, 1)
+    for _ in range(ROUNDS):
+        middle = low + (high - low) // 2
+        held = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, num_pages, BLOCK):
+            index = start + lanes
+            live = (index < num_pages) & (index >= sink_pages)
+            of_page = tl.load(by_page + index, mask=live, other=0.0)
+            column = of_page.to(tl.int32, bitcast=True) >= middle
+            for k in tl.static_range(BANDS):
+                band = first_page - 1 + k - index
+                cell = tl.load(cells + k * mass_stride_k + index, mask=live, other=0.0)
+                of_band = tl.load(by_band + band, mask=live & (band >= 0) & (band < num_pages), other=0.0)
+                diagonal = of_band.to(tl.int32, bitcast=True) - BAND_SHIFT >= middle
+                held += tl.where(column | diagonal, cell, 0.0)
+        met = tl.sum(held, axis=0) >= enough
+        low = tl.where(met, middle, low)
+        high = tl.where(met, high, middle)
+    _store_kept(by_page, page_keep + head * keep_stride_h, num_pages, low, BLOCK)
+    _store_counts(by_band, band_count + head * count_stride_h, num_pages, low + BAND_SHIFT, BLOCK)
+
+
+def select_bands(
+    mass: torch.Tensor,
+    chunk: QueryBlocks,
+    page_size: int,
+    vertical_pages: int,
+    slash_bands: int,
+    coverage: float,
+    sink_pages: int,
+    masses: torch.Tensor,
+    page_keep: torch.Tensor,
+    band_count: torch.Tensor,
+) -> None:
+    """Choose the vertical pages and slash bands of a chunk, per query head.
+
+    Args:
+        mass: float32 [q_heads, groups + 1, num_pages], from ``probe_mass``.
+        chunk, page_size: where the probe lies.
+        vertical_pages, slash_bands: how many to keep, where ``coverage`` is 0; all from ``num_pages`` on.
+        coverage: share of the mass that pages and bands must hold together; all from 1 on.
+        sink_pages: first pages, which are attended whatever is chosen here.
+        masses: float32 [2, q_heads, num_pages or more], overwritten.
+        page_keep: uint8 [q_heads, num_pages or more], overwritten.
+        band_count: int32 [q_heads, num_pages + 1 or more], overwritten: kept bands before each band.
+    """
+    q_heads, bands, num_pages = mass.shape
+    assert bands == probe_groups(page_size) + 1 and num_pages == chunk.num_pages(page_size)
+    assert mass.stride(2) == masses.stride(2) == page_keep.stride(1) == band_count.stride(1) == 1
+    wanted = [EVERYTHING if n >= num_pages else n for n in (vertical_pages, slash_bands)]
+    if coverage >= 1:
+        wanted, coverage = [EVERYTHING, EVERYTHING], 0.0
+    first_page = probe_page(chunk, page_size)
+    _fold_bands[(triton.cdiv(num_pages, 256), q_heads)](
+        mass, masses, mass.stride(0), mass.stride(1), masses.stride(0), masses.stride(1),
+        num_pages, first_page, sink_pages, BANDS=bands, BLOCK=256, num_warps=2,
+    )  # fmt: skip
+    kept = (page_keep.stride(0), band_count.stride(0), num_pages)
+    if coverage > 0:
+        _cover_bands[(q_heads,)](
+            mass, masses, page_keep, band_count, mass.stride(0), mass.stride(1), masses.stride(0),
+            masses.stride(1), *kept, first_page, sink_pages, float(coverage),
+            BANDS=bands, BAND_SHIFT=band_shift(page_size), ROUNDS=COVER_ROUNDS, OCTAVES=COVER_OCTAVES,
+            BLOCK=1024, num_warps=8,
+        )  # fmt: skip
+    else:
+        _select_bands[(q_heads, 2)](
+            masses, page_keep, band_count, masses.stride(0), masses.stride(1), *kept, *wanted,
+            BLOCK=BLOCK_PAGES, num_warps=8,
+        )  # fmt: skip

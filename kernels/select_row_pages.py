@@ -1,0 +1,81 @@
+"""select_row_pages: the pages that hold most of the estimated mass of each (query head, block).
+
+    mass[r, p] = exp(score[r, p] - max_p score[r, p]),    p before the page of the block's first query
+    keep[r]    = the ``wanted`` largest, or (``coverage`` > 0) the fewest that hold that share of it
+
+A block's own pages are attended anyway. Equal masses at the threshold are all kept.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from vllm_sparse.kernels.select_bands import _threshold
+
+from vllm_sparse.query_blocks import BLOCK_TOKENS, QueryBlocks
+
+
+@triton.jit(
+    do_not_specialize=[
+        "score_stride", "keep_stride", "first_position", "num_pages", "num_blocks", "wanted",
+        "coverage",
+    ]
+)  # fmt: skip
+def _select_row_pages(
+    scores, keep, score_stride, keep_stride, first_position, num_pages, num_blocks, wanted, coverage,
+    PAGE: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    count = (first_position + row % num_blocks * BLOCK_TOKENS) // PAGE
+    score_row = scores + row.to(tl.int64) * score_stride
+    lanes = tl.arange(0, BLOCK)
+    tops = tl.full([BLOCK], float("-inf"), tl.float32)
+    for first in range(0, count, BLOCK):
+        values = tl.load(score_row + first + lanes, mask=first + lanes < count, other=float("-inf"))
+        tops = tl.maximum(tops, values)
+    top = tl.max(tops, axis=0)
+    for first in range(0, count, BLOCK):
+        live = first + lanes < count
+        values = tl.load(score_row + first + lanes, mask=live, other=float("-inf"))
+        tl.store(score_row + first + lanes, tl.exp(values - top), mask=live)
+    # Another thread reads what this one wrote.
+    tl.debug_barrier()
+    threshold = 0
+    if ((wanted > 0) & (wanted < count)) | (coverage > 0):
+        threshold = _threshold(score_row, count, wanted, coverage, BLOCK)
+    for first in range(0, num_pages, BLOCK):
+        pages = first + lanes
+        mass = tl.load(score_row + pages, mask=pages < count, other=0.0)
+        kept = (pages < count) & (mass.to(tl.int32, bitcast=True) >= threshold) & ((wanted > 0) | (coverage > 0))
+        tl.store(keep + row.to(tl.int64) * keep_stride + pages, kept.to(tl.uint8), mask=pages < num_pages)
+
+
+def select_row_pages(
+    scores: torch.Tensor,
+    blocks: QueryBlocks,
+    page_size: int,
+    wanted_pages: int,
+    coverage: float,
+    keep: torch.Tensor,
+) -> None:
+    """Choose pages of query blocks by their scores.
+
+    Args:
+        scores: float32 [q_heads * num_blocks, num_pages], in units of log-mass; overwritten by masses.
+        blocks: the query blocks.
+        page_size: tokens per page.
+        wanted_pages: how many to keep, where ``coverage`` is 0.
+        coverage: share of a row's mass that its pages must hold; all from 1 on.
+        keep: uint8 [q_heads * num_blocks, num_pages], overwritten.
+    """
+    rows, num_pages = scores.shape
+    assert keep.shape == scores.shape and rows % blocks.num_blocks == 0
+    assert num_pages == blocks.num_pages(page_size) and scores.stride(1) == keep.stride(1) == 1
+    if coverage >= 1:
+        wanted_pages, coverage = num_pages, 0.0
+    _select_row_pages[(rows,)](
+        scores, keep, scores.stride(0), keep.stride(0), blocks.first_position, num_pages,
+        blocks.num_blocks, wanted_pages, float(coverage),
+        PAGE=page_size, BLOCK_TOKENS=BLOCK_TOKENS, BLOCK=1024, num_warps=4,
+    )  # fmt: skip

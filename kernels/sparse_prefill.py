@@ -1,0 +1,113 @@
+"""sparse_prefill: attention of query blocks over the pages of a PageTable.
+
+    out[t, h] = softmax(scale * q[t, h] . K[chosen]) V[chosen]    over all but the last n - 1 - i tokens
+                                                                  of the row, for query i of n in its block
+
+FlashAttention-2 (Dao, arXiv 2307.08691) with one table row per (query head, block): only the last
+tokens of a row need a mask.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_sparse.page_table import PageTable
+from vllm_sparse.query_blocks import BLOCK_TOKENS
+
+LOG2_E = 1.4426950408889634
+TUNING = {"tile_bytes": 16384, "query_bytes": 32768, "num_warps": 8, "num_stages": 2}
+
+
+@triton.jit
+def _attend_tokens(
+    query, kv, unit_row, seen, begin, end, top, total, acc, unit_stride, kv_stride_r, scale_log2,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add tokens begin..end of a table row to a running softmax; ``seen`` [queries]: tokens each sees."""
+    dims = tl.arange(0, BLOCK_D)
+    in_head = dims < HEAD_DIM
+    for start in range(begin, end, BLOCK_N):
+        tokens = start + tl.arange(0, BLOCK_N)
+        live = tokens < end
+        unit = tl.load(unit_row + tokens // PAGE, mask=live, other=0).to(tl.int64)
+        cells = kv + unit * unit_stride + (tokens % PAGE) * kv_stride_r
+        k = tl.load(cells[None, :] + dims[:, None], mask=live[None, :] & in_head[:, None], other=0.0)
+        logits = tl.dot(query, k, input_precision=PRECISION) * scale_log2
+        if MASKED:
+            logits = tl.where(tokens[None, :] < seen[:, None], logits, float("-inf"))
+        v = tl.load(cells[:, None] + HEAD_DIM + dims[None, :], mask=live[:, None] & in_head[None, :], other=0.0)
+        new_top = tl.maximum(top, tl.max(logits, axis=1))
+        weights = tl.exp2(logits - new_top[:, None])
+        fade = tl.exp2(top - new_top)
+        total = total * fade + tl.sum(weights, axis=1)
+        acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
+        top = new_top
+    return top, total, acc
+
+
+@triton.jit(do_not_specialize=["units_stride", "num_tokens", "num_blocks"])
+def _sparse_prefill(
+    q, kv, units, lengths, out, q_stride_t, q_stride_h, unit_stride, kv_stride_r, units_stride,
+    out_stride_t, out_stride_h, scale_log2, num_tokens, num_blocks,
+    BLOCK_TOKENS: tl.constexpr, BLOCK_M: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    PAGE: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    # The longest rows, those of the last blocks, first.
+    row, part = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
+    head, block = row // num_blocks, row % num_blocks
+    length = tl.load(lengths + row)
+    in_block = part * BLOCK_M + tl.arange(0, BLOCK_M)
+    queries = tl.minimum(num_tokens - block * BLOCK_TOKENS, BLOCK_TOKENS)
+    if part * BLOCK_M >= queries:
+        return
+    token = (block * BLOCK_TOKENS + in_block).to(tl.int64)
+    dims = tl.arange(0, BLOCK_D)
+    mask = (in_block < queries)[:, None] & (dims < HEAD_DIM)[None, :]
+    query = tl.load(q + token[:, None] * q_stride_t + head * q_stride_h + dims[None, :], mask=mask, other=0.0)
+    seen = tl.minimum(length - (queries - 1 - in_block), length)
+    # Every query sees a row's tokens up to the block's first one: full tiles of those need no mask.
+    common = (length - (queries - 1 - part * BLOCK_M)) // BLOCK_N * BLOCK_N
+    last = tl.minimum(length - (queries - (part + 1) * BLOCK_M), length)
+    unit_row = units + row.to(tl.int64) * units_stride
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    top, total, acc = _attend_tokens(
+        query, kv, unit_row, seen, 0, common, top, total, acc, unit_stride, kv_stride_r, scale_log2,
+        HEAD_DIM, BLOCK_D, PAGE, BLOCK_N, False, PRECISION,
+    )  # fmt: skip
+    top, total, acc = _attend_tokens(
+        query, kv, unit_row, seen, common, last, top, total, acc, unit_stride, kv_stride_r, scale_log2,
+        HEAD_DIM, BLOCK_D, PAGE, BLOCK_N, True, PRECISION,
+    )  # fmt: skip
+    target = out + token[:, None] * out_stride_t + head * out_stride_h + dims[None, :]
+    tl.store(target, (acc / total[:, None]).to(out.dtype.element_ty), mask=mask)
+
+
+def sparse_prefill(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    table: PageTable,
+    page_size: int,
+    scale: float,
+    out: torch.Tensor,
+) -> None:
+    """Attend over chosen pages; arguments as in :meth:`vllm_sparse.engines.base.Engine.attend_blocks`."""
+    num_tokens, q_heads, head_dim = q.shape
+    num_blocks = triton.cdiv(num_tokens, BLOCK_TOKENS)
+    rows = q_heads * num_blocks
+    assert table.lengths.shape[0] == rows, f"{table.lengths.shape[0]} rows for {rows} (query head, block)"
+    assert q.stride(2) == out.stride(2) == kv.stride(3) == table.units.stride(1) == 1
+    block_d = triton.next_power_of_2(head_dim)
+    row_bytes = block_d * kv.element_size()
+    block_m = max(16, min(BLOCK_TOKENS, TUNING["query_bytes"] // row_bytes))
+    block_n = max(16, min(128, TUNING["tile_bytes"] // row_bytes))
+    _sparse_prefill[(rows, BLOCK_TOKENS // block_m)](
+        q, kv, table.units, table.lengths, out, q.stride(0), q.stride(1), kv.stride(1), kv.stride(2),
+        table.units.stride(0), out.stride(0), out.stride(1), scale * LOG2_E, num_tokens, num_blocks,
+        BLOCK_TOKENS=BLOCK_TOKENS, BLOCK_M=block_m, HEAD_DIM=head_dim, BLOCK_D=block_d, PAGE=page_size,
+        BLOCK_N=block_n, PRECISION="ieee", num_warps=TUNING["num_warps"], num_stages=TUNING["num_stages"],
+    )  # fmt: skip

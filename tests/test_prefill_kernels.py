@@ -1,0 +1,370 @@
+"""Prefill kernels against their twins, and the twins against explicit masks and sums."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from cases import DEVICE, DTYPES, TOLERANCE, error
+from prefill_cases import (
+    attention_weights,
+    expected_mask,
+    keys_and_values,
+    make_chunk,
+    masked_attention,
+    poison,
+    random_keep,
+    table_mask,
+)
+from vllm_sparse.kernels import reference
+
+from vllm_sparse.fixed_pattern import FixedPattern
+from vllm_sparse.page_table import PageTable
+from vllm_sparse.probe import probe_groups, probe_page, probe_start
+from vllm_sparse.query_blocks import BLOCK_TOKENS, QueryBlocks
+
+pytest.importorskip("triton")
+from vllm_sparse.kernels import launchers
+
+# (first position, tokens): chunks that begin and end inside pages, and blocks that no page border meets.
+CHUNKS = [(0, 129), (0, 64), (37, 200), (333, 130), (256, 256), (190, 77), (500, 12)]
+# (kv_heads, group, head_dim, page_size)
+SHAPES = [(2, 3, 64, 16), (1, 1, 128, 32), (1, 4, 96, 64), (1, 2, 32, 128), (1, 7, 64, 256)]
+SINK_PAGES, WINDOW_TOKENS = 1, 40
+BOTH = pytest.mark.parametrize("run", [reference, launchers], ids=["twin", "kernel"])
+chunks = pytest.mark.parametrize("chunk", CHUNKS, ids=lambda chunk: "{}+{}".format(*chunk))
+shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "kv{}_group{}_d{}_page{}".format(*shape))
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+
+
+def build(run, case, keep, sink_pages=SINK_PAGES, window_tokens=WINDOW_TOKENS) -> PageTable:
+    table = case.buffers.table(case.blocks)
+    run.prefill_table(
+        keep, case.block_table, case.blocks, case.kv, case.page_size, sink_pages, window_tokens,
+        case.buffers.counters, table,
+    )  # fmt: skip
+    return table
+
+
+def random_chunks(count: int):
+    generator = torch.Generator().manual_seed(11)
+    for _ in range(count):
+        first, tokens = torch.randint(0, 700, (2,), generator=generator).tolist()
+        yield first, tokens % 400 + 1, 2 ** (4 + first % 3)
+
+
+@BOTH
+@pytest.mark.parametrize(("first", "tokens", "page_size"), [*random_chunks(12), (0, 1, 16), (129, 1, 16)])
+def test_table_means_the_keep_mask_token_by_token(run, first, tokens, page_size):
+    """At random offsets, chunk lengths and page sizes, with later context that nobody may see."""
+    case = make_chunk(first, tokens, 2, 2, 32, page_size, later_tokens=50)
+    keep = random_keep(case)
+    window_tokens = first % 3 * 25
+    mask = table_mask(case, build(run, case, keep, first % 2, window_tokens))
+    expected = expected_mask(case, keep, first % 2, window_tokens)
+    assert torch.equal(mask, expected)
+    attended, causal = case.buffers.counters.tolist()
+    assert attended == expected.sum()
+    assert causal == case.q_heads * sum(range(first + 1, first + tokens + 1))
+
+
+@chunks
+@shapes
+def test_tables_match_twin(chunk, shape):
+    case = make_chunk(*chunk, *shape, layers=2)
+    keep = random_keep(case)
+    expected = build(reference, case, keep)
+    units, lengths = expected.units.clone(), expected.lengths.clone()
+    counters = case.buffers.counters.clone()
+    poison(case.buffers)
+    case.buffers.counters.zero_()
+    table = build(launchers, case, keep)
+    assert torch.equal(table.lengths, lengths)
+    assert torch.equal(case.buffers.counters, counters)
+    for row, length in enumerate(lengths.tolist()):
+        pages = -(-length // case.page_size)
+        assert torch.equal(table.units[row, :pages], units[row, :pages])
+
+
+@BOTH
+@pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
+@pytest.mark.parametrize("chunk", [(37, 200), (0, 129), (190, 77)], ids=str)
+@dtypes
+def test_sparse_prefill_is_attention_under_the_mask(run, shape, chunk, dtype):
+    case = make_chunk(*chunk, *shape, dtype=dtype)
+    keep = random_keep(case)
+    table = build(reference, case, keep)
+    out = torch.full_like(case.q, float("nan"))
+    run.sparse_prefill(case.q, case.kv, table, case.page_size, case.scale, out)
+    exact = masked_attention(case, expected_mask(case, keep, SINK_PAGES, WINDOW_TOKENS))
+    assert error(out, exact) < TOLERANCE[dtype]
+
+
+@BOTH
+@pytest.mark.parametrize("head_dim", [32, 256])
+def test_sparse_prefill_with_every_page_is_dense_attention(run, head_dim):
+    case = make_chunk(70, 150, 1, 2, head_dim, 16)
+    table = build(reference, case, torch.ones_like(random_keep(case)))
+    out = torch.full_like(case.q, float("nan"))
+    run.sparse_prefill(case.q, case.kv, table, case.page_size, case.scale, out)
+    dense = torch.full_like(case.q, float("nan"))
+    starts = torch.tensor([0, 150], dtype=torch.int32, device=DEVICE)
+    lens = torch.tensor([220], dtype=torch.int32, device=DEVICE)
+    reference.dense_attention(case.q, case.kv, case.block_table[None], starts, lens, 16, case.scale, dense)
+    assert error(out, dense) < TOLERANCE[torch.float32]
+
+
+def probe(run, case, chunk=None) -> torch.Tensor:
+    chunk = chunk or case.blocks
+    mass = torch.full(
+        (case.q_heads, probe_groups(case.page_size) + 1, chunk.num_pages(case.page_size)),
+        float("nan"), device=DEVICE,
+    )  # fmt: skip
+    run.probe_mass(
+        case.q, case.kv, case.block_table, chunk, case.page_size, case.scale, case.buffers.probe_lse, mass
+    )  # fmt: skip
+    return mass
+
+
+@BOTH
+@shapes
+@pytest.mark.parametrize("chunk", [(0, 129), (37, 200), (333, 130), (256, 256), (500, 12)], ids=str)
+def test_probe_mass_sums_the_attention_of_the_last_queries(run, shape, chunk):
+    case = make_chunk(*chunk, *shape)
+    mass = probe(run, case)
+    page, blocks = case.page_size, case.blocks
+    start = probe_start(blocks, page)
+    assert blocks.end_position - 64 <= start < blocks.end_position - 64 + min(page, 64)
+    first = max(start, blocks.first_position)
+    weights = attention_weights(case)[:, first - blocks.first_position :]
+    expected = torch.zeros_like(mass, dtype=torch.float64)
+    for i, j in torch.cartesian_prod(torch.arange(weights.shape[1]), torch.arange(blocks.end_position)).tolist():
+        if j <= first + i:
+            k = (first + i - j) // page + j // page + 1 - probe_page(blocks, page)
+            expected[:, k, j // page] += weights[:, i, j]
+    assert error(mass, expected) < 1e-5
+
+
+@dtypes
+def test_probe_mass_matches_twin(dtype):
+    case = make_chunk(300, 211, 2, 3, 64, 16, dtype=dtype)
+    assert error(probe(launchers, case), probe(reference, case)) < TOLERANCE[torch.float32]
+
+
+def select(run, case, mass, vertical=3, slash=4, coverage=0.0):
+    buffers = case.buffers
+    run.select_bands(
+        mass, case.blocks, case.page_size, vertical, slash, coverage, SINK_PAGES,
+        buffers.masses, buffers.page_keep, buffers.band_count,
+    )  # fmt: skip
+    pages = case.num_pages
+    found = (buffers.masses[..., :pages], buffers.page_keep[:, :pages], buffers.band_count[:, : pages + 1])
+    return [x.clone() for x in found]
+
+
+ALL = 10**6
+SIZES = [
+    (3, 4, 0.0),
+    (0, 5, 0.0),
+    (7, 0, 0.0),
+    (ALL, 1, 0.0),
+    (1, ALL, 0.0),
+    (1, 1, 0.6),
+    (0, 0, 0.99),
+    (1, 1, 1.0),
+]
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("page_size", [16, 64, 128])
+def test_select_bands_matches_twin(page_size, sizes):
+    case = make_chunk(700, 333, 1, 3, 32, page_size)
+    shape = (case.q_heads, probe_groups(page_size) + 1, case.num_pages)
+    # Sums of such numbers are exact in any order, so both sides see the same ties.
+    mass = torch.randint(0, 64, shape, device=DEVICE).float() / 64
+    mass[0] = 0
+    expected = select(reference, case, mass, *sizes)
+    poison(case.buffers)
+    for mine, twin in zip(select(launchers, case, mass, *sizes), expected, strict=True):
+        assert torch.equal(mine, twin)
+
+
+@BOTH
+def test_select_bands_keeps_the_sizes_or_the_coverage_it_is_given(run):
+    case = make_chunk(900, 200, 1, 2, 32, 16)
+    mass = probe(reference, case)
+    masses, pages, counts = select(run, case, mass, 5, 9)
+    total = mass[:, :, SINK_PAGES:].sum((1, 2))
+    assert torch.allclose(masses.sum(-1), total.expand(2, -1), rtol=1e-4), "sinks are attended anyway"
+    assert (pages.sum(1) == 5).all() and (counts[:, -1] == 9).all()
+    band = torch.stack([probe_page(case.blocks, 16) - 1 + k - torch.arange(case.num_pages) for k in range(5)])
+    exists = (band >= 0) & (band < case.num_pages)
+
+    def share(kept_pages, kept_bands):
+        cells = kept_pages[:, None] | (kept_bands[:, band.clamp(0, case.num_pages - 1)] & exists.to(DEVICE))
+        return (mass * cells)[:, :, SINK_PAGES:].sum((1, 2)) / total
+
+    for coverage in (0.3, 0.9):
+        masses, pages, counts = select(run, case, mass, coverage=coverage)
+        pages, bands = pages.bool(), counts.diff(dim=1).bool()
+        assert (share(pages, bands) >= coverage * 0.9999).all(), "less than what was asked for"
+        worth = torch.cat([masses[0].where(pages, 9e9), (masses[1] / 4).where(bands, 9e9)], 1)
+        more = worth.amin(1, keepdim=True) * 1.01
+        assert (share(masses[0] >= more, masses[1] / 4 >= more) < coverage).all(), "more than what was asked for"
+
+
+@BOTH
+@chunks
+@pytest.mark.parametrize("page_size", [16, 64, 256])
+def test_vertical_slash_keeps_pages_that_a_band_touches(run, chunk, page_size):
+    case = make_chunk(*chunk, 1, 2, 32, page_size)
+    pages, blocks = case.num_pages, case.blocks
+    page_keep = (torch.rand(2, pages, device=DEVICE) < 0.1).to(torch.uint8)
+    bands = torch.rand(2, pages, device=DEVICE) < 0.1
+    band_count = torch.nn.functional.pad(bands.cumsum(1), (1, 0)).int()
+    keep = torch.full_like(random_keep(case), 77)
+    run.vertical_slash(page_keep, band_count, blocks, page_size, keep)
+    positions = blocks.first_position + torch.arange(blocks.num_tokens, device=DEVICE)
+    behind = positions[:, None] - torch.arange(pages * page_size, device=DEVICE)
+    slash = bands[:, behind.clamp(min=0) // page_size] & (behind >= 0)
+    slash = slash.unflatten(2, (pages, page_size)).any(3)
+    seen = (behind >= 0).unflatten(1, (pages, page_size)).any(2)
+    for block in range(blocks.num_blocks):
+        rows = slice(block * BLOCK_TOKENS, (block + 1) * BLOCK_TOKENS)
+        expected = slash[:, rows].any(1) | (page_keep.bool() & seen[rows].any(0))
+        assert torch.equal(keep.view(2, -1, pages)[:, block].bool(), expected)
+
+
+def score(run, case, name: str) -> torch.Tensor:
+    """[q_heads * num_blocks, num_pages], 0 from each block's own pages on."""
+    scores = torch.full((len(random_keep(case)), case.num_pages), float("nan"), device=DEVICE)
+    pooled = [case.buffers.pooled] if name == "pooled_score" else []
+    getattr(run, name)(
+        case.q, case.kv, case.block_table, case.blocks, case.page_size, case.scale, *pooled, scores
+    )  # fmt: skip
+    for block, part in enumerate(case.blocks.split(1)):
+        scores.view(case.q_heads, -1, case.num_pages)[:, block, part.first_position // case.page_size :] = 0
+    return scores
+
+
+@pytest.mark.parametrize("name", ["pooled_score", "antidiagonal_score"])
+@pytest.mark.parametrize("chunk", [(300, 129), (637, 200), (790, 77)], ids=str)
+@shapes
+def test_scores_match_twin(shape, chunk, name):
+    case = make_chunk(*chunk, *shape)
+    assert error(score(launchers, case, name), score(reference, case, name)) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["pooled_score", "antidiagonal_score"])
+@dtypes
+def test_scores_match_twin_in_other_dtypes(dtype, name):
+    case = make_chunk(300, 211, 2, 3, 64, 16, dtype=dtype)
+    assert error(score(launchers, case, name), score(reference, case, name)) < TOLERANCE[dtype]
+
+
+@BOTH
+def test_pooled_score_is_the_product_of_means(run):
+    case = make_chunk(37, 200, 1, 2, 32, 16)
+    keys, _ = keys_and_values(case)
+    scores = score(run, case, "pooled_score").view(2, 2, -1)
+    query = case.q.double()[128:200, 1].mean(0)
+    for page in (0, 7, 9):
+        expected = query @ keys[1, page * 16 : page * 16 + 16].mean(0) * case.scale
+        assert abs(scores[1, 1, page] - expected) < 1e-4
+
+
+@BOTH
+def test_antidiagonal_score_samples_the_attention_of_a_block(run):
+    case = make_chunk(32, 128, 1, 1, 32, 16)
+    keys, _ = keys_and_values(case)
+    logits = torch.zeros(8, 10, dtype=torch.float64, device=DEVICE)
+    for r, j, s in torch.cartesian_prod(torch.arange(8), torch.arange(10), torch.arange(16)).tolist():
+        logits[r, j] += case.q[16 * r + 15 - s, 0].double() @ keys[0, 16 * j + s] * case.scale / 16
+    row, column = torch.arange(8, device=DEVICE)[:, None], torch.arange(10, device=DEVICE)
+    weights = logits.masked_fill(column > row + 2, float("-inf")).softmax(-1)
+    assert error(score(run, case, "antidiagonal_score").exp()[0, :2], weights.sum(0)[:2]) < 1e-4
+
+
+@pytest.mark.parametrize("sizes", [(3, 0.0), (0, 0.0), (ALL, 0.0), (1, 0.6), (1, 1)], ids=str)
+@chunks
+def test_select_row_pages_matches_twin(chunk, sizes):
+    case = make_chunk(*chunk, 1, 2, 32, 16)
+    # Log-masses of powers of two: sums of masses are exact in any order.
+    scores = torch.randint(-6, 0, random_keep(case).shape, device=DEVICE) * math.log(2)
+    keeps = []
+    for run in (reference, launchers):
+        keeps.append(torch.full_like(random_keep(case), 77))
+        run.select_row_pages(scores.clone(), case.blocks, 16, *sizes, keeps[-1])
+    assert torch.equal(*keeps) and (keeps[0] <= 1).all()
+
+
+PATTERNS = {
+    "a_shape": FixedPattern(initial_tokens=40, recent_tokens=70),
+    "strided": FixedPattern(recent_tokens=50, stride_tokens=100),
+    "dilated": FixedPattern(initial_tokens=20, recent_tokens=100, dilation=3),
+    "longformer": FixedPattern(recent_tokens=90, dilation=2, dilated_heads=2),
+    "bigbird": FixedPattern(initial_tokens=16, recent_tokens=16, random_tokens=120),
+}
+
+
+@pytest.mark.parametrize("page_size", [16, 32])
+@pytest.mark.parametrize("pattern", PATTERNS)
+@chunks
+def test_fixed_pattern_matches_twin(chunk, pattern, page_size):
+    case = make_chunk(*chunk, 1, 3, 32, page_size)
+    expected = torch.full_like(random_keep(case), 77)
+    actual = expected.clone()
+    for run, keep in ((reference, expected), (launchers, actual)):
+        run.fixed_pattern(PATTERNS[pattern], case.blocks, page_size, keep)
+    assert torch.equal(actual, expected) and (expected <= 1).all()
+
+
+def fixed_keep(pattern: FixedPattern, case) -> torch.Tensor:
+    """bool [q_heads, num_blocks, num_pages]."""
+    keep = torch.full_like(random_keep(case), 77)
+    reference.fixed_pattern(pattern, case.blocks, case.page_size, keep)
+    return keep.bool().view(case.q_heads, case.blocks.num_blocks, -1)
+
+
+@chunks
+@pytest.mark.parametrize("name", ["a_shape", "strided"])
+def test_fixed_pattern_keeps_pages_with_any_token_that_counts(chunk, name):
+    case, pattern = make_chunk(*chunk, 1, 1, 32, 16), PATTERNS[name]
+    keep = fixed_keep(pattern, case)[0]
+    key = torch.arange(case.num_pages * 16, device=DEVICE)
+    for block, part in enumerate(case.blocks.split(1)):
+        position = torch.arange(part.first_position, part.end_position, device=DEVICE)[:, None]
+        behind = position - key
+        counts = (key < pattern.initial_tokens) | (behind < pattern.recent_tokens)
+        if pattern.stride_tokens:
+            counts |= behind % pattern.stride_tokens == 0
+        counts &= behind >= 0
+        assert torch.equal(keep[block], counts.any(0).unflatten(0, (-1, 16)).any(1))
+
+
+def test_dilated_heads_skip_pages_and_reach_farther():
+    case = make_chunk(600, 16, 1, 2, 32, 16)
+    near, far = fixed_keep(PATTERNS["longformer"], case)[:, 0]
+    assert near.sum() == near[-int(near.sum()) :].sum(), "the undilated window has gaps"
+    assert not far[-2] and far[-1] and far[-3]
+    assert far.nonzero().min() < near.nonzero().min()
+
+
+def test_random_pages_are_about_as_many_as_asked_for():
+    case = make_chunk(3000, 256, 2, 8, 32, 16)
+    drawn = fixed_keep(FixedPattern(random_tokens=320), case).sum(-1).float()
+    assert 15 < drawn.mean() < 25 and drawn.std() > 1, "20 pages on average, drawn anew by block and head"
+
+
+def test_parts_of_a_chunk_cover_it_in_order():
+    chunk = QueryBlocks(3, 40, 1000, 77)
+    assert list(chunk.split(100)) == [chunk]
+    parts = list(chunk.split(3))
+    assert [part.num_blocks for part in parts] == [3, 3, 2]
+    for before, after in itertools.pairwise(parts):
+        assert (after.first_token, after.first_position) == (
+            before.first_token + before.num_tokens, before.end_position,
+        )  # fmt: skip
+    assert parts[-1].end_position == chunk.end_position and parts[0].first_token == 40

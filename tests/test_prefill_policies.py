@@ -1,0 +1,166 @@
+"""Every prefill policy through the whole of SparsePrefill: estimate, choice, page table, engine."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import DEVICE, ON_GPU, TOLERANCE, error
+from prefill_cases import attention_weights, causal_mask, make_chunk, masked_attention, poison, table_mask
+
+from vllm_sparse import kernels
+from vllm_sparse.config import SparseConfig
+from vllm_sparse.engines.torch import TorchEngine
+from vllm_sparse.policies import PREFILL_POLICIES, get_prefill_policy
+from vllm_sparse.prefill import SparsePrefill, plan_chunks
+from vllm_sparse.query_blocks import QueryBlocks
+
+CHOOSING = [name for name in PREFILL_POLICIES if name != "dense"]
+ESTIMATING = ["vertical_slash", "block_sparse", "xattention"]
+policies = pytest.mark.parametrize("policy", CHOOSING)
+SIZES = {"prefill_coverage": 0, "vertical_tokens": 48, "slash_tokens": 64}
+
+
+class Recording(TorchEngine):
+    """The torch engine, keeping the mask of each table that it was given."""
+
+    def __init__(self, case):
+        self.case, self.masks, self.first = case, [], case.blocks.first_position
+
+    def attend_blocks(self, q, kv, table, page_size, scale, out, scratch):
+        part = QueryBlocks(0, 0, len(q), self.first)
+        self.first += len(q)
+        whole, self.case.blocks = self.case.blocks, part
+        mask = table_mask(self.case, table)
+        self.case.blocks = whole
+        pad = whole.end_position - part.end_position
+        self.masks.append(torch.nn.functional.pad(mask, (0, pad)))
+        super().attend_blocks(q, kv, table, page_size, scale, out, scratch)
+
+
+def attend(case, policy: str, **settings):
+    """Output, and bool [q_heads, num_tokens, context tokens] of what was attended."""
+    config = SparseConfig(prefill_policy=policy, sink_tokens=16, window_tokens=32, **{**SIZES, **settings})
+    engine = Recording(case)
+    sparse = SparsePrefill(
+        get_prefill_policy(config, case.page_size), engine, case.buffers, config.sink_pages(case.page_size),
+        config.window_tokens, case.scale,
+    )  # fmt: skip
+    poison(case.buffers)
+    out = torch.full_like(case.q, float("nan"))
+    sparse.attend(case.q, case.kv, case.block_table[None], case.blocks, out)
+    return out, torch.cat(engine.masks, 1)
+
+
+@policies
+@pytest.mark.parametrize("chunk", [(0, 200), (700, 300), (333, 129)], ids=str)
+@pytest.mark.parametrize("page_size", [16, 64])
+def test_attends_causally_sinks_and_window_included(policy, chunk, page_size):
+    case = make_chunk(*chunk, 2, 2, 32, page_size)
+    out, mask = attend(case, policy)
+    assert error(out, masked_attention(case, mask)) < TOLERANCE[torch.float32]
+    causal = causal_mask(case)
+    assert not (mask & ~causal).any()
+    position = case.blocks.first_position + torch.arange(case.blocks.num_tokens, device=DEVICE)[:, None]
+    key = torch.arange(case.blocks.end_position, device=DEVICE)
+    always = (key < 16) | (position - key < 32)
+    assert mask[:, always & causal].all()
+    attended, pairs = case.buffers.counters.tolist()
+    assert (attended, pairs) == (mask.sum(), case.q_heads * causal.sum())
+
+
+@policies
+def test_everything_asked_for_is_everything_attended(policy):
+    case = make_chunk(300, 200, 1, 2, 32, 16)
+    sizes = [{"slash_tokens": 10**6}]
+    if policy in ESTIMATING:
+        sizes.append({"prefill_coverage": 1, "vertical_tokens": 0})
+    for settings in sizes:
+        _, mask = attend(case, policy, **{"vertical_tokens": 10**6, **settings})
+        assert torch.equal(mask, causal_mask(case).expand_as(mask))
+
+
+@policies
+def test_parts_attend_what_the_whole_chunk_does(policy):
+    case = make_chunk(300, 500, 1, 2, 32, 16, seed=3)
+    whole, mask = attend(case, policy)
+    assert case.buffers.blocks_at_once(case.blocks) == 4
+    case.buffers.max_blocks = 1
+    parts, parts_mask = attend(case, policy)
+    assert torch.equal(mask, parts_mask)
+    assert error(parts, whole) < 1e-6
+
+
+@policies
+def test_small_sizes_leave_pages_out(policy):
+    case = make_chunk(1900, 130, 1, 4, 32, 16)
+    _, mask = attend(case, policy, slash_tokens=300 if policy == "strided" else 64)
+    assert 0.02 < mask.sum() / (case.q_heads * causal_mask(case).sum()) < 0.8
+
+
+@policies
+@pytest.mark.skipif(ON_GPU, reason="a GPU runs the kernels anyway")
+def test_kernels_choose_what_the_twins_choose(policy, monkeypatch):
+    pytest.importorskip("triton")
+    from vllm_sparse.kernels import launchers
+
+    case = make_chunk(411, 270, 1, 3, 32, 16, seed=5)
+    expected, expected_mask = attend(case, policy)
+    monkeypatch.setattr(kernels, "for_device", lambda device: launchers)
+    out, mask = attend(case, policy)
+    assert torch.equal(mask, expected_mask)
+    assert error(out, expected) < TOLERANCE[torch.float32]
+
+
+@policies
+def test_warm_up_leaves_no_trace(policy):
+    case = make_chunk(300, 200, 1, 2, 32, 16)
+    config = SparseConfig(prefill_policy=policy)
+    sparse = SparsePrefill(get_prefill_policy(config, 16), TorchEngine(), case.buffers, 1, 32, case.scale)
+    sparse.warm_up(1, 17, 32, 2, torch.float32)
+    assert case.buffers.counters.tolist() == [0, 0]
+    assert not (case.buffers.lengths == 2**30).all(), "nothing ran"
+
+
+def test_vertical_slash_finds_a_column_and_a_diagonal_that_were_put_there():
+    case = make_chunk(1000, 280, 1, 1, 32, 16, seed=1)
+    # Every query wants the keys of page 20 and the key 500 tokens before it.
+    kv, page = case.kv, case.page_size
+    content = torch.nn.functional.normalize(torch.randn(1280, 32, device=DEVICE), dim=1) * 6
+    column = torch.nn.functional.normalize(torch.randn(32, device=DEVICE), dim=0) * 6
+    content[320:336] = column
+    kv[case.block_table[:80].long(), 0, :page, :32] = content.unflatten(0, (80, page))
+    position = case.blocks.first_position + torch.arange(280, device=DEVICE)
+    case.q = (content[position - 500] + column)[:, None] * 3
+    _, mask = attend(
+        case,
+        "vertical_slash",
+        vertical_tokens=16,
+        slash_tokens=128,
+    )
+    query = torch.arange(280, device=DEVICE)
+    assert mask[0, query, position - 500].all(), "the diagonal was lost"
+    assert mask[0][:, 320:336].all(), "the column was lost"
+    assert (attention_weights(case) * mask).sum(-1).mean() > 0.9
+    assert mask.sum() < 0.7 * causal_mask(case).sum()
+
+
+def test_chunks_that_run_sparse_are_long_and_of_long_contexts():
+    starts, lens = [0, 1, 2, 402, 530, 658, 787], [9000, 50, 9000, 9000, 9129, 9129]
+    chunks = plan_chunks(starts, lens, 9000, first_request=2)
+    assert chunks == [QueryBlocks(5, 658, 129, 9000)]
+    assert [chunk.request for chunk in plan_chunks(starts, lens, 400, 2)] == [2, 5]
+
+
+def test_buffers_stay_within_256_mib_at_any_context():
+    from vllm_sparse.prefill_buffers import PrefillBuffers
+
+    for heads, head_dim in ((32, 128), (64, 128), (16, 256), (8, 64)):
+        for context in (32 << 10, 128 << 10, 512 << 10, 1 << 20):
+            buffers = PrefillBuffers.allocate(
+                heads, head_dim, 16, context, 16384, torch.bfloat16, torch.device("meta")
+            )  # fmt: skip
+            assert buffers.num_bytes <= 256 << 20, (heads, head_dim, context, buffers.num_bytes >> 20)
+            chunk = QueryBlocks(0, 0, 8192, context - 8192)
+            part = next(chunk.split(buffers.blocks_at_once(chunk)))
+            assert buffers.table(part).units.shape == buffers.keep_mask(part).shape
+            assert buffers.probe_masses(chunk).numel() > 0

@@ -1,0 +1,41 @@
+"""The probe: the last queries of a chunk, which estimate where all of it attends."""
+
+from __future__ import annotations
+
+from vllm_sparse.query_blocks import BLOCK_TOKENS, QueryBlocks
+
+PROBE_TOKENS = 64
+"""Positions of a probe; one tile of tensor cores, and what MInference uses."""
+COVER_OCTAVES = 24
+"""The threshold of a coverage target is sought within so many powers of two of the largest mass,"""
+COVER_ROUNDS = 13
+"""in so many halvings: to 0.3 % of itself."""
+
+
+def probe_start(chunk: QueryBlocks, page_size: int) -> int:
+    """Position of the probe's first row, a multiple of the page size or of 64.
+
+    The probe ends at the next such border at or after the chunk's end, so that each of its rows
+    meets the keys of a page in the same two bands of diagonals; rows past the end have no query.
+    """
+    align = min(page_size, PROBE_TOKENS)
+    return -(-chunk.end_position // align) * align - PROBE_TOKENS
+
+
+def probe_page(chunk: QueryBlocks, page_size: int) -> int:
+    """Page of the probe's first row."""
+    return probe_start(chunk, page_size) // page_size
+
+
+def probe_groups(page_size: int) -> int:
+    """Pages that the probe's rows lie in."""
+    return max(1, PROBE_TOKENS // page_size)
+
+
+def band_shift(page_size: int) -> int:
+    """What a band of diagonals costs beside a page, as a distance of float32 bit patterns.
+
+    A band alone touches ``128 / page + 2`` pages of a block and shares most of them with neighbours;
+    half of ``128 / page`` stands between, and at least 1. Powers of two are steps of the exponent.
+    """
+    return max(0, (BLOCK_TOKENS // (2 * page_size)).bit_length() - 1) << 23
