@@ -16,10 +16,12 @@ DOCS = Path(__file__).parent.parent / "docs"
 STOCK, SPARSE = "#8a8f98", "#1f77b4"
 
 
-def load(name: str) -> list[dict]:
-    """Rows of one results file; of several runs of the same measurement the last counts."""
+def load(name: str, bench: str) -> list[dict]:
+    """Rows of ``bench`` on the GPU and commit measured last; of repeated measurements the last counts."""
     rows = [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text().splitlines()]
-    return list({(r["bench"], r["batch_spec"], r.get("kernel"), r["tp"]): r for r in rows}.values())
+    rows = [row for row in rows if row["bench"] == bench]
+    rows = [row for row in rows if all(row[key] == rows[-1][key] for key in ("gpu", "commit"))]
+    return list({(r["batch_spec"], r.get("kernel"), r["tp"]): r for r in rows}.values())
 
 
 def caption(row: dict) -> str:
@@ -28,7 +30,7 @@ def caption(row: dict) -> str:
 
 def decode_speed() -> None:
     """Time per output token of the real engine, stock against sparse."""
-    rows = [row for row in load("engine") if row["bench"] == "tpot"]
+    rows = load("engine", "tpot")
     rows.sort(key=lambda row: (row["batch"], row["context"]))
     figure, axes = plt.subplots(figsize=(8, 3.6), layout="constrained")
     for offset, key, color, name in (
@@ -50,30 +52,60 @@ def decode_speed() -> None:
 
 
 def kernel_time() -> None:
-    """One layer's decode step by kernel, beside dense attention."""
-    rows = load("kernels")
-    specs = list(dict.fromkeys(row["batch_spec"] for row in rows))
-    times = {(row["batch_spec"], row["kernel"]): row["us"] for row in rows}
-    figure, axes = plt.subplots(figsize=(8, 3.2), layout="constrained")
-    for index, spec in enumerate(specs):
-        dense = axes.barh(index + 0.2, times[spec, "dense_fa3"], 0.36, color=STOCK, label="dense FlashAttention-3")
-        axes.bar_label(dense, fmt="%.0f", fontsize=8)
-        left = 0.0
-        for kernel, color in (("score", "#1f77b4"), ("select", "#6baed6"), ("attend_triton", "#c6dbef")):
-            axes.barh(index - 0.2, times[spec, kernel], 0.36, left=left, color=color, label=kernel)
-            left += times[spec, kernel]
-        axes.text(left, index - 0.2, f" {left:.0f}", va="center", fontsize=8)
-    axes.set_yticks(range(len(specs)), specs)
-    axes.invert_yaxis()
-    axes.set_xlabel(f"µs per layer; {caption(rows[0])}", fontsize=8)
-    handles, labels = axes.get_legend_handles_labels()
-    unique = dict(zip(labels, handles, strict=True))
-    axes.legend(unique.values(), unique.keys(), frameon=False, fontsize=8)
+    """One layer's decode step of one request against its context, beside dense attention and memory speed."""
+    rows = [row for row in load("kernels", "attention") if row["batch"] == 1]
+    rows.sort(key=lambda row: row["context"])
+    contexts = sorted({row["context"] for row in rows})
+    bandwidth = max(row["tb_per_s"] for row in rows)
+    figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
+    for kernel, style, color, name in (
+        ("dense_fa3", "-", STOCK, "dense FlashAttention-3"),
+        ("sparse_step", "-", SPARSE, "sparse: score + select + attend"),
+        ("score", ":", "#1f77b4", "score"),
+        ("select", "--", "#6baed6", "select"),
+        ("attend_triton", "-.", "#9ecae1", "attend"),
+    ):
+        times = {row["context"]: row for row in rows if row["kernel"] == kernel}
+        axes.plot(contexts, [times[n]["us"] for n in contexts], style, color=color, label=name, marker=".")
+        if kernel in ("dense_fa3", "sparse_step"):
+            bound = [times[n]["tb_per_s"] * times[n]["us"] / bandwidth for n in contexts]
+            axes.plot(contexts, bound, color=color, alpha=0.3, linewidth=4, zorder=0)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    names = [f"{n >> 10}K" if n < 1 << 20 else f"{n >> 20}M" for n in contexts]
+    axes.set_xticks(contexts, names)
+    axes.set_ylabel("µs per layer")
+    note = f"bands: their bytes at {bandwidth:.1f} TB/s, the most any of them reached"
+    axes.set_xlabel(f"tokens of context; {note}\n{caption(rows[0])}", fontsize=8)
+    axes.set_title(f"One request, {rows[0]['shape']}, budget {rows[0]['budget']:,} tokens", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
     figure.savefig(DOCS / "kernel_time.png", dpi=160)
+
+
+def prefill_speed() -> None:
+    """Time to first token of one request, stock against sparse prefill."""
+    rows = [row for row in load("engine", "ttft") if row["batch"] == 1]
+    rows.sort(key=lambda row: row["context"])
+    figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
+    policy = rows[0]["sparse"].get("prefill_policy", "dense")
+    for offset, key, color, name in (
+        (-0.2, "baseline_ms", STOCK, "stock vLLM (FLASH_ATTN)"),
+        (0.2, "sparse_ms", SPARSE, f"vllm-sparse, prefill policy {policy}"),
+    ):
+        seconds = [row[key] / 1e3 for row in rows]
+        bars = axes.bar([i + offset for i in range(len(rows))], seconds, 0.38, color=color, label=name)
+        axes.bar_label(bars, fmt="%.2f", fontsize=8)
+    axes.set_xticks(range(len(rows)), [f"{row['context']:,}\n{row['speedup']:.2f}×" for row in rows])
+    axes.set_ylabel("seconds to first token")
+    axes.set_xlabel(caption(rows[0]), fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(DOCS / "prefill_speed.png", dpi=160)
 
 
 if __name__ == "__main__":
     DOCS.mkdir(exist_ok=True)
     decode_speed()
     kernel_time()
+    prefill_speed()

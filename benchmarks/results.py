@@ -11,14 +11,17 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def commit() -> str:
-    """The measured commit, ``+`` if files differ from it; where git is absent, what ``COMMIT`` says."""
+    """The measured commit: what the file ``COMMIT`` beside a copy of the sources says, else git's, with
+    ``+`` where files differ from it."""
+    file = Path(__file__).parent.parent / "COMMIT"
+    if file.exists():
+        return file.read_text().strip()
     try:
         head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
         dirty = subprocess.run(["git", "diff", "--quiet", "HEAD"]).returncode
         return head.stdout.strip() + ("+" if dirty else "")
     except (OSError, subprocess.CalledProcessError):
-        file = Path(__file__).parent.parent / ".kit" / "COMMIT"
-        return file.read_text().strip() if file.exists() else "unknown"
+        return "unknown"
 
 
 def environment() -> dict:

@@ -103,32 +103,34 @@ def _probe_mass(
     top = tl.max(parts, axis=0)
     peak = tl.where(top == float("-inf"), 0.0, top)
     lse = peak + tl.log2(tl.maximum(tl.sum(tl.exp2(parts - peak[None, :]), axis=0), 1e-30))
-    band, group = tl.arange(0, BANDS_PAD), tl.arange(0, GROUPS)
-    near = (band[:, None] == group[None, :] + 1)[:, :, None]
-    far = (band[:, None] == group[None, :])[:, :, None]
+    # Which band the queries of a group meet in, as matrices: sums over queries then are products.
+    group, band = rows // (ROWS // GROUPS), tl.arange(0, BANDS_PAD)
+    near = (band[None, :] == group[:, None] + 1).to(query.dtype)
+    far = (band[None, :] == group[:, None]).to(query.dtype)
+    dims = tl.arange(0, BLOCK_D)
     tiles = (num_pages + PAGES_N - 1) // PAGES_N
     per_split = (tiles + splits - 1) // splits
     for tile in range(split * per_split, tl.minimum((split + 1) * per_split, tiles)):
-        sums = tl.zeros([BANDS_PAD, PAGES_N], tl.float32)
+        sums = tl.zeros([PAGES_N, BANDS_PAD], tl.float32)
         for part_start in tl.static_range(0, PAGES_N * PAGE, BLOCK_N):
             tokens = tile * (PAGES_N * PAGE) + part_start + tl.arange(0, BLOCK_N)
-            logits = _logits(query, live, positions, base, block_table, tokens, end_position, kv_stride_b,
-                             kv_stride_r, scale_log2, HEAD_DIM, BLOCK_D, PAGE, PRECISION)  # fmt: skip
-            weights = tl.exp2(logits - lse[:, None])
-            ahead = (positions % PAGE)[:, None] >= (tokens % PAGE)[None, :]
-            lower = _sum_tiles(tl.where(ahead, weights, 0.0), ROWS, BLOCK_N, GROUPS, PAGES_N)
-            upper = _sum_tiles(tl.where(ahead, 0.0, weights), ROWS, BLOCK_N, GROUPS, PAGES_N)
-            sums += tl.sum(tl.where(near, lower[None], 0.0) + tl.where(far, upper[None], 0.0), axis=1)
+            known = tokens < end_position
+            block = tl.load(block_table + tokens // PAGE, mask=known, other=0).to(tl.int64)
+            cells = base + block * kv_stride_b + (tokens % PAGE) * kv_stride_r
+            k = tl.load(
+                cells[:, None] + dims[None, :], mask=known[:, None] & (dims < HEAD_DIM)[None, :], other=0.0
+            )
+            logits = tl.dot(k, tl.trans(query), input_precision=PRECISION) * scale_log2
+            seen = live[None, :] & (tokens[:, None] <= positions[None, :])
+            weights = tl.where(seen, tl.exp2(logits - lse[None, :]), 0.0).to(query.dtype)
+            ahead = (positions % PAGE)[None, :] >= (tokens % PAGE)[:, None]
+            nothing = tl.zeros_like(weights)
+            by_token = tl.dot(tl.where(ahead, weights, nothing), near, input_precision=PRECISION)
+            by_token = tl.dot(tl.where(ahead, nothing, weights), far, by_token, input_precision=PRECISION)
+            sums += tl.sum(tl.reshape(by_token, [PAGES_N, BLOCK_N // PAGES_N, BANDS_PAD]), axis=1)
         pages = tile * PAGES_N + tl.arange(0, PAGES_N)
-        target = mass + head.to(tl.int64) * mass_stride_h + band[:, None] * mass_stride_k + pages[None, :]
-        tl.store(target, sums, mask=(band <= GROUPS)[:, None] & (pages < num_pages)[None, :])
-
-
-@triton.jit
-def _sum_tiles(x, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr, PAGES_N: tl.constexpr):
-    """[ROWS, BLOCK_N] summed to [GROUPS, PAGES_N]."""
-    by_group = tl.sum(tl.reshape(x, [GROUPS, ROWS // GROUPS, BLOCK_N]), axis=1)
-    return tl.sum(tl.reshape(by_group, [GROUPS, PAGES_N, BLOCK_N // PAGES_N]), axis=2)
+        target = mass + head.to(tl.int64) * mass_stride_h + band[None, :] * mass_stride_k + pages[:, None]
+        tl.store(target, sums, mask=(band <= GROUPS)[None, :] & (pages < num_pages)[:, None])
 
 
 def probe_mass(
@@ -173,6 +175,6 @@ def probe_mass(
     _probe_lse[(q_heads, splits)](q, kv, block_table, part_lse, *strides, scale * LOG2_E, *extent, **shape)
     _probe_mass[(q_heads, splits)](
         q, kv, block_table, part_lse, mass, *strides, mass.stride(0), mass.stride(1), scale * LOG2_E, *extent,
-        num_pages, PAGES_N=pages_n, GROUPS=groups, BANDS_PAD=triton.next_power_of_2(groups + 1),
+        num_pages, PAGES_N=pages_n, GROUPS=groups, BANDS_PAD=max(16, triton.next_power_of_2(groups + 1)),
         SPLITS_PAD=triton.next_power_of_2(splits), **shape,
     )  # fmt: skip

@@ -15,7 +15,7 @@ LENGTHS = (3000, 700, 40)
 ENGINE = dict(
     dtype="float32",  # so that greedy tokens depend on no batch size
     max_model_len=4096, max_num_seqs=8, max_num_batched_tokens=1024, kv_cache_memory_bytes=256 << 20,
-    block_size=16, disable_log_stats=True,
+    gpu_memory_utilization=0.1, block_size=16, disable_log_stats=True,
 )  # fmt: skip
 GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8]}
 SPARSE = {"budget_tokens": 512, "min_context_tokens": 1024, "dense_layers": 1}

@@ -150,7 +150,7 @@ def test_probe_mass_sums_the_attention_of_the_last_queries(run, shape, chunk):
 @dtypes
 def test_probe_mass_matches_twin(dtype):
     case = make_chunk(300, 211, 2, 3, 64, 16, dtype=dtype)
-    assert error(probe(launchers, case), probe(reference, case)) < TOLERANCE[torch.float32]
+    assert error(probe(launchers, case), probe(reference, case)) < TOLERANCE[dtype]
 
 
 def select(run, case, mass, vertical=3, slash=4, coverage=0.0):
