@@ -50,7 +50,7 @@ class SparseConfig:
     """What a chunk keeps wherever the query is, in whole pages: columns, first or global tokens, by policy."""
     slash_tokens: int = 2048
     """What a chunk keeps by distance from the query: diagonals, in bands of a page, or recent tokens."""
-    prefill_coverage: float = 0.95
+    prefill_coverage: float = 0.98
     """Share of the estimated attention that policies which estimate keep; 0: the sizes above instead."""
     engine: str = "auto"
     """What attends over chosen pages: ``auto`` or a name of :mod:`vllm_sparse.engines`."""
