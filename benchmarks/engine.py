@@ -75,7 +75,7 @@ def main() -> None:
                     "bench": bench, "shape": args.model or "Llama-3.1-8B", "mode": "resident", "tp": args.tp,
                     "batch": len(parse(spec)), "context": max(r.context_tokens for r in parse(spec)),
                     "batch_spec": spec, "budget": sparse["budget"], "policy": sparse["policy"],
-                    "prefill_policy": sparse["prefill_policy"], "prefill_density": sparse["prefill_density"],
+                    "prefill_policy": sparse["prefill_policy"], "prefill_density": ours["prefill_density"],
                     "sparse": json.loads(args.sparse), "baseline": args.baseline, "eager": args.eager,
                     "baseline_ms": baseline, "sparse_ms": ours[f"{bench}_ms"],
                     "p99_baseline_ms": theirs.get("p99_ms"), "p99_sparse_ms": ours["p99_ms"],
@@ -126,9 +126,14 @@ def measure(args) -> dict:
         additional_config={"sparse": json.loads(args.sparse)} if sparse else {},
     )  # fmt: skip
     found = {"start_s": round(time.perf_counter() - start, 1)}
+    pairs = prefill_pairs(llm) if sparse else (0, 0)
     for spec, batch in batches.items():
         params = SamplingParams(max_tokens=args.tokens, temperature=0, ignore_eos=True, detokenize=False)
         found[spec] = time_batch(llm.llm_engine, batch, params)
+        if sparse:
+            before, pairs = pairs, prefill_pairs(llm)
+            attended, causal = pairs[0] - before[0], pairs[1] - before[1]
+            found[spec]["prefill_density"] = round(attended / causal, 4) if causal else None
         print(args.worker, spec, found[spec], file=sys.stderr, flush=True)
     import torch
 
@@ -138,18 +143,17 @@ def measure(args) -> dict:
 
         config = SparseConfig.from_mapping(json.loads(args.sparse), "--sparse")
         found |= {"budget": config.budget_tokens, "policy": config.decode_policy}
-        found |= {"prefill_policy": config.prefill_policy, "prefill_density": prefill_density(llm)}
+        found["prefill_policy"] = config.prefill_policy
         found["environment"] = results.environment()
     return found
 
 
-def prefill_density(llm) -> float | None:
-    """Share of (query, key) pairs that sparse prefill attended, over all batches; None if there was none."""
+def prefill_pairs(llm) -> tuple[int, int]:
+    """(query, key) pairs that sparse prefill attended so far, and the causal ones of the same queries."""
     from vllm_sparse import metrics
 
     counts = llm.collective_rpc(metrics.snapshot)[0]
-    causal = counts["prefill_causal_pairs"]
-    return round(counts["prefill_attended_pairs"] / causal, 4) if causal else None
+    return counts["prefill_attended_pairs"], counts["prefill_causal_pairs"]
 
 
 def time_batch(engine, batch, params) -> dict:
