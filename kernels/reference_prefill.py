@@ -99,18 +99,16 @@ def _cover(counted, bands, by_page, by_band, coverage: float, shift: int) -> tup
 
 
 def _largest(masses: torch.Tensor, wanted: int, coverage: float) -> torch.Tensor:
-    """Mask of the largest of each row: ``wanted`` of them, or those that hold ``coverage`` of it."""
+    """Mask of the ``wanted`` largest of each row, equal ones from the left, or of those that hold ``coverage``."""
     if coverage >= 1 or (not coverage and wanted >= masses.shape[1]):
         return torch.ones_like(masses, dtype=torch.bool)
-    if not coverage and wanted == 0:
-        return torch.zeros_like(masses, dtype=torch.bool)
-    ordered = masses.sort(dim=1, descending=True).values
-    if coverage:
-        short = ordered.cumsum(1) < coverage * ordered.sum(1, keepdim=True)
-        last = short.sum(1, keepdim=True).clamp(max=masses.shape[1] - 1)
-    else:
-        last = torch.full_like(ordered[:, :1], wanted - 1, dtype=torch.long)
-    return (masses >= ordered.gather(1, last)) & (masses > 0)
+    ordered = masses.sort(dim=1, descending=True, stable=True)
+    if not coverage:
+        first = ordered.indices[:, :wanted]
+        return torch.zeros_like(masses, dtype=torch.bool).scatter_(1, first, True) & (masses > 0)
+    short = ordered.values.cumsum(1) < coverage * ordered.values.sum(1, keepdim=True)
+    last = short.sum(1, keepdim=True).clamp(max=masses.shape[1] - 1)
+    return (masses >= ordered.values.gather(1, last)) & (masses > 0)
 
 
 def vertical_slash(

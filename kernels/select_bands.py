@@ -10,8 +10,8 @@ Sinks, which are always attended, count for neither. A head keeps a number of th
 
 because a band costs a block of 128 queries several pages. One threshold for both leaves out the columns
 that kept diagonals hold already, and the other way round, which a share of each (Lai et al.,
-"FlexPrefill", arXiv 2502.20766) pays twice. Equal masses at a threshold are all kept, masses of 0 never,
-unless everything is asked for.
+"FlexPrefill", arXiv 2502.20766) pays twice. Of equal masses at a threshold a number takes the first, a
+share all; masses of 0 are never kept, unless everything is asked for.
 """
 
 from __future__ import annotations
@@ -71,38 +71,58 @@ def _threshold(row, count, wanted, coverage, BLOCK: tl.constexpr):
     return low
 
 
+@triton.jit
+def _count_from(row, count, threshold, BLOCK: tl.constexpr):
+    held = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, count, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        values = tl.load(row + index, mask=index < count, other=0.0)
+        held += ((index < count) & (values.to(tl.int32, bitcast=True) >= threshold)).to(tl.int32)
+    return tl.sum(held, axis=0)
+
+
 @triton.jit(do_not_specialize=["num_pages", "wanted_pages", "wanted_bands"])
 def _select_bands(masses, page_keep, band_count, masses_stride_0, masses_stride_h, keep_stride_h, count_stride_h,
                   num_pages, wanted_pages, wanted_bands, BLOCK: tl.constexpr):  # fmt: skip
     head, diagonal = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row = masses + diagonal * masses_stride_0 + head * masses_stride_h
     wanted = tl.where(diagonal == 1, wanted_bands, wanted_pages)
-    threshold = tl.where(wanted < 0, 0, 0x7FFFFFFF)
+    threshold, ties = tl.where(wanted < 0, 0, 0x7FFFFFFF), num_pages
     if wanted > 0:
         threshold = _threshold(row, num_pages, wanted, 0.0, BLOCK)
+        ties = wanted - _count_from(row, num_pages, threshold + 1, BLOCK)
     if diagonal == 1:
-        _store_counts(row, band_count + head * count_stride_h, num_pages, threshold, BLOCK)
+        _store_counts(row, band_count + head * count_stride_h, num_pages, threshold, ties, BLOCK)
     else:
-        _store_kept(row, page_keep + head * keep_stride_h, num_pages, threshold, BLOCK)
+        _store_kept(row, page_keep + head * keep_stride_h, num_pages, threshold, ties, BLOCK)
 
 
 @triton.jit
-def _store_kept(row, page_keep, num_pages, threshold, BLOCK: tl.constexpr):
+def _kept(row, index, count, threshold, ties, tied):
+    """Mask of the masses past the threshold, and of the first ``ties`` at it; how many were at it so far."""
+    keys = tl.load(row + index, mask=index < count, other=0.0).to(tl.int32, bitcast=True)
+    level = ((index < count) & (keys == threshold)).to(tl.int32)
+    first = (level > 0) & (tied + tl.cumsum(level, axis=0) <= ties)
+    return (index < count) & ((keys > threshold) | first), tied + tl.sum(level, axis=0)
+
+
+@triton.jit
+def _store_kept(row, page_keep, num_pages, threshold, ties, BLOCK: tl.constexpr):
+    tied = 0
     for start in range(0, num_pages, BLOCK):
         index = start + tl.arange(0, BLOCK)
-        values = tl.load(row + index, mask=index < num_pages, other=0.0)
-        keep = values.to(tl.int32, bitcast=True) >= threshold
+        keep, tied = _kept(row, index, num_pages, threshold, ties, tied)
         tl.store(page_keep + index, keep.to(tl.uint8), mask=index < num_pages)
 
 
 @triton.jit
-def _store_counts(row, band_count, num_bands, threshold, BLOCK: tl.constexpr):
-    before = 0
+def _store_counts(row, band_count, num_bands, threshold, ties, BLOCK: tl.constexpr):
+    before, tied = 0, 0
     tl.store(band_count, 0)
     for start in range(0, num_bands, BLOCK):
         index = start + tl.arange(0, BLOCK)
-        values = tl.load(row + index, mask=index < num_bands, other=0.0)
-        kept = ((index < num_bands) & (values.to(tl.int32, bitcast=True) >= threshold)).to(tl.int32)
+        keep, tied = _kept(row, index, num_bands, threshold, ties, tied)
+        kept = keep.to(tl.int32)
         tl.store(band_count + index + 1, before + tl.cumsum(kept, axis=0), mask=index < num_bands)
         before += tl.sum(kept, axis=0)
 
@@ -149,8 +169,8 @@ def _cover_bands(
         met = tl.sum(held, axis=0) >= enough
         low = tl.where(met, middle, low)
         high = tl.where(met, high, middle)
-    _store_kept(by_page, page_keep + head * keep_stride_h, num_pages, low, BLOCK)
-    _store_counts(by_band, band_count + head * count_stride_h, num_pages, low + BAND_SHIFT, BLOCK)
+    _store_kept(by_page, page_keep + head * keep_stride_h, num_pages, low, num_pages, BLOCK)
+    _store_counts(by_band, band_count + head * count_stride_h, num_pages, low + BAND_SHIFT, num_pages, BLOCK)
 
 
 def select_bands(

@@ -3,7 +3,8 @@
     mass[r, p] = exp(score[r, p] - max_p score[r, p]),    p before the page of the block's first query
     keep[r]    = the ``wanted`` largest, or (``coverage`` > 0) the fewest that hold that share of it
 
-A block's own pages are attended anyway. Equal masses at the threshold are all kept.
+A block's own pages are attended anyway. Of equal masses at the threshold a number takes the first, a
+share all.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from vllm_sparse.kernels.select_bands import _threshold
+from vllm_sparse.kernels.select_bands import _count_from, _kept, _threshold
 
 from vllm_sparse.query_blocks import BLOCK_TOKENS, QueryBlocks
 
@@ -41,13 +42,15 @@ def _select_row_pages(
         tl.store(score_row + first + lanes, tl.exp(values - top), mask=live)
     # Another thread reads what this one wrote.
     tl.debug_barrier()
-    threshold = 0
+    threshold, ties, tied = 0, count, 0
     if ((wanted > 0) & (wanted < count)) | (coverage > 0):
         threshold = _threshold(score_row, count, wanted, coverage, BLOCK)
+        if coverage == 0:
+            ties = wanted - _count_from(score_row, count, threshold + 1, BLOCK)
     for first in range(0, num_pages, BLOCK):
         pages = first + lanes
-        mass = tl.load(score_row + pages, mask=pages < count, other=0.0)
-        kept = (pages < count) & (mass.to(tl.int32, bitcast=True) >= threshold) & ((wanted > 0) | (coverage > 0))
+        kept, tied = _kept(score_row, pages, count, threshold, ties, tied)
+        kept = kept & ((wanted > 0) | (coverage > 0))
         tl.store(keep + row.to(tl.int64) * keep_stride + pages, kept.to(tl.uint8), mask=pages < num_pages)
 
 

@@ -192,6 +192,16 @@ def test_select_bands_matches_twin(page_size, sizes):
 
 
 @BOTH
+def test_select_bands_keeps_a_number_of_equal_masses(run):
+    """Uniform attention, of random weights say, must not turn a size into everything."""
+    case = make_chunk(900, 200, 1, 2, 32, 16)
+    mass = torch.full((case.q_heads, probe_groups(16) + 1, case.num_pages), 0.25, device=DEVICE)
+    _, pages, counts = select(run, case, mass, 5, 9)
+    assert (pages.sum(1) == 5).all() and (counts[:, -1] == 9).all()
+    assert pages[:, SINK_PAGES : SINK_PAGES + 5].all(), "equal masses: the first pages"
+
+
+@BOTH
 def test_select_bands_keeps_the_sizes_or_the_coverage_it_is_given(run):
     case = make_chunk(900, 200, 1, 2, 32, 16)
     mass = probe(reference, case)
