@@ -17,11 +17,15 @@ STOCK, SPARSE = "#8a8f98", "#1f77b4"
 
 
 def load(name: str, bench: str) -> list[dict]:
-    """Rows of ``bench`` on the GPU and commit measured last; of repeated measurements the last counts."""
+    """Rows of the fullest run of ``bench`` on the GPU measured last; rows with a note are of runs cut off."""
     rows = [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if row["bench"] == bench]
-    rows = [row for row in rows if all(row[key] == rows[-1][key] for key in ("gpu", "commit"))]
-    return list({(r["batch_spec"], r.get("kernel"), r["tp"]): r for r in rows}.values())
+    rows = [row for row in rows if row["bench"] == bench and "note" not in row]
+    runs: dict[str, dict] = {}
+    for row in rows:
+        if row["gpu"] == rows[-1]["gpu"]:
+            key = row["batch_spec"], row.get("kernel"), row["tp"]
+            runs.setdefault(row["commit"], {})[key] = row
+    return list(max(reversed(runs.values()), key=len).values())
 
 
 def caption(row: dict) -> str:
@@ -83,29 +87,33 @@ def kernel_time() -> None:
     figure.savefig(DOCS / "kernel_time.png", dpi=160)
 
 
-def prefill_speed() -> None:
-    """Time to first token of one request, stock against sparse prefill."""
-    rows = [row for row in load("engine", "ttft") if row["batch"] == 1]
+def prefill_time() -> None:
+    """One layer's prefill of one request by part, beside dense attention."""
+    rows = [row for row in load("prefill", "prefill_attention") if row["kernel"] == "fa3"]
     rows.sort(key=lambda row: row["context"])
-    figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
-    policy = rows[0]["sparse"].get("prefill_policy", "dense")
-    for offset, key, color, name in (
-        (-0.2, "baseline_ms", STOCK, "stock vLLM (FLASH_ATTN)"),
-        (0.2, "sparse_ms", SPARSE, f"vllm-sparse, prefill policy {policy}"),
-    ):
-        seconds = [row[key] / 1e3 for row in rows]
-        bars = axes.bar([i + offset for i in range(len(rows))], seconds, 0.38, color=color, label=name)
-        axes.bar_label(bars, fmt="%.2f", fontsize=8)
-    axes.set_xticks(range(len(rows)), [f"{row['context']:,}\n{row['speedup']:.2f}×" for row in rows])
-    axes.set_ylabel("seconds to first token")
-    axes.set_xlabel(caption(rows[0]), fontsize=8)
+    figure, axes = plt.subplots(figsize=(8, 2.6), layout="constrained")
+    for index, row in enumerate(rows):
+        dense = axes.barh(index + 0.2, row["baseline_ms"], 0.36, color=STOCK, label="dense FlashAttention-3")
+        axes.bar_label(dense, fmt="%.1f", fontsize=8)
+        left = 0.0
+        for part, color in (("estimate", "#1f77b4"), ("table", "#6baed6"), ("attend", "#c6dbef")):
+            # What is left over between events can be a little less than nothing.
+            width = max(row[f"{part}_ms"], 0.0)
+            axes.barh(index - 0.2, width, 0.36, left=left, color=color, label=part)
+            left += width
+        axes.text(left, index - 0.2, f" {left:.1f} at density {row['density']:.2f}", va="center", fontsize=8)
+    axes.set_yticks(range(len(rows)), [f"{row['context']:,} tokens" for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlabel(f"ms per layer, random data, chunks of {rows[0]['chunk']:,}; {caption(rows[0])}", fontsize=8)
+    handles, labels = axes.get_legend_handles_labels()
+    unique = dict(zip(labels, handles, strict=True))
+    axes.legend(unique.values(), unique.keys(), frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
-    figure.savefig(DOCS / "prefill_speed.png", dpi=160)
+    figure.savefig(DOCS / "prefill_time.png", dpi=160)
 
 
 if __name__ == "__main__":
     DOCS.mkdir(exist_ok=True)
     decode_speed()
     kernel_time()
-    prefill_speed()
+    prefill_time()
