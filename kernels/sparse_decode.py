@@ -20,7 +20,7 @@ LOG2_E = 1.4426950408889634
 TILE_BYTES = 32768
 MAX_SPLITS = 64
 TUNING = {"block_tokens": 64, "waves": 4, "num_warps": 2, "num_stages": 3, "add_warps": 1}
-"""Chosen from benchmarks/results/sweep.jsonl: an H100, an earlier commit of these kernels."""
+"""Chosen on one H200 for batches of 1 to 8; 32 requests of 8,192 tokens took 3 % longer than with tiles of 128."""
 
 
 @triton.jit(do_not_specialize=["splits"])
