@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_sparse.decode_plan import NO_CHUNK, DecodePlan
+from vllm_sparse.decode_plan import NOT_LISTED, WORK_COLUMNS, DecodePlan
 from vllm_sparse.page_scores import CHUNK_PAGES
 from vllm_sparse.page_table import PageTable
 
@@ -24,8 +24,8 @@ from vllm_sparse.page_table import PageTable
 def _plan_decode(
     seq_lens, table_seq_lens, dense_seq_lens, score_offsets, work, totals, counters, lengths,
     num_reqs, budget_pages, min_context, capacity,
-    KV_HEADS: tl.constexpr, PAGE: tl.constexpr, CHUNK: tl.constexpr, NO_CHUNK: tl.constexpr,
-    SHORT_DENSE: tl.constexpr, BLOCK: tl.constexpr,
+    KV_HEADS: tl.constexpr, PAGE: tl.constexpr, CHUNK: tl.constexpr, SEGMENT: tl.constexpr,
+    COLUMNS: tl.constexpr, NOT_LISTED: tl.constexpr, SHORT_DENSE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     rows = tl.arange(0, BLOCK)
     mask = rows < num_reqs
@@ -49,15 +49,21 @@ def _plan_decode(
     scored_place = tl.cumsum(scored.to(tl.int32), axis=0) - 1
     short_place = num_scored + tl.cumsum(short.to(tl.int32), axis=0) - 1
     chunks = tl.where(scored, (pages + CHUNK - 1) // CHUNK, 0).to(tl.int32)
-    item = work + tl.where(scored, scored_place, short_place) * 4
+    segments = tl.where(scored, (pages + SEGMENT - 1) // SEGMENT, 0).to(tl.int32)
+    scored_segments = tl.sum(segments, axis=0)
+    segments_end = tl.where(scored, tl.cumsum(segments, axis=0), scored_segments + short_place - num_scored + 1)
+    item = work + tl.where(scored, scored_place, short_place) * COLUMNS
     tl.store(item, rows, mask=scored | short)
     tl.store(item + 1, seq_len.to(tl.int32), mask=scored | short)
     tl.store(item + 2, tl.where(scored, offset, -1).to(tl.int32), mask=scored | short)
     tl.store(item + 3, tl.cumsum(chunks, axis=0), mask=scored)
-    tl.store(work + rows * 4 + 3, NO_CHUNK, mask=mask & (rows >= num_scored))
+    tl.store(item + 4, segments_end, mask=scored | short)
+    tl.store(work + rows * COLUMNS + 3, NOT_LISTED, mask=mask & (rows >= num_scored))
+    tl.store(work + rows * COLUMNS + 4, NOT_LISTED, mask=mask & (rows >= num_scored + num_short))
     tl.store(totals, num_scored)
     tl.store(totals + 1, num_scored + num_short)
     tl.store(totals + 2, tl.sum(chunks, axis=0))
+    tl.store(totals + 3, scored_segments + num_short)
     attended = tl.where(dense, seq_len, length)
     tl.atomic_add(counters, tl.sum(attended, axis=0))
     tl.atomic_add(counters + 1, tl.sum(seq_len, axis=0))
@@ -90,6 +96,6 @@ def plan_decode(
         seq_lens, plan.table_seq_lens, plan.dense_seq_lens, plan.score_offsets,
         plan.work, plan.totals, plan.counters, table.lengths,
         num_reqs, budget_pages, min_context_tokens, capacity_pages,
-        KV_HEADS=table.lengths.shape[0] // num_reqs, PAGE=page_size, CHUNK=CHUNK_PAGES, NO_CHUNK=NO_CHUNK,
-        SHORT_DENSE=short_rows_dense, BLOCK=max(1024, triton.next_power_of_2(num_reqs)),
+        KV_HEADS=table.lengths.shape[0] // num_reqs, PAGE=page_size, CHUNK=CHUNK_PAGES,
+        SEGMENT=plan.segment_pages, COLUMNS=WORK_COLUMNS, NOT_LISTED=NOT_LISTED, SHORT_DENSE=short_rows_dense, BLOCK=max(1024, triton.next_power_of_2(num_reqs)),
     )  # fmt: skip

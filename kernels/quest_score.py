@@ -16,7 +16,7 @@ import triton.language as tl
 from vllm_sparse.kernels.launch import num_multiprocessors
 from vllm_sparse.kernels.store_scores import store_chunk, store_scores
 
-from vllm_sparse.decode_plan import NO_CHUNK, DecodePlan
+from vllm_sparse.decode_plan import NOT_LISTED, WORK_COLUMNS, DecodePlan
 from vllm_sparse.page_scores import CHUNK_PAGES, PageScores
 
 TUNING = {"waves": 8, "num_warps": 2}
@@ -47,13 +47,14 @@ def _quest_score(
     q_stride_r, q_stride_h, kv_stride_b, kv_stride_h, kv_stride_r, table_stride, score_stride, chunk_stride,
     num_reqs, scale, slack,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    PAGE: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, NO_CHUNK: tl.constexpr,
+    PAGE: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, NOT_LISTED: tl.constexpr,
+    COLUMNS: tl.constexpr,
     ITEM_BYTES: tl.constexpr,
 ):  # fmt: skip
     program, head = tl.program_id(0), tl.program_id(1)
     rows = tl.arange(0, ROWS)
     # The first rows of the list before anything waits: most batches have no more.
-    ends = tl.load(work + rows * 4 + 3, mask=rows < num_reqs, other=NO_CHUNK)
+    ends = tl.load(work + rows * COLUMNS + 3, mask=rows < num_reqs, other=NOT_LISTED)
     total_chunks = tl.load(totals + 2)
     share = (total_chunks + tl.num_programs(0) - 1) // tl.num_programs(0)
     chunk, last_chunk = program * share, tl.minimum(program * share + share, total_chunks)
@@ -61,7 +62,7 @@ def _quest_score(
         return
     row = tl.sum((ends <= chunk).to(tl.int32))
     for base in range(ROWS, num_reqs, ROWS):
-        ends = tl.load(work + (base + rows) * 4 + 3, mask=base + rows < num_reqs, other=NO_CHUNK)
+        ends = tl.load(work + (base + rows) * COLUMNS + 3, mask=base + rows < num_reqs, other=NOT_LISTED)
         row += tl.sum((ends <= chunk).to(tl.int32))
     group = tl.arange(0, GROUP_PAD)
     dims = tl.arange(0, BLOCK_D)
@@ -70,9 +71,9 @@ def _quest_score(
     summaries = kv_bytes + summary_row * ITEM_BYTES + dims[None, :]
     scales = kv + summary_row + 2 * HEAD_DIM // ITEM_BYTES
     while chunk < last_chunk:
-        item = work + row * 4
+        item = work + row * COLUMNS
         request, seq_len, offset = tl.load(item), tl.load(item + 1), tl.load(item + 2)
-        begin = tl.load(item - 1, mask=row > 0, other=0)
+        begin = tl.load(item + 3 - COLUMNS, mask=row > 0, other=0)
         end = tl.minimum(tl.load(item + 3), last_chunk)
         num_pages = (seq_len + PAGE - 1) // PAGE
         query = tl.load(q + request.to(tl.int64) * q_stride_r + heads[None, :] * q_stride_h + dims[:, None],
@@ -132,6 +133,6 @@ def quest_score(
         scores.values.stride(0), scores.chunk_lse.stride(0), num_reqs, scale, slack,
         GROUP=group, GROUP_PAD=max(4, triton.next_power_of_2(group)),
         HEAD_DIM=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), PAGE=page_size,
-        CHUNK=CHUNK_PAGES, ROWS=ROWS, NO_CHUNK=NO_CHUNK, ITEM_BYTES=kv.element_size(),
+        CHUNK=CHUNK_PAGES, ROWS=ROWS, NOT_LISTED=NOT_LISTED, COLUMNS=WORK_COLUMNS, ITEM_BYTES=kv.element_size(),
         num_warps=TUNING["num_warps"],
     )  # fmt: skip

@@ -21,7 +21,7 @@ from vllm_sparse.kernels.reference_prefill import (  # noqa: F401
     vertical_slash,
 )
 
-from vllm_sparse.decode_plan import NO_CHUNK, DecodePlan
+from vllm_sparse.decode_plan import NOT_LISTED, DecodePlan
 from vllm_sparse.page_scores import CHUNK_PAGES, PageScores
 from vllm_sparse.page_table import PageTable, single_head_pages, units_per_block
 
@@ -105,11 +105,13 @@ def plan_decode(
         table.lengths.copy_(torch.where(dense, 0, attended).repeat_interleave(kv_heads))
     short = ~dense & ~scored & (lens > 0)
     rows = torch.cat([scored.nonzero(), short.nonzero()]).squeeze(1)
-    chunks = -(-pages[scored] // CHUNK_PAGES)
+    chunks, segments = -(-pages[scored] // CHUNK_PAGES), -(-pages[scored] // plan.segment_pages)
+    segments = torch.cat([segments, torch.ones_like(lens[short])])
     plan.work[: len(rows), :3] = torch.stack([rows, lens[rows], plan.score_offsets[rows]], 1).int()
-    plan.work[:, 3] = NO_CHUNK
+    plan.work[:, 3:] = NOT_LISTED
     plan.work[: len(chunks), 3] = chunks.cumsum(0).int()
-    plan.totals.copy_(torch.stack([scored.sum(), (scored | short).sum(), chunks.sum()]))
+    plan.work[: len(rows), 4] = segments.cumsum(0).int()
+    plan.totals.copy_(torch.stack([scored.sum(), (scored | short).sum(), chunks.sum(), segments.sum()]))
     plan.counters += torch.stack([attended.sum(), lens.sum()])
 
 

@@ -6,7 +6,7 @@
 Each head's scores are normalised over the pages of the request before the group is summed, so no
 head outvotes the others by scale. Selection is exact: a search over the masses' integer images
 finds the budget-th largest, a prefix sum writes the kept pages in ascending order. Rows of more
-than one segment keep a budget of candidates per segment, then merge them.
+than one segment keep a budget of candidates per segment; the program that ends last merges them.
 """
 
 from __future__ import annotations
@@ -16,15 +16,14 @@ import triton
 import triton.language as tl
 from vllm_sparse.kernels.launch import num_multiprocessors
 
-from vllm_sparse.decode_plan import DecodePlan
+from vllm_sparse.decode_plan import MAX_CANDIDATES, NOT_LISTED, WORK_COLUMNS, DecodePlan
 from vllm_sparse.page_scores import CHUNK_PAGES, PageScores
 from vllm_sparse.page_table import PageTable, units_per_block
 
-SEGMENT_PAGES = 4096
-"""Most pages that one program selects from; the group's scores must fit its registers."""
-SMALL_PAGES, MEDIUM_PAGES = 512, 2048
-"""Contexts up to so many pages take smaller and faster copies of the same code."""
+TUNING = {"pages_per_warp": 256}
 PROGRAMS_PER_SM = 2
+ROWS = 128
+"""Entries of the work list read at a time in the search for a program's row."""
 CHUNK_BLOCK = 256
 """Entries of ``PageScores.chunk_lse`` read at a time."""
 
@@ -99,115 +98,78 @@ def _page_keys(
 
 
 @triton.jit
-def _select_row(
-    values, chunk_lse, score_stride, chunk_stride, offset, request, head, num_pages,
-    sink_pages, window_start, block_row, unit_row, units_per_block, budget,
-    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, SEGMENT: tl.constexpr,
-    CHUNK: tl.constexpr, CHUNK_BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Choose among all pages of one (request, KV head), at most ``SEGMENT``."""
-    pages = tl.arange(0, SEGMENT)
-    blocks = tl.load(block_row + pages, mask=pages < num_pages, other=0)
-    keys = _page_keys(
-        values, chunk_lse, score_stride, chunk_stride, offset, request, head, 0, num_pages,
-        sink_pages, window_start, GROUP, GROUP_PAD, SEGMENT, CHUNK, CHUNK_BLOCK,
-    )  # fmt: skip
+def _merge_segments(candidate_keys, candidate_units, count, unit_row, budget, CANDIDATES: tl.constexpr):
+    """Choose among what the segments of a row have kept, in the order of its pages."""
+    lane = tl.arange(0, CANDIDATES)
+    # Volatile: other multiprocessors wrote these while this one ran.
+    keys = tl.load(candidate_keys + lane, mask=lane < count, other=0, volatile=True)
+    unit = tl.load(candidate_units + lane, mask=lane < count, other=0, volatile=True)
     keep = _keep_largest(keys, budget)
-    place = tl.cumsum(keep.to(tl.int32), axis=0) - 1
-    tl.store(unit_row + place, blocks * units_per_block + head, mask=keep)
+    tl.store(unit_row + tl.cumsum(keep.to(tl.int32), axis=0) - 1, unit, mask=keep)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_reqs", "segments"])
 def _select_pages(
-    values, chunk_lse, block_table, work, totals, units, candidate_keys, candidate_pages,
+    values, chunk_lse, block_table, work, totals, arrivals, units, candidate_keys, candidate_units,
     score_stride, chunk_stride, table_stride, units_stride, units_per_block,
     budget, sink_pages, window_tokens, segments, num_reqs,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, KV_HEADS: tl.constexpr, PAGE: tl.constexpr,
-    SEGMENT: tl.constexpr, SMALL: tl.constexpr, MEDIUM: tl.constexpr, BUDGET_PAD: tl.constexpr,
-    CHUNK: tl.constexpr, CHUNK_BLOCK: tl.constexpr,
+    SEGMENT: tl.constexpr, BUDGET_PAD: tl.constexpr, CANDIDATES: tl.constexpr, CHUNK: tl.constexpr,
+    CHUNK_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, NOT_LISTED: tl.constexpr,
 ):  # fmt: skip
-    # Segment by segment, so that rows of one segment, most rows, all go first.
-    item, row_slots = tl.program_id(0), num_reqs * KV_HEADS
-    listed = work + item % row_slots // KV_HEADS * 4
-    # Read before it is known that there is such a row: one wait for memory less.
-    request, seq_len, offset = tl.load(listed), tl.load(listed + 1), tl.load(listed + 2)
-    end = tl.load(totals + 1) * KV_HEADS
-    while item < row_slots * segments:
-        slot, segment = item % row_slots, item // row_slots
-        head = slot % KV_HEADS
-        row = request * KV_HEADS + head
+    item = tl.program_id(0)
+    rows = tl.arange(0, ROWS)
+    # The first rows of the list before anything waits: most batches have no more.
+    first_ends = tl.load(work + rows * COLUMNS + 4, mask=rows < num_reqs, other=NOT_LISTED)
+    last_item = tl.load(totals + 3) * KV_HEADS
+    while item < last_item:
+        number, head = item // KV_HEADS, item % KV_HEADS
+        listed = tl.sum((first_ends <= number).to(tl.int32))
+        for base in range(ROWS, num_reqs, ROWS):
+            ends = tl.load(work + (base + rows) * COLUMNS + 4, mask=base + rows < num_reqs, other=NOT_LISTED)
+            listed += tl.sum((ends <= number).to(tl.int32))
+        entry = work + listed * COLUMNS
+        request, seq_len, offset = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+        segment = number - tl.load(entry + 4 - COLUMNS, mask=listed > 0, other=0)
         num_pages = (seq_len + PAGE - 1) // PAGE
-        first = segment * SEGMENT
+        row = request * KV_HEADS + head
         unit_row = units + row.to(tl.int64) * units_stride
         block_row = block_table + request.to(tl.int64) * table_stride
-        window_start = tl.maximum(tl.minimum(seq_len - window_tokens, seq_len - 1), 0) // PAGE
-        if slot >= end:
-            pass
-        elif offset < 0:
-            if segment == 0:
-                for start in range(0, num_pages, SMALL):
-                    pages = start + tl.arange(0, SMALL)
-                    blocks = tl.load(block_row + pages, mask=pages < num_pages, other=0)
-                    tl.store(unit_row + pages, blocks * units_per_block + head, mask=pages < num_pages)
-        elif num_pages <= SMALL:
-            if segment == 0:
-                _select_row(values, chunk_lse, score_stride, chunk_stride, offset, request, head, num_pages,
-                            sink_pages, window_start, block_row, unit_row, units_per_block, budget,
-                            GROUP, GROUP_PAD, SMALL, CHUNK, CHUNK_BLOCK)  # fmt: skip
-        elif num_pages <= MEDIUM:
-            if segment == 0:
-                _select_row(values, chunk_lse, score_stride, chunk_stride, offset, request, head, num_pages,
-                            sink_pages, window_start, block_row, unit_row, units_per_block, budget,
-                            GROUP, GROUP_PAD, MEDIUM, CHUNK, CHUNK_BLOCK)  # fmt: skip
-        elif num_pages <= SEGMENT:
-            if segment == 0:
-                _select_row(values, chunk_lse, score_stride, chunk_stride, offset, request, head, num_pages,
-                            sink_pages, window_start, block_row, unit_row, units_per_block, budget,
-                            GROUP, GROUP_PAD, SEGMENT, CHUNK, CHUNK_BLOCK)  # fmt: skip
-        elif first < num_pages:
+        if offset < 0:
+            for start in range(0, num_pages, SEGMENT):
+                pages = start + tl.arange(0, SEGMENT)
+                blocks = tl.load(block_row + pages, mask=pages < num_pages, other=0)
+                tl.store(unit_row + pages, blocks * units_per_block + head, mask=pages < num_pages)
+        else:
+            window_start = tl.maximum(tl.minimum(seq_len - window_tokens, seq_len - 1), 0) // PAGE
+            pages = segment * SEGMENT + tl.arange(0, SEGMENT)
+            blocks = tl.load(block_row + pages, mask=pages < num_pages, other=0)
             keys = _page_keys(
-                values, chunk_lse, score_stride, chunk_stride, offset, request, head, first, num_pages,
-                sink_pages, window_start, GROUP, GROUP_PAD, SEGMENT, CHUNK, CHUNK_BLOCK,
+                values, chunk_lse, score_stride, chunk_stride, offset, request, head, segment * SEGMENT,
+                num_pages, sink_pages, window_start, GROUP, GROUP_PAD, SEGMENT, CHUNK, CHUNK_BLOCK,
             )  # fmt: skip
             keep = _keep_largest(keys, budget)
-            index = tl.cumsum(keep.to(tl.int32), axis=0) - 1
-            base = (row.to(tl.int64) * segments + segment) * BUDGET_PAD
-            empty = tl.arange(0, BUDGET_PAD)
-            kept = tl.sum(keep.to(tl.int32), axis=0)
-            tl.store(candidate_keys + base + empty, tl.zeros([BUDGET_PAD], tl.uint32), mask=empty >= kept)
-            tl.store(candidate_keys + base + index, keys, mask=keep)
-            tl.store(candidate_pages + base + index, first + tl.arange(0, SEGMENT), mask=keep)
-        item += tl.num_programs(0)
-        slot = item % row_slots
-        listed = work + slot // KV_HEADS * 4
-        request = tl.load(listed, mask=slot < end, other=0)
-        seq_len = tl.load(listed + 1, mask=slot < end, other=0)
-        offset = tl.load(listed + 2, mask=slot < end, other=0)
-
-
-@triton.jit
-def _merge_segments(
-    block_table, work, totals, units, candidate_keys, candidate_pages,
-    table_stride, units_stride, units_per_block, budget, segments,
-    KV_HEADS: tl.constexpr, PAGE: tl.constexpr, SEGMENT: tl.constexpr, BUDGET_PAD: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    for item in range(tl.program_id(0), tl.load(totals) * KV_HEADS, tl.num_programs(0)):
-        listed, head = work + item // KV_HEADS * 4, item % KV_HEADS
-        request, seq_len = tl.load(listed), tl.load(listed + 1)
-        row = request * KV_HEADS + head
-        num_pages = (seq_len + PAGE - 1) // PAGE
-        if num_pages > SEGMENT:
-            lane = tl.arange(0, BLOCK)
-            live = lane < (num_pages + SEGMENT - 1) // SEGMENT * BUDGET_PAD
-            base = row.to(tl.int64) * segments * BUDGET_PAD
-            keys = tl.load(candidate_keys + base + lane, mask=live, other=0)
-            keep = _keep_largest(keys, budget)
             place = tl.cumsum(keep.to(tl.int32), axis=0) - 1
-            pages = tl.load(candidate_pages + base + lane, mask=keep, other=0)
-            blocks = tl.load(block_table + request.to(tl.int64) * table_stride + pages, mask=keep, other=0)
-            unit_row = units + row.to(tl.int64) * units_stride
-            tl.store(unit_row + place, blocks * units_per_block + head, mask=keep)
+            unit = blocks * units_per_block + head
+            row_segments = (num_pages + SEGMENT - 1) // SEGMENT
+            if row_segments == 1:
+                tl.store(unit_row + place, unit, mask=keep)
+            else:
+                first_found = row.to(tl.int64) * segments * BUDGET_PAD
+                found = first_found + segment * BUDGET_PAD
+                empty = tl.arange(0, BUDGET_PAD)
+                kept = tl.sum(keep.to(tl.int32), axis=0)
+                tl.store(candidate_keys + found + empty, tl.zeros([BUDGET_PAD], tl.uint32), mask=empty >= kept)
+                tl.store(candidate_keys + found + place, keys, mask=keep)
+                tl.store(candidate_units + found + place, unit, mask=keep)
+                # All threads' stores, then one arrival that publishes them: whoever comes last merges.
+                tl.debug_barrier()
+                arrived = tl.atomic_add(arrivals + row, 1, sem="acq_rel")
+                if arrived == row_segments - 1:
+                    tl.store(arrivals + row, 0)
+                    _merge_segments(candidate_keys + first_found, candidate_units + first_found,
+                                    row_segments * BUDGET_PAD, unit_row, budget, CANDIDATES)  # fmt: skip
+        item += tl.num_programs(0)
 
 
 def select_pages(
@@ -237,28 +199,20 @@ def select_pages(
     kv_heads = kv.shape[1]
     rows = num_reqs * kv_heads
     group = scores.q_heads // kv_heads
-    group_pad = triton.next_power_of_2(group)
-    segment = min(SEGMENT_PAGES, max(16, triton.next_power_of_2(max_pages)))
-    segments = triton.cdiv(max_pages, segment)
+    segment, segments = plan.segment_pages, triton.cdiv(max_pages, plan.segment_pages)
     budget_pad = triton.next_power_of_2(budget_pages)
+    assert segments * budget_pad <= MAX_CANDIDATES, f"{segments} segments with {budget_pages} pages each"
     shape = (rows, segments, budget_pad) if segments > 1 else (1,)
     candidate_keys = torch.empty(shape, dtype=torch.uint32, device=kv.device)
-    candidate_pages = torch.empty(shape, dtype=torch.int32, device=kv.device)
+    candidate_units = torch.empty(shape, dtype=torch.int32, device=kv.device)
     programs = PROGRAMS_PER_SM * num_multiprocessors(kv.device)
     _select_pages[(min(programs, rows * segments),)](
-        scores.values, scores.chunk_lse, block_table, plan.work, plan.totals,
-        table.units, candidate_keys, candidate_pages,
+        scores.values, scores.chunk_lse, block_table, plan.work, plan.totals, scores.arrivals,
+        table.units, candidate_keys, candidate_units,
         scores.values.stride(0), scores.chunk_lse.stride(0), block_table.stride(0), table.units.stride(0),
         units_per_block(kv), budget_pages, sink_pages, window_tokens, segments, num_reqs,
-        GROUP=group, GROUP_PAD=group_pad, KV_HEADS=kv_heads, PAGE=page_size, SEGMENT=segment,
-        SMALL=min(segment, SMALL_PAGES), MEDIUM=min(segment, MEDIUM_PAGES), BUDGET_PAD=budget_pad,
-        CHUNK=CHUNK_PAGES, CHUNK_BLOCK=CHUNK_BLOCK, num_warps=min(16, max(1, segment // 64)),
+        GROUP=group, GROUP_PAD=triton.next_power_of_2(group), KV_HEADS=kv_heads, PAGE=page_size,
+        SEGMENT=segment, BUDGET_PAD=budget_pad, CANDIDATES=triton.next_power_of_2(segments * budget_pad),
+        CHUNK=CHUNK_PAGES, CHUNK_BLOCK=CHUNK_BLOCK, ROWS=ROWS, COLUMNS=WORK_COLUMNS, NOT_LISTED=NOT_LISTED,
+        num_warps=min(16, max(1, segment // TUNING["pages_per_warp"])),
     )  # fmt: skip
-    if segments > 1:
-        block = triton.next_power_of_2(segments * budget_pad)
-        _merge_segments[(min(programs, rows),)](
-            block_table, plan.work, plan.totals, table.units, candidate_keys, candidate_pages,
-            block_table.stride(0), table.units.stride(0), units_per_block(kv), budget_pages, segments,
-            KV_HEADS=kv_heads, PAGE=page_size, SEGMENT=segment, BUDGET_PAD=budget_pad, BLOCK=block,
-            num_warps=min(16, max(1, block // 256)),
-        )  # fmt: skip

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from vllm_sparse.kernels import reference
 
-from vllm_sparse.decode_plan import DecodePlan
+from vllm_sparse.decode_plan import SEGMENT_PAGES, DecodePlan
 from vllm_sparse.page_scores import PageScores
 from vllm_sparse.page_table import PageTable
 
@@ -50,6 +50,7 @@ def make(
     layers: int = 1,
     device: torch.device = DEVICE,
     seed: int | None = None,
+    segment_pages: int = SEGMENT_PAGES,
 ) -> Case:
     """A batch with fresh random contents; unused pages, rows past the end and outputs are poison.
 
@@ -77,7 +78,7 @@ def make(
         reference.page_write(key.to(device), value.to(device), kv, slots.to(device), page_size, "key_range")
     q = torch.randn(len(seq_lens), kv_heads * group, head_dim, generator=generator).to(dtype)
     lens = torch.tensor(seq_lens, dtype=torch.int32, device=device)
-    plan = DecodePlan.empty(len(seq_lens), device)
+    plan = DecodePlan.empty(len(seq_lens), device, segment_pages)
     capacity = sum(pages) + 1
     width = max(budget_pages, -(-min_context_tokens // page_size), 1)
     table = PageTable.empty(len(seq_lens), kv_heads, width, device)

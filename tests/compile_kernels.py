@@ -14,8 +14,9 @@ from cases import make
 from prefill_cases import make_chunk
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
-from vllm_sparse.kernels import launchers, select_pages
+from vllm_sparse.kernels import launchers
 
+from vllm_sparse.decode_plan import segment_pages
 from vllm_sparse.fixed_pattern import FixedPattern
 
 SHARED_BYTES = {80: 166912, 86: 101376, 89: 101376, 90: 232448}
@@ -79,11 +80,10 @@ def compile_all(capability: int) -> None:
             launchers.page_mass(*pages)
             launchers.recency_score(case.block_table, case.plan, page_size, case.scores)
             launchers.random_score(case.block_table, case.plan, page_size, case.scores)
-            for segment in (select_pages.SEGMENT_PAGES, 16):
-                select_pages.SEGMENT_PAGES, usual = segment, select_pages.SEGMENT_PAGES
-                table = case.block_table.repeat(1, 4 if segment == 16 else 500)
-                launchers.select_pages(case.scores, table, case.plan, case.kv, page_size, 4, 1, 20, case.table)
-                select_pages.SEGMENT_PAGES = usual
+            for max_pages in (8, 8200, 70000):
+                case.plan.segment_pages = segment_pages(max_pages, 128)
+                table = case.block_table[:, :1].expand(-1, max_pages)
+                launchers.select_pages(case.scores, table, case.plan, case.kv, page_size, 128, 1, 20, case.table)
             launchers.sparse_decode(case.q, case.kv, case.table, page_size, case.scale, case.q)
             compile_prefill(make_chunk(70, 200, kv_heads, group, head_dim, page_size, dtype))
 

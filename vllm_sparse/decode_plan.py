@@ -6,7 +6,37 @@ from dataclasses import dataclass
 
 import torch
 
-NO_CHUNK = 2**31 - 1
+from vllm_sparse.config import ConfigError
+
+NOT_LISTED = 2**31 - 1
+WORK_COLUMNS = 5
+SEGMENT_PAGES, USUAL_SEGMENT_PAGES, MAX_SEGMENT_PAGES = 1024, 4096, 32768
+MANY_SEGMENTS = 17
+MAX_CANDIDATES = 32768
+"""Selection counts in packed pairs of 16 bits: neither a segment nor what is merged may hold more."""
+
+
+def segment_pages(max_pages: int, budget_pages: int) -> int:
+    """Pages that one program of selection ranks: small segments run in parallel, few are quick to merge.
+
+    A power of two from 1,024, with which a row of 256K tokens at page 16 has 16, to the 4,096 that fit
+    the registers of one program; more only where the merge could not hold a budget from each segment.
+
+    Raises:
+        ConfigError: no size serves this budget at this context.
+    """
+    budget = 1 << (budget_pages - 1).bit_length()
+    pages = SEGMENT_PAGES
+    while pages < USUAL_SEGMENT_PAGES and (-(-max_pages // pages) > MANY_SEGMENTS or pages < 8 * budget):
+        pages *= 2
+    while -(-max_pages // pages) * budget > MAX_CANDIDATES and max_pages > pages:
+        pages *= 2
+    if pages > MAX_SEGMENT_PAGES:
+        raise ConfigError(
+            f"sparse.budget_tokens: {budget_pages} pages cannot be chosen from contexts of {max_pages} pages; "
+            f"allowed: a smaller budget, a smaller --max-model-len, or a larger --block-size"
+        )
+    return pages
 
 
 @dataclass
@@ -28,16 +58,21 @@ class DecodePlan:
     score_offsets: torch.Tensor
     """int32 [num_reqs]: column of the request's first page in the score buffer; -1: not scored."""
     work: torch.Tensor
-    """int32 [num_reqs, 4]: the rows of the page table, scored ones first, undefined past their number:
-    request, context tokens, first column in the score buffer or -1, and the chunks of pages up to and
-    with this row (``NO_CHUNK`` in every row that is not scored)."""
+    """int32 [num_reqs, 5]: the rows of the page table, scored ones first, undefined past their number:
+    request, context tokens, first column in the score buffer or -1; and, running totals up to and with
+    this row, the chunks of pages to score (``NOT_LISTED`` in every row that is not scored) and the
+    segments to select from, 1 for a row that is not scored (``NOT_LISTED`` in every row past the last)."""
     totals: torch.Tensor
-    """int32 [3]: scored rows, rows of the page table, chunks of all scored rows."""
+    """int32 [4]: scored rows, rows of the page table, chunks of all rows, segments of all rows."""
     counters: torch.Tensor
     """int64 [2], running totals over steps: tokens attended, context tokens (one layer, one head)."""
+    segment_pages: int
+    """Pages of a segment."""
 
     @classmethod
-    def empty(cls, max_num_reqs: int, device: torch.device) -> DecodePlan:
+    def empty(
+        cls, max_num_reqs: int, device: torch.device, segment_pages: int = SEGMENT_PAGES
+    ) -> DecodePlan:
         def zeros(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=torch.int32, device=device)
 
@@ -45,9 +80,10 @@ class DecodePlan:
             table_seq_lens=zeros(max_num_reqs),
             dense_seq_lens=zeros(max_num_reqs),
             score_offsets=zeros(max_num_reqs),
-            work=zeros(max_num_reqs, 4),
-            totals=zeros(3),
+            work=zeros(max_num_reqs, WORK_COLUMNS),
+            totals=zeros(4),
             counters=torch.zeros(2, dtype=torch.int64, device=device),
+            segment_pages=segment_pages,
         )
 
     def rows(self, num_reqs: int) -> DecodePlan:
@@ -59,4 +95,5 @@ class DecodePlan:
             self.work[:num_reqs],
             self.totals,
             self.counters,
+            self.segment_pages,
         )

@@ -23,6 +23,8 @@ class PageScores:
     """float32 [q_heads, capacity_pages]."""
     chunk_lse: torch.Tensor
     """float32 [q_heads, capacity_chunks]: log-sum-exp of ``values`` over each chunk."""
+    arrivals: torch.Tensor
+    """int32 [max_num_reqs * q_heads or more], 0 between launches: segments of a row that selection has done."""
 
     @classmethod
     def empty(cls, q_heads: int, capacity_pages: int, max_num_reqs: int, device: torch.device) -> PageScores:
@@ -30,6 +32,7 @@ class PageScores:
         return cls(
             torch.zeros(q_heads, capacity_pages, dtype=torch.float32, device=device),
             torch.zeros(q_heads, chunks, dtype=torch.float32, device=device),
+            torch.zeros(max_num_reqs * q_heads, dtype=torch.int32, device=device),
         )
 
     @property

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm_sparse.config import SparseConfig
-from vllm_sparse.decode_plan import DecodePlan
+from vllm_sparse.decode_plan import DecodePlan, segment_pages
 from vllm_sparse.page_scores import PageScores
 from vllm_sparse.page_table import PageTable
 from vllm_sparse.prefill_buffers import PrefillBuffers
@@ -62,7 +62,9 @@ class Workspace:
         capacity = max(16 * max_pages, SCORE_BYTES // (4 * q_heads))
         capacity = min(capacity, max_num_reqs * max_pages)
         workspace = cls(
-            plan=DecodePlan.empty(max_num_reqs, device),
+            plan=DecodePlan.empty(
+                max_num_reqs, device, segment_pages(max_pages, config.budget_pages(page_size))
+            ),
             table=PageTable.empty(max_num_reqs, kv_heads, min(config.table_pages(page_size), max_pages), device),
             scores=PageScores.empty(q_heads, capacity, max_num_reqs, device),
             page_size=page_size,
