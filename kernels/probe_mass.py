@@ -5,9 +5,13 @@
     mass[h, k, p] = sum of A[h, i, j] over j in page p with band(i, j) = first_page - 1 + k - p
 
 Queries of one page meet the keys of one page in two bands, so ``k`` runs over the pages of the
-probe plus one: A itself never leaves the chip. The probe ends at the page border (or the 64th token)
-at or after the chunk's end; positions past the end have no query, so it is 49 to 64 queries
-at page 16. Two passes over the keys: each query's log-sum-exp, split over the context, then the masses.
+probe plus one. The probe ends at the page border (or the 64th token) at or after the chunk's end;
+positions past the end have no query, so it is 49 to 64 queries at page 16.
+
+One pass over the keys: a softmax needs its sum before its terms can be added over queries, so the
+first kernel stores, for each query and page, the sum of both bands against a reference of its own
+(16 bits each: an eighth of the bytes of A), and the second weighs and adds them. Query heads of a
+group share the keys they read.
 
 Definitions: Jiang et al., "MInference 1.0", arXiv 2407.02490, section 3.2 and algorithm 1.
 """
@@ -19,118 +23,141 @@ import triton
 import triton.language as tl
 from vllm_sparse.kernels.launch import num_multiprocessors
 
-from vllm_sparse.probe import PROBE_TOKENS, probe_groups, probe_start
+from vllm_sparse.probe import BUNDLE_HEADS, PROBE_TOKENS, probe_groups, probe_start
 from vllm_sparse.query_blocks import QueryBlocks
 
 LOG2_E = 1.4426950408889634
-TILE_BYTES = 32768
+HIGHEST = 120.0
+"""Logits, in powers of two over a program's reference, are cut off here: bfloat16 ends at 2**128."""
+QUERY_BYTES = 65536
+TUNING = {"heads": BUNDLE_HEADS, "block_tokens": 64, "tile_bytes": 16384, "num_warps": 8, "num_stages": 3, "fold_tiles": 8}
 
 
 @triton.jit
-def _load_queries(q, q_stride_t, q_stride_h, head, positions, first_position, end_position,
-                  HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
-    dims = tl.arange(0, BLOCK_D)
-    live = (positions >= first_position) & (positions < end_position)
-    rows = tl.where(live, positions - first_position, 0).to(tl.int64)
-    query = tl.load(q + rows[:, None] * q_stride_t + head * q_stride_h + dims[None, :],
-                    mask=live[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)  # fmt: skip
-    return query, live
-
-
-@triton.jit
-def _logits(query, live, positions, kv_head_base, block_table, tokens, end_position, kv_stride_b, kv_stride_r,
+def _logits(query, live, positions, cells, block_table, tokens, end_position, kv_stride_b, kv_stride_r,
             scale_log2, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
-            PRECISION: tl.constexpr):  # fmt: skip
+            PRECISION: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
     """Scaled logits [rows, tokens], -inf where a query does not see a key."""
     dims = tl.arange(0, BLOCK_D)
     known = tokens < end_position
     block = tl.load(block_table + tokens // PAGE, mask=known, other=0).to(tl.int64)
-    cells = kv_head_base + block * kv_stride_b + (tokens % PAGE) * kv_stride_r
-    k = tl.load(cells[None, :] + dims[:, None], mask=known[None, :] & (dims < HEAD_DIM)[:, None], other=0.0)
+    keys = cells + block * kv_stride_b + (tokens % PAGE) * kv_stride_r
+    k = tl.load(keys[None, :] + dims[:, None], mask=known[None, :] & (dims < HEAD_DIM)[:, None], other=0.0)
     logits = tl.dot(query, k, input_precision=PRECISION) * scale_log2
-    return tl.where(live[:, None] & (tokens[None, :] <= positions[:, None]), logits, float("-inf"))
+    if MASKED:
+        logits = tl.where(live[:, None] & (tokens[None, :] <= positions[:, None]), logits, float("-inf"))
+    return logits
 
 
-@triton.jit(do_not_specialize=["first_position", "end_position", "start", "splits"])
-def _probe_lse(
-    q, kv, block_table, part_lse, q_stride_t, q_stride_h, kv_stride_b, kv_stride_h, kv_stride_r, lse_stride_h,
-    scale_log2, first_position, end_position, start, splits,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+@triton.jit
+def _add_tiles(
+    begin, end, total, query, live, positions, reference, cells, block_table, parts, end_position, kv_stride_b,
+    kv_stride_r, tile_stride, scale_log2,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
+    COLUMNS: tl.constexpr, STORED: tl.constexpr, HIGHEST: tl.constexpr, SUM_DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    head, split = tl.program_id(0), tl.program_id(1)
-    positions = start + tl.arange(0, ROWS)
-    query, live = _load_queries(q, q_stride_t, q_stride_h, head, positions, first_position, end_position,
-                                HEAD_DIM, BLOCK_D)  # fmt: skip
-    base = kv + (head // GROUP).to(tl.int64) * kv_stride_h
-    top = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    tiles = (end_position + BLOCK_N - 1) // BLOCK_N
-    per_split = (tiles + splits - 1) // splits
-    for tile in range(split * per_split, tl.minimum((split + 1) * per_split, tiles)):
-        tokens = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        logits = _logits(query, live, positions, base, block_table, tokens, end_position, kv_stride_b,
-                         kv_stride_r, scale_log2, HEAD_DIM, BLOCK_D, PAGE, PRECISION)  # fmt: skip
-        new_top = tl.maximum(top, tl.max(logits, axis=1))
-        peak = tl.where(new_top == float("-inf"), 0.0, new_top)
-        total = total * tl.exp2(top - peak) + tl.sum(tl.exp2(logits - peak[:, None]), axis=1)
-        top = new_top
-    part = part_lse + head * lse_stride_h + split * ROWS + tl.arange(0, ROWS)
-    tl.store(part, tl.where(total > 0, top + tl.log2(tl.maximum(total, 1e-30)), float("-inf")))
+    """Store what each query puts on the pages of tiles begin..end: of their far band, then of the near one."""
+    column, lane = tl.arange(0, COLUMNS), tl.arange(0, BLOCK_N)
+    # Sums over the tokens of a page, as products with the matrices that say which page a token is of.
+    of_far = (column[None, :] == (lane // PAGE)[:, None]).to(SUM_DTYPE)
+    of_near = (column[None, :] - STORED // 2 == (lane // PAGE)[:, None]).to(SUM_DTYPE)
+    for tile in range(begin, end):
+        tokens = tile * BLOCK_N + lane
+        logits = _logits(query, live, positions, cells, block_table, tokens, end_position, kv_stride_b,
+                         kv_stride_r, scale_log2, HEAD_DIM, BLOCK_D, PAGE, PRECISION, MASKED)  # fmt: skip
+        weights = tl.exp2(tl.minimum(logits - reference[:, None], HIGHEST))
+        total += tl.sum(weights, axis=1)
+        weights = weights.to(SUM_DTYPE)
+        nothing = tl.zeros_like(weights)
+        near = (positions % PAGE)[:, None] >= (tokens % PAGE)[None, :]
+        sums = tl.dot(tl.where(near, nothing, weights), of_far, input_precision=PRECISION)
+        sums = tl.dot(tl.where(near, weights, nothing), of_near, sums, input_precision=PRECISION)
+        tl.store(parts + tile * tile_stride + column[None, :], sums.to(parts.dtype.element_ty),
+                 mask=(column < STORED)[None, :])  # fmt: skip
+    return total
 
 
-@triton.jit(
-    do_not_specialize=[
-        "mass_stride_h", "mass_stride_k", "first_position", "end_position", "start", "splits", "num_pages",
-    ]
-)  # fmt: skip
-def _probe_mass(
-    q, kv, block_table, part_lse, mass, q_stride_t, q_stride_h, kv_stride_b, kv_stride_h, kv_stride_r,
-    lse_stride_h, mass_stride_h, mass_stride_k, scale_log2, first_position, end_position, start, splits, num_pages,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, PAGES_N: tl.constexpr, GROUPS: tl.constexpr,
-    BANDS_PAD: tl.constexpr, SPLITS_PAD: tl.constexpr, PRECISION: tl.constexpr,
+@triton.jit(do_not_specialize=["first_position", "end_position", "start", "first_head", "tiles", "splits"])
+def _probe_parts(
+    q, kv, block_table, parts, part_lse, q_stride_t, q_stride_h, kv_stride_b, kv_stride_h, kv_stride_r,
+    scale_log2, first_position, end_position, start, first_head, tiles, splits,
+    GROUP: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr, STORED: tl.constexpr,
+    HIGHEST: tl.constexpr, SUM_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    head, split = tl.program_id(0), tl.program_id(1)
-    rows = tl.arange(0, ROWS)
-    positions = start + rows
-    query, live = _load_queries(q, q_stride_t, q_stride_h, head, positions, first_position, end_position,
-                                HEAD_DIM, BLOCK_D)  # fmt: skip
-    base = kv + (head // GROUP).to(tl.int64) * kv_stride_h
-    part = tl.arange(0, SPLITS_PAD)
-    parts = tl.load(part_lse + head * lse_stride_h + part[:, None] * ROWS + rows[None, :],
-                    mask=(part < splits)[:, None], other=float("-inf"))  # fmt: skip
-    top = tl.max(parts, axis=0)
-    peak = tl.where(top == float("-inf"), 0.0, top)
-    lse = peak + tl.log2(tl.maximum(tl.sum(tl.exp2(parts - peak[None, :]), axis=0), 1e-30))
-    # Which band the queries of a group meet in, as matrices: sums over queries then are products.
-    group, band = rows // (ROWS // GROUPS), tl.arange(0, BANDS_PAD)
-    near = (band[None, :] == group[:, None] + 1).to(query.dtype)
-    far = (band[None, :] == group[:, None]).to(query.dtype)
+    bundle, split = tl.program_id(0), tl.program_id(1)
+    line = tl.arange(0, HEADS * ROWS)
+    row, of_bundle = line % ROWS, bundle * HEADS + line // ROWS
+    positions = start + row
+    live = (positions >= first_position) & (positions < end_position)
     dims = tl.arange(0, BLOCK_D)
-    tiles = (num_pages + PAGES_N - 1) // PAGES_N
+    token = tl.where(live, positions - first_position, 0).to(tl.int64)
+    query = tl.load(q + token[:, None] * q_stride_t + (first_head + of_bundle)[:, None] * q_stride_h + dims[None, :],
+                    mask=live[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)  # fmt: skip
+    cells = kv + ((first_head + bundle * HEADS) // GROUP).to(tl.int64) * kv_stride_h
     per_split = (tiles + splits - 1) // splits
-    for tile in range(split * per_split, tl.minimum((split + 1) * per_split, tiles)):
-        sums = tl.zeros([PAGES_N, BANDS_PAD], tl.float32)
-        for part_start in tl.static_range(0, PAGES_N * PAGE, BLOCK_N):
-            tokens = tile * (PAGES_N * PAGE) + part_start + tl.arange(0, BLOCK_N)
-            known = tokens < end_position
-            block = tl.load(block_table + tokens // PAGE, mask=known, other=0).to(tl.int64)
-            cells = base + block * kv_stride_b + (tokens % PAGE) * kv_stride_r
-            k = tl.load(
-                cells[:, None] + dims[None, :], mask=known[:, None] & (dims < HEAD_DIM)[None, :], other=0.0
-            )
-            logits = tl.dot(k, tl.trans(query), input_precision=PRECISION) * scale_log2
-            seen = live[None, :] & (tokens[:, None] <= positions[None, :])
-            weights = tl.where(seen, tl.exp2(logits - lse[None, :]), 0.0).to(query.dtype)
-            ahead = (positions % PAGE)[None, :] >= (tokens % PAGE)[:, None]
-            nothing = tl.zeros_like(weights)
-            by_token = tl.dot(tl.where(ahead, weights, nothing), near, input_precision=PRECISION)
-            by_token = tl.dot(tl.where(ahead, nothing, weights), far, by_token, input_precision=PRECISION)
-            sums += tl.sum(tl.reshape(by_token, [PAGES_N, BLOCK_N // PAGES_N, BANDS_PAD]), axis=1)
-        pages = tile * PAGES_N + tl.arange(0, PAGES_N)
-        target = mass + head.to(tl.int64) * mass_stride_h + band[None, :] * mass_stride_k + pages[:, None]
-        tl.store(target, sums, mask=(band <= GROUPS)[None, :] & (pages < num_pages)[:, None])
+    begin, end = split * per_split, tl.minimum((split + 1) * per_split, tiles)
+    # Tiles up to here hold no key that a query of the probe does not see.
+    common = tl.minimum(tl.maximum(tl.maximum(start, first_position) // BLOCK_N, begin), end)
+    first = _logits(query, live, positions, cells, block_table, begin * BLOCK_N + tl.arange(0, BLOCK_N),
+                    end_position, kv_stride_b, kv_stride_r, scale_log2,
+                    HEAD_DIM, BLOCK_D, PAGE, PRECISION, True)  # fmt: skip
+    reference = tl.max(first, axis=1)
+    # A row that sees nothing of the first tile sees nothing of later ones.
+    reference = tl.where(reference == float("-inf"), 0.0, reference)
+    head_parts = parts + (of_bundle.to(tl.int64) * tiles * ROWS + row)[:, None] * STORED
+    total = tl.zeros([HEADS * ROWS], tl.float32)
+    total = _add_tiles(begin, common, total, query, live, positions, reference, cells, block_table, head_parts,
+                       end_position, kv_stride_b, kv_stride_r, ROWS * STORED, scale_log2, HEAD_DIM, BLOCK_D, PAGE,
+                       BLOCK_N, COLUMNS, STORED, HIGHEST, SUM_DTYPE, PRECISION, False)  # fmt: skip
+    total = _add_tiles(common, end, total, query, live, positions, reference, cells, block_table, head_parts,
+                       end_position, kv_stride_b, kv_stride_r, ROWS * STORED, scale_log2, HEAD_DIM, BLOCK_D, PAGE,
+                       BLOCK_N, COLUMNS, STORED, HIGHEST, SUM_DTYPE, PRECISION, True)  # fmt: skip
+    seen = live & (total > 0)
+    target = part_lse + ((of_bundle * splits + split) * 2 * ROWS + row)
+    tl.store(target, tl.where(seen, reference, 0.0))
+    tl.store(target + ROWS, tl.where(seen, reference + tl.log2(tl.maximum(total, 1e-37)), float("-inf")))
+
+
+@triton.jit(do_not_specialize=["mass_stride_h", "mass_stride_k", "num_pages", "first_head", "tiles", "splits"])
+def _fold_rows(
+    parts, part_lse, mass, mass_stride_h, mass_stride_k, num_pages, first_head, tiles, splits,
+    ROWS: tl.constexpr, STORED: tl.constexpr, GROUPS: tl.constexpr, TILES: tl.constexpr,
+    TILES_A_PAGE: tl.constexpr, SPLITS_PAD: tl.constexpr,
+):  # fmt: skip
+    head, block = tl.program_id(0), tl.program_id(1)
+    row, of_split = tl.arange(0, ROWS), tl.arange(0, SPLITS_PAD)
+    lse_row = part_lse + head * splits * 2 * ROWS + row
+    ends = tl.load(lse_row[None, :] + of_split[:, None] * 2 * ROWS + ROWS,
+                   mask=(of_split < splits)[:, None], other=float("-inf"))  # fmt: skip
+    top = tl.max(ends, axis=0)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    lse = top + tl.log2(tl.maximum(tl.sum(tl.exp2(ends - top[None, :]), axis=0), 1e-37))
+    empty = tl.max(ends, axis=0) == float("-inf")
+    PAGES: tl.constexpr = STORED // 2
+    per_split = (tiles + splits - 1) // splits
+    tile = block * TILES + tl.arange(0, TILES)
+    column = tl.arange(0, PAGES)
+    reference = tl.load(lse_row[None, :] + (tile // per_split)[:, None] * 2 * ROWS,
+                        mask=(tile < tiles)[:, None], other=0.0)  # fmt: skip
+    weight = tl.where(empty[None, :], 0.0, tl.exp2(reference - lse[None, :]))
+    cell = parts + ((head.to(tl.int64) * tiles + tile)[:, None, None] * ROWS + row[None, :, None]) * STORED
+    mask = (tile < tiles)[:, None, None] & ~empty[None, :, None]
+    far = tl.load(cell + column[None, None, :], mask=mask, other=0.0).to(tl.float32) * weight[:, :, None]
+    near = tl.load(cell + PAGES + column[None, None, :], mask=mask, other=0.0).to(tl.float32) * weight[:, :, None]
+    group = tl.arange(0, GROUPS)
+    far = tl.sum(tl.reshape(far, [TILES, GROUPS, ROWS // GROUPS, PAGES]), axis=2)
+    near = tl.sum(tl.reshape(near, [TILES, GROUPS, ROWS // GROUPS, PAGES]), axis=2)
+    if TILES_A_PAGE > 1:
+        far = tl.sum(tl.reshape(far, [TILES // TILES_A_PAGE, TILES_A_PAGE, GROUPS, PAGES]), axis=1)
+        near = tl.sum(tl.reshape(near, [TILES // TILES_A_PAGE, TILES_A_PAGE, GROUPS, PAGES]), axis=1)
+    page = (block * (TILES // TILES_A_PAGE) + tl.arange(0, TILES // TILES_A_PAGE))[:, None] * PAGES + column[None, :]
+    target = mass + (first_head + head).to(tl.int64) * mass_stride_h + page
+    for k in tl.static_range(GROUPS + 1):
+        meets = tl.where(group[None, :, None] == k, far, 0.0)
+        meets += tl.where(group[None, :, None] + 1 == k, near, 0.0)
+        tl.store(target + k * mass_stride_k, tl.sum(meets, axis=1), mask=page < num_pages)
 
 
 def probe_mass(
@@ -141,6 +168,7 @@ def probe_mass(
     page_size: int,
     scale: float,
     part_lse: torch.Tensor,
+    parts: torch.Tensor,
     mass: torch.Tensor,
 ) -> None:
     """Estimate a chunk's attention from its last queries.
@@ -152,29 +180,45 @@ def probe_mass(
         chunk: at least 64 tokens of context.
         page_size: tokens per page.
         scale: softmax scale.
-        part_lse: float32 [q_heads, splits, 64], overwritten; as many programs share a head's keys.
+        part_lse: float32 [q_heads, splits, 2, 64], overwritten; as many programs share a head's keys.
+        parts: contiguous, of any dtype, overwritten: ``PrefillBuffers.scratch``, as many heads at once as it
+            holds.
         mass: float32 [q_heads, groups + 1, num_pages], overwritten.
     """
     _, q_heads, head_dim = q.shape
     kv_heads = kv.shape[1]
-    assert q.stride(2) == kv.stride(3) == part_lse.stride(2) == mass.stride(2) == 1
+    assert q.stride(2) == kv.stride(3) == mass.stride(2) == 1 and part_lse.is_contiguous()
     start = probe_start(chunk, page_size)
     assert start >= 0, f"an estimate needs {PROBE_TOKENS} tokens of context, not {chunk.end_position}"
     groups, num_pages = probe_groups(page_size), chunk.num_pages(page_size)
-    block_d = triton.next_power_of_2(head_dim)
-    block_n = min(128, TILE_BYTES // (block_d * kv.element_size()))
-    pages_n = max(1, block_n // page_size)
-    tiles = triton.cdiv(num_pages, pages_n)
-    splits = min(part_lse.shape[1], tiles, triton.cdiv(4 * num_multiprocessors(q.device), q_heads))
-    shape = dict(
-        GROUP=q_heads // kv_heads, HEAD_DIM=head_dim, BLOCK_D=block_d, PAGE=page_size, ROWS=PROBE_TOKENS,
-        BLOCK_N=block_n, PRECISION="ieee", num_warps=4, num_stages=2,
-    )  # fmt: skip
-    strides = (q.stride(0), q.stride(1), kv.stride(0), kv.stride(1), kv.stride(2), part_lse.stride(0))
-    extent = (chunk.first_position, chunk.end_position, start, splits)
-    _probe_lse[(q_heads, splits)](q, kv, block_table, part_lse, *strides, scale * LOG2_E, *extent, **shape)
-    _probe_mass[(q_heads, splits)](
-        q, kv, block_table, part_lse, mass, *strides, mass.stride(0), mass.stride(1), scale * LOG2_E, *extent,
-        num_pages, PAGES_N=pages_n, GROUPS=groups, BANDS_PAD=max(16, triton.next_power_of_2(groups + 1)),
-        SPLITS_PAD=triton.next_power_of_2(splits), **shape,
-    )  # fmt: skip
+    group, block_d = q_heads // kv_heads, triton.next_power_of_2(head_dim)
+    # A bundle is heads of one group, so a power of two that divides it.
+    heads = max(1, min(TUNING["heads"], group & -group, QUERY_BYTES // (PROBE_TOKENS * block_d * kv.element_size())))
+    block_n = min(TUNING["block_tokens"], TUNING["tile_bytes"] // (block_d * kv.element_size()))
+    pages_n, tiles_a_page = max(1, block_n // page_size), max(1, page_size // block_n)
+    tiles = num_pages * tiles_a_page if tiles_a_page > 1 else triton.cdiv(num_pages, pages_n)
+    stored = 2 * pages_n
+    exact = kv.dtype == torch.float32
+    # bfloat16 has the exponents of float32, which weights against a mere reference need.
+    room = parts.view(-1).view(torch.float32 if exact else torch.bfloat16)
+    sum_dtype = tl.bfloat16 if kv.dtype == torch.bfloat16 or (kv.is_cuda and not exact) else tl.float32
+    at_once = min(q_heads, room.shape[0] // (tiles * PROBE_TOKENS * stored) // heads * heads)
+    assert at_once > 0, f"{room.shape[0]} elements hold no {heads} heads of {tiles} tiles"
+    fold_tiles = max(TUNING["fold_tiles"], tiles_a_page)
+    for first_head in range(0, q_heads, at_once):
+        count = min(at_once, q_heads - first_head)
+        wanted = triton.cdiv(2 * num_multiprocessors(q.device), count // heads)
+        splits = min(part_lse.shape[1], tiles, wanted)
+        shape = dict(ROWS=PROBE_TOKENS, STORED=stored)
+        _probe_parts[(count // heads, splits)](
+            q, kv, block_table, room, part_lse, q.stride(0), q.stride(1), kv.stride(0), kv.stride(1), kv.stride(2),
+            scale * LOG2_E, chunk.first_position, chunk.end_position, start, first_head, tiles, splits,
+            GROUP=group, HEADS=heads, HEAD_DIM=head_dim, BLOCK_D=block_d, PAGE=page_size, BLOCK_N=block_n,
+            COLUMNS=max(16, stored), HIGHEST=HIGHEST, SUM_DTYPE=sum_dtype, PRECISION="ieee", num_warps=min(TUNING["num_warps"], 4 * heads),
+            num_stages=TUNING["num_stages"], **shape,
+        )  # fmt: skip
+        _fold_rows[(count, triton.cdiv(tiles, fold_tiles))](
+            room, part_lse, mass, mass.stride(0), mass.stride(1), num_pages, first_head, tiles, splits,
+            GROUPS=groups, TILES=fold_tiles, TILES_A_PAGE=tiles_a_page, SPLITS_PAD=triton.next_power_of_2(splits),
+            num_warps=4, **shape,
+        )  # fmt: skip

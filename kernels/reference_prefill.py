@@ -26,6 +26,7 @@ def probe_mass(
     page_size: int,
     scale: float,
     part_lse: torch.Tensor,
+    parts: torch.Tensor,
     mass: torch.Tensor,
 ) -> None:
     q_heads, head_dim = q.shape[1:]

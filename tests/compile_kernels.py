@@ -92,7 +92,8 @@ def compile_prefill(case) -> None:
     blocks, page_size, buffers = case.blocks, case.page_size, case.buffers
     keep, table, mass = buffers.keep_mask(blocks), buffers.table(blocks), buffers.probe_masses(blocks)
     launchers.probe_mass(
-        case.q, case.kv, case.block_table, blocks, page_size, case.scale, buffers.probe_lse, mass
+        case.q, case.kv, case.block_table, blocks, page_size, case.scale, buffers.probe_lse,
+        torch.empty(1 << 20, dtype=case.kv.dtype), mass,
     )  # fmt: skip
     for coverage in (0.0, 0.9):
         launchers.select_bands(

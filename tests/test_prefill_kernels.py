@@ -22,7 +22,7 @@ from vllm_sparse.kernels import reference
 
 from vllm_sparse.fixed_pattern import FixedPattern
 from vllm_sparse.page_table import PageTable
-from vllm_sparse.probe import probe_groups, probe_page, probe_start
+from vllm_sparse.probe import probe_groups, probe_page, probe_parts, probe_start
 from vllm_sparse.query_blocks import BLOCK_TOKENS, QueryBlocks
 
 pytest.importorskip("triton")
@@ -116,14 +116,15 @@ def test_sparse_prefill_with_every_page_is_dense_attention(run, head_dim):
     assert error(out, dense) < TOLERANCE[torch.float32]
 
 
-def probe(run, case, chunk=None) -> torch.Tensor:
-    chunk = chunk or case.blocks
+def probe(run, case, elements=1 << 20) -> torch.Tensor:
+    chunk = case.blocks
     mass = torch.full(
         (case.q_heads, probe_groups(case.page_size) + 1, chunk.num_pages(case.page_size)),
         float("nan"), device=DEVICE,
     )  # fmt: skip
     run.probe_mass(
-        case.q, case.kv, case.block_table, chunk, case.page_size, case.scale, case.buffers.probe_lse, mass
+        case.q, case.kv, case.block_table, chunk, case.page_size, case.scale, case.buffers.probe_lse,
+        torch.full((elements,), float("nan"), dtype=case.kv.dtype, device=DEVICE), mass,
     )  # fmt: skip
     return mass
 
@@ -151,6 +152,19 @@ def test_probe_mass_sums_the_attention_of_the_last_queries(run, shape, chunk):
 def test_probe_mass_matches_twin(dtype):
     case = make_chunk(300, 211, 2, 3, 64, 16, dtype=dtype)
     assert error(probe(launchers, case), probe(reference, case)) < TOLERANCE[dtype]
+
+
+@dtypes
+def test_probe_mass_takes_a_few_heads_at_a_time_and_logits_of_any_size(dtype):
+    """Keys far along a query, late in the context: no reference from earlier keys comes close."""
+    case = make_chunk(300, 211, 2, 4, 64, 16, dtype=dtype)
+    block = int(case.block_table[28])
+    case.kv[block, :, 3, :64] = 12 * case.q[200, ::4]
+    whole = probe(launchers, case)
+    assert whole[:, :, 28].sum() > 0.5 * case.q_heads, "the keys were to draw attention"
+    assert error(whole, probe(reference, case)) < TOLERANCE[dtype]
+    few = probe(launchers, case, probe_parts(case.blocks.end_position))
+    assert error(few, whole) < TOLERANCE[dtype]
 
 
 def select(run, case, mass, vertical=3, slash=4, coverage=0.0):

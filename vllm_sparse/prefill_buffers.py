@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm_sparse.page_table import PageTable
-from vllm_sparse.probe import PROBE_TOKENS, probe_groups
+from vllm_sparse.probe import PROBE_TOKENS, probe_groups, probe_parts
 from vllm_sparse.query_blocks import BLOCK_TOKENS, QueryBlocks
 
 TABLE_BYTES = 64 << 20
@@ -49,11 +49,12 @@ class PrefillBuffers:
     band_count: torch.Tensor
     """int32 [q_heads, max_pages + 1]: kept bands of diagonals before each band."""
     probe_lse: torch.Tensor
-    """float32 [q_heads, PROBE_SPLITS, PROBE_TOKENS]."""
+    """float32 [q_heads, PROBE_SPLITS, 2, PROBE_TOKENS]."""
     pooled: torch.Tensor
     """[max_blocks * q_heads, head_dim]: mean queries of blocks."""
     scratch: torch.Tensor
-    """[2, max_blocks * BLOCK_TOKENS * q_heads * head_dim]: for engines that want queries by head."""
+    """[2, max_blocks * BLOCK_TOKENS * q_heads * head_dim or more]: an estimate's sums per query and page; then,
+    for engines that want them so, queries and outputs by head. Empty on a CPU."""
     counters: torch.Tensor
     """int64 [2], running totals: (query, key) pairs attended, and causal ones; all layers and heads."""
 
@@ -78,6 +79,7 @@ class PrefillBuffers:
         # The masses of an estimate lie in the table's memory, see ``probe_masses``.
         capacity = max(capacity, q_heads * (probe_groups(page_size) + 1) * max_pages)
         gpu = device.type != "cpu"
+        scratch = max(max_blocks * BLOCK_TOKENS * q_heads * head_dim, probe_parts(max_pages * page_size) // 2)
 
         def zeros(*shape: int, dtype: torch.dtype) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -92,9 +94,9 @@ class PrefillBuffers:
             masses=zeros(2, q_heads, max_pages, dtype=torch.float32),
             page_keep=zeros(q_heads, max_pages, dtype=torch.uint8),
             band_count=zeros(q_heads, max_pages + 1, dtype=torch.int32),
-            probe_lse=zeros(q_heads, PROBE_SPLITS, PROBE_TOKENS, dtype=torch.float32),
+            probe_lse=zeros(q_heads, PROBE_SPLITS, 2, PROBE_TOKENS, dtype=torch.float32),
             pooled=zeros(max_blocks * q_heads, head_dim, dtype=dtype),
-            scratch=zeros(2, max_blocks * BLOCK_TOKENS * q_heads * head_dim if gpu else 0, dtype=dtype),
+            scratch=zeros(2, scratch if gpu else 0, dtype=dtype),
             counters=zeros(2, dtype=torch.int64),
         )
 

@@ -6,6 +6,10 @@ from vllm_sparse.query_blocks import BLOCK_TOKENS, QueryBlocks
 
 PROBE_TOKENS = 64
 """Positions of a probe; one tile of tensor cores, and what MInference uses."""
+BUNDLE_HEADS = 4
+"""Most query heads of a group that read their keys together,"""
+LEAST_TILE_TOKENS = 16
+"""in tiles of at least so many tokens, and no more than a page."""
 COVER_OCTAVES = 24
 """The threshold of a coverage target is sought within so many powers of two of the largest mass,"""
 COVER_ROUNDS = 13
@@ -30,6 +34,11 @@ def probe_page(chunk: QueryBlocks, page_size: int) -> int:
 def probe_groups(page_size: int) -> int:
     """Pages that the probe's rows lie in."""
     return max(1, PROBE_TOKENS // page_size)
+
+
+def probe_parts(context_tokens: int) -> int:
+    """Most elements that the sums of one bundle of query heads take, two per query and page or tile of keys."""
+    return 2 * BUNDLE_HEADS * PROBE_TOKENS * (-(-context_tokens // LEAST_TILE_TOKENS) + PROBE_TOKENS)
 
 
 def band_shift(page_size: int) -> int:

@@ -18,7 +18,9 @@ class VerticalSlash(PrefillPolicy):
     def estimate(self, q, kv, block_table, chunk, scale, buffers):
         run, config = kernels.for_device(q.device), self.config
         mass = buffers.probe_masses(chunk)
-        run.probe_mass(q, kv, block_table, chunk, self.page_size, scale, buffers.probe_lse, mass)
+        run.probe_mass(
+            q, kv, block_table, chunk, self.page_size, scale, buffers.probe_lse, buffers.scratch, mass
+        )  # fmt: skip
         run.select_bands(
             mass, chunk, self.page_size, -(-config.vertical_tokens // self.page_size),
             -(-config.slash_tokens // self.page_size), config.prefill_coverage,
