@@ -112,6 +112,7 @@ def bench(spec: str, args) -> list[dict]:
         engine = engine_class(name)()
         timed.append((f"attend_{name}", _attend(engine, page, scale), attend_bytes))
     timed.append(("page_write", _page_write(len(lens), heads, dim, page, block_table, seq_lens), 0))
+    timed.append(("stock_write", _stock_write(len(lens), heads, dim, page, block_table, seq_lens), 0))
     timed.append(("dense_fa3", _dense(block_table, seq_lens, max(lens), page, scale), dense_bytes))
     for layer in layers:
         score(layer)
@@ -163,11 +164,29 @@ def _dense(block_table, seq_lens, longest, page, scale):
     return run
 
 
-def _page_write(batch, heads, dim, page, block_table, seq_lens):
+def _new_tokens(batch, heads, dim, page, block_table, seq_lens):
     last = (seq_lens - 1).long()
     slots = block_table.gather(1, (last // page)[:, None]).squeeze(1).long() * page + last % page
-    key = torch.randn(batch, heads, dim, dtype=torch.bfloat16, device="cuda")
+    return torch.randn(batch, heads, dim, dtype=torch.bfloat16, device="cuda"), slots
+
+
+def _page_write(batch, heads, dim, page, block_table, seq_lens):
+    key, slots = _new_tokens(batch, heads, dim, page, block_table, seq_lens)
     return lambda layer: launchers.page_write(key, key, layer.kv, slots, page, "key_range")
+
+
+def _stock_write(batch, heads, dim, page, block_table, seq_lens):
+    """What FLASH_ATTN runs in its place."""
+    from vllm._custom_ops import reshape_and_cache_flash
+
+    key, slots = _new_tokens(batch, heads, dim, page, block_table, seq_lens)
+    one = torch.ones((), device="cuda")
+
+    def run(layer):
+        k, v = layer.kv[:, :, :page].transpose(1, 2).split(dim, -1)
+        reshape_and_cache_flash(key, key, k, v, slots, "auto", one, one)
+
+    return run
 
 
 def _check(layer, timed, page, scale) -> None:

@@ -43,26 +43,27 @@ def _plan_decode(
     length = tl.where(scored, seq_len - (pages - budget_pages) * PAGE, in_table).to(tl.int32)
     for head in range(KV_HEADS):
         tl.store(lengths + rows * KV_HEADS + head, length, mask=mask)
-    # The work list: scored rows, then short ones.
-    short = (in_table > 0) & ~scored
-    num_scored, num_short = tl.sum(scored.to(tl.int32), axis=0), tl.sum(short.to(tl.int32), axis=0)
-    scored_place = tl.cumsum(scored.to(tl.int32), axis=0) - 1
-    short_place = num_scored + tl.cumsum(short.to(tl.int32), axis=0) - 1
-    chunks = tl.where(scored, (pages + CHUNK - 1) // CHUNK, 0).to(tl.int32)
-    segments = tl.where(scored, (pages + SEGMENT - 1) // SEGMENT, 0).to(tl.int32)
-    scored_segments = tl.sum(segments, axis=0)
-    segments_end = tl.where(scored, tl.cumsum(segments, axis=0), scored_segments + short_place - num_scored + 1)
-    item = work + tl.where(scored, scored_place, short_place) * COLUMNS
-    tl.store(item, rows, mask=scored | short)
-    tl.store(item + 1, seq_len.to(tl.int32), mask=scored | short)
-    tl.store(item + 2, tl.where(scored, offset, -1).to(tl.int32), mask=scored | short)
-    tl.store(item + 3, tl.cumsum(chunks, axis=0), mask=scored)
-    tl.store(item + 4, segments_end, mask=scored | short)
-    tl.store(work + rows * COLUMNS + 3, NOT_LISTED, mask=mask & (rows >= num_scored))
-    tl.store(work + rows * COLUMNS + 4, NOT_LISTED, mask=mask & (rows >= num_scored + num_short))
+    # The work list: scored rows, then short ones. Two counts share a prefix sum, 32 bits each.
+    listed = in_table > 0
+    numbers = tl.where(scored, 1, listed.to(tl.int64) << 32)
+    places, number = tl.cumsum(numbers, axis=0), tl.sum(numbers, axis=0)
+    num_scored, num_short = (number & 0xFFFFFFFF).to(tl.int32), (number >> 32).to(tl.int32)
+    short_place = (places >> 32).to(tl.int32)
+    sizes = tl.where(scored, (pages + CHUNK - 1) // CHUNK + ((pages + SEGMENT - 1) // SEGMENT << 32), 0)
+    ends, size = tl.cumsum(sizes, axis=0), tl.sum(sizes, axis=0)
+    scored_segments = (size >> 32).to(tl.int32)
+    item = work + (tl.where(scored, (places & 0xFFFFFFFF).to(tl.int32), num_scored + short_place) - 1) * COLUMNS
+    tl.store(item, rows, mask=listed)
+    tl.store(item + 1, seq_len.to(tl.int32), mask=listed)
+    tl.store(item + 2, tl.where(scored, offset, -1).to(tl.int32), mask=listed)
+    tl.store(item + 3, tl.where(scored, ends & 0xFFFFFFFF, NOT_LISTED).to(tl.int32), mask=listed)
+    tl.store(item + 4, tl.where(scored, (ends >> 32).to(tl.int32), scored_segments + short_place), mask=listed)
+    past = work + rows * COLUMNS
+    tl.store(past + 3, NOT_LISTED, mask=mask & (rows >= num_scored + num_short))
+    tl.store(past + 4, NOT_LISTED, mask=mask & (rows >= num_scored + num_short))
     tl.store(totals, num_scored)
     tl.store(totals + 1, num_scored + num_short)
-    tl.store(totals + 2, tl.sum(chunks, axis=0))
+    tl.store(totals + 2, (size & 0xFFFFFFFF).to(tl.int32))
     tl.store(totals + 3, scored_segments + num_short)
     attended = tl.where(dense, seq_len, length)
     tl.atomic_add(counters, tl.sum(attended, axis=0))
