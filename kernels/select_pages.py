@@ -20,7 +20,9 @@ from vllm_sparse.decode_plan import MAX_CANDIDATES, NOT_LISTED, WORK_COLUMNS, De
 from vllm_sparse.page_scores import CHUNK_PAGES, PageScores
 from vllm_sparse.page_table import PageTable, units_per_block
 
-TUNING = {"pages_per_warp": 256}
+TUNING = {"pages_per_warp": 128}
+SMALL_PAGES = 1024
+"""Contexts up to so many pages take a smaller and faster copy of the same code."""
 PROGRAMS_PER_SM = 2
 ROWS = 128
 """Entries of the work list read at a time in the search for a program's row."""
@@ -98,6 +100,39 @@ def _page_keys(
 
 
 @triton.jit
+def _choose(
+    values, chunk_lse, block_row, score_stride, chunk_stride, offset, request, head, first, num_pages,
+    sink_pages, window_start, units_per_block, budget,
+    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNK_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Keys of ``WIDTH`` pages from ``first`` on, which are kept, their places among those, and their units."""
+    pages = first + tl.arange(0, WIDTH)
+    blocks = tl.load(block_row + pages, mask=pages < num_pages, other=0)
+    keys = _page_keys(
+        values, chunk_lse, score_stride, chunk_stride, offset, request, head, first, num_pages,
+        sink_pages, window_start, GROUP, GROUP_PAD, WIDTH, CHUNK, CHUNK_BLOCK,
+    )  # fmt: skip
+    keep = _keep_largest(keys, budget)
+    return keys, keep, tl.cumsum(keep.to(tl.int32), axis=0) - 1, blocks * units_per_block + head
+
+
+@triton.jit
+def _select_all(
+    values, chunk_lse, block_row, score_stride, chunk_stride, offset, request, head, num_pages,
+    sink_pages, window_start, units_per_block, budget, unit_row,
+    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNK_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Choose among all pages of a row, at most ``WIDTH``."""
+    _, keep, place, unit = _choose(
+        values, chunk_lse, block_row, score_stride, chunk_stride, offset, request, head, 0, num_pages,
+        sink_pages, window_start, units_per_block, budget, GROUP, GROUP_PAD, WIDTH, CHUNK, CHUNK_BLOCK,
+    )  # fmt: skip
+    tl.store(unit_row + place, unit, mask=keep)
+
+
+@triton.jit
 def _merge_segments(candidate_keys, candidate_units, count, unit_row, budget, CANDIDATES: tl.constexpr):
     """Choose among what the segments of a row have kept, in the order of its pages."""
     lane = tl.arange(0, CANDIDATES)
@@ -114,7 +149,7 @@ def _select_pages(
     score_stride, chunk_stride, table_stride, units_stride, units_per_block,
     budget, sink_pages, window_tokens, segments, num_reqs,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, KV_HEADS: tl.constexpr, PAGE: tl.constexpr,
-    SEGMENT: tl.constexpr, BUDGET_PAD: tl.constexpr, CANDIDATES: tl.constexpr, CHUNK: tl.constexpr,
+    SEGMENT: tl.constexpr, SMALL: tl.constexpr, BUDGET_PAD: tl.constexpr, CANDIDATES: tl.constexpr, CHUNK: tl.constexpr,
     CHUNK_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, NOT_LISTED: tl.constexpr,
 ):  # fmt: skip
     item = tl.program_id(0)
@@ -142,33 +177,36 @@ def _select_pages(
                 tl.store(unit_row + pages, blocks * units_per_block + head, mask=pages < num_pages)
         else:
             window_start = tl.maximum(tl.minimum(seq_len - window_tokens, seq_len - 1), 0) // PAGE
-            pages = segment * SEGMENT + tl.arange(0, SEGMENT)
-            blocks = tl.load(block_row + pages, mask=pages < num_pages, other=0)
-            keys = _page_keys(
-                values, chunk_lse, score_stride, chunk_stride, offset, request, head, segment * SEGMENT,
-                num_pages, sink_pages, window_start, GROUP, GROUP_PAD, SEGMENT, CHUNK, CHUNK_BLOCK,
-            )  # fmt: skip
-            keep = _keep_largest(keys, budget)
-            place = tl.cumsum(keep.to(tl.int32), axis=0) - 1
-            unit = blocks * units_per_block + head
             row_segments = (num_pages + SEGMENT - 1) // SEGMENT
-            if row_segments == 1:
-                tl.store(unit_row + place, unit, mask=keep)
+            if num_pages <= SMALL:
+                _select_all(
+                    values, chunk_lse, block_row, score_stride, chunk_stride, offset, request, head, num_pages,
+                    sink_pages, window_start, units_per_block, budget, unit_row,
+                    GROUP, GROUP_PAD, SMALL, CHUNK, CHUNK_BLOCK,
+                )  # fmt: skip
             else:
-                first_found = row.to(tl.int64) * segments * BUDGET_PAD
-                found = first_found + segment * BUDGET_PAD
-                empty = tl.arange(0, BUDGET_PAD)
-                kept = tl.sum(keep.to(tl.int32), axis=0)
-                tl.store(candidate_keys + found + empty, tl.zeros([BUDGET_PAD], tl.uint32), mask=empty >= kept)
-                tl.store(candidate_keys + found + place, keys, mask=keep)
-                tl.store(candidate_units + found + place, unit, mask=keep)
-                # All threads' stores, then one arrival that publishes them: whoever comes last merges.
-                tl.debug_barrier()
-                arrived = tl.atomic_add(arrivals + row, 1, sem="acq_rel")
-                if arrived == row_segments - 1:
-                    tl.store(arrivals + row, 0)
-                    _merge_segments(candidate_keys + first_found, candidate_units + first_found,
-                                    row_segments * BUDGET_PAD, unit_row, budget, CANDIDATES)  # fmt: skip
+                keys, keep, place, unit = _choose(
+                    values, chunk_lse, block_row, score_stride, chunk_stride, offset, request, head,
+                    segment * SEGMENT, num_pages, sink_pages, window_start, units_per_block, budget,
+                    GROUP, GROUP_PAD, SEGMENT, CHUNK, CHUNK_BLOCK,
+                )  # fmt: skip
+                if row_segments == 1:
+                    tl.store(unit_row + place, unit, mask=keep)
+                else:
+                    first_found = row.to(tl.int64) * segments * BUDGET_PAD
+                    found = first_found + segment * BUDGET_PAD
+                    empty = tl.arange(0, BUDGET_PAD)
+                    kept = tl.sum(keep.to(tl.int32), axis=0)
+                    tl.store(candidate_keys + found + empty, tl.zeros([BUDGET_PAD], tl.uint32), mask=empty >= kept)
+                    tl.store(candidate_keys + found + place, keys, mask=keep)
+                    tl.store(candidate_units + found + place, unit, mask=keep)
+                    # All threads' stores, then one arrival that publishes them: whoever comes last merges.
+                    tl.debug_barrier()
+                    arrived = tl.atomic_add(arrivals + row, 1, sem="acq_rel")
+                    if arrived == row_segments - 1:
+                        tl.store(arrivals + row, 0)
+                        _merge_segments(candidate_keys + first_found, candidate_units + first_found,
+                                        row_segments * BUDGET_PAD, unit_row, budget, CANDIDATES)  # fmt: skip
         item += tl.num_programs(0)
 
 
@@ -212,7 +250,7 @@ def select_pages(
         scores.values.stride(0), scores.chunk_lse.stride(0), block_table.stride(0), table.units.stride(0),
         units_per_block(kv), budget_pages, sink_pages, window_tokens, segments, num_reqs,
         GROUP=group, GROUP_PAD=triton.next_power_of_2(group), KV_HEADS=kv_heads, PAGE=page_size,
-        SEGMENT=segment, BUDGET_PAD=budget_pad, CANDIDATES=triton.next_power_of_2(segments * budget_pad),
-        CHUNK=CHUNK_PAGES, CHUNK_BLOCK=CHUNK_BLOCK, ROWS=ROWS, COLUMNS=WORK_COLUMNS, NOT_LISTED=NOT_LISTED,
+        SEGMENT=segment, SMALL=min(segment, SMALL_PAGES), BUDGET_PAD=budget_pad,
+        CANDIDATES=triton.next_power_of_2(segments * budget_pad), CHUNK=CHUNK_PAGES, CHUNK_BLOCK=CHUNK_BLOCK, ROWS=ROWS, COLUMNS=WORK_COLUMNS, NOT_LISTED=NOT_LISTED,
         num_warps=min(16, max(1, segment // TUNING["pages_per_warp"])),
     )  # fmt: skip

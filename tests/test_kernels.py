@@ -22,7 +22,7 @@ from vllm_sparse.decode_plan import DecodePlan
 from vllm_sparse.page_table import PageTable
 
 pytest.importorskip("triton")
-from vllm_sparse.kernels import launchers
+from vllm_sparse.kernels import launchers, select_pages
 
 # (kv_heads, group, head_dim, page_size): group 1/3/4/7/8, odd head sizes, every page size.
 SHAPES = [(2, 3, 64, 16), (1, 1, 128, 16), (3, 4, 96, 32), (1, 7, 256, 16), (2, 8, 32, 64)]
@@ -185,9 +185,11 @@ def test_quest_score_bounds_every_logit():
 
 
 @shapes
-@pytest.mark.parametrize("segment", [1024, 256, 16], ids=lambda pages: f"segment{pages}")
+@pytest.mark.parametrize("segment, small", [(2048, 1024), (256, 16), (16, 16)],
+                         ids=["small", "one_segment", "merged_segments"])  # fmt: skip
 @pytest.mark.parametrize("scores", ["random", "ties", "underflow"])
-def test_select_pages_matches_twin(shape, segment, scores):
+def test_select_pages_matches_twin(shape, segment, small, scores, monkeypatch):
+    monkeypatch.setattr(select_pages, "SMALL_PAGES", small)
     case = case_of(shape, lengths=[*LENGTHS, 2111], segment_pages=segment)
     values = torch.randn_like(case.scores.values)
     if scores == "ties":

@@ -10,7 +10,7 @@ from vllm_sparse.config import ConfigError
 
 NOT_LISTED = 2**31 - 1
 WORK_COLUMNS = 5
-SEGMENT_PAGES, USUAL_SEGMENT_PAGES, MAX_SEGMENT_PAGES = 1024, 4096, 32768
+SEGMENT_PAGES, USUAL_SEGMENT_PAGES, MAX_SEGMENT_PAGES = 2048, 4096, 32768
 MANY_SEGMENTS = 17
 MAX_CANDIDATES = 32768
 """Selection counts in packed pairs of 16 bits: neither a segment nor what is merged may hold more."""
@@ -19,8 +19,8 @@ MAX_CANDIDATES = 32768
 def segment_pages(max_pages: int, budget_pages: int) -> int:
     """Pages that one program of selection ranks: small segments run in parallel, few are quick to merge.
 
-    A power of two from 1,024, with which a row of 256K tokens at page 16 has 16, to the 4,096 that fit
-    the registers of one program; more only where the merge could not hold a budget from each segment.
+    A power of two: 2,048, with which a row of 512K tokens at page 16 has 16, or the 4,096 that fit the
+    registers of one program; more only where the merge could not hold a budget from each segment.
 
     Raises:
         ConfigError: no size serves this budget at this context.
@@ -70,9 +70,7 @@ class DecodePlan:
     """Pages of a segment."""
 
     @classmethod
-    def empty(
-        cls, max_num_reqs: int, device: torch.device, segment_pages: int = SEGMENT_PAGES
-    ) -> DecodePlan:
+    def empty(cls, max_num_reqs: int, device: torch.device, segment_pages: int = SEGMENT_PAGES) -> DecodePlan:
         def zeros(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=torch.int32, device=device)
 
