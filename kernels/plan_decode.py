@@ -98,5 +98,6 @@ def plan_decode(
         plan.work, plan.totals, plan.counters, table.lengths,
         num_reqs, budget_pages, min_context_tokens, capacity_pages,
         KV_HEADS=table.lengths.shape[0] // num_reqs, PAGE=page_size, CHUNK=CHUNK_PAGES,
-        SEGMENT=plan.segment_pages, COLUMNS=WORK_COLUMNS, NOT_LISTED=NOT_LISTED, SHORT_DENSE=short_rows_dense, BLOCK=max(1024, triton.next_power_of_2(num_reqs)),
+        SEGMENT=plan.segment_pages, COLUMNS=WORK_COLUMNS, NOT_LISTED=NOT_LISTED,
+        SHORT_DENSE=short_rows_dense, BLOCK=max(1024, triton.next_power_of_2(num_reqs)),
     )  # fmt: skip

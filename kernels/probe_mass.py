@@ -27,26 +27,30 @@ from vllm_sparse.probe import BUNDLE_HEADS, PROBE_TOKENS, probe_groups, probe_st
 from vllm_sparse.query_blocks import QueryBlocks
 
 LOG2_E = 1.4426950408889634
-HIGHEST = 120.0
-"""Logits, in powers of two over a program's reference, are cut off here: bfloat16 ends at 2**128."""
+LARGEST = 1e37
+"""Sums against a reference end here, well inside float32 and bfloat16."""
 QUERY_BYTES = 65536
-TUNING = {"heads": BUNDLE_HEADS, "block_tokens": 64, "tile_bytes": 16384, "num_warps": 8, "num_stages": 3, "fold_tiles": 8}
+TUNING = {
+    "heads": BUNDLE_HEADS,
+    "block_tokens": 64,
+    "tile_bytes": 16384,
+    "num_warps": 8,
+    "num_stages": 3,
+    "fold_tiles": 16,
+}
 
 
 @triton.jit
-def _logits(query, live, positions, cells, block_table, tokens, end_position, kv_stride_b, kv_stride_r,
-            scale_log2, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
-            PRECISION: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
-    """Scaled logits [rows, tokens], -inf where a query does not see a key."""
+def _products(query, cells, block_table, tokens, end_position, kv_stride_b, kv_stride_r,
+              HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
+              PRECISION: tl.constexpr):  # fmt: skip
+    """``query`` [lines, head_dim] times the keys of ``tokens``: float32 [lines, tokens]."""
     dims = tl.arange(0, BLOCK_D)
     known = tokens < end_position
     block = tl.load(block_table + tokens // PAGE, mask=known, other=0).to(tl.int64)
     keys = cells + block * kv_stride_b + (tokens % PAGE) * kv_stride_r
     k = tl.load(keys[None, :] + dims[:, None], mask=known[None, :] & (dims < HEAD_DIM)[:, None], other=0.0)
-    logits = tl.dot(query, k, input_precision=PRECISION) * scale_log2
-    if MASKED:
-        logits = tl.where(live[:, None] & (tokens[None, :] <= positions[:, None]), logits, float("-inf"))
-    return logits
+    return tl.dot(query, k, input_precision=PRECISION)
 
 
 @triton.jit
@@ -54,25 +58,34 @@ def _add_tiles(
     begin, end, total, query, live, positions, reference, cells, block_table, parts, end_position, kv_stride_b,
     kv_stride_r, tile_stride, scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
-    COLUMNS: tl.constexpr, STORED: tl.constexpr, HIGHEST: tl.constexpr, SUM_DTYPE: tl.constexpr,
+    COLUMNS: tl.constexpr, STORED: tl.constexpr, LARGEST: tl.constexpr, SUM_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Store what each query puts on the pages of tiles begin..end: of their far band, then of the near one."""
     column, lane = tl.arange(0, COLUMNS), tl.arange(0, BLOCK_N)
-    # Sums over the tokens of a page, as products with the matrices that say which page a token is of.
-    of_far = (column[None, :] == (lane // PAGE)[:, None]).to(SUM_DTYPE)
-    of_near = (column[None, :] - STORED // 2 == (lane // PAGE)[:, None]).to(SUM_DTYPE)
+    # Sums over a page's tokens as products: all of them into its far column, then the near ones over to
+    # its near column. Every instruction here is run once per query and key.
+    far_column = column[None, :] == (lane // PAGE)[:, None]
+    near_column = column[None, :] - STORED // 2 == (lane // PAGE)[:, None]
+    of_all = far_column.to(SUM_DTYPE)
+    of_near = near_column.to(SUM_DTYPE) - of_all
+    row_in_page = positions % PAGE
+    near = (row_in_page[:, None] >= (lane % PAGE)[None, :]).to(tl.float32)
     for tile in range(begin, end):
         tokens = tile * BLOCK_N + lane
-        logits = _logits(query, live, positions, cells, block_table, tokens, end_position, kv_stride_b,
-                         kv_stride_r, scale_log2, HEAD_DIM, BLOCK_D, PAGE, PRECISION, MASKED)  # fmt: skip
-        weights = tl.exp2(tl.minimum(logits - reference[:, None], HIGHEST))
-        total += tl.sum(weights, axis=1)
-        weights = weights.to(SUM_DTYPE)
-        nothing = tl.zeros_like(weights)
-        near = (positions % PAGE)[:, None] >= (tokens % PAGE)[None, :]
-        sums = tl.dot(tl.where(near, nothing, weights), of_far, input_precision=PRECISION)
-        sums = tl.dot(tl.where(near, weights, nothing), of_near, sums, input_precision=PRECISION)
+        products = _products(query, cells, block_table, tokens, end_position, kv_stride_b, kv_stride_r,
+                             HEAD_DIM, BLOCK_D, PAGE, PRECISION)  # fmt: skip
+        weights = tl.exp2(products * scale_log2 - reference[:, None])
+        if MASKED:
+            weights = tl.where(live[:, None] & (tokens[None, :] <= positions[:, None]), weights, 0.0)
+        if PAGE > BLOCK_N:
+            near = (row_in_page[:, None] >= (tile * BLOCK_N % PAGE + lane)[None, :]).to(tl.float32)
+        sums = tl.dot(weights.to(SUM_DTYPE), of_all, input_precision=PRECISION)
+        # A product, not a choice, which the compiler would make on pairs of 16-bit numbers.
+        sums = tl.dot((weights * near).to(SUM_DTYPE), of_near, sums, input_precision=PRECISION)
+        # Weights past float32 make a tile's sums infinite or no number at all: then each is the largest.
+        sums = tl.where(sums <= LARGEST, tl.maximum(sums, 0.0), LARGEST)
+        total += tl.sum(sums, axis=1)
         tl.store(parts + tile * tile_stride + column[None, :], sums.to(parts.dtype.element_ty),
                  mask=(column < STORED)[None, :])  # fmt: skip
     return total
@@ -84,36 +97,40 @@ def _probe_parts(
     scale_log2, first_position, end_position, start, first_head, tiles, splits,
     GROUP: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr, STORED: tl.constexpr,
-    HIGHEST: tl.constexpr, SUM_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    LARGEST: tl.constexpr, SUM_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     bundle, split = tl.program_id(0), tl.program_id(1)
     line = tl.arange(0, HEADS * ROWS)
     row, of_bundle = line % ROWS, bundle * HEADS + line // ROWS
+    # A multiple of the page size or of the rows, which lets the compiler see where in a page a row lies.
+    start = tl.multiple_of(start, PAGE if PAGE < ROWS else ROWS)
     positions = start + row
     live = (positions >= first_position) & (positions < end_position)
     dims = tl.arange(0, BLOCK_D)
     token = tl.where(live, positions - first_position, 0).to(tl.int64)
-    query = tl.load(q + token[:, None] * q_stride_t + (first_head + of_bundle)[:, None] * q_stride_h + dims[None, :],
+    head_queries = q + (first_head + of_bundle)[:, None] * q_stride_h
+    query = tl.load(head_queries + token[:, None] * q_stride_t + dims[None, :],
                     mask=live[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)  # fmt: skip
     cells = kv + ((first_head + bundle * HEADS) // GROUP).to(tl.int64) * kv_stride_h
     per_split = (tiles + splits - 1) // splits
     begin, end = split * per_split, tl.minimum((split + 1) * per_split, tiles)
     # Tiles up to here hold no key that a query of the probe does not see.
     common = tl.minimum(tl.maximum(tl.maximum(start, first_position) // BLOCK_N, begin), end)
-    first = _logits(query, live, positions, cells, block_table, begin * BLOCK_N + tl.arange(0, BLOCK_N),
-                    end_position, kv_stride_b, kv_stride_r, scale_log2,
-                    HEAD_DIM, BLOCK_D, PAGE, PRECISION, True)  # fmt: skip
-    reference = tl.max(first, axis=1)
+    tokens = begin * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = _products(query, cells, block_table, tokens, end_position, kv_stride_b, kv_stride_r,
+                      HEAD_DIM, BLOCK_D, PAGE, PRECISION)  # fmt: skip
     # A row that sees nothing of the first tile sees nothing of later ones.
-    reference = tl.where(reference == float("-inf"), 0.0, reference)
+    reference = tl.max(tl.where(tokens[None, :] <= positions[:, None], first, -LARGEST), axis=1)
+    reference = tl.where(live & (reference > -LARGEST), reference * scale_log2, 0.0)
     head_parts = parts + (of_bundle.to(tl.int64) * tiles * ROWS + row)[:, None] * STORED
     total = tl.zeros([HEADS * ROWS], tl.float32)
     total = _add_tiles(begin, common, total, query, live, positions, reference, cells, block_table, head_parts,
                        end_position, kv_stride_b, kv_stride_r, ROWS * STORED, scale_log2, HEAD_DIM, BLOCK_D, PAGE,
-                       BLOCK_N, COLUMNS, STORED, HIGHEST, SUM_DTYPE, PRECISION, False)  # fmt: skip
+                       BLOCK_N, COLUMNS, STORED, LARGEST, SUM_DTYPE, PRECISION, False)  # fmt: skip
     total = _add_tiles(common, end, total, query, live, positions, reference, cells, block_table, head_parts,
                        end_position, kv_stride_b, kv_stride_r, ROWS * STORED, scale_log2, HEAD_DIM, BLOCK_D, PAGE,
-                       BLOCK_N, COLUMNS, STORED, HIGHEST, SUM_DTYPE, PRECISION, True)  # fmt: skip
+                       BLOCK_N, COLUMNS, STORED, LARGEST, SUM_DTYPE, PRECISION, True)  # fmt: skip
+    total = tl.minimum(total, LARGEST)
     seen = live & (total > 0)
     target = part_lse + ((of_bundle * splits + split) * 2 * ROWS + row)
     tl.store(target, tl.where(seen, reference, 0.0))
@@ -152,7 +169,9 @@ def _fold_rows(
     if TILES_A_PAGE > 1:
         far = tl.sum(tl.reshape(far, [TILES // TILES_A_PAGE, TILES_A_PAGE, GROUPS, PAGES]), axis=1)
         near = tl.sum(tl.reshape(near, [TILES // TILES_A_PAGE, TILES_A_PAGE, GROUPS, PAGES]), axis=1)
-    page = (block * (TILES // TILES_A_PAGE) + tl.arange(0, TILES // TILES_A_PAGE))[:, None] * PAGES + column[None, :]
+    page = (block * (TILES // TILES_A_PAGE) + tl.arange(0, TILES // TILES_A_PAGE))[:, None] * PAGES + column[
+        None, :
+    ]
     target = mass + (first_head + head).to(tl.int64) * mass_stride_h + page
     for k in tl.static_range(GROUPS + 1):
         meets = tl.where(group[None, :, None] == k, far, 0.0)
@@ -193,7 +212,9 @@ def probe_mass(
     groups, num_pages = probe_groups(page_size), chunk.num_pages(page_size)
     group, block_d = q_heads // kv_heads, triton.next_power_of_2(head_dim)
     # A bundle is heads of one group, so a power of two that divides it.
-    heads = max(1, min(TUNING["heads"], group & -group, QUERY_BYTES // (PROBE_TOKENS * block_d * kv.element_size())))
+    heads = max(
+        1, min(TUNING["heads"], group & -group, QUERY_BYTES // (PROBE_TOKENS * block_d * kv.element_size()))
+    )
     block_n = min(TUNING["block_tokens"], TUNING["tile_bytes"] // (block_d * kv.element_size()))
     pages_n, tiles_a_page = max(1, block_n // page_size), max(1, page_size // block_n)
     tiles = num_pages * tiles_a_page if tiles_a_page > 1 else triton.cdiv(num_pages, pages_n)
@@ -214,7 +235,8 @@ def probe_mass(
             q, kv, block_table, room, part_lse, q.stride(0), q.stride(1), kv.stride(0), kv.stride(1), kv.stride(2),
             scale * LOG2_E, chunk.first_position, chunk.end_position, start, first_head, tiles, splits,
             GROUP=group, HEADS=heads, HEAD_DIM=head_dim, BLOCK_D=block_d, PAGE=page_size, BLOCK_N=block_n,
-            COLUMNS=max(16, stored), HIGHEST=HIGHEST, SUM_DTYPE=sum_dtype, PRECISION="ieee", num_warps=min(TUNING["num_warps"], 4 * heads),
+            COLUMNS=max(16, stored), LARGEST=LARGEST, SUM_DTYPE=sum_dtype, PRECISION="ieee",
+            num_warps=min(TUNING["num_warps"], 4 * heads),
             num_stages=TUNING["num_stages"], **shape,
         )  # fmt: skip
         _fold_rows[(count, triton.cdiv(tiles, fold_tiles))](

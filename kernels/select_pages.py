@@ -149,8 +149,9 @@ def _select_pages(
     score_stride, chunk_stride, table_stride, units_stride, units_per_block,
     budget, sink_pages, window_tokens, segments, num_reqs,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, KV_HEADS: tl.constexpr, PAGE: tl.constexpr,
-    SEGMENT: tl.constexpr, SMALL: tl.constexpr, BUDGET_PAD: tl.constexpr, CANDIDATES: tl.constexpr, CHUNK: tl.constexpr,
-    CHUNK_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, NOT_LISTED: tl.constexpr,
+    SEGMENT: tl.constexpr, SMALL: tl.constexpr, BUDGET_PAD: tl.constexpr, CANDIDATES: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNK_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    NOT_LISTED: tl.constexpr,
 ):  # fmt: skip
     item = tl.program_id(0)
     rows = tl.arange(0, ROWS)
@@ -251,6 +252,7 @@ def select_pages(
         units_per_block(kv), budget_pages, sink_pages, window_tokens, segments, num_reqs,
         GROUP=group, GROUP_PAD=triton.next_power_of_2(group), KV_HEADS=kv_heads, PAGE=page_size,
         SEGMENT=segment, SMALL=min(segment, SMALL_PAGES), BUDGET_PAD=budget_pad,
-        CANDIDATES=triton.next_power_of_2(segments * budget_pad), CHUNK=CHUNK_PAGES, CHUNK_BLOCK=CHUNK_BLOCK, ROWS=ROWS, COLUMNS=WORK_COLUMNS, NOT_LISTED=NOT_LISTED,
+        CANDIDATES=triton.next_power_of_2(segments * budget_pad), CHUNK=CHUNK_PAGES,
+        CHUNK_BLOCK=CHUNK_BLOCK, ROWS=ROWS, COLUMNS=WORK_COLUMNS, NOT_LISTED=NOT_LISTED,
         num_warps=min(16, max(1, segment // TUNING["pages_per_warp"])),
     )  # fmt: skip

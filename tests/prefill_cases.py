@@ -10,6 +10,7 @@ from cases import DEVICE, make
 
 from vllm_sparse.page_table import PageTable, units_per_block
 from vllm_sparse.prefill_buffers import PrefillBuffers
+from vllm_sparse.probe import probe_parts
 from vllm_sparse.query_blocks import BLOCK_TOKENS, QueryBlocks
 
 
@@ -59,6 +60,7 @@ def make_chunk(
     generator = torch.Generator().manual_seed(torch.seed() % 2**31 if seed is None else seed)
     q = torch.randn(num_tokens, q_heads, head_dim, generator=generator)
     buffers = PrefillBuffers.allocate(q_heads, head_dim, page_size, end, num_tokens, dtype, DEVICE)
+    buffers.scratch = torch.empty(2, probe_parts(end), dtype=dtype, device=DEVICE)  # a CPU allocates none
     poison(buffers)
     return PrefillCase(
         q=(3 * q).to(dtype).to(DEVICE), kv=case.kv, block_table=case.block_table[0],
@@ -72,7 +74,7 @@ def poison(buffers: PrefillBuffers) -> None:
         getattr(buffers, name).fill_(2**30)
     for name in ("keep", "page_keep"):
         getattr(buffers, name).fill_(77)
-    for name in ("masses", "probe_lse"):
+    for name in ("masses", "probe_lse", "scratch"):
         getattr(buffers, name).fill_(float("nan"))
 
 

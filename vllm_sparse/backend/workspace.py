@@ -62,9 +62,7 @@ class Workspace:
         capacity = max(16 * max_pages, SCORE_BYTES // (4 * q_heads))
         capacity = min(capacity, max_num_reqs * max_pages)
         workspace = cls(
-            plan=DecodePlan.empty(
-                max_num_reqs, device, segment_pages(max_pages, config.budget_pages(page_size))
-            ),
+            plan=DecodePlan.empty(max_num_reqs, device, segment_pages(max_pages, config.budget_pages(page_size))),
             table=PageTable.empty(max_num_reqs, kv_heads, min(config.table_pages(page_size), max_pages), device),
             scores=PageScores.empty(q_heads, capacity, max_num_reqs, device),
             page_size=page_size,
