@@ -32,14 +32,23 @@ class ServerError(RuntimeError):
 
 
 class Server:
-    def __init__(self, model: Path, arguments: list[str], log_path: Path, on_gpu: bool):
+    """``environment`` adds to this process's own. The model's served name is "demo"."""
+
+    def __init__(
+        self,
+        model: Path | str,
+        arguments: list[str],
+        log_path: Path,
+        on_gpu: bool,
+        environment: dict | None = None,
+    ):
         self.port = _free_port()
         self.log_path = log_path
         self._command = ["serve", str(model), "--served-model-name", "demo", *arguments]
         self._command += ["--host", "127.0.0.1", "--port", str(self.port)]
-        self._environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        self.environment = {**os.environ, "HF_HUB_OFFLINE": "1", **(environment or {})}
         if not on_gpu:
-            self._environment.update(CPU_ENVIRONMENT)
+            self.environment.update(CPU_ENVIRONMENT)
 
     def __enter__(self) -> "Server":
         # The interpreter that runs this, so that no other vLLM on the PATH is started.
@@ -47,7 +56,7 @@ class Server:
         with self.log_path.open("w") as log:
             # A session of its own, so that the engine's worker processes can be ended with it.
             self._process = subprocess.Popen(
-                command, env=self._environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                command, env=self.environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
         try:
             with elapsed("starting vLLM"):
@@ -93,25 +102,29 @@ class Server:
             with _http.open(request) as response:
                 yield from _contents(response)
         except OSError as error:
-            raise ServerError(f"The request failed: {error}. {self._tail()}") from error
+            raise ServerError(f"The request failed: {error}. {self.tail()}") from error
 
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + READY_TIMEOUT_S
         while not self._is_healthy():
             if self._process.poll() is not None:
-                raise ServerError(f"vLLM ended with code {self._process.returncode}. {self._tail()}")
+                raise ServerError(f"vLLM ended with code {self._process.returncode}. {self.tail()}")
             if time.monotonic() > deadline:
-                raise ServerError(f"vLLM was not ready after {READY_TIMEOUT_S} s. {self._tail()}")
-            time.sleep(0.5)
+                raise ServerError(f"vLLM was not ready after {READY_TIMEOUT_S} s. {self.tail()}")
+            time.sleep(0.1)
 
     def _is_healthy(self) -> bool:
         try:
-            with _http.open(f"http://127.0.0.1:{self.port}/health", timeout=5) as response:
-                return response.status == 200
+            self.get("/health")
+            return True
         except (URLError, OSError):
             return False
 
-    def _tail(self) -> str:
+    def get(self, path: str) -> str:
+        with _http.open(f"http://127.0.0.1:{self.port}{path}", timeout=5) as response:
+            return response.read().decode()
+
+    def tail(self) -> str:
         lines = "\n".join(deque(self.log().splitlines(), LOG_TAIL_LINES))
         return f"The end of {self.log_path}:\n{lines}"
 
@@ -152,7 +165,8 @@ def elapsed(title: str):
         while not done.wait(0.5):
             bar.refresh()
 
-    with tqdm(bar_format=f"{title} {{elapsed}}", leave=False) as bar:
+    # Only for a terminal: a log would get a line of it every half second.
+    with tqdm(bar_format=f"{title} {{elapsed}}", leave=False, disable=None) as bar:
         clock = threading.Thread(target=tick, daemon=True)
         clock.start()
         try:
