@@ -5,6 +5,7 @@ from vllm_sparse.kernels.fixed_pattern import fixed_pattern
 from vllm_sparse.kernels.index_score import random_score, recency_score
 from vllm_sparse.kernels.page_mass import page_mass
 from vllm_sparse.kernels.page_write import page_write
+from vllm_sparse.kernels.pattern_distance import pattern_distance
 from vllm_sparse.kernels.plan_decode import plan_decode
 from vllm_sparse.kernels.pooled_score import pooled_score
 from vllm_sparse.kernels.prefill_table import prefill_table
@@ -22,6 +23,7 @@ __all__ = [
     "fixed_pattern",
     "page_mass",
     "page_write",
+    "pattern_distance",
     "plan_decode",
     "pooled_score",
     "prefill_table",

@@ -1,6 +1,6 @@
 """pooled_score: how the mean query of a block likes the mean key of a page.
 
-    score[h, b, p] = scale * mean_{i in b} q[h, i] . mean_{j in p} K[j],    p before the block's own pages
+    score[h, b, p] = scale * mean_{i in b} q[h, i] . mean_{j in p} K[j],    j up to the last query of all blocks
 
 Mean pooling as in the block-sparse heads of Jiang et al., "MInference 1.0", arXiv 2407.02490. Means are
 rounded to the cache's dtype, which is what tensor cores take.
@@ -17,11 +17,14 @@ from vllm_sparse.query_blocks import BLOCK_TOKENS, QueryBlocks
 
 @triton.jit(do_not_specialize=["num_tokens", "num_blocks"])
 def _pool_queries(
-    q, pooled, q_stride_t, q_stride_h, pooled_stride, num_tokens, num_blocks,
+    q, pooled, heads, q_stride_t, q_stride_h, pooled_stride, num_tokens, num_blocks,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     head, block = row // num_blocks, row % num_blocks
+    asked = 1 if heads is None else tl.load(heads + head)
+    if asked == 0:
+        return
     tokens = block * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     dims = tl.arange(0, BLOCK_D)
     mask = (tokens < num_tokens)[:, None] & (dims < HEAD_DIM)[None, :]
@@ -32,28 +35,38 @@ def _pool_queries(
     tl.store(pooled + row * pooled_stride + dims, mean.to(pooled.dtype.element_ty), mask=dims < HEAD_DIM)
 
 
-@triton.jit(do_not_specialize=["score_stride", "num_pages", "rows_per_head"])
+@triton.jit(do_not_specialize=["score_stride", "end_position", "num_pages", "num_blocks"])
 def _pooled_score(
-    pooled, kv, block_table, scores, pooled_stride, kv_stride_b, kv_stride_h, kv_stride_r, score_stride, scale,
-    num_pages, rows_per_head,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, PAGES_N: tl.constexpr,
-    ROWS: tl.constexpr, PRECISION: tl.constexpr,
+    pooled, kv, block_table, scores, heads, pooled_stride, kv_stride_b, kv_stride_h, kv_stride_r, score_stride,
+    scale, end_position, num_pages, num_blocks,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, PAGES_N: tl.constexpr,
+    GROUP_PAD: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tile, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    if heads is not None:
+        members = tl.arange(0, GROUP_PAD)
+        wanted = tl.load(heads + head * GROUP + members, mask=members < GROUP, other=0)
+        if tl.max(wanted.to(tl.int32), axis=0) == 0:
+            return
     pages = tile * PAGES_N + tl.arange(0, PAGES_N)
     dims = tl.arange(0, BLOCK_D)
     in_head = dims < HEAD_DIM
     block = tl.load(block_table + pages, mask=pages < num_pages, other=0).to(tl.int64)
     cells = kv + block * kv_stride_b + head * kv_stride_h
     total = tl.zeros([BLOCK_D, PAGES_N], tl.float32)
-    mask = (pages < num_pages)[None, :] & in_head[:, None]
+    known = tl.minimum(end_position - pages * PAGE, PAGE)
     for row in range(PAGE):
-        total += tl.load(cells[None, :] + row * kv_stride_r + dims[:, None], mask=mask, other=0.0).to(tl.float32)
-    mean = (total / PAGE).to(kv.dtype.element_ty)
+        key = tl.load(cells[None, :] + row * kv_stride_r + dims[:, None],
+                      mask=(row < known)[None, :] & in_head[:, None], other=0.0)  # fmt: skip
+        total += key.to(tl.float32)
+    mean = (total / tl.maximum(known, 1)[None, :]).to(kv.dtype.element_ty)
+    rows_per_head = GROUP * num_blocks
     for first in range(0, rows_per_head, ROWS):
         within = first + tl.arange(0, ROWS)
         rows = head * rows_per_head + within
         live = within < rows_per_head
+        if heads is not None:
+            live = live & (tl.load(heads + head * GROUP + within // num_blocks, mask=live, other=0) > 0)
         query = tl.load(pooled + rows[:, None] * pooled_stride + dims[None, :],
                         mask=live[:, None] & in_head[None, :], other=0.0)  # fmt: skip
         score = tl.dot(query, mean, input_precision=PRECISION) * scale
@@ -70,6 +83,7 @@ def pooled_score(
     scale: float,
     pooled: torch.Tensor,
     scores: torch.Tensor,
+    heads: torch.Tensor | None = None,
 ) -> None:
     """Score pages for query blocks, in units of log-mass.
 
@@ -82,21 +96,25 @@ def pooled_score(
         scale: softmax scale.
         pooled: [q_heads * num_blocks or more, head_dim], the dtype of ``kv``, overwritten: mean queries.
         scores: float32 [q_heads * num_blocks, num_pages], overwritten; of a block's own pages and later ones
-            the scores have no meaning.
+            the scores look ahead.
+        heads: uint8 [q_heads], above 0: heads to score; other rows are left as they are. None: all.
     """
     num_tokens, q_heads, head_dim = q.shape
     kv_heads = kv.shape[1]
     rows, num_pages = scores.shape
     assert rows == q_heads * blocks.num_blocks <= pooled.shape[0] and num_pages == blocks.num_pages(page_size)
     assert q.stride(2) == kv.stride(3) == pooled.stride(1) == scores.stride(1) == 1
+    assert heads is None or (heads.shape == (q_heads,) and heads.stride(0) == 1)
+    group = q_heads // kv_heads
     dims = dict(HEAD_DIM=head_dim, BLOCK_D=triton.next_power_of_2(head_dim))
     _pool_queries[(rows,)](
-        q, pooled, q.stride(0), q.stride(1), pooled.stride(0), num_tokens, blocks.num_blocks,
+        q, pooled, heads, q.stride(0), q.stride(1), pooled.stride(0), num_tokens, blocks.num_blocks,
         **dims, BLOCK_TOKENS=BLOCK_TOKENS, num_warps=4,
     )  # fmt: skip
     pages_n = 32
     _pooled_score[(triton.cdiv(num_pages, pages_n), kv_heads)](
-        pooled, kv, block_table, scores, pooled.stride(0), kv.stride(0), kv.stride(1), kv.stride(2),
-        scores.stride(0), scale, num_pages, rows // kv_heads,
-        **dims, PAGE=page_size, PAGES_N=pages_n, ROWS=32, PRECISION="ieee", num_warps=4,
+        pooled, kv, block_table, scores, heads, pooled.stride(0), kv.stride(0), kv.stride(1), kv.stride(2),
+        scores.stride(0), scale, blocks.end_position, num_pages, blocks.num_blocks,
+        GROUP=group, **dims, PAGE=page_size, PAGES_N=pages_n, GROUP_PAD=triton.next_power_of_2(group),
+        ROWS=32, PRECISION="ieee", num_warps=4,
     )  # fmt: skip

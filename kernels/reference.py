@@ -12,6 +12,7 @@ from vllm_sparse.kernels.reference_prefill import (  # noqa: F401
     antidiagonal_score,
     fixed_pattern,
     hash_uniform,
+    pattern_distance,
     pooled_score,
     prefill_table,
     probe_mass,

@@ -158,14 +158,40 @@ def pooled_score(
     scale: float,
     pooled: torch.Tensor,
     scores: torch.Tensor,
+    heads: torch.Tensor | None = None,
 ) -> None:
     group = q.shape[1] // kv.shape[1]
     means = torch.stack([part.float().mean(0) for part in q.split(BLOCK_TOKENS)], 1)
     pooled[: scores.shape[0]] = means.flatten(0, 1).to(pooled.dtype)
     keys = _context_keys(kv, block_table, blocks, page_size).float()
-    means = keys.mean(2).to(kv.dtype).float().repeat_interleave(group, 0)
+    first = torch.arange(scores.shape[1], device=kv.device)[:, None] * page_size
+    means = keys.sum(2) / (blocks.end_position - first).clamp(max=page_size)
+    means = means.to(kv.dtype).float().repeat_interleave(group, 0)
     queries = pooled[: scores.shape[0]].float().unflatten(0, (-1, blocks.num_blocks))
-    scores.copy_((queries @ means.transpose(1, 2) * scale).flatten(0, 1))
+    chosen = slice(None) if heads is None else heads.bool()
+    scores.unflatten(0, (-1, blocks.num_blocks))[chosen] = (queries @ means.transpose(1, 2) * scale)[chosen]
+
+
+def pattern_distance(
+    mass: torch.Tensor,
+    scores: torch.Tensor,
+    chunk: QueryBlocks,
+    page_size: int,
+    threshold: float,
+    query_aware: torch.Tensor,
+) -> None:
+    page = torch.arange(scores.shape[1], device=scores.device)
+    tokens = (chunk.end_position - page * page_size).clamp(max=page_size)
+
+    def of_blocks(of_pages: torch.Tensor) -> torch.Tensor:
+        return torch.stack([part.sum(-1) for part in of_pages.split(max(1, BLOCK_TOKENS // page_size), -1)], -1)
+
+    pooled = (of_blocks(scores * tokens) / of_blocks(tokens)).softmax(1)
+    true = of_blocks(mass.sum(1))
+    true = true / true.sum(1, keepdim=True)
+    both = torch.stack([pooled, true])
+    divergence = torch.special.xlogy(both, both / both.mean(0).clamp(min=1e-38)).sum((0, 2)) / 2
+    query_aware.copy_(divergence < threshold**2)
 
 
 def antidiagonal_score(
@@ -203,11 +229,14 @@ def select_row_pages(
     wanted_pages: int,
     coverage: float,
     keep: torch.Tensor,
+    heads: torch.Tensor | None = None,
 ) -> None:
     start, _ = _block_spans(blocks, scores.device)
     counts = (start // page_size).repeat(scores.shape[0] // blocks.num_blocks)
-    keep.zero_()
     for row, count in enumerate(counts.tolist()):
+        if heads is not None and not heads[row // blocks.num_blocks]:
+            continue
+        keep[row] = 0
         if count == 0:
             continue
         mass = scores[row : row + 1, :count]

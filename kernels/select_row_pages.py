@@ -24,10 +24,13 @@ from vllm_sparse.query_blocks import BLOCK_TOKENS, QueryBlocks
     ]
 )  # fmt: skip
 def _select_row_pages(
-    scores, keep, score_stride, keep_stride, first_position, num_pages, num_blocks, wanted, coverage,
+    scores, keep, heads, score_stride, keep_stride, first_position, num_pages, num_blocks, wanted, coverage,
     PAGE: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
+    asked = 1 if heads is None else tl.load(heads + row // num_blocks)
+    if asked == 0:
+        return
     count = (first_position + row % num_blocks * BLOCK_TOKENS) // PAGE
     score_row = scores + row.to(tl.int64) * score_stride
     lanes = tl.arange(0, BLOCK)
@@ -61,6 +64,7 @@ def select_row_pages(
     wanted_pages: int,
     coverage: float,
     keep: torch.Tensor,
+    heads: torch.Tensor | None = None,
 ) -> None:
     """Choose pages of query blocks by their scores.
 
@@ -71,14 +75,16 @@ def select_row_pages(
         wanted_pages: how many to keep, where ``coverage`` is 0.
         coverage: share of a row's mass that its pages must hold; all from 1 on.
         keep: uint8 [q_heads * num_blocks, num_pages], overwritten.
+        heads: uint8 [q_heads], above 0: heads to choose for; other rows are neither read nor written. None: all.
     """
     rows, num_pages = scores.shape
     assert keep.shape == scores.shape and rows % blocks.num_blocks == 0
     assert num_pages == blocks.num_pages(page_size) and scores.stride(1) == keep.stride(1) == 1
+    assert heads is None or (heads.shape == (rows // blocks.num_blocks,) and heads.stride(0) == 1)
     if coverage >= 1:
         wanted_pages, coverage = num_pages, 0.0
     _select_row_pages[(rows,)](
-        scores, keep, scores.stride(0), keep.stride(0), blocks.first_position, num_pages,
+        scores, keep, heads, scores.stride(0), keep.stride(0), blocks.first_position, num_pages,
         blocks.num_blocks, wanted_pages, float(coverage),
         PAGE=page_size, BLOCK_TOKENS=BLOCK_TOKENS, BLOCK=1024, num_warps=4,
     )  # fmt: skip

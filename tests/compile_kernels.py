@@ -105,8 +105,12 @@ def compile_prefill(case) -> None:
     scores = buffers.scores(blocks)
     scored = (case.q, case.kv, case.block_table, blocks, page_size, case.scale)
     launchers.pooled_score(*scored, buffers.pooled, scores)
+    launchers.pooled_score(*scored, buffers.pooled, scores, buffers.query_aware)
     launchers.antidiagonal_score(*scored, scores)
-    launchers.select_row_pages(scores, blocks, page_size, 2, 0.0, keep)
+    pooled = buffers.masses[0, :, : case.num_pages]
+    launchers.pattern_distance(mass, pooled, blocks, page_size, 0.1, buffers.query_aware)
+    for heads in (None, buffers.query_aware):
+        launchers.select_row_pages(scores, blocks, page_size, 2, 0.0, keep, heads)
     launchers.prefill_table(keep, case.block_table, blocks, case.kv, page_size, 1, 20, buffers.counters, table)
     launchers.sparse_prefill(case.q, case.kv, table, page_size, case.scale, case.q)
 

@@ -22,7 +22,7 @@ from vllm_sparse.kernels import reference
 
 from vllm_sparse.fixed_pattern import FixedPattern
 from vllm_sparse.page_table import PageTable
-from vllm_sparse.probe import probe_groups, probe_page, probe_parts, probe_start
+from vllm_sparse.probe import probe_groups, probe_page, probe_parts, probe_queries, probe_start
 from vllm_sparse.query_blocks import BLOCK_TOKENS, QueryBlocks
 
 pytest.importorskip("triton")
@@ -301,6 +301,83 @@ def test_pooled_score_is_the_product_of_means(run):
     for page in (0, 7, 9):
         expected = query @ keys[1, page * 16 : page * 16 + 16].mean(0) * case.scale
         assert abs(scores[1, 1, page] - expected) < 1e-4
+
+
+@BOTH
+@pytest.mark.parametrize("group", [1, 3, 4])
+def test_heads_that_do_not_ask_keep_their_rows(run, group):
+    """Of three KV heads: one with all heads asking, one with some, one with none."""
+    case = make_chunk(100, 130, 3, group, 32, 16)
+    page, blocks = case.page_size, case.blocks
+    heads = torch.zeros(case.q_heads, dtype=torch.uint8, device=DEVICE)
+    heads[: group + group // 2] = 1
+    asked = heads.bool().repeat_interleave(blocks.num_blocks)
+    scored = (case.q, case.kv, case.block_table, blocks, page, case.scale, case.buffers.pooled)
+    everyone = torch.full((len(asked), case.num_pages), float("nan"), device=DEVICE)
+    run.pooled_score(*scored, everyone)
+    scores = torch.full_like(everyone, float("nan"))
+    run.pooled_score(*scored, scores, heads)
+    assert torch.equal(scores[asked], everyone[asked]) and scores[~asked].isnan().all()
+    expected, keep = (torch.full_like(scores, 77, dtype=torch.uint8) for _ in range(2))
+    run.select_row_pages(everyone, blocks, page, 3, 0.7, expected)
+    run.select_row_pages(scores, blocks, page, 3, 0.7, keep, heads)
+    assert torch.equal(keep[asked], expected[asked]) and (keep[~asked] == 77).all()
+
+
+def probe_distances(case) -> torch.Tensor:
+    """float64 [q_heads]: how far pooling is from the attention of the last 64 rows that have queries."""
+    end = case.blocks.end_position
+    queries = end - max(probe_start(case.blocks, case.page_size), case.blocks.first_position)
+    block = torch.arange(end, device=DEVICE) // max(128, case.page_size)
+    of_block = block == torch.arange(int(block[-1]) + 1, device=DEVICE)[:, None]
+    true = attention_weights(case)[:, -queries:].mean(1) @ of_block.double().T
+    keys, _ = keys_and_values(case)
+    means = of_block.double() @ keys / of_block.sum(1, keepdim=True)
+    query = case.q[-queries:].double().mean(0)
+    pooled = (means @ query[:, :, None])[..., 0].mul(case.scale).softmax(-1)
+    middle = (pooled + true) / 2
+    return sum(part * (part / middle).log() for part in (pooled, true)).sum(-1).div(2).sqrt()
+
+
+@BOTH
+@dtypes
+@pytest.mark.parametrize("chunk", [(300, 211), (500, 12), (200, 129)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 3, 64, 16), (2, 1, 32, 32), (1, 4, 96, 64), (1, 1, 32, 256)], ids=str)
+def test_pattern_distance_tells_heads_closer_than_the_threshold(run, shape, chunk, dtype):
+    case = make_chunk(*chunk, *shape, dtype=dtype)
+    case.q *= torch.logspace(-1, 0, case.q_heads, device=DEVICE)[:, None]
+    queries = probe_queries(case.blocks, case.page_size)
+    scores = case.buffers.masses[0, :, : case.num_pages]
+    run.pooled_score(
+        case.q[-queries.num_tokens :], case.kv, case.block_table, queries, case.page_size, case.scale,
+        case.buffers.pooled, scores,
+    )  # fmt: skip
+    mass, slack = probe(reference, case), max(1e-3, TOLERANCE[dtype])
+    distances, flags = probe_distances(case), case.buffers.query_aware
+    for threshold in torch.cat([distances - 1.01 * slack, distances + 1.01 * slack]).tolist():
+        flags.fill_(77)
+        if threshold > 0:
+            run.pattern_distance(mass, scores, case.blocks, case.page_size, threshold, flags)
+            assert (flags <= 1).all()
+            sure = (distances - threshold).abs() > slack
+            assert torch.equal(flags[sure].bool(), (distances < threshold)[sure])
+
+
+@BOTH
+def test_pattern_distance_of_what_is_equal_and_of_what_has_nothing_in_common(run):
+    """Over more pages than a program takes at once, and with shares that are 0."""
+    chunk = QueryBlocks(0, 0, 200, 2504 * 16 - 205)
+    mass = torch.rand(3, 5, 2504, device=DEVICE)
+    scores = (mass.sum(1).unflatten(1, (-1, 8)).sum(2).log() + 40).repeat_interleave(8, 1)
+    # Keys within a block may differ, as long as their mean is the same.
+    scores[:, :2496:2] += 1
+    scores[:, 1:2496:2] -= 1
+    mass[1:, :, 1248:] = 0
+    scores[1, :1248] = -200
+    flags = torch.full((3,), 77, dtype=torch.uint8, device=DEVICE)
+    for threshold, expected in ((1e-3, [1, 0, 0]), (0.832, [1, 0, 1]), (0.833, [1, 1, 1])):
+        run.pattern_distance(mass, scores, chunk, 16, threshold, flags)
+        assert flags.tolist() == expected, "farthest is the root of log 2, 0.8326"
 
 
 @BOTH

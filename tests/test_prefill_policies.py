@@ -15,7 +15,7 @@ from vllm_sparse.prefill import SparsePrefill, plan_chunks
 from vllm_sparse.query_blocks import QueryBlocks
 
 CHOOSING = [name for name in PREFILL_POLICIES if name != "dense"]
-ESTIMATING = ["vertical_slash", "block_sparse", "xattention"]
+ESTIMATING = ["vertical_slash", "block_sparse", "xattention", "flex_prefill"]
 policies = pytest.mark.parametrize("policy", CHOOSING)
 SIZES = {"prefill_coverage": 0, "vertical_tokens": 48, "slash_tokens": 64}
 
@@ -142,6 +142,63 @@ def test_vertical_slash_finds_a_column_and_a_diagonal_that_were_put_there():
     assert mask[0][:, 320:336].all(), "the column was lost"
     assert (attention_weights(case) * mask).sum(-1).mean() > 0.9
     assert mask.sum() < 0.7 * causal_mask(case).sum()
+
+
+def two_kinds_of_head(page_size: int):
+    """A chunk of two blocks over one KV head, whose first query head is query-aware and second is not.
+
+    Each block of head 0 prefers pages of its own. Keys are almost alike in every 128, as are a block's queries:
+    means foretell its attention. Head 1 wants the key 532 tokens before each query, which means wash out; the
+    probe's lie in several pages, so that no page holds what their band does.
+    """
+    case = make_chunk(1000, 256, 1, 2, 64, page_size, seed=2)
+    kv, end, pages = case.kv, case.blocks.end_position, case.num_pages
+    likes = torch.linspace(-2, 2, 10, device=DEVICE)[torch.randperm(10)].repeat_interleave(128 // page_size)
+    likes = likes[:pages] + torch.linspace(0, 0.05, pages, device=DEVICE)
+    likes = torch.stack([likes, -likes])
+    likes[:, 896 // page_size :] = -9
+    keys = torch.zeros(pages * page_size, 64, device=DEVICE)
+    keys[:, :2] = likes.T.repeat_interleave(page_size, 0)
+    keys[:, 32:] = torch.nn.functional.normalize(torch.randn(len(keys), 32, device=DEVICE), dim=1)
+    position = torch.arange(1000, end, device=DEVICE)
+    case.q = torch.zeros_like(case.q)
+    case.q[:128, 0, 0] = case.q[128:, 0, 1] = 2 / case.scale
+    case.q[:, 1, 32:] = keys[position - 532, 32:] * 30 / case.scale
+    keys[end:] = float("nan")
+    kv[case.block_table[:pages].long(), 0, :page_size, :64] = keys.unflatten(0, (pages, page_size))
+    return case, likes
+
+
+@pytest.mark.parametrize("runs", ["twins", "kernels"])
+@pytest.mark.parametrize(("page_size", "coverage"), [(16, 0), (64, 0.9)])
+def test_flex_prefill_gives_each_head_its_pattern(runs, page_size, coverage, monkeypatch):
+    if runs == "kernels":
+        pytest.importorskip("triton")
+        from vllm_sparse.kernels import launchers
+
+        monkeypatch.setattr(kernels, "for_device", lambda device: launchers)
+    case, likes = two_kinds_of_head(page_size)
+    settings = {"prefill_coverage": coverage, "vertical_tokens": 0, "slash_tokens": page_size}
+    _, mask = attend(case, "flex_prefill", **settings)
+    assert case.buffers.query_aware.tolist() == [1, 0]
+    position = torch.arange(1000, 1256, device=DEVICE)[:, None]
+    key = torch.arange(1256, device=DEVICE)
+    pages, causal = key // page_size, key <= position
+    band = (position - key) // page_size == 532 // page_size
+    expected = torch.zeros_like(mask)
+    for block, start in enumerate((1000, 1128)):
+        rows = slice(128 * block, 128 * block + 128)
+        always = (pages == 0) | (pages >= (start - 31) // page_size)
+        share = (2 * likes[block, : start // page_size]).double().softmax(0)
+        ordered = share.sort(descending=True)
+        wanted = int((ordered.values.cumsum(0) < coverage).sum()) + 1
+        expected[0, rows] = torch.isin(pages, ordered.indices[:wanted]) | always
+        expected[1, rows] = torch.isin(pages, pages.expand_as(band)[rows][band[rows]]) | always
+    expected &= causal
+    assert torch.equal(mask, expected)
+    for other, head in (("vertical_slash", 1), ("block_sparse", 0)):
+        _, alone = attend(case, other, **settings)
+        assert torch.equal(alone[head], expected[head]) and not torch.equal(alone[1 - head], expected[1 - head])
 
 
 def test_chunks_that_run_sparse_are_long_and_of_long_contexts():

@@ -48,6 +48,8 @@ class PrefillBuffers:
     """uint8 [q_heads, max_pages]: pages that every block keeps."""
     band_count: torch.Tensor
     """int32 [q_heads, max_pages + 1]: kept bands of diagonals before each band."""
+    query_aware: torch.Tensor
+    """uint8 [q_heads]: 1: blocks choose pages for themselves, 0: they share the chunk's columns and bands."""
     probe_lse: torch.Tensor
     """float32 [q_heads, PROBE_SPLITS, 2, PROBE_TOKENS]."""
     pooled: torch.Tensor
@@ -94,6 +96,7 @@ class PrefillBuffers:
             masses=zeros(2, q_heads, max_pages, dtype=torch.float32),
             page_keep=zeros(q_heads, max_pages, dtype=torch.uint8),
             band_count=zeros(q_heads, max_pages + 1, dtype=torch.int32),
+            query_aware=zeros(q_heads, dtype=torch.uint8),
             probe_lse=zeros(q_heads, PROBE_SPLITS, 2, PROBE_TOKENS, dtype=torch.float32),
             pooled=zeros(max_blocks * q_heads, head_dim, dtype=dtype),
             scratch=zeros(2, scratch if gpu else 0, dtype=dtype),

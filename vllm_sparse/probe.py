@@ -26,6 +26,13 @@ def probe_start(chunk: QueryBlocks, page_size: int) -> int:
     return -(-chunk.end_position // align) * align - PROBE_TOKENS
 
 
+def probe_queries(chunk: QueryBlocks, page_size: int) -> QueryBlocks:
+    """The last queries of a chunk, which the probe holds: one block of up to 64."""
+    first = max(probe_start(chunk, page_size), chunk.first_position)
+    before = first - chunk.first_position
+    return QueryBlocks(chunk.request, chunk.first_token + before, chunk.num_tokens - before, first)
+
+
 def probe_page(chunk: QueryBlocks, page_size: int) -> int:
     """Page of the probe's first row."""
     return probe_start(chunk, page_size) // page_size

@@ -14,10 +14,13 @@ class BlockSparse(PrefillPolicy):
     "MInference 1.0", arXiv 2407.02490, with pages of 16 instead of blocks of 64 keys.
     """
 
-    def choose(self, q, kv, block_table, blocks, scale, buffers, keep):
+    def choose(self, q, kv, block_table, blocks, scale, buffers, keep, heads=None):
+        """As in the base class; with ``heads``, uint8 [q_heads], only rows of those above 0 are written."""
         run, scores = kernels.for_device(q.device), buffers.scores(blocks)
-        run.pooled_score(q, kv, block_table, blocks, self.page_size, scale, buffers.pooled, scores)
-        run.select_row_pages(scores, blocks, self.page_size, self.row_pages, self.config.prefill_coverage, keep)
+        run.pooled_score(q, kv, block_table, blocks, self.page_size, scale, buffers.pooled, scores, heads)
+        run.select_row_pages(
+            scores, blocks, self.page_size, self.row_pages, self.config.prefill_coverage, keep, heads
+        )
 
     @property
     def row_pages(self) -> int:

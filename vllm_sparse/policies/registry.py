@@ -9,6 +9,7 @@ from vllm_sparse.policies.bigbird import BigBird
 from vllm_sparse.policies.block_sparse import BlockSparse
 from vllm_sparse.policies.dense import Dense
 from vllm_sparse.policies.dilated import Dilated
+from vllm_sparse.policies.flex_prefill import FlexPrefill
 from vllm_sparse.policies.longformer import Longformer
 from vllm_sparse.policies.midbound import Midbound
 from vllm_sparse.policies.oracle import Oracle
@@ -34,6 +35,7 @@ PREFILL_POLICIES: dict[str, type[PrefillPolicy]] = {
     "vertical_slash": VerticalSlash,
     "block_sparse": BlockSparse,
     "xattention": XAttention,
+    "flex_prefill": FlexPrefill,
     "a_shape": AShape,
     "strided": Strided,
     "dilated": Dilated,
