@@ -36,6 +36,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("specs", nargs="*", default=["1q1s8k", "1q1s32k", "1q1s128k", "8q1s32k"])
     parser.add_argument("--model", default="", help="a model directory or name; default: Llama-3.1-8B's shape")
+    parser.add_argument("--layers", type=int, default=32, help="of the default shape; fewer hold longer contexts")
     parser.add_argument("--sparse", default="{}", help="sparse settings as JSON")
     parser.add_argument("--baseline", default="FLASH_ATTN", help="stock attention backend; '' skips it")
     parser.add_argument("--tokens", type=int, default=65, help="output tokens per request")
@@ -72,7 +73,7 @@ def main() -> None:
             rows.append(
                 sparse["environment"]
                 | {
-                    "bench": bench, "shape": args.model or "Llama-3.1-8B", "mode": "resident", "tp": args.tp,
+                    "bench": bench, "shape": args.model or shape_name(args.layers), "mode": "resident", "tp": args.tp,
                     "batch": len(parse(spec)), "context": max(r.context_tokens for r in parse(spec)),
                     "batch_spec": spec, "budget": sparse["budget"], "policy": sparse["policy"],
                     "prefill_policy": sparse["prefill_policy"], "prefill_density": ours["prefill_density"],
@@ -87,6 +88,11 @@ def main() -> None:
     print(f"engine start: stock {stock.get('start_s', 0)} s, sparse {sparse['start_s']} s")
     print(f"GPU memory left at the end: stock {stock.get('free_gib', 0)} GiB, sparse {sparse['free_gib']} GiB")
     results.append("engine", rows, args.out)
+
+
+def shape_name(layers: int) -> str:
+    """Of random weights in the default shape."""
+    return "Llama-3.1-8B" + ("" if layers == LLAMA_8B["num_hidden_layers"] else f" with {layers} layers")
 
 
 def run_worker(backend: str) -> dict:
@@ -114,7 +120,7 @@ def measure(args) -> dict:
     model, weights = args.model, "auto"
     if not model:
         model, weights = tempfile.mkdtemp(), "dummy"
-        Path(model, "config.json").write_text(json.dumps(LLAMA_8B))
+        Path(model, "config.json").write_text(json.dumps(LLAMA_8B | {"num_hidden_layers": args.layers}))
     sparse = args.worker == "sparse"
     start = time.perf_counter()
     llm = LLM(
