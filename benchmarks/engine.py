@@ -73,7 +73,8 @@ def main() -> None:
             rows.append(
                 sparse["environment"]
                 | {
-                    "bench": bench, "shape": args.model or shape_name(args.layers), "mode": "resident", "tp": args.tp,
+                    "bench": bench, "shape": args.model or shape_name(args.layers), "mode": "resident",
+                    "tp": args.tp,
                     "batch": len(parse(spec)), "context": max(r.context_tokens for r in parse(spec)),
                     "batch_spec": spec, "budget": sparse["budget"], "policy": sparse["policy"],
                     "prefill_policy": sparse["prefill_policy"], "prefill_density": ours["prefill_density"],

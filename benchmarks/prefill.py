@@ -22,6 +22,7 @@ from benchmarks import results
 from benchmarks.batch_spec import parse
 from vllm_sparse.config import SparseConfig
 from vllm_sparse.engines.registry import engine_class
+from vllm_sparse.head_patterns import HeadPatterns
 from vllm_sparse.policies import get_prefill_policy
 from vllm_sparse.prefill import SparsePrefill
 from vllm_sparse.prefill_buffers import PrefillBuffers
@@ -106,8 +107,8 @@ def bench(spec: str, args) -> list[dict]:
     found = []
     for name in args.engines:
         sparse = SparsePrefill(
-            get_prefill_policy(config, page), engine_class(name)(), buffers, config.sink_pages(page),
-            config.window_tokens, scale,
+            get_prefill_policy(config, page, HeadPatterns.uniform(config, q_heads, page, device)),
+            engine_class(name)(), buffers, config.sink_pages(page), config.window_tokens, scale,
         )  # fmt: skip
         check(sparse, q, kv, table, chunks[-1], out, name)
 

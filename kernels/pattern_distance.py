@@ -24,7 +24,7 @@ from vllm_sparse.query_blocks import BLOCK_TOKENS, QueryBlocks
 @triton.jit
 def _divergence_from(part, other):
     """part log(part / mean), 0 where nothing is."""
-    return tl.where(part > 0, part * tl.log(tl.maximum(part, 1e-38) / tl.maximum((part + other) / 2, 1e-38)), 0.0)
+    return tl.where(part > 0, part * tl.log(tl.maximum(part, 2e-38) / tl.maximum((part + other) / 2, 2e-38)), 0.0)
 
 
 @triton.jit

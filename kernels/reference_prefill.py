@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from vllm_sparse.fixed_pattern import FixedPattern
+from vllm_sparse.head_patterns import HeadPatterns
 from vllm_sparse.page_table import PageTable, single_head_pages, units_per_block
 from vllm_sparse.probe import (
     COVER_OCTAVES,
@@ -52,9 +53,7 @@ def select_bands(
     mass: torch.Tensor,
     chunk: QueryBlocks,
     page_size: int,
-    vertical_pages: int,
-    slash_bands: int,
-    coverage: float,
+    patterns: HeadPatterns,
     sink_pages: int,
     masses: torch.Tensor,
     page_keep: torch.Tensor,
@@ -70,18 +69,21 @@ def select_bands(
         by_page += counted[:, k]
         exists = (band >= 0) & (band < pages)
         by_band[:, band[exists]] += counted[:, k, exists]
-    if 0 < coverage < 1:
-        kept_pages, kept_bands = _cover(counted, bands, by_page, by_band, coverage, band_shift(page_size))
-    else:
-        kept_pages = _largest(by_page, vertical_pages, coverage)
-        kept_bands = _largest(by_band, slash_bands, coverage)
+    coverage = patterns.coverage[:, None]
+    wanted_pages, wanted_bands, recent_bands = patterns.sizes[:, :, None].masked_fill(coverage >= 1, pages)
+    kept_pages, kept_bands = _largest(by_page, wanted_pages), _largest(by_band, wanted_bands)
+    shared = (patterns.coverage > 0) & (patterns.coverage < 1)
+    if shared.any():
+        kept_pages[shared], kept_bands[shared] = _cover(
+            counted[shared], bands, by_page[shared], by_band[shared], coverage[shared], band_shift(page_size)
+        )
     page_keep[:, :pages] = kept_pages
     band_count[:, 0] = 0
-    band_count[:, 1 : pages + 1] = kept_bands.cumsum(1)
+    band_count[:, 1 : pages + 1] = (kept_bands | (page < recent_bands)).cumsum(1)
 
 
-def _cover(counted, bands, by_page, by_band, coverage: float, shift: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Masks of the pages and bands from a threshold on that together hold ``coverage`` of the mass.
+def _cover(counted, bands, by_page, by_band, coverage, shift: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Masks of the pages and bands from a threshold on that together hold ``coverage`` [heads, 1] of the mass.
 
     Masses are compared as the integers of their bits, in which a factor of two is 2**23.
     """
@@ -99,17 +101,21 @@ def _cover(counted, bands, by_page, by_band, coverage: float, shift: int) -> tup
     return page_key >= low, band_key >= low
 
 
-def _largest(masses: torch.Tensor, wanted: int, coverage: float) -> torch.Tensor:
-    """Mask of the ``wanted`` largest of each row, equal ones from the left, or of those that hold ``coverage``."""
-    if coverage >= 1 or (not coverage and wanted >= masses.shape[1]):
+def _largest(masses: torch.Tensor, wanted: torch.Tensor | int) -> torch.Tensor:
+    """Mask of the ``wanted`` (a number, or [rows, 1]) largest of each row, equal ones from the left."""
+    rank = masses.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    everything = torch.as_tensor(wanted, device=masses.device) >= masses.shape[1]
+    return ((rank < wanted) & (masses > 0)) | everything
+
+
+def _fewest(masses: torch.Tensor, coverage: float) -> torch.Tensor:
+    """Mask of the largest of each row that hold ``coverage`` of it, with all that equal the last of them."""
+    if coverage >= 1:
         return torch.ones_like(masses, dtype=torch.bool)
-    ordered = masses.sort(dim=1, descending=True, stable=True)
-    if not coverage:
-        first = ordered.indices[:, :wanted]
-        return torch.zeros_like(masses, dtype=torch.bool).scatter_(1, first, True) & (masses > 0)
-    short = ordered.values.cumsum(1) < coverage * ordered.values.sum(1, keepdim=True)
+    ordered = masses.sort(dim=1, descending=True).values
+    short = ordered.cumsum(1) < coverage * ordered.sum(1, keepdim=True)
     last = short.sum(1, keepdim=True).clamp(max=masses.shape[1] - 1)
-    return (masses >= ordered.values.gather(1, last)) & (masses > 0)
+    return (masses >= ordered.gather(1, last)) & (masses > 0)
 
 
 def vertical_slash(
@@ -241,7 +247,7 @@ def select_row_pages(
             continue
         mass = scores[row : row + 1, :count]
         mass.copy_((mass - mass.max()).exp())
-        keep[row, :count] = _largest(mass, wanted_pages, coverage)[0]
+        keep[row, :count] = (_fewest(mass, coverage) if coverage else _largest(mass, wanted_pages))[0]
 
 
 def _context_keys(

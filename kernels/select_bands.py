@@ -3,15 +3,15 @@
     page_mass[h, p] = sum_k mass[h, k, p]                          the vertical lines of a page
     band_mass[h, b] = sum_k mass[h, k, first_page - 1 + k - b]     the diagonals of a band
 
-Sinks, which are always attended, count for neither. A head keeps a number of the largest of each, or
-(``coverage`` > 0) those from a threshold on that together hold this share of its mass:
+Sinks, which are always attended, count for neither. Each head has its pattern: a number of the largest of
+each, or (``coverage`` > 0) those from a threshold on that together hold this share of its mass,
 
     page_mass[p] >= t  or  band_mass[b] >= t * max(1, 64 / page)
 
-because a band costs a block of 128 queries several pages. One threshold for both leaves out the columns
-that kept diagonals hold already, and the other way round, which a share of each (Lai et al.,
-"FlexPrefill", arXiv 2502.20766) pays twice. Of equal masses at a threshold a number takes the first, a
-share all; masses of 0 are never kept, unless everything is asked for.
+because a band costs a block of 128 queries several pages; the bands nearest to the query come on top. One
+threshold for both leaves out the columns that kept diagonals hold already, and the other way round, which a
+share of each (Lai et al., "FlexPrefill", arXiv 2502.20766) pays twice. Of equal masses at a threshold a
+number takes the first, a share all; masses of 0 are never kept, unless everything is asked for.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_sparse.head_patterns import HeadPatterns
 from vllm_sparse.probe import COVER_OCTAVES, COVER_ROUNDS, band_shift, probe_groups, probe_page
 from vllm_sparse.query_blocks import QueryBlocks
 
-EVERYTHING = -1
 BLOCK_PAGES = 2048
 
 
@@ -81,22 +81,6 @@ def _count_from(row, count, threshold, BLOCK: tl.constexpr):
     return tl.sum(held, axis=0)
 
 
-@triton.jit(do_not_specialize=["num_pages", "wanted_pages", "wanted_bands"])
-def _select_bands(masses, page_keep, band_count, masses_stride_0, masses_stride_h, keep_stride_h, count_stride_h,
-                  num_pages, wanted_pages, wanted_bands, BLOCK: tl.constexpr):  # fmt: skip
-    head, diagonal = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    row = masses + diagonal * masses_stride_0 + head * masses_stride_h
-    wanted = tl.where(diagonal == 1, wanted_bands, wanted_pages)
-    threshold, ties = tl.where(wanted < 0, 0, 0x7FFFFFFF), num_pages
-    if wanted > 0:
-        threshold = _threshold(row, num_pages, wanted, 0.0, BLOCK)
-        ties = wanted - _count_from(row, num_pages, threshold + 1, BLOCK)
-    if diagonal == 1:
-        _store_counts(row, band_count + head * count_stride_h, num_pages, threshold, ties, BLOCK)
-    else:
-        _store_kept(row, page_keep + head * keep_stride_h, num_pages, threshold, ties, BLOCK)
-
-
 @triton.jit
 def _kept(row, index, count, threshold, ties, tied):
     """Mask of the masses past the threshold, and of the first ``ties`` at it; how many were at it so far."""
@@ -116,30 +100,24 @@ def _store_kept(row, page_keep, num_pages, threshold, ties, BLOCK: tl.constexpr)
 
 
 @triton.jit
-def _store_counts(row, band_count, num_bands, threshold, ties, BLOCK: tl.constexpr):
+def _store_counts(row, band_count, num_bands, threshold, ties, recent_bands, BLOCK: tl.constexpr):
     before, tied = 0, 0
     tl.store(band_count, 0)
     for start in range(0, num_bands, BLOCK):
         index = start + tl.arange(0, BLOCK)
         keep, tied = _kept(row, index, num_bands, threshold, ties, tied)
-        kept = keep.to(tl.int32)
+        kept = (keep | ((index < recent_bands) & (index < num_bands))).to(tl.int32)
         tl.store(band_count + index + 1, before + tl.cumsum(kept, axis=0), mask=index < num_bands)
         before += tl.sum(kept, axis=0)
 
 
-@triton.jit(
-    do_not_specialize=["mass_stride_h", "mass_stride_k", "num_pages", "first_page", "sink_pages", "coverage"]
-)
-def _cover_bands(
-    mass, masses, page_keep, band_count, mass_stride_h, mass_stride_k, masses_stride_0, masses_stride_h,
-    keep_stride_h, count_stride_h, num_pages, first_page, sink_pages, coverage,
+@triton.jit
+def _cover_threshold(
+    cells, by_page, by_band, mass_stride_k, num_pages, first_page, sink_pages, coverage,
     BANDS: tl.constexpr, BAND_SHIFT: tl.constexpr, ROUNDS: tl.constexpr, OCTAVES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(0).to(tl.int64)
-    by_page = masses + head * masses_stride_h
-    by_band = by_page + masses_stride_0
-    cells = mass + head * mass_stride_h
+    """The largest key such that the pages from it on and the bands from as much more on are enough."""
     lanes = tl.arange(0, BLOCK)
     totals, highs = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.int32)
     for start in range(0, num_pages, BLOCK):
@@ -169,17 +147,45 @@ def _cover_bands(
         met = tl.sum(held, axis=0) >= enough
         low = tl.where(met, middle, low)
         high = tl.where(met, high, middle)
-    _store_kept(by_page, page_keep + head * keep_stride_h, num_pages, low, num_pages, BLOCK)
-    _store_counts(by_band, band_count + head * count_stride_h, num_pages, low + BAND_SHIFT, num_pages, BLOCK)
+    return low
+
+
+@triton.jit(
+    do_not_specialize=["mass_stride_h", "mass_stride_k", "num_pages", "first_page", "sink_pages", "q_heads"]
+)
+def _select_bands(
+    mass, masses, sizes, coverages, page_keep, band_count, mass_stride_h, mass_stride_k, masses_stride_0,
+    masses_stride_h, keep_stride_h, count_stride_h, num_pages, first_page, sink_pages, q_heads,
+    BANDS: tl.constexpr, BAND_SHIFT: tl.constexpr, ROUNDS: tl.constexpr, OCTAVES: tl.constexpr,
+    COVER_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    head, diagonal = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    by_page = masses + head * masses_stride_h
+    row = by_page + diagonal * masses_stride_0
+    coverage, wanted = tl.load(coverages + head), tl.load(sizes + diagonal * q_heads + head)
+    everything = (coverage >= 1) | (wanted >= num_pages)
+    threshold, ties = tl.where(everything, 0, 0x7FFFFFFF), num_pages
+    if (coverage > 0) & (coverage < 1):
+        # Both programs of a head find what its pages and bands share: side by side that takes no longer.
+        threshold = _cover_threshold(
+            mass + head * mass_stride_h, by_page, by_page + masses_stride_0, mass_stride_k, num_pages, first_page,
+            sink_pages, coverage, BANDS, BAND_SHIFT, ROUNDS, OCTAVES, COVER_BLOCK,
+        ) + diagonal * BAND_SHIFT  # fmt: skip
+    elif (wanted > 0) & (everything == 0):
+        threshold = _threshold(row, num_pages, wanted, 0.0, BLOCK)
+        ties = wanted - _count_from(row, num_pages, threshold + 1, BLOCK)
+    if diagonal == 1:
+        recent_bands = tl.load(sizes + 2 * q_heads + head)
+        _store_counts(row, band_count + head * count_stride_h, num_pages, threshold, ties, recent_bands, BLOCK)
+    else:
+        _store_kept(row, page_keep + head * keep_stride_h, num_pages, threshold, ties, BLOCK)
 
 
 def select_bands(
     mass: torch.Tensor,
     chunk: QueryBlocks,
     page_size: int,
-    vertical_pages: int,
-    slash_bands: int,
-    coverage: float,
+    patterns: HeadPatterns,
     sink_pages: int,
     masses: torch.Tensor,
     page_keep: torch.Tensor,
@@ -190,8 +196,8 @@ def select_bands(
     Args:
         mass: float32 [q_heads, groups + 1, num_pages], from ``probe_mass``.
         chunk, page_size: where the probe lies.
-        vertical_pages, slash_bands: how many to keep, where ``coverage`` is 0; all from ``num_pages`` on.
-        coverage: share of the mass that pages and bands must hold together; all from 1 on.
+        patterns: how many pages and bands each head keeps (all from ``num_pages`` on), or which share of
+            its mass they must hold together.
         sink_pages: first pages, which are attended whatever is chosen here.
         masses: float32 [2, q_heads, num_pages or more], overwritten.
         page_keep: uint8 [q_heads, num_pages or more], overwritten.
@@ -200,24 +206,16 @@ def select_bands(
     q_heads, bands, num_pages = mass.shape
     assert bands == probe_groups(page_size) + 1 and num_pages == chunk.num_pages(page_size)
     assert mass.stride(2) == masses.stride(2) == page_keep.stride(1) == band_count.stride(1) == 1
-    wanted = [EVERYTHING if n >= num_pages else n for n in (vertical_pages, slash_bands)]
-    if coverage >= 1:
-        wanted, coverage = [EVERYTHING, EVERYTHING], 0.0
+    assert patterns.sizes.shape == (3, q_heads) and patterns.sizes.is_contiguous()
+    assert patterns.coverage.shape == (q_heads,) and patterns.coverage.is_contiguous()
     first_page = probe_page(chunk, page_size)
     _fold_bands[(triton.cdiv(num_pages, 256), q_heads)](
         mass, masses, mass.stride(0), mass.stride(1), masses.stride(0), masses.stride(1),
         num_pages, first_page, sink_pages, BANDS=bands, BLOCK=256, num_warps=2,
     )  # fmt: skip
-    kept = (page_keep.stride(0), band_count.stride(0), num_pages)
-    if coverage > 0:
-        _cover_bands[(q_heads,)](
-            mass, masses, page_keep, band_count, mass.stride(0), mass.stride(1), masses.stride(0),
-            masses.stride(1), *kept, first_page, sink_pages, float(coverage),
-            BANDS=bands, BAND_SHIFT=band_shift(page_size), ROUNDS=COVER_ROUNDS, OCTAVES=COVER_OCTAVES,
-            BLOCK=1024, num_warps=8,
-        )  # fmt: skip
-    else:
-        _select_bands[(q_heads, 2)](
-            masses, page_keep, band_count, masses.stride(0), masses.stride(1), *kept, *wanted,
-            BLOCK=BLOCK_PAGES, num_warps=8,
-        )  # fmt: skip
+    _select_bands[(q_heads, 2)](
+        mass, masses, patterns.sizes, patterns.coverage, page_keep, band_count, mass.stride(0), mass.stride(1),
+        masses.stride(0), masses.stride(1), page_keep.stride(0), band_count.stride(0), num_pages, first_page,
+        sink_pages, q_heads, BANDS=bands, BAND_SHIFT=band_shift(page_size), ROUNDS=COVER_ROUNDS,
+        OCTAVES=COVER_OCTAVES, COVER_BLOCK=1024, BLOCK=BLOCK_PAGES, num_warps=8,
+    )  # fmt: skip

@@ -18,6 +18,8 @@ from vllm_sparse.kernels import launchers
 
 from vllm_sparse.decode_plan import segment_pages
 from vllm_sparse.fixed_pattern import FixedPattern
+from vllm_sparse.head_patterns import HeadPatterns
+from vllm_sparse.pattern_table import HeadPattern
 
 SHARED_BYTES = {80: 166912, 86: 101376, 89: 101376, 90: 232448}
 """Shared memory that one block can have (CUDA C++ Programming Guide, compute capabilities)."""
@@ -95,10 +97,10 @@ def compile_prefill(case) -> None:
         case.q, case.kv, case.block_table, blocks, page_size, case.scale, buffers.probe_lse,
         torch.empty(1 << 20, dtype=case.kv.dtype), mass,
     )  # fmt: skip
-    for coverage in (0.0, 0.9):
-        launchers.select_bands(
-            mass, blocks, page_size, 1, 1, coverage, 1, buffers.masses, buffers.page_keep, buffers.band_count
-        )  # fmt: skip
+    patterns = HeadPatterns.of([HeadPattern(coverage=0.9)] * case.q_heads, page_size, case.q.device)
+    launchers.select_bands(
+        mass, blocks, page_size, patterns, 1, buffers.masses, buffers.page_keep, buffers.band_count
+    )  # fmt: skip
     launchers.vertical_slash(buffers.page_keep, buffers.band_count, blocks, page_size, keep)
     pattern = FixedPattern(16, 32, 2, 2, 64, 32)
     launchers.fixed_pattern(pattern, blocks, page_size, keep)

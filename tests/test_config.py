@@ -41,6 +41,11 @@ WRONG = {
         ["sparse.decode_policy", "'qest'", "Did you mean 'quest'?", "random"],
     ),
     "unknown_engine": ({"engine": "tritn"}, ["sparse.engine", "'tritn'", "Did you mean 'triton'?", "xformers"]),
+    "number_for_patterns": ({"head_patterns": 3}, ["sparse.head_patterns", "a string", "3"]),
+    "wrong_patterns": (
+        {"head_patterns": {"candidates": [], "patterns": [[0]]}},
+        ["sparse.head_patterns", "has the pattern 0"],
+    ),
     "not_an_object": (["quest"], ["expected a JSON object", "['quest']"]),
 }
 wrong = pytest.mark.parametrize("case", WRONG)

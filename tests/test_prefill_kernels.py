@@ -10,6 +10,7 @@ import torch
 from cases import DEVICE, DTYPES, TOLERANCE, error
 from prefill_cases import (
     attention_weights,
+    causal_mask,
     expected_mask,
     keys_and_values,
     make_chunk,
@@ -21,7 +22,9 @@ from prefill_cases import (
 from vllm_sparse.kernels import reference
 
 from vllm_sparse.fixed_pattern import FixedPattern
+from vllm_sparse.head_patterns import HeadPatterns
 from vllm_sparse.page_table import PageTable
+from vllm_sparse.pattern_table import HeadPattern
 from vllm_sparse.probe import probe_groups, probe_page, probe_parts, probe_queries, probe_start
 from vllm_sparse.query_blocks import BLOCK_TOKENS, QueryBlocks
 
@@ -171,10 +174,12 @@ def test_probe_mass_takes_a_few_heads_at_a_time_and_logits_of_any_size(dtype, si
     assert torch.isfinite(whole).all() and (pages[::4, 28:29] > 0.2).all() and (twin.sum(1)[::4, 28] > 0.9).all()
 
 
-def select(run, case, mass, vertical=3, slash=4, coverage=0.0):
-    buffers = case.buffers
+def select(run, case, mass, vertical=3, slash=4, coverage=0.0, patterns=None):
+    """``vertical`` pages and ``slash`` bands, or ``coverage``, in every head; or ``patterns`` of heads."""
+    page, buffers = case.page_size, case.buffers
+    patterns = patterns or [HeadPattern(vertical * page, slash * page, coverage=coverage)] * case.q_heads
     run.select_bands(
-        mass, case.blocks, case.page_size, vertical, slash, coverage, SINK_PAGES,
+        mass, case.blocks, page, HeadPatterns.of(patterns, page, DEVICE), SINK_PAGES,
         buffers.masses, buffers.page_keep, buffers.band_count,
     )  # fmt: skip
     pages = case.num_pages
@@ -207,6 +212,69 @@ def test_select_bands_matches_twin(page_size, sizes):
     poison(case.buffers)
     for mine, twin in zip(select(launchers, case, mass, *sizes), expected, strict=True):
         assert torch.equal(mine, twin)
+
+
+MIXED = [
+    HeadPattern(coverage=0.8),
+    HeadPattern(recent_tokens=100),
+    HeadPattern(40, 70),
+    HeadPattern(48, 64, 100),
+    HeadPattern(10**7, 0),
+    HeadPattern(coverage=1.0),
+    HeadPattern(coverage=0.5, recent_tokens=65),
+    HeadPattern(),
+]
+
+
+@pytest.mark.parametrize("page_size", [16, 64])
+def test_heads_of_a_launch_have_patterns_of_their_own(page_size):
+    """Kernel and twin choose for each head what they choose where all heads have its pattern."""
+    case = make_chunk(700, 333, 4, 2, 32, page_size)
+    shape = (case.q_heads, probe_groups(page_size) + 1, case.num_pages)
+    mass = torch.randint(0, 64, shape, device=DEVICE).float() / 64
+    found = []
+    for run in (reference, launchers):
+        poison(case.buffers)
+        found.append(select(run, case, mass, patterns=MIXED)[1:])
+    assert all(torch.equal(twin, mine) for twin, mine in zip(*found, strict=True))
+    pages, counts = found[0]
+    for head, pattern in enumerate(MIXED):
+        poison(case.buffers)
+        alone = select(reference, case, mass, patterns=[pattern] * case.q_heads)[1:]
+        assert torch.equal(alone[0][head], pages[head]) and torch.equal(alone[1][head], counts[head])
+
+
+@BOTH
+@pytest.mark.parametrize(("first", "tokens"), [(900, 200), (801, 131)])
+def test_mixed_heads_keep_what_their_patterns_say(run, first, tokens):
+    """Token by token: what a pattern says whatever the estimate, and the share that one asks for."""
+    case = make_chunk(first, tokens, 4, 2, 32, 16)
+    mass = probe(reference, case)
+    select(run, case, mass, patterns=MIXED)
+    buffers = case.buffers
+    keep = torch.full_like(random_keep(case), 77)
+    run.vertical_slash(buffers.page_keep, buffers.band_count, case.blocks, 16, keep)
+    mask = expected_mask(case, keep, 1, 0)
+    causal = causal_mask(case)
+    position = case.blocks.first_position + torch.arange(tokens, device=DEVICE)[:, None]
+    key = torch.arange(case.blocks.end_position, device=DEVICE)
+
+    def by_pages(tokens_kept):
+        """What a block keeps of keys that any of its queries wants, and its own and the first page."""
+        wanted = torch.nn.functional.pad(tokens_kept & causal, (0, -len(key) % 16)).unflatten(1, (-1, 16)).any(2)
+        blocks = [wanted[i : i + BLOCK_TOKENS].any(0).int() for i in range(0, tokens, BLOCK_TOKENS)]
+        return expected_mask(case, torch.stack(blocks * case.q_heads), 1, 0)[0]
+
+    # 100 recent tokens are 7 bands of 16.
+    a_shape = by_pages(position - key < 112)
+    assert torch.equal(mask[1], a_shape)
+    assert torch.equal(mask[4], causal) and torch.equal(mask[5], causal)
+    assert torch.equal(mask[7], by_pages(torch.zeros_like(causal)))
+    assert (mask[3] | ~a_shape).all() and mask[3].sum() > a_shape.sum(), "recent tokens come on top of sizes"
+    assert (mask[6] | ~by_pages(position - key < 80)).all()
+    probed = slice(probe_start(case.blocks, 16) - first, None)
+    weights = attention_weights(case)[0, probed]
+    assert (weights * mask[0, probed]).sum(1).mean() >= 0.799 and mask[0].sum() < causal.sum()
 
 
 @BOTH

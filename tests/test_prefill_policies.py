@@ -10,6 +10,7 @@ from prefill_cases import attention_weights, causal_mask, make_chunk, masked_att
 from vllm_sparse import kernels
 from vllm_sparse.config import SparseConfig
 from vllm_sparse.engines.torch import TorchEngine
+from vllm_sparse.head_patterns import HeadPatterns
 from vllm_sparse.policies import PREFILL_POLICIES, get_prefill_policy
 from vllm_sparse.prefill import SparsePrefill, plan_chunks
 from vllm_sparse.query_blocks import QueryBlocks
@@ -37,13 +38,18 @@ class Recording(TorchEngine):
         super().attend_blocks(q, kv, table, page_size, scale, out, scratch)
 
 
+def policy_of(config: SparseConfig, case):
+    patterns = HeadPatterns.uniform(config, case.q_heads, case.page_size, DEVICE)
+    return get_prefill_policy(config, case.page_size, patterns)
+
+
 def attend(case, policy: str, **settings):
     """Output, and bool [q_heads, num_tokens, context tokens] of what was attended."""
     config = SparseConfig(prefill_policy=policy, sink_tokens=16, window_tokens=32, **{**SIZES, **settings})
     engine = Recording(case)
     sparse = SparsePrefill(
-        get_prefill_policy(config, case.page_size), engine, case.buffers, config.sink_pages(case.page_size),
-        config.window_tokens, case.scale,
+        policy_of(config, case), engine, case.buffers, config.sink_pages(case.page_size), config.window_tokens,
+        case.scale,
     )  # fmt: skip
     poison(case.buffers)
     out = torch.full_like(case.q, float("nan"))
@@ -115,7 +121,7 @@ def test_kernels_choose_what_the_twins_choose(policy, monkeypatch):
 def test_warm_up_leaves_no_trace(policy):
     case = make_chunk(300, 200, 1, 2, 32, 16)
     config = SparseConfig(prefill_policy=policy)
-    sparse = SparsePrefill(get_prefill_policy(config, 16), TorchEngine(), case.buffers, 1, 32, case.scale)
+    sparse = SparsePrefill(policy_of(config, case), TorchEngine(), case.buffers, 1, 32, case.scale)
     sparse.warm_up(1, 17, 32, 2, torch.float32)
     assert case.buffers.counters.tolist() == [0, 0]
     assert not (case.buffers.lengths == 2**30).all(), "nothing ran"

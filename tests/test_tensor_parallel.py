@@ -10,6 +10,9 @@ import pytest
 from process import running
 from tiny_engine import ENGINE, prompts
 
+from vllm_sparse import pattern_table
+from vllm_sparse.pattern_table import HeadPattern, PatternTable
+
 pytestmark = pytest.mark.engine
 
 PROMPTS = prompts((1, 40, 300))
@@ -21,7 +24,9 @@ from tiny_engine import ENGINE, prompts, tokens
 def counts(worker):
     from vllm_sparse import metrics
     layers = worker.model_runner.vllm_config.compilation_config.static_forward_context
-    return {**metrics.snapshot(), "kv_heads": [layer.impl.num_kv_heads for layer in layers.values()]}
+    impls = [layer.impl for layer in layers.values()]
+    shares = [impl.prefill.policy.patterns.coverage.tolist() for impl in impls if impl.dense_reason is None]
+    return {**metrics.snapshot(), "kv_heads": [impl.num_kv_heads for impl in impls], "coverages": shares}
 
 if __name__ == "__main__":
     from vllm import LLM
@@ -39,7 +44,19 @@ def test_two_ranks_give_stock_tokens_each_with_half_of_the_heads(tiny, tmp_path)
     expected = tiny.stock(PROMPTS)
     script = tmp_path / "two_ranks.py"  # workers are spawned, and import the main script
     script.write_text(SCRIPT)
-    sparse = {"budget_tokens": 2048, "dense_layers": 1, "min_context_tokens": 0}
+    shares = (0.25, 0.5, 0.75, 1.0)
+    table = PatternTable(
+        tuple(HeadPattern(coverage=share) for share in shares), ((0, 1, 2, 3), (3, 2, 1, 0), None)
+    )
+    pattern_table.write(tmp_path / "patterns.json", table, 4)
+    sparse = {
+        "budget_tokens": 2048,
+        "dense_layers": 1,
+        "min_context_tokens": 0,
+        "prefill_policy": "vertical_slash",
+        "prefill_coverage": 0.125,
+        "head_patterns": str(tmp_path / "patterns.json"),
+    }
     log = tmp_path / "log"
     command = [sys.executable, script, Path(__file__).parent, tiny.model(), json.dumps(sparse)]
     environment = {
@@ -54,6 +71,7 @@ def test_two_ranks_give_stock_tokens_each_with_half_of_the_heads(tiny, tmp_path)
     answer, workers = json.loads(lines[0].removeprefix("RESULT"))
     assert answer == expected
     assert len(workers) == 2 and ENGINE["dtype"] == "float32"
+    assert [counts["coverages"] for counts in workers] == [[[1, 0.75], [0.125] * 2], [[0.5, 0.25], [0.125] * 2]]
     for counts in workers:
         assert counts["kv_heads"] == [1, 1, 1]
         assert counts["sparse_layers"] == 2 and counts["dense_layers"] == {"dense_layers=1": 1}

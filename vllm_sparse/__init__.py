@@ -9,6 +9,7 @@ pages, and a PageTable is all that passes between them.
 - ``kernels``     Triton kernels and their plain-torch twins
 - ``page_table``  PageTable and the single-head view of a paged KV cache
 - ``decode_plan`` which rows of a step are sparse, decided on the device
+- ``tune``        finds a prefill pattern for each head of a model
 - ``cache``       the KV-cache spec: pages with summaries
 - ``backend``     vLLM's four backend classes, and ``compat``, the only file with version branches
 - ``metrics``     what ran sparse, what ran dense and why, how much was attended

@@ -11,11 +11,17 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from vllm_sparse import pattern_table
+from vllm_sparse.pattern_table import HeadPattern, PatternError, PatternTable
+
+logger = logging.getLogger("vllm.vllm_sparse")
 
 ENV_CONFIG = "VLLM_SPARSE_CONFIG"
 PAGE_SIZES = (16, 32, 64, 128, 256)
@@ -52,6 +58,9 @@ class SparseConfig:
     """What a chunk keeps by distance from the query: diagonals, in bands of a page, or recent tokens."""
     prefill_coverage: float = 0.98
     """Share of the estimated attention that policies which estimate keep; 0: the sizes above instead."""
+    head_patterns: str | PatternTable = "auto"
+    """Patterns of ``vertical_slash`` for each head: ``none``, a file of ``vllm-sparse tune``, or ``auto``, the
+    model's file if there is one. Workers get the table itself, so that only the driver reads files."""
     engine: str = "auto"
     """What attends over chosen pages: ``auto`` or a name of :mod:`vllm_sparse.engines`."""
 
@@ -61,6 +70,8 @@ class SparseConfig:
 
         for field in fields(self):
             value, expected = getattr(self, field.name), type(field.default)
+            if field.name == "head_patterns" and isinstance(value, PatternTable):
+                continue
             if type(value) is not expected and not (expected is float and type(value) is int):
                 raise ConfigError(
                     f"sparse.{field.name}: expected {_NAMES[expected]}, got {value!r}. "
@@ -91,7 +102,19 @@ class SparseConfig:
         for key in values:
             if key not in known:
                 raise ConfigError(f"{source}: unknown key {key!r}.{_nearest(key, known)}")
+        if isinstance(values.get("head_patterns"), dict):
+            try:
+                values = {**values, "head_patterns": PatternTable.from_mapping(values["head_patterns"])}
+            except PatternError as error:
+                raise ConfigError(f"{source}: sparse.head_patterns: the object given {error}") from None
         return cls(**values)
+
+    def to_mapping(self) -> dict[str, Any]:
+        """What :meth:`from_mapping` reads, as plain JSON."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        if isinstance(self.head_patterns, PatternTable):
+            values["head_patterns"] = self.head_patterns.to_mapping()
+        return values
 
     @classmethod
     def from_vllm(cls, vllm_config: Any) -> SparseConfig:
@@ -100,6 +123,35 @@ class SparseConfig:
         if isinstance(additional, dict) and "sparse" in additional:
             return cls.from_mapping(additional["sparse"], "additional_config['sparse']")
         return _from_text(os.environ.get(ENV_CONFIG, ""))
+
+    def with_patterns(self, model: str, num_layers: int, q_heads: int) -> SparseConfig:
+        """This config with the patterns that ``head_patterns`` names for a model, or with ``none``.
+
+        Raises:
+            ConfigError: the file is not one of this model.
+        """
+        asked = self.head_patterns
+        if self.prefill_policy != "vertical_slash" or asked == "none" or isinstance(asked, PatternTable):
+            return self
+        path = pattern_table.default_path(model) if asked == "auto" else Path(asked).expanduser()
+        if asked == "auto" and not path.exists():
+            return replace(self, head_patterns="none")
+        try:
+            table = pattern_table.read(path, num_layers, q_heads)
+        except PatternError as error:
+            raise ConfigError(
+                f"sparse.head_patterns: {asked!r}: {path} {error}. Allowed: auto, none, or a file that "
+                f"`vllm-sparse tune {model} --out {path}` writes anew"
+            ) from None
+        logger.info("sparse attention: prefill patterns for each head from %s", path)
+        return replace(self, head_patterns=table)
+
+    @property
+    def uniform_pattern(self) -> HeadPattern:
+        """The pattern of heads that have none of their own."""
+        if self.prefill_coverage:
+            return HeadPattern(coverage=float(self.prefill_coverage))
+        return HeadPattern(self.vertical_tokens, self.slash_tokens)
 
     def budget_pages(self, page_size: int) -> int:
         return self.budget_tokens // page_size

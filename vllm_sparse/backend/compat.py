@@ -114,6 +114,7 @@ def _check_config(original, vllm_config) -> None:
     from vllm_sparse.config import ConfigError, SparseConfig
 
     config = SparseConfig.from_vllm(vllm_config)
+    _carry_patterns(vllm_config, config)
     cache = vllm_config.cache_config
     if cache is None:
         return
@@ -139,6 +140,26 @@ def _check_config(original, vllm_config) -> None:
             "--enable-dbo: micro-batches would share the buffers of one decode step; the sparse backend "
             "runs without it"
         )
+
+
+def _carry_patterns(vllm_config, config) -> None:
+    """Put what ``head_patterns`` names into the config itself, which vLLM takes to every worker."""
+    model = vllm_config.model_config
+    if model is None:
+        return
+    layers, heads = (getattr(model.hf_text_config, f"num_{of}", 0) for of in ("hidden_layers", "attention_heads"))
+    found = config.with_patterns(model.model, layers, heads)
+    if found is config:
+        return
+    additional = vllm_config.additional_config or {}
+    if not isinstance(additional, dict):
+        from vllm_sparse.config import ConfigError
+
+        raise ConfigError(
+            f"sparse.head_patterns: {config.head_patterns!r} cannot travel beside an additional_config that is "
+            f"no object; allowed: none"
+        )
+    vllm_config.additional_config = {**additional, "sparse": found.to_mapping()}
 
 
 def install_spec_hook() -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from vllm.config import get_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
@@ -15,10 +18,14 @@ from vllm_sparse.backend.workspace import Workspace
 from vllm_sparse.config import SparseConfig
 from vllm_sparse.engines import PREFILL_ORDER, choose_engine
 from vllm_sparse.engines.base import AttentionShape
+from vllm_sparse.head_patterns import HeadPatterns
+from vllm_sparse.pattern_table import PatternTable
 from vllm_sparse.policies import get_decode_policy, get_prefill_policy
 from vllm_sparse.policies.base import SUMMARY_ROWS
 from vllm_sparse.prefill import SparsePrefill
 from vllm_sparse.prefill_buffers import PrefillBuffers
+
+logger = logging.getLogger("vllm.vllm_sparse")
 
 
 class SparseImpl(AttentionImpl[SparseMetadata]):
@@ -88,7 +95,7 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
 
     def bind(self, layer_index: int, page_size: int) -> None:
         """Settle what is known only once the KV cache is planned; called by the metadata builder."""
-        self.page_size = page_size
+        self.layer_index, self.page_size = layer_index, page_size
         self.kernels = kernels.for_device(self.device)
         self.budget_pages = self.config.budget_pages(page_size)
         self.sink_pages = self.config.sink_pages(page_size)
@@ -113,9 +120,19 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
         self.prefill = None
         if buffers is not None:
             self.prefill = SparsePrefill(
-                get_prefill_policy(self.config, self.page_size), self.prefill_engine, buffers,
+                get_prefill_policy(self.config, self.page_size, self._patterns()), self.prefill_engine, buffers,
                 self.sink_pages, self.config.window_tokens, self.scale,
             )  # fmt: skip
+
+    def _patterns(self) -> HeadPatterns:
+        table, patterns = self.config.head_patterns, None
+        if isinstance(table, PatternTable):
+            patterns = table.of_layer(self.layer_index, get_tensor_model_parallel_rank(), self.num_heads)
+            if patterns is None:
+                logger.info("sparse attention: layer %d has no patterns of its own", self.layer_index)
+        if patterns is None:
+            return HeadPatterns.uniform(self.config, self.num_heads, self.page_size, self.device)
+        return HeadPatterns.of(patterns, self.page_size, self.device)
 
     def warm_up_prefill(self) -> None:
         """Compile the kernels of sparse prefill; layers of equal shape share them."""

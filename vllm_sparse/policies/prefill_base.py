@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 
 from vllm_sparse.config import SparseConfig
+from vllm_sparse.head_patterns import HeadPatterns
 from vllm_sparse.prefill_buffers import PrefillBuffers
 from vllm_sparse.query_blocks import QueryBlocks
 
@@ -18,8 +19,9 @@ class PrefillPolicy(ABC):
     whatever a policy says, and pages after a block never are.
     """
 
-    def __init__(self, config: SparseConfig, page_size: int):
-        self.config, self.page_size = config, page_size
+    def __init__(self, config: SparseConfig, page_size: int, patterns: HeadPatterns):
+        """``patterns``: sizes of the layer's query heads, for policies that differ by head."""
+        self.config, self.page_size, self.patterns = config, page_size, patterns
 
     def estimate(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vllm_sparse.config import SparseConfig
+from vllm_sparse.head_patterns import HeadPatterns
 from vllm_sparse.policies.a_shape import AShape
 from vllm_sparse.policies.base import DecodePolicy
 from vllm_sparse.policies.bigbird import BigBird
@@ -49,5 +50,5 @@ def get_decode_policy(name: str) -> DecodePolicy:
     return DECODE_POLICIES[name]()
 
 
-def get_prefill_policy(config: SparseConfig, page_size: int) -> PrefillPolicy:
-    return PREFILL_POLICIES[config.prefill_policy](config, page_size)
+def get_prefill_policy(config: SparseConfig, page_size: int, patterns: HeadPatterns) -> PrefillPolicy:
+    return PREFILL_POLICIES[config.prefill_policy](config, page_size, patterns)

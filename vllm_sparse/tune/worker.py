@@ -1,0 +1,34 @@
+"""TuneWorker: vLLM mixes it into each of its workers (``worker_extension_cls``)."""
+
+from __future__ import annotations
+
+from vllm.distributed import get_tensor_model_parallel_rank
+
+from vllm_sparse.pattern_table import HeadPattern
+from vllm_sparse.tune.measure import MeasuredPrefill
+
+
+class TuneWorker:
+    """Methods for ``collective_rpc``: plain data in and out, so that workers may be other processes."""
+
+    def tune_start(self, candidates: list[dict]) -> None:
+        """Measure the prefill of all sparse layers from now on; ``candidates`` are fields of patterns."""
+        patterns = [HeadPattern(**fields) for fields in candidates]
+        self._tuned = {}
+        for layer in self.vllm_config.compilation_config.static_forward_context.values():
+            impl = getattr(layer, "impl", None)
+            if getattr(impl, "prefill", None) is not None and impl.dense_reason is None:
+                impl.prefill = self._tuned[impl.layer_index] = MeasuredPrefill.around(impl.prefill, patterns)
+
+    def tune_take(self) -> dict:
+        """The sums of this worker's layers since it was last asked; waits for the device."""
+        layers = {}
+        for index, measured in self._tuned.items():
+            layers[str(index)] = {
+                "error": measured.error.tolist(),
+                "norm": measured.norm.tolist(),
+                "pairs": measured.pairs.tolist(),
+                "causal_pairs": measured.causal_pairs,
+            }
+            measured.reset()
+        return {"rank": get_tensor_model_parallel_rank(), "layers": layers}
