@@ -241,6 +241,8 @@ def probe_mass(
         )  # fmt: skip
         _fold_rows[(count, triton.cdiv(tiles, fold_tiles))](
             room, part_lse, mass, mass.stride(0), mass.stride(1), num_pages, first_head, tiles, splits,
-            GROUPS=groups, TILES=fold_tiles, TILES_A_PAGE=tiles_a_page, SPLITS_PAD=triton.next_power_of_2(splits),
+            GROUPS=groups, TILES=fold_tiles, TILES_A_PAGE=tiles_a_page,
+            # The same at every context: nothing is compiled for a longer one.
+            SPLITS_PAD=triton.next_power_of_2(part_lse.shape[1]),
             num_warps=4, **shape,
         )  # fmt: skip

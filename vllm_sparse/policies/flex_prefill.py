@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vllm_sparse import kernels
 from vllm_sparse.config import SparseConfig
+from vllm_sparse.head_patterns import HeadPatterns
 from vllm_sparse.policies.block_sparse import BlockSparse
 from vllm_sparse.policies.vertical_slash import VerticalSlash
 from vllm_sparse.probe import probe_queries
@@ -26,9 +27,9 @@ class FlexPrefill(VerticalSlash):
     which pays twice for what both hold; and no number of tokens is kept at least.
     """
 
-    def __init__(self, config: SparseConfig, page_size: int):
-        super().__init__(config, page_size)
-        self.by_block = BlockSparse(config, page_size)
+    def __init__(self, config: SparseConfig, page_size: int, patterns: HeadPatterns):
+        super().__init__(config, page_size, patterns)
+        self.by_block = BlockSparse(config, page_size, patterns)
 
     def estimate(self, q, kv, block_table, chunk, scale, buffers):
         super().estimate(q, kv, block_table, chunk, scale, buffers)
