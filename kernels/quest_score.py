@@ -19,7 +19,7 @@ from vllm_sparse.kernels.store_scores import store_chunk, store_scores
 from vllm_sparse.decode_plan import NOT_LISTED, WORK_COLUMNS, DecodePlan
 from vllm_sparse.page_scores import CHUNK_PAGES, PageScores
 
-TUNING = {"waves": 8, "num_warps": 2}
+TUNING = {"waves": 8, "num_warps": 2, "num_stages": 3}
 ROWS = 128
 """Entries of the work list read at a time in the search for a program's first row."""
 
@@ -134,5 +134,5 @@ def quest_score(
         GROUP=group, GROUP_PAD=max(4, triton.next_power_of_2(group)),
         HEAD_DIM=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), PAGE=page_size,
         CHUNK=CHUNK_PAGES, ROWS=ROWS, NOT_LISTED=NOT_LISTED, COLUMNS=WORK_COLUMNS, ITEM_BYTES=kv.element_size(),
-        num_warps=TUNING["num_warps"],
+        num_warps=TUNING["num_warps"], num_stages=TUNING["num_stages"],
     )  # fmt: skip
