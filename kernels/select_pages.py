@@ -20,12 +20,10 @@ from vllm_sparse.decode_plan import MAX_CANDIDATES, NOT_LISTED, WORK_COLUMNS, De
 from vllm_sparse.page_scores import CHUNK_PAGES, PageScores
 from vllm_sparse.page_table import PageTable, units_per_block
 
-SMALL_PAGES, MEDIUM_PAGES = 1024, 2048
-"""Contexts up to so many pages take smaller and faster copies of the same code."""
-PAGES_PER_WARP = 64
-"""A search for a threshold waits for its own counts: few pages a thread, on all threads of a multiprocessor."""
-WIDE_GROUP = 8
-"""Query heads per KV head from which on those threads would have too few registers: half as many then."""
+TUNING = {"pages_per_warp": 128}
+SMALL_PAGES = 1024
+"""Contexts up to so many pages take a smaller and faster copy of the same code."""
+PROGRAMS_PER_SM = 2
 ROWS = 128
 """Entries of the work list read at a time in the search for a program's row."""
 CHUNK_BLOCK = 256
@@ -151,9 +149,9 @@ def _select_pages(
     score_stride, chunk_stride, table_stride, units_stride, units_per_block,
     budget, sink_pages, window_tokens, segments, num_reqs,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, KV_HEADS: tl.constexpr, PAGE: tl.constexpr,
-    SEGMENT: tl.constexpr, SMALL: tl.constexpr, MEDIUM: tl.constexpr, BUDGET_PAD: tl.constexpr,
-    CANDIDATES: tl.constexpr, CHUNK: tl.constexpr, CHUNK_BLOCK: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, NOT_LISTED: tl.constexpr,
+    SEGMENT: tl.constexpr, SMALL: tl.constexpr, BUDGET_PAD: tl.constexpr, CANDIDATES: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNK_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    NOT_LISTED: tl.constexpr,
 ):  # fmt: skip
     item = tl.program_id(0)
     rows = tl.arange(0, ROWS)
@@ -186,12 +184,6 @@ def _select_pages(
                     values, chunk_lse, block_row, score_stride, chunk_stride, offset, request, head, num_pages,
                     sink_pages, window_start, units_per_block, budget, unit_row,
                     GROUP, GROUP_PAD, SMALL, CHUNK, CHUNK_BLOCK,
-                )  # fmt: skip
-            elif num_pages <= MEDIUM:
-                _select_all(
-                    values, chunk_lse, block_row, score_stride, chunk_stride, offset, request, head, num_pages,
-                    sink_pages, window_start, units_per_block, budget, unit_row,
-                    GROUP, GROUP_PAD, MEDIUM, CHUNK, CHUNK_BLOCK,
                 )  # fmt: skip
             else:
                 keys, keep, place, unit = _choose(
@@ -247,19 +239,20 @@ def select_pages(
     rows = num_reqs * kv_heads
     group = scores.q_heads // kv_heads
     segment, segments = plan.segment_pages, triton.cdiv(max_pages, plan.segment_pages)
-    group_pad, budget_pad = triton.next_power_of_2(group), triton.next_power_of_2(budget_pages)
+    budget_pad = triton.next_power_of_2(budget_pages)
     assert segments * budget_pad <= MAX_CANDIDATES, f"{segments} segments with {budget_pages} pages each"
     shape = (rows, segments, budget_pad) if segments > 1 else (1,)
     candidate_keys = torch.empty(shape, dtype=torch.uint32, device=kv.device)
     candidate_units = torch.empty(shape, dtype=torch.int32, device=kv.device)
-    _select_pages[(min(num_multiprocessors(kv.device), rows * segments),)](
+    programs = PROGRAMS_PER_SM * num_multiprocessors(kv.device)
+    _select_pages[(min(programs, rows * segments),)](
         scores.values, scores.chunk_lse, block_table, plan.work, plan.totals, scores.arrivals,
         table.units, candidate_keys, candidate_units,
         scores.values.stride(0), scores.chunk_lse.stride(0), block_table.stride(0), table.units.stride(0),
         units_per_block(kv), budget_pages, sink_pages, window_tokens, segments, num_reqs,
-        GROUP=group, GROUP_PAD=group_pad, KV_HEADS=kv_heads, PAGE=page_size,
-        SEGMENT=segment, SMALL=min(segment, SMALL_PAGES), MEDIUM=min(segment, MEDIUM_PAGES), BUDGET_PAD=budget_pad,
+        GROUP=group, GROUP_PAD=triton.next_power_of_2(group), KV_HEADS=kv_heads, PAGE=page_size,
+        SEGMENT=segment, SMALL=min(segment, SMALL_PAGES), BUDGET_PAD=budget_pad,
         CANDIDATES=triton.next_power_of_2(segments * budget_pad), CHUNK=CHUNK_PAGES,
         CHUNK_BLOCK=CHUNK_BLOCK, ROWS=ROWS, COLUMNS=WORK_COLUMNS, NOT_LISTED=NOT_LISTED,
-        num_warps=min(32 if group_pad < WIDE_GROUP else 16, max(1, segment // PAGES_PER_WARP)),
+        num_warps=min(16, max(1, segment // TUNING["pages_per_warp"])),
     )  # fmt: skip

@@ -10,19 +10,25 @@ from vllm_sparse.config import ConfigError
 
 NOT_LISTED = 2**31 - 1
 WORK_COLUMNS = 5
-SEGMENT_PAGES, MAX_SEGMENT_PAGES = 4096, 32768
+SEGMENT_PAGES, USUAL_SEGMENT_PAGES, MAX_SEGMENT_PAGES = 2048, 4096, 32768
+MANY_SEGMENTS = 17
 MAX_CANDIDATES = 32768
 """Selection counts in packed pairs of 16 bits: neither a segment nor what is merged may hold more."""
 
 
 def segment_pages(max_pages: int, budget_pages: int) -> int:
-    """Pages that one program of selection ranks: the 4,096 that fit the registers of one program (64K tokens
-    at page 16), more only where the merge could not hold a budget from each segment.
+    """Pages that one program of selection ranks: small segments run in parallel, few are quick to merge.
+
+    A power of two: 2,048, with which a row of 512K tokens at page 16 has 16, or the 4,096 that fit the
+    registers of one program; more only where the merge could not hold a budget from each segment.
 
     Raises:
         ConfigError: no size serves this budget at this context.
     """
-    budget, pages = 1 << (budget_pages - 1).bit_length(), SEGMENT_PAGES
+    budget = 1 << (budget_pages - 1).bit_length()
+    pages = SEGMENT_PAGES
+    while pages < USUAL_SEGMENT_PAGES and (-(-max_pages // pages) > MANY_SEGMENTS or pages < 8 * budget):
+        pages *= 2
     while -(-max_pages // pages) * budget > MAX_CANDIDATES and max_pages > pages:
         pages *= 2
     if pages > MAX_SEGMENT_PAGES:
