@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import results
+from benchmarks.policy_switch import PolicySwitch
 
 COMMON = {"decode_policy": "dense", "min_prefill_tokens": 1024}
 """Of all settings; contexts of a small model are shorter than what ships as ``min_prefill_tokens``."""
-SETTLED_AT_START = ("decode_policy", "sink_tokens", "dense_layers", "engine")
 COVERAGES = (0.8, 0.9, 0.95, 0.98, 0.99)
 RECENT_TOKENS = (512, 1024, 2048, 4096)
 INITIAL_TOKENS = 128
@@ -38,12 +38,14 @@ ANSWER_TOKENS = 12
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("settings", nargs="*", type=json.loads, help="sparse settings as JSON; default: a grid")
+    parser.add_argument("--model", choices=("smollm2", "gemma3"), default="smollm2")
     parser.add_argument("--split", choices=FIRST_SEED, default="report")
     parser.add_argument("--context", type=int, default=7900, help="tokens of a passage")
     parser.add_argument("--needle-context", type=int, default=7500, help="tokens of a needle's prompt")
     parser.add_argument("--passages", type=int, default=2)
     parser.add_argument("--needles", type=int, default=20)
     parser.add_argument("--chunk", type=int, default=2048, help="query tokens of a step")
+    parser.add_argument("--page-size", type=int, default=16)
     parser.add_argument("--out", type=Path, default=results.RESULTS)
     return parser.parse_args()
 
@@ -58,9 +60,10 @@ def main() -> None:
     os.environ.update(environment)
     from transformers import AutoTokenizer
 
+    from benchmarks import gemma
     from vllm_sparse.demo import smollm2
 
-    model = smollm2.prepare()
+    model = {"smollm2": smollm2, "gemma3": gemma}[args.model].prepare()
     tokenizer = AutoTokenizer.from_pretrained(model)
     texts, needles = passages(tokenizer, args), needle_prompts(tokenizer, args)
     engine = Engine(model, args)
@@ -72,7 +75,8 @@ def main() -> None:
         dense = dense or found
         row = results.environment() | {
             "bench": "prefill_quality", "shape": model.name, "mode": "resident", "tp": 1, "batch": 1,
-            "context": args.context, "chunk": args.chunk, "budget": None, "split": args.split,
+            "context": args.context, "chunk": args.chunk, "page_size": args.page_size, "budget": None,
+            "split": args.split,
             "dtype": engine.dtype, "kernel": engine.kernel, "policy": settings["prefill_policy"],
             "sparse": {**COMMON, **settings}, "density": found.density, "needle_density": found.needle_density,
             "perplexity": round(found.perplexity, 5), "dense_perplexity": round(dense.perplexity, 5),
@@ -149,7 +153,7 @@ class Found:
 
 
 class Engine:
-    """One vLLM engine whose prefill policy changes between runs."""
+    """One vLLM engine that runs all settings."""
 
     def __init__(self, model: Path, args):
         import torch
@@ -157,60 +161,25 @@ class Engine:
         from vllm_sparse.plugin_entrypoints import register
 
         from vllm_sparse import metrics
-        from vllm_sparse.backend.builder import SparseMetadataBuilder
 
         register()
-        builders, build = [], SparseMetadataBuilder.__init__
-
-        def remember(builder, *positional, **named):
-            build(builder, *positional, **named)
-            builders.append(builder)
-
-        on_gpu = torch.cuda.is_available()
-        self.dtype = "bfloat16" if on_gpu else "float32"
-        start = {**COMMON, "prefill_policy": "vertical_slash"}
-        SparseMetadataBuilder.__init__ = remember
-        try:
+        self.switch, self.metrics = PolicySwitch(), metrics
+        self.dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+        with self.switch.watching():
             self.llm = LLM(
                 str(model), dtype=self.dtype, max_model_len=max(args.context, args.needle_context) + 64,
-                max_num_seqs=4, max_num_batched_tokens=args.chunk, block_size=16, enforce_eager=True,
+                max_num_seqs=4, max_num_batched_tokens=args.chunk, block_size=args.page_size, enforce_eager=True,
                 skip_tokenizer_init=True, enable_prefix_caching=False, kv_cache_memory_bytes=2 << 30,
                 gpu_memory_utilization=0.5, disable_log_stats=True, attention_backend="sparse",
-                additional_config={"sparse": start},
+                additional_config={"sparse": {**COMMON, "prefill_policy": "vertical_slash"}},
             )  # fmt: skip
-        finally:
-            SparseMetadataBuilder.__init__ = build
-        self.metrics, self.config = metrics, builders[-1].config
-        self.builders = [builder for builder in builders if builder.selects]
-        if not self.builders:
-            raise SystemExit(f"no layer of {model.name} is sparse: {metrics.snapshot()}")
-        self.kernel = type(self._impls()[-1].prefill_engine).__module__.rpartition(".")[2]
-
-    def _impls(self) -> list:
-        return [
-            builder.vllm_config.compilation_config.static_forward_context[name].impl
-            for builder in self.builders
-            for name in builder.layer_names
-        ]
-
-    def switch(self, settings: dict) -> None:
-        """Let all sparse layers prefill by ``settings``, as if the engine had started with them."""
-        from vllm_sparse.config import SparseConfig
-
-        config = SparseConfig.from_mapping(settings, "settings")
-        for key in SETTLED_AT_START:
-            if getattr(config, key) != getattr(self.config, key):
-                raise SystemExit(f"{key} is settled when an engine starts: {settings}")
-        for builder in self.builders:
-            builder.config = config
-        for impl in self._impls():
-            impl.config = config
-            impl.bind_prefill(impl.prefill.buffers)
+        self.switch.to({**COMMON, "prefill_policy": "dense"})
+        self.kernel = type(self.switch.layers[-1].prefill_engine).__module__.rpartition(".")[2]
 
     def measure(self, settings: dict, texts, needles, tokenizer) -> Found:
         from vllm import SamplingParams
 
-        self.switch(settings)
+        self.switch.to(settings)
         sparse = settings["prefill_policy"] != "dense"
         score = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
         answer = SamplingParams(max_tokens=ANSWER_TOKENS, temperature=0, detokenize=False)
