@@ -48,7 +48,8 @@ def load(name: str, bench: str) -> list[dict]:
 
 
 def caption(row: dict) -> str:
-    return f"{row['gpu']}, vLLM {row['vllm']}, commit {row['commit']}, {row['date']}"
+    device = "CPU" if row["gpu"] == "none" else row["gpu"]
+    return f"{device}, vLLM {row['vllm']}, commit {row['commit']}, {row['date']}"
 
 
 def decode_speed() -> None:
@@ -166,9 +167,10 @@ def prefill_quality() -> None:
             quality.scatter(row["density"], 100 * (row["perplexity"] / row["dense_perplexity"] - 1), **star)
     quality.axhspan(-1, 1, color=STOCK, alpha=0.2, linewidth=0)
     quality.set_yscale("symlog", linthresh=1, linscale=0.5)
-    ticks = [-1, 0, 1, 2, 5, 10, 20, 50, 100, 200]
+    top = max(2.0, *(130 * (row["perplexity"] / row["dense_perplexity"] - 1) for row in rows))
+    ticks = [tick for tick in (-1, 0, 1, 2, 5, 10, 20, 50, 100, 200, 500) if tick <= top]
     quality.set_yticks(ticks, [f"{tick:+d} %" if tick else "dense" for tick in ticks])
-    quality.set_ylim(-1, max(2, *quality.get_ylim()))
+    quality.set_ylim(-1, top)
     needles = max(row["needles"] for row in rows)
     note = f"hollow: lost at least one of {needles} needles; " if needles else ""
     about = f"density; {note}band: 1 %\n{caption(rows[0])}"
