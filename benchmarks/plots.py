@@ -161,7 +161,7 @@ def prefill_quality() -> None:
         axes.set_xlim(0, 1)
         axes.spines[["top", "right"]].set_visible(False)
     for row in rows:
-        if row["policy"] == policy and SparseConfig(**row["sparse"]).prefill_coverage == default.prefill_coverage:
+        if row["policy"] == policy and row["sparse"]["prefill_coverage"] == default.prefill_coverage:
             size = "sizes" if not default.prefill_coverage else f"coverage {default.prefill_coverage}"
             star = {"marker": "*", "s": 220, "color": "black", "zorder": 4, "label": f"shipped: {policy}, {size}"}
             quality.scatter(row["density"], 100 * (row["perplexity"] / row["dense_perplexity"] - 1), **star)

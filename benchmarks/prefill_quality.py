@@ -67,18 +67,19 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(model)
     texts, needles = passages(tokenizer, args), needle_prompts(tokenizer, args)
     engine = Engine(model, args)
-    dense = None
+    environment, dense = results.environment(), None
     print(f"{'policy':>14} {'density':>8} {'perplexity':>11} {'of dense':>9} {'needles':>8} {'lost':>5}  time")
     for settings in [{"prefill_policy": "dense"}, *(args.settings or grid())]:
         start = time.perf_counter()
-        found = engine.measure({**COMMON, **settings}, texts, needles, tokenizer)
+        settings = resolved(settings)
+        found = engine.measure(settings, texts, needles, tokenizer)
         dense = dense or found
-        row = results.environment() | {
+        row = environment | {
             "bench": "prefill_quality", "shape": model.name, "mode": "resident", "tp": 1, "batch": 1,
             "context": args.context, "chunk": args.chunk, "page_size": args.page_size, "budget": None,
             "split": args.split,
             "dtype": engine.dtype, "kernel": engine.kernel, "policy": settings["prefill_policy"],
-            "sparse": {**COMMON, **settings}, "density": found.density, "needle_density": found.needle_density,
+            "sparse": settings, "density": found.density, "needle_density": found.needle_density,
             "perplexity": round(found.perplexity, 5), "dense_perplexity": round(dense.perplexity, 5),
             "passages": [round(math.exp(loss), 5) for loss in found.losses],
             "dense_passages": [round(math.exp(loss), 5) for loss in dense.losses],
@@ -87,12 +88,22 @@ def main() -> None:
             "needles_lost": sum(a and not b for a, b in zip(dense.hits, found.hits, strict=True)),
         }  # fmt: skip
         results.append("prefill_quality", [row], args.out)
+        shown = {key: value for key, value in settings.items() if key not in COMMON}
         print(
             f"{row['policy']:>14} {row['density'] or 1:8.3f} {row['perplexity']:11.4f} "
             f"{found.perplexity / dense.perplexity - 1:+9.2%} {row['needle_hits']:>4}/{len(needles):<3} "
-            f"{row['needles_lost']:>5} {time.perf_counter() - start:5.0f}s {settings}",
+            f"{row['needles_lost']:>5} {time.perf_counter() - start:5.0f}s {shown}",
             flush=True,
         )
+
+
+def resolved(settings: dict) -> dict:
+    """These settings with all that sizes a policy, for rows that outlive today's defaults."""
+    from vllm_sparse.config import SparseConfig
+
+    config = SparseConfig.from_mapping({**COMMON, **settings}, "settings")
+    sizes = {name: getattr(config, name) for name in ("prefill_coverage", "vertical_tokens", "slash_tokens")}
+    return {**COMMON, **sizes, **settings}
 
 
 def grid() -> list[dict]:
