@@ -54,10 +54,12 @@ def main() -> None:
     args = parse_args()
     import torch
 
-    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
+    variables = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_FLASHINFER_SAMPLER": "0", "HF_HUB_OFFLINE": "1",
+    }  # fmt: skip
     if not torch.cuda.is_available():
-        environment |= {"VLLM_CPU_CI_ENV": "1", "TORCHDYNAMO_DISABLE": "1"}
-    os.environ.update(environment)
+        variables |= {"VLLM_CPU_CI_ENV": "1", "TORCHDYNAMO_DISABLE": "1"}
+    os.environ.update(variables)
     from transformers import AutoTokenizer
 
     from benchmarks import gemma
@@ -77,9 +79,9 @@ def main() -> None:
         row = environment | {
             "bench": "prefill_quality", "shape": model.name, "mode": "resident", "tp": 1, "batch": 1,
             "context": args.context, "chunk": args.chunk, "page_size": args.page_size, "budget": None,
-            "split": args.split,
-            "dtype": engine.dtype, "kernel": engine.kernel, "policy": settings["prefill_policy"],
-            "sparse": settings, "density": found.density, "needle_density": found.needle_density,
+            "split": args.split, "dtype": engine.dtype, "kernel": engine.kernel,
+            "policy": settings["prefill_policy"], "sparse": settings,
+            "density": found.density, "needle_density": found.needle_density,
             "perplexity": round(found.perplexity, 5), "dense_perplexity": round(dense.perplexity, 5),
             "passages": [round(math.exp(loss), 5) for loss in found.losses],
             "dense_passages": [round(math.exp(loss), 5) for loss in dense.losses],
