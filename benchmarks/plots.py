@@ -11,25 +11,45 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from benchmarks.results import RESULTS
+from vllm_sparse.config import SparseConfig
+from vllm_sparse.policies.fixed import FixedPolicy
+from vllm_sparse.policies.registry import PREFILL_POLICIES
 
 DOCS = Path(__file__).parent.parent / "docs"
 STOCK, SPARSE = "#8a8f98", "#1f77b4"
 
 
-def load(name: str, bench: str) -> list[dict]:
-    """Rows of the fullest run of ``bench`` on the GPU measured last; rows with a note are of runs cut off."""
+def read(name: str, bench: str) -> list[dict]:
+    """All rows of ``bench``; rows with a note are of runs cut off."""
     rows = [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if row["bench"] == bench and "note" not in row]
-    runs: dict[str, dict] = {}
+    return [row for row in rows if row["bench"] == bench and "note" not in row]
+
+
+def fullest(rows: list[dict], same: tuple[str, ...], each: tuple[str, ...]) -> list[dict]:
+    """Of the groups of rows equal in ``same`` the one with most points, each as measured last.
+
+    Points differ in ``each``. Among equally large groups the one begun last is taken.
+    """
+
+    def key(row: dict, names: tuple[str, ...]) -> str:
+        return json.dumps([row.get(name) for name in names], sort_keys=True)
+
+    groups: dict[str, dict] = {}
     for row in rows:
-        if row["gpu"] == rows[-1]["gpu"]:
-            key = row["batch_spec"], row.get("kernel"), row["tp"]
-            runs.setdefault(row["commit"], {})[key] = row
-    return list(max(reversed(runs.values()), key=len).values())
+        groups.setdefault(key(row, same), {})[key(row, each)] = row
+    return list(max(reversed(groups.values()), key=len).values())
+
+
+def load(name: str, bench: str) -> list[dict]:
+    """Rows of the fullest run of ``bench`` on the GPU measured last."""
+    rows = read(name, bench)
+    rows = [row for row in rows if row["gpu"] == rows[-1]["gpu"]]
+    return fullest(rows, ("commit",), ("batch_spec", "kernel", "tp"))
 
 
 def caption(row: dict) -> str:
-    return f"{row['gpu']}, vLLM {row['vllm']}, commit {row['commit']}, {row['date']}"
+    device = "CPU" if row["gpu"] == "none" else row["gpu"]
+    return f"{device}, vLLM {row['vllm']}, commit {row['commit']}, {row['date']}"
 
 
 def decode_speed() -> None:
@@ -89,7 +109,9 @@ def kernel_time() -> None:
 
 def prefill_time() -> None:
     """One layer's prefill of one request by part, beside dense attention."""
-    rows = [row for row in load("prefill", "prefill_attention") if row["kernel"] == "fa3"]
+    rows = read("prefill", "prefill_attention")
+    rows = [row for row in rows if row["kernel"] == "fa3" and row["policy"] == "vertical_slash"]
+    rows = fullest(rows, ("gpu", "commit", "sparse"), ("batch_spec",))
     rows.sort(key=lambda row: row["context"])
     figure, axes = plt.subplots(figsize=(8, 2.6), layout="constrained")
     for index, row in enumerate(rows):
@@ -112,8 +134,65 @@ def prefill_time() -> None:
     figure.savefig(DOCS / "prefill_time.png", dpi=160)
 
 
+def prefill_quality() -> None:
+    """What each prefill policy loses, and the time of a layer's prefill, against density."""
+    default = SparseConfig()
+    policy = default.prefill_policy if default.prefill_policy != "dense" else "vertical_slash"
+    rows = read("prefill_quality", "prefill_quality")
+    rows = [row for row in rows if row["split"] == "report" and row["density"] is not None]
+    rows = fullest(rows, ("shape", "gpu", "context", "chunk"), ("policy", "sparse"))
+    times = [row for row in read("prefill", "prefill_attention") if row["kernel"] == "fa3"]
+    times = fullest(times, ("gpu", "shape", "batch_spec"), ("policy", "sparse"))
+    figure, (quality, speed) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
+    for axes, points, value in (
+        (quality, rows, lambda row: 100 * (row["perplexity"] / row["dense_perplexity"] - 1)),
+        (speed, times, lambda row: 100 * row["sparse_ms"] / row["baseline_ms"]),
+    ):
+        for index, (name, chooses) in enumerate(PREFILL_POLICIES.items()):
+            line = sorted((row for row in points if row["policy"] == name), key=lambda row: row["density"])
+            if not line:
+                continue
+            x, y = [row["density"] for row in line], [value(row) for row in line]
+            fixed = issubclass(chooses, FixedPolicy)
+            color, style = f"C{index % 10}", "--" if fixed else "-"
+            axes.plot(x, y, style, color=color, label=name, linewidth=1 if fixed else 2)
+            faces = ["white" if row.get("needles_lost") else color for row in line]
+            axes.scatter(x, y, 22, faces, edgecolors=color, zorder=3)
+        axes.set_xlim(0, 1)
+        axes.spines[["top", "right"]].set_visible(False)
+    for row in rows:
+        if row["policy"] == policy and row["sparse"]["prefill_coverage"] == default.prefill_coverage:
+            size = "sizes" if not default.prefill_coverage else f"coverage {default.prefill_coverage}"
+            star = {"marker": "*", "s": 220, "color": "black", "zorder": 4, "label": f"shipped: {policy}, {size}"}
+            quality.scatter(row["density"], 100 * (row["perplexity"] / row["dense_perplexity"] - 1), **star)
+    quality.axhspan(-1, 1, color=STOCK, alpha=0.2, linewidth=0)
+    quality.set_yscale("symlog", linthresh=1, linscale=0.5)
+    top = max(2.0, *(130 * (row["perplexity"] / row["dense_perplexity"] - 1) for row in rows))
+    ticks = [tick for tick in (-1, 0, 1, 2, 5, 10, 20, 50, 100, 200, 500) if tick <= top]
+    quality.set_yticks(ticks, [f"{tick:+d} %" if tick else "dense" for tick in ticks])
+    quality.set_ylim(-1, top)
+    needles = max(row["needles"] for row in rows)
+    note = f"hollow: lost at least one of {needles} needles; " if needles else ""
+    about = f"density; {note}band: 1 %\n{caption(rows[0])}"
+    quality.set_xlabel(about, fontsize=8)
+    title = f"Perplexity of {rows[0]['shape']}, {rows[0]['context']:,} tokens"
+    quality.set_title(title, fontsize=10)
+    quality.legend(frameon=False, fontsize=8)
+    speed.plot([0, 1], [0, 100], color=STOCK, linewidth=4, alpha=0.3, zorder=0)
+    speed.axhline(100, color=STOCK, linewidth=1)
+    speed.set_ylim(0)
+    speed.yaxis.set_major_formatter("{x:.0f} %")
+    speed.set_xlabel(f"density; band: time in proportion to it\n{caption(times[0])}", fontsize=8)
+    speed.set_title(
+        f"One layer's prefill through FA3, of dense FA3's time, {times[0]['context']:,} tokens", fontsize=10
+    )
+    speed.legend(frameon=False, fontsize=8)
+    figure.savefig(DOCS / "prefill_quality.png", dpi=160)
+
+
 if __name__ == "__main__":
     DOCS.mkdir(exist_ok=True)
     decode_speed()
     kernel_time()
     prefill_time()
+    prefill_quality()
