@@ -21,6 +21,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.runtime.interpreter import InterpretedFunction
 from vllm_sparse.kernels.launch import num_multiprocessors
 
 from vllm_sparse.probe import BUNDLE_HEADS, PROBE_TOKENS, probe_groups, probe_start
@@ -30,12 +31,13 @@ LOG2_E = 1.4426950408889634
 LARGEST = 1e37
 """Sums against a reference end here, well inside float32 and bfloat16."""
 QUERY_BYTES = 65536
+"""Most that the queries of a bundle of heads take of shared memory."""
 TUNING = {
     "heads": BUNDLE_HEADS,
     "block_tokens": 64,
     "tile_bytes": 16384,
     "num_warps": 8,
-    "num_stages": 3,
+    "num_stages": 2,
     "fold_tiles": 16,
 }
 
@@ -222,7 +224,8 @@ def probe_mass(
     exact = kv.dtype == torch.float32
     # bfloat16 has the exponents of float32, which weights against a mere reference need.
     room = parts.view(-1).view(torch.float32 if exact else torch.bfloat16)
-    sum_dtype = tl.bfloat16 if kv.dtype == torch.bfloat16 or (kv.is_cuda and not exact) else tl.float32
+    # Triton's interpreter multiplies bfloat16 wrongly.
+    sum_dtype = tl.float32 if exact or isinstance(_probe_parts, InterpretedFunction) else tl.bfloat16
     at_once = min(q_heads, room.shape[0] // (tiles * PROBE_TOKENS * stored) // heads * heads)
     assert at_once > 0, f"{room.shape[0]} elements hold no {heads} heads of {tiles} tiles"
     fold_tiles = max(TUNING["fold_tiles"], tiles_a_page)
