@@ -50,11 +50,13 @@ class PolicySwitch:
         Raises:
             ValueError: no layer is sparse, or a setting is settled when an engine starts.
         """
+        from vllm_sparse.backend import compat
         from vllm_sparse.config import SparseConfig
 
-        config = SparseConfig.from_mapping(settings, "settings")
         if not self._builders:
             raise ValueError("no layer of this engine is sparse, or it did not start inside watching()")
+        config = SparseConfig.from_mapping(settings, "settings")
+        config = compat.with_patterns(self._builders[0].vllm_config, config)
         for builder in self._builders:
             for key in SETTLED_AT_START:
                 value, started = getattr(config, key), getattr(builder.config, key)

@@ -142,13 +142,18 @@ def _check_config(original, vllm_config) -> None:
         )
 
 
-def _carry_patterns(vllm_config, config) -> None:
-    """Put what ``head_patterns`` names into the config itself, which vLLM takes to every worker."""
+def with_patterns(vllm_config, config):
+    """``config`` with the patterns that its ``head_patterns`` names for the engine's model."""
     model = vllm_config.model_config
     if model is None:
-        return
+        return config
     layers, heads = (getattr(model.hf_text_config, f"num_{of}", 0) for of in ("hidden_layers", "attention_heads"))
-    found = config.with_patterns(model.model, layers, heads)
+    return config.with_patterns(model.model, layers, heads)
+
+
+def _carry_patterns(vllm_config, config) -> None:
+    """Put what ``head_patterns`` names into the config itself, which vLLM takes to every worker."""
+    found = with_patterns(vllm_config, config)
     if found is config:
         return
     additional = vllm_config.additional_config or {}
