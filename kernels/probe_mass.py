@@ -135,7 +135,8 @@ def _probe_parts(
     total = tl.minimum(total, LARGEST)
     seen = live & (total > 0)
     target = part_lse + ((of_bundle * splits + split) * 2 * ROWS + row)
-    tl.store(target, tl.where(seen, reference, 0.0))
+    # A row that saw nothing weighs nothing, however small the rest of its softmax is.
+    tl.store(target, tl.where(seen, reference, float("-inf")))
     tl.store(target + ROWS, tl.where(seen, reference + tl.log2(tl.maximum(total, 1e-37)), float("-inf")))
 
 
@@ -159,7 +160,7 @@ def _fold_rows(
     tile = block * TILES + tl.arange(0, TILES)
     column = tl.arange(0, PAGES)
     reference = tl.load(lse_row[None, :] + (tile // per_split)[:, None] * 2 * ROWS,
-                        mask=(tile < tiles)[:, None], other=0.0)  # fmt: skip
+                        mask=(tile < tiles)[:, None], other=float("-inf"))  # fmt: skip
     weight = tl.where(empty[None, :], 0.0, tl.exp2(reference - lse[None, :]))
     cell = parts + ((head.to(tl.int64) * tiles + tile)[:, None, None] * ROWS + row[None, :, None]) * STORED
     mask = (tile < tiles)[:, None, None] & ~empty[None, :, None]

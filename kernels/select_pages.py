@@ -238,8 +238,12 @@ def select_pages(
     kv_heads = kv.shape[1]
     rows = num_reqs * kv_heads
     group = scores.q_heads // kv_heads
+    # Rows within a budget are not scored, so one past the widest row is as good as any larger.
+    budget_pages = min(budget_pages, max_pages)
     segment, segments = plan.segment_pages, triton.cdiv(max_pages, plan.segment_pages)
     budget_pad = triton.next_power_of_2(budget_pages)
+    if budget_pages == max_pages:
+        segments = budget_pad = 1
     assert segments * budget_pad <= MAX_CANDIDATES, f"{segments} segments with {budget_pages} pages each"
     shape = (rows, segments, budget_pad) if segments > 1 else (1,)
     candidate_keys = torch.empty(shape, dtype=torch.uint32, device=kv.device)

@@ -94,6 +94,21 @@ def test_patterns_are_consulted_by_vertical_slash_alone_and_only_where_asked_for
     assert SparseConfig(**SLASH).with_patterns("no/model", 99, 99).head_patterns == "none"
 
 
+@pytest.mark.parametrize("given", ["patterns.json", TABLE], ids=["path", "table"])
+@pytest.mark.parametrize("policy", ["dense", "flex_prefill"])
+def test_patterns_that_nothing_would_read_are_refused(policy, given):
+    with pytest.raises(ConfigError, match=r"head_patterns: .* would not be read by .*allowed with it: auto, none"):
+        SparseConfig(prefill_policy=policy, head_patterns=given)
+
+
+def test_auto_takes_a_place_that_may_not_be_looked_at_for_no_patterns(monkeypatch):
+    def forbidden(path, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("os.stat", forbidden)
+    assert SparseConfig(**SLASH).with_patterns("org/model", LAYERS, Q_HEADS).head_patterns == "none"
+
+
 def test_hub_names_have_their_patterns_in_the_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     expected = tmp_path / "cache" / "vllm-sparse" / "patterns" / "org--model.json"
@@ -109,12 +124,12 @@ def test_hub_names_have_their_patterns_in_the_cache(monkeypatch, tmp_path):
 
 def test_each_rank_takes_its_slice_of_the_heads():
     a, b = TABLE.candidates
-    assert [TABLE.of_layer(0, rank, 1) for rank in range(4)] == [[a], [b], [b], [b]]
-    assert [TABLE.of_layer(2, rank, 2) for rank in range(2)] == [[a, a], [a, b]]
-    assert TABLE.of_layer(2, 0, 4) == TABLE.of_layer(2, 1, 4) == [a, a, a, b], "a layer that is not split"
-    assert TABLE.of_layer(1, 0, 4) is None, "a layer without patterns"
-    assert TABLE.of_layer(3, 0, 4) is None, "a layer that the model does not have: a draft's"
-    assert TABLE.of_layer(0, 0, 3) is TABLE.of_layer(0, 2, 2) is TABLE.of_layer(0, 0, 8) is None
+    assert [TABLE.of_layer(0, rank, 4, 1) for rank in range(4)] == [[a], [b], [b], [b]]
+    assert [TABLE.of_layer(2, rank, 2, 2) for rank in range(2)] == [[a, a], [a, b]]
+    assert TABLE.of_layer(2, 0, 2, 4) == TABLE.of_layer(2, 1, 2, 4) == [a, a, a, b], "a layer that is not split"
+    assert TABLE.of_layer(1, 0, 1, 4) is None, "a layer without patterns"
+    assert TABLE.of_layer(3, 0, 1, 4) is None, "a layer that the model does not have: a draft's"
+    assert TABLE.of_layer(0, 0, 1, 3) is TABLE.of_layer(0, 0, 1, 2) is TABLE.of_layer(0, 0, 1, 8) is None
 
 
 def test_patterns_are_whole_pages_on_the_device():

@@ -18,8 +18,9 @@ from cases import (
 )
 from vllm_sparse.kernels import reference
 
-from vllm_sparse.decode_plan import DecodePlan
-from vllm_sparse.page_table import PageTable
+from vllm_sparse.config import ConfigError
+from vllm_sparse.decode_plan import MAX_CANDIDATES, DecodePlan, segment_pages
+from vllm_sparse.page_table import PageTable, units_per_block
 
 pytest.importorskip("triton")
 from vllm_sparse.kernels import launchers, select_pages
@@ -218,6 +219,28 @@ def test_select_pages_matches_twin(shape, segment, small, scores, monkeypatch):
         only = [sorted(set(a) - set(b)) for a, b in (swapped, swapped[::-1])]
         mass = page_masses(case, row)
         assert torch.allclose(mass[only[0]].sort().values, mass[only[1]].sort().values, rtol=1e-3)
+
+
+@pytest.mark.parametrize("tokens, budget, expected", [(128 << 10, 128, 2048), (1 << 20, 128, 4096),
+                                                      (4 << 20, 512, 4096), (4 << 20, 1024, 8192)])  # fmt: skip
+def test_segments_are_few_and_a_merge_holds_a_budget_of_each(tokens, budget, expected):
+    pages = tokens // 16
+    assert segment_pages(pages, budget) == expected
+    assert -(-pages // expected) * budget <= MAX_CANDIDATES
+
+
+def test_a_budget_that_no_merge_holds_is_refused():
+    with pytest.raises(
+        ConfigError, match=r"budget_tokens: 40000 pages .* of 40001 pages; allowed: a smaller budget"
+    ):
+        segment_pages(40001, 40000)
+
+
+def test_selection_takes_a_budget_larger_than_any_context():
+    case = make([200, 33], budget_pages=10**5)
+    assert (case.plan.score_offsets < 0).all()
+    launchers.select_pages(case.scores, case.block_table, case.plan, case.kv, 16, 10**5, 1, 20, case.table)
+    assert (case.table.units[0, :13] == case.block_table[0, :13] * units_per_block(case.kv)).all()
 
 
 def pages_of(case, row, units):

@@ -174,6 +174,17 @@ def test_probe_mass_takes_a_few_heads_at_a_time_and_logits_of_any_size(dtype, si
     assert torch.isfinite(whole).all() and (pages[::4, 28:29] > 0.2).all() and (twin.sum(1)[::4, 28] > 0.9).all()
 
 
+@pytest.mark.parametrize("end", [200, 511])
+def test_probe_mass_of_logits_far_below_zero(end):
+    """Softmax sums so small that a row's share of a split in which it sees nothing must not be divided by them."""
+    case = make_chunk(64, end - 64, 1, 2, 32, 16)
+    case.q[:] = case.q.abs() + 1
+    case.kv[..., :32] = case.kv[..., :32].abs().neg() * 10 - 30
+    mass, twin = probe(launchers, case), probe(reference, case)
+    assert (case.q[-1] @ case.kv[int(case.block_table[0]), 0, 0, :32] * case.scale < -90).all()
+    assert torch.isfinite(mass).all() and error(mass, twin) < TOLERANCE[torch.float32]
+
+
 def select(run, case, mass, vertical=3, slash=4, coverage=0.0, patterns=None):
     """``vertical`` pages and ``slash`` bands, or ``coverage``, in every head; or ``patterns`` of heads."""
     page, buffers = case.page_size, case.buffers

@@ -167,6 +167,9 @@ WRONG = {
     ),
     "tolerance": (["--tolerance", "nan"], ["--tolerance: nan", "0 or more"]),
     "passages": (["--passages", "0"], ["--passages: 0", "1 or more"]),
+    "folder": (["--out", str(TEXT.parent)], [f"--out: {TEXT.parent}", "the path of a file"]),
+    "no_such_place": (["--out", str(TEXT / "x.json")], [f"--out: {TEXT / 'x.json'}", "cannot be written"]),
+    "page_size": (["--block-size", "48"], ["48", "16, 32, 64"]),
     "no_text": (["--text", "/nowhere"], ["--text: '/nowhere'", "a UTF-8 file"]),
 }
 

@@ -24,6 +24,8 @@ from vllm_sparse.pattern_table import HeadPattern, PatternError, PatternTable
 logger = logging.getLogger("vllm.vllm_sparse")
 
 ENV_CONFIG = "VLLM_SPARSE_CONFIG"
+PATTERN_POLICY = "vertical_slash"
+"""The prefill policy that reads ``head_patterns``."""
 PAGE_SIZES = (16, 32, 64, 128, 256)
 """Tokens per page: powers of two (kernel tiles) and multiples of 16 (FlashAttention-3)."""
 
@@ -86,6 +88,14 @@ class SparseConfig:
         ):  # fmt: skip
             if getattr(self, name) < 0:
                 raise ConfigError(f"sparse.{name}: {getattr(self, name)} is negative; allowed: 0 or more")
+        if self.prefill_policy != PATTERN_POLICY and self.head_patterns not in ("auto", "none"):
+            given = (
+                "a table of patterns" if isinstance(self.head_patterns, PatternTable) else repr(self.head_patterns)
+            )
+            raise ConfigError(
+                f"sparse.head_patterns: {given} is for prefill_policy={PATTERN_POLICY!r} and would not be read by "
+                f"{self.prefill_policy!r}; allowed with it: auto, none"
+            )
         if self.budget_tokens < 1:
             raise ConfigError(f"sparse.budget_tokens: {self.budget_tokens}; allowed: at least one page")
         if not 0 <= self.prefill_coverage <= 1:
@@ -131,10 +141,10 @@ class SparseConfig:
             ConfigError: the file is not one of this model.
         """
         asked = self.head_patterns
-        if self.prefill_policy != "vertical_slash" or asked == "none" or isinstance(asked, PatternTable):
+        if self.prefill_policy != PATTERN_POLICY or asked == "none" or isinstance(asked, PatternTable):
             return self
-        path = pattern_table.default_path(model) if asked == "auto" else Path(asked).expanduser()
-        if asked == "auto" and not path.exists():
+        path = pattern_table.default_path(model) if asked == "auto" else Path(os.path.expanduser(asked))
+        if asked == "auto" and not os.path.exists(path):  # as here, which takes a forbidden place for none
             return replace(self, head_patterns="none")
         try:
             table = pattern_table.read(path, num_layers, q_heads)

@@ -74,18 +74,16 @@ class PatternTable:
         rows = [None if row is None else list(row) for row in self.choices]
         return {"candidates": [asdict(candidate) for candidate in self.candidates], "patterns": rows}
 
-    def of_layer(self, layer: int, rank: int, q_heads: int) -> list[HeadPattern] | None:
-        """Patterns of the ``q_heads`` query heads of ``layer`` that a tensor-parallel rank holds.
+    def of_layer(self, layer: int, rank: int, ranks: int, q_heads: int) -> list[HeadPattern] | None:
+        """Patterns of the ``q_heads`` query heads of ``layer`` that one of ``ranks`` tensor-parallel ranks holds.
 
         Rank r holds the r-th slice of the heads; a layer that is not split holds all on every rank. None
         where the table has none for this layer, or for another number of heads (a draft model's layers).
         """
         row = self.choices[layer] if layer < len(self.choices) else None
-        if row is None:
+        if row is None or len(row) not in (q_heads, q_heads * ranks):
             return None
         first = 0 if q_heads == len(row) else rank * q_heads
-        if len(row) % q_heads or first + q_heads > len(row):
-            return None
         return [self.candidates[choice] for choice in row[first : first + q_heads]]
 
 
@@ -93,10 +91,10 @@ def default_path(model: str) -> Path:
     """Where the patterns of a model directory or of a hub name lie unless somebody says otherwise."""
     # Offline, vLLM replaces a hub name by the place of its snapshot.
     snapshot = _SNAPSHOT.search(model)
-    if snapshot is None and Path(model).is_dir():
+    if snapshot is None and os.path.isdir(model):
         return Path(model) / FILE_NAME
     name = snapshot[1] if snapshot else model.replace("/", "--")
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # a user may have no home
     return Path(root) / "vllm-sparse" / "patterns" / f"{name}.json"
 
 

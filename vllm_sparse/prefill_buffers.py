@@ -8,8 +8,8 @@ query heads, head_dim 128, 16-bit queries and page 16:
     scratch       96 MiB   queries and outputs by head: 6144 tokens of 2 * 8 KiB
     estimate      26 MiB   at 1M tokens: per (head, page) two float32, one int32, one uint8
 
-202 MiB at 1M tokens of context, 159 MiB at 128K. A chunk's masses lie where its tables come later: at 64
-heads and 1M tokens they, not the tables, set that size, and all of it is 249 MiB.
+203 MiB at 1M tokens of context, 161 MiB at 128K. A chunk's masses lie where its tables come later: at 64
+heads and 1M tokens they, not the tables, set that size, and all of it is 250 MiB.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import logging
 
 import torch
 from vllm.config import get_current_vllm_config
-from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
@@ -127,7 +127,8 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
     def _patterns(self) -> HeadPatterns:
         table, patterns = self.config.head_patterns, None
         if isinstance(table, PatternTable):
-            patterns = table.of_layer(self.layer_index, get_tensor_model_parallel_rank(), self.num_heads)
+            rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+            patterns = table.of_layer(self.layer_index, rank, ranks, self.num_heads)
             if patterns is None:
                 logger.info("sparse attention: layer %d has no patterns of its own", self.layer_index)
         if patterns is None:

@@ -61,8 +61,11 @@ class Workspace:
         max_pages = -(-vllm_config.model_config.max_model_len // page_size) + 1
         capacity = max(16 * max_pages, SCORE_BYTES // (4 * q_heads))
         capacity = min(capacity, max_num_reqs * max_pages)
+        # A budget of the whole context, and dense decode, choose from nothing.
+        chosen = 1 if config.decode_policy == "dense" else config.budget_pages(page_size)
+        segment = segment_pages(max_pages, chosen if chosen < max_pages else 1)
         workspace = cls(
-            plan=DecodePlan.empty(max_num_reqs, device, segment_pages(max_pages, config.budget_pages(page_size))),
+            plan=DecodePlan.empty(max_num_reqs, device, segment),
             table=PageTable.empty(max_num_reqs, kv_heads, min(config.table_pages(page_size), max_pages), device),
             scores=PageScores.empty(q_heads, capacity, max_num_reqs, device),
             page_size=page_size,

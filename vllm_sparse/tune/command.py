@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import json
 import os
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -66,6 +67,7 @@ def run(args: argparse.Namespace) -> None:
     }
     settings = _settings(args, model.max_model_len, text)
     out = args.out or pattern_table.default_path(args.model)
+    _check_writable(out)
     partial = Partial(out.with_name(f"{out.name}.partial"), {"model": args.model, **shape, **settings})
     if len(partial.passages) < args.passages:
         _measure(args, settings, shape["q_heads"], text, partial)
@@ -80,6 +82,20 @@ def run(args: argparse.Namespace) -> None:
     _print_summary(found, choices, args.tolerance, out)
 
 
+def _check_writable(out: Path) -> None:
+    """Refuse now what could not be written after minutes of measuring."""
+    if out.is_dir() or not out.name:
+        raise ConfigError(f"--out: {out} is a directory; allowed: the path of a file")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"--out: {out} cannot be written ({error.strerror}); allowed: a place that can"
+        ) from None
+
+
 def _settings(args: argparse.Namespace, max_model_len: int, text: str) -> dict[str, Any]:
     """What a measurement depends on, beside the model."""
     most = max_model_len - 1
@@ -87,6 +103,8 @@ def _settings(args: argparse.Namespace, max_model_len: int, text: str) -> dict[s
     served = SparseConfig()
     # A sample shorter than what is sparse by default would measure nothing.
     shortest = min(served.min_prefill_tokens, tokens // 4)
+    if args.block_size is not None:
+        served.check_page_size(args.block_size)
     settings = {
         "tokens": tokens,
         "passages": args.passages,
