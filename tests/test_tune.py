@@ -88,7 +88,8 @@ def test_the_first_candidate_is_what_heads_have_without_tuning():
 
 
 @pytest.mark.engine
-def test_tune_leaves_patterns_that_serving_takes_and_continues_where_it_was_interrupted(tiny, monkeypatch, capsys):
+def test_tune_leaves_patterns_that_serving_takes_and_continues_where_it_was_interrupted(tiny, monkeypatch, capfd):
+    # capfd, for vLLM 0.27 asks standard output for its file descriptor.
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     from vllm_sparse.tune import command
 
@@ -122,7 +123,7 @@ def test_tune_leaves_patterns_that_serving_takes_and_continues_where_it_was_inte
     assert passages == [1] and len(first) == len(taken) == 1, "the first passage was measured again"
     assert first[0] != taken[0], "both passages are the same"
     assert not partial.exists()
-    said = capsys.readouterr().out
+    said = capfd.readouterr().out
     assert "continuing there" in said and f"Patterns are in {place}" in said
     found = Measurement.total([Measurement.of_workers(workers, 4) for workers in (first[0], taken[0])])
     assert found.layers == [0, 1, 2]
