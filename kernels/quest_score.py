@@ -20,7 +20,7 @@ from vllm_sparse.kernels.store_scores import store_chunk, store_scores
 from vllm_sparse.decode_plan import NOT_LISTED, WORK_COLUMNS, DecodePlan
 from vllm_sparse.page_scores import CHUNK_PAGES, PageScores
 
-TUNING = {"waves": 16, "num_warps": 2, "num_stages": 2}
+TUNING = {"waves": 8, "num_warps": 2, "num_stages": 2}
 ROWS = 128
 """Entries of the work list read at a time in the search for a program's first row."""
 
