@@ -128,10 +128,11 @@ def quest_score(
 ) -> None:
     head_dim, group = q.shape[-1], q.shape[1] // kv.shape[1]
     for request, blocks, offset, _ in _scored_requests(block_table, plan, page_size):
-        centre, half = (x.transpose(0, 1)[:, :, None] for x in key_range(kv[blocks], page_size))
-        heads = q[request].float().view(-1, 1, group, head_dim) * scale
-        bound = (heads * centre + slack * heads.abs() * half).sum(-1)
-        _store_scores(scores, request, offset, bound.transpose(1, 2).flatten(0, 1))
+        summaries = kv[:, :, page_size:][blocks]
+        centre, half = (x.permute(1, 2, 0) for x in key_range(summaries, 0))
+        heads = q[request].float().view(-1, group, head_dim) * scale
+        bound = heads @ centre + slack * heads.abs() @ half
+        _store_scores(scores, request, offset, bound.flatten(0, 1))
 
 
 def page_mass(

@@ -207,6 +207,9 @@ class Run:
             ).make
             for task in args.tasks:
                 for length in args.lengths:
+                    make(task, length, 0)  # what cannot be made is refused before anything is measured
+            for task in args.tasks:
+                for length in args.lengths:
                     seeds = [
                         seed for seed in self._seeds(task)
                         if any(not self.rows.has(self._key(task, length, seed, s)) for s in settings)

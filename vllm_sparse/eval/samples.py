@@ -95,9 +95,9 @@ class Samples:
         return self.tokenizer.encode(f"{problem.text}\n{problem.answer_start}")
 
     def _answer_tokens(self, problem: ruler.Problem) -> int:
-        """Room for the right answer, and half of it again."""
+        """Room for the right answer twice, as models number and repeat things."""
         tokens = len(self.tokenizer.encode(" " + ", ".join(problem.answers), add_special_tokens=False))
-        return tokens * 3 // 2 + SPARE_ANSWER_TOKENS
+        return 2 * tokens + SPARE_ANSWER_TOKENS
 
 
 def digest(text: str) -> str:
