@@ -66,7 +66,7 @@ def bench(spec: str, args) -> list[dict]:
     q_heads, budget_pages, scale = heads * args.group, args.budget // page, args.head_dim**-0.5
     pages = [-(-n // page) for n in lens]
     layer_bytes = sum(pages) * heads * (page + 1) * 4 * dim
-    summary_bytes = sum(pages) * heads * (2 * dim + 4)
+    summary_bytes = sum(pages) * heads * 2 * dim
     count = max(2, min(16, -(-WORKING_SET_BYTES // summary_bytes), (40 << 30) // layer_bytes))
     device = torch.device("cuda")
     blocks = torch.randperm(sum(pages), device=device).int()
@@ -81,7 +81,7 @@ def bench(spec: str, args) -> list[dict]:
     table = PageTable.empty(len(lens), heads, max(budget_pages, args.min_context // page), device)
     short_rows_dense = len(lens) >= SHORT_ROWS_DENSE_FROM
     launchers.plan_decode(
-        seq_lens, plan, table, page, budget_pages, args.min_context, sum(pages), short_rows_dense
+        seq_lens, plan, table, page, budget_pages, args.min_context, sum(pages), short_rows_dense, 1, 32
     )  # fmt: skip
     scores = PageScores.empty(q_heads, sum(pages), len(lens), device)
     layers = []
@@ -101,7 +101,7 @@ def bench(spec: str, args) -> list[dict]:
 
     attended = int(table.lengths.sum())
     scored = sum(n for n, length in zip(pages, lens, strict=True) if length > args.min_context)
-    summary_bytes = scored * heads * (2 * dim + 4)
+    summary_bytes = scored * heads * 2 * dim
     attend_bytes = attended * 4 * dim
     dense_bytes = sum(lens) * heads * 4 * dim
     timed = [

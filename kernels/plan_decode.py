@@ -15,6 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_sparse.kernels.select_pages import window_start
+
 from vllm_sparse.decode_plan import NOT_LISTED, WORK_COLUMNS, DecodePlan
 from vllm_sparse.page_scores import CHUNK_PAGES
 from vllm_sparse.page_table import PageTable
@@ -23,8 +25,8 @@ from vllm_sparse.page_table import PageTable
 @triton.jit(do_not_specialize=["num_reqs", "capacity"])
 def _plan_decode(
     seq_lens, table_seq_lens, dense_seq_lens, score_offsets, work, totals, counters, lengths,
-    num_reqs, budget_pages, min_context, capacity,
-    KV_HEADS: tl.constexpr, PAGE: tl.constexpr, CHUNK: tl.constexpr, SEGMENT: tl.constexpr,
+    num_reqs, budget_pages, min_context, capacity, sink_pages, window_tokens,
+    KV_HEADS: tl.constexpr, PAGE: tl.constexpr, CHUNK: tl.constexpr, SEGMENT: tl.constexpr, ALONE: tl.constexpr,
     COLUMNS: tl.constexpr, NOT_LISTED: tl.constexpr, SHORT_DENSE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     rows = tl.arange(0, BLOCK)
@@ -49,7 +51,9 @@ def _plan_decode(
     places, number = tl.cumsum(numbers, axis=0), tl.sum(numbers, axis=0)
     num_scored, num_short = (number & 0xFFFFFFFF).to(tl.int32), (number >> 32).to(tl.int32)
     short_place = (places >> 32).to(tl.int32)
-    sizes = tl.where(scored, (pages + CHUNK - 1) // CHUNK + ((pages + SEGMENT - 1) // SEGMENT << 32), 0)
+    ranked = window_start(seq_len, window_tokens, PAGE) - sink_pages
+    segments = tl.where(ranked <= ALONE, 1, (ranked + SEGMENT - 1) // SEGMENT)
+    sizes = tl.where(scored, (pages + CHUNK - 1) // CHUNK + (segments << 32), 0)
     ends, size = tl.cumsum(sizes, axis=0), tl.sum(sizes, axis=0)
     scored_segments = (size >> 32).to(tl.int32)
     item = work + (tl.where(scored, (places & 0xFFFFFFFF).to(tl.int32), num_scored + short_place) - 1) * COLUMNS
@@ -79,6 +83,8 @@ def plan_decode(
     min_context_tokens: int,
     capacity_pages: int,
     short_rows_dense: bool,
+    sink_pages: int,
+    window_tokens: int,
 ) -> None:
     """Fill ``plan`` and ``table.lengths`` for this step.
 
@@ -89,6 +95,7 @@ def plan_decode(
         page_size, budget_pages, min_context_tokens: see :class:`vllm_sparse.config.SparseConfig`.
         capacity_pages: columns of the score buffer.
         short_rows_dense: rows that need no scoring go to the dense backend, not the page table.
+        sink_pages, window_tokens: as ``select_pages`` will get them; together fewer pages than the budget.
     """
     num_reqs = seq_lens.shape[0]
     if num_reqs == 0:
@@ -96,8 +103,8 @@ def plan_decode(
     _plan_decode[(1,)](
         seq_lens, plan.table_seq_lens, plan.dense_seq_lens, plan.score_offsets,
         plan.work, plan.totals, plan.counters, table.lengths,
-        num_reqs, budget_pages, min_context_tokens, capacity_pages,
+        num_reqs, budget_pages, min_context_tokens, capacity_pages, sink_pages, window_tokens,
         KV_HEADS=table.lengths.shape[0] // num_reqs, PAGE=page_size, CHUNK=CHUNK_PAGES,
-        SEGMENT=plan.segment_pages, COLUMNS=WORK_COLUMNS, NOT_LISTED=NOT_LISTED,
+        SEGMENT=plan.segment_pages, ALONE=plan.alone_pages, COLUMNS=WORK_COLUMNS, NOT_LISTED=NOT_LISTED,
         SHORT_DENSE=short_rows_dense, BLOCK=max(1024, triton.next_power_of_2(num_reqs)),
     )  # fmt: skip

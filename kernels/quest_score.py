@@ -5,7 +5,8 @@
 With slack 1 it is Quest's upper bound, sum_d max(q_d min_d, q_d max_d) (arXiv 2406.10774). Centre and
 half width are int8 (:mod:`vllm_sparse.kernels.page_write` has the format), and so is the query, in two
 digits to base 128: two int8 matrix products with the bytes of the summary row. Turning those bytes
-into floats first took longer than reading them.
+into floats first took longer than reading them, and so did asking for scales after the bytes had come:
+they are read one chunk ahead.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from vllm_sparse.kernels.store_scores import store_chunk, store_scores
 from vllm_sparse.decode_plan import NOT_LISTED, WORK_COLUMNS, DecodePlan
 from vllm_sparse.page_scores import CHUNK_PAGES, PageScores
 
-TUNING = {"waves": 8, "num_warps": 2, "num_stages": 3}
+TUNING = {"waves": 8, "num_warps": 2, "num_stages": 2}
 ROWS = 128
 """Entries of the work list read at a time in the search for a program's first row."""
 
@@ -41,9 +42,26 @@ def _products(rows, digits, steps):
     return (high.to(tl.float32) + low.to(tl.float32) * 0.0078125) * steps[None, :]
 
 
+@triton.jit
+def _scale_words(words, block_row, pages, live, block_words, width_words):
+    """The first 16 bytes of centres and of half widths, int32 [pages, 4]: their lowest bits are the scales."""
+    blocks = tl.load(block_row + pages, mask=live, other=0).to(tl.int64)
+    words = words + (blocks * block_words)[:, None] + tl.arange(0, 4)[None, :]
+    return tl.load(words, mask=live[:, None], other=0), tl.load(words + width_words, mask=live[:, None], other=0)
+
+
+@triton.jit
+def _scales(words):
+    """What the lowest bits of 16 bytes, int32 [pages, 4], stand for: float32 [pages]."""
+    # The product brings the lowest bits of a word's four bytes side by side.
+    fours = (((words & 0x01010101) * 0x01020408) >> 24) & 15
+    bits = tl.sum(fours << (4 * tl.arange(0, 4))[None, :], axis=1)
+    return (bits << 16).to(tl.float32, bitcast=True)
+
+
 @triton.jit(do_not_specialize=["num_reqs", "slack"])
 def _quest_score(
-    q, kv, kv_bytes, block_table, work, totals, values, chunk_lse,
+    q, kv_bytes, kv_words, block_table, work, totals, values, chunk_lse,
     q_stride_r, q_stride_h, kv_stride_b, kv_stride_h, kv_stride_r, table_stride, score_stride, chunk_stride,
     num_reqs, scale, slack,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -69,7 +87,9 @@ def _quest_score(
     heads = head * GROUP + group
     summary_row = head.to(tl.int64) * kv_stride_h + PAGE * kv_stride_r
     summaries = kv_bytes + summary_row * ITEM_BYTES + dims[None, :]
-    scales = kv + summary_row + 2 * HEAD_DIM // ITEM_BYTES
+    words = kv_words + summary_row * ITEM_BYTES // 4
+    block_words = kv_stride_b * ITEM_BYTES // 4
+    lanes = tl.arange(0, CHUNK)
     while chunk < last_chunk:
         item = work + row * COLUMNS
         request, seq_len, offset = tl.load(item), tl.load(item + 1), tl.load(item + 2)
@@ -83,16 +103,21 @@ def _quest_score(
         signed, sizes = _two_digits(query, steps), _two_digits(tl.abs(query), steps)
         steps *= scale
         block_row = block_table + request.to(tl.int64) * table_stride
-        for of_row in range(chunk - begin, end - begin):
-            pages = of_row * CHUNK + tl.arange(0, CHUNK)
+        last = end - begin
+        pages = (chunk - begin) * CHUNK + lanes
+        c_words, w_words = _scale_words(words, block_row, pages, pages < num_pages, block_words, HEAD_DIM // 4)
+        for of_row in range(chunk - begin, last):
+            pages = of_row * CHUNK + lanes
             live = pages < num_pages
             blocks = tl.load(block_row + pages, mask=live, other=0).to(tl.int64) * kv_stride_b
             cells = summaries + (blocks * ITEM_BYTES)[:, None]
             mask = live[:, None] if HEAD_DIM == BLOCK_D else live[:, None] & (dims < HEAD_DIM)[None, :]
             centre = tl.load(cells, mask=mask, other=0)
             width = tl.load(cells + HEAD_DIM, mask=mask, other=0)
-            c_scale = tl.load(scales + blocks, mask=live, other=0.0).to(tl.float32)
-            w_scale = tl.load(scales + blocks + 1, mask=live, other=0.0).to(tl.float32) * slack
+            c_scale, w_scale = _scales(c_words), _scales(w_words) * slack
+            ahead = pages + CHUNK
+            more = ahead < tl.minimum(num_pages, last * CHUNK)
+            c_words, w_words = _scale_words(words, block_row, ahead, more, block_words, HEAD_DIM // 4)
             bound = (_products(centre, signed, steps) * c_scale[:, None]
                      + _products(width, sizes, steps) * w_scale[:, None])  # fmt: skip
             top = tl.full([GROUP_PAD], float("-inf"), tl.float32)
@@ -118,7 +143,7 @@ def quest_score(
     """Score pages by their key range, ``slack`` from its centre (0) to its bound (1); the rest as in
     :meth:`vllm_sparse.policies.base.DecodePolicy.score`.
 
-    Reads ``2 * head_dim + 4`` bytes (16-bit cache) per page and KV head.
+    Reads ``2 * head_dim`` bytes per page and KV head.
     """
     num_reqs, q_heads, head_dim = q.shape
     kv_heads = kv.shape[1]
@@ -128,7 +153,7 @@ def quest_score(
     chunks = num_reqs * triton.cdiv(block_table.shape[1], CHUNK_PAGES)
     programs = min(chunks, triton.cdiv(TUNING["waves"] * num_multiprocessors(q.device), kv_heads))
     _quest_score[(programs, kv_heads)](
-        q, kv, kv.view(torch.int8), block_table, plan.work, plan.totals, scores.values, scores.chunk_lse,
+        q, kv.view(torch.int8), kv.view(torch.int32), block_table, plan.work, plan.totals, scores.values, scores.chunk_lse,
         q.stride(0), q.stride(1), kv.stride(0), kv.stride(1), kv.stride(2), block_table.stride(0),
         scores.values.stride(0), scores.chunk_lse.stride(0), num_reqs, scale, slack,
         GROUP=group, GROUP_PAD=max(4, triton.next_power_of_2(group)),

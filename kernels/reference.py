@@ -26,7 +26,7 @@ from vllm_sparse.decode_plan import NOT_LISTED, DecodePlan
 from vllm_sparse.page_scores import CHUNK_PAGES, PageScores
 from vllm_sparse.page_table import PageTable, single_head_pages, units_per_block
 
-SCALE_MARGIN, SMALLEST_SCALE = 1 + 2**-7, 1e-7
+SCALE_BITS, SCALE_LEVELS, SMALLEST_SCALE = 16, 125.9, 1e-7
 
 
 def page_write(
@@ -53,31 +53,33 @@ def page_write(
     outside = torch.arange(page_size, device=kv.device) >= filled[:, None]
     outside = outside[:, None, :, None]
     low, high = keys.masked_fill(outside, float("inf")).amin(2), keys.masked_fill(outside, float("-inf")).amax(2)
-    centre, c_scale = _steps(low + (high - low) * 0.5, kv.dtype)
-    c = torch.floor(centre + 0.5)
-    middle = c * c_scale.float()
-    half, w_scale = _steps(torch.maximum(high - middle, middle - low), kv.dtype)
-    row = kv.new_zeros(len(touched), kv.shape[1], 2 * head_dim)
-    as_bytes = row.view(torch.int8)
-    as_bytes[..., :head_dim], as_bytes[..., head_dim : 2 * head_dim] = c.to(torch.int8), half.ceil().to(torch.int8)
-    place = 2 * head_dim // kv.element_size()
-    row[..., place : place + 1], row[..., place + 1 : place + 2] = c_scale, w_scale
-    written = place + 2
-    kv[touched, :, page_size, :written] = row[..., :written]
+    x, c_scale, bits = _steps(low + (high - low) * 0.5)
+    c = torch.floor(x + 0.5)
+    c[..., :SCALE_BITS] = 2 * torch.floor((x[..., :SCALE_BITS] - bits) * 0.5 + 0.5) + bits
+    x, _, bits = _steps(torch.maximum(high - c * c_scale, c * c_scale - low))
+    w = x.ceil()
+    w[..., :SCALE_BITS] = 2 * torch.ceil((x[..., :SCALE_BITS] - bits) * 0.5) + bits
+    row = kv[touched, :, page_size]
+    row.view(torch.int8)[..., : 2 * head_dim] = torch.cat([c, w], -1).to(torch.int8)
+    kv[touched, :, page_size] = row
 
 
-def _steps(values: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """``values`` [..., head_dim] in steps of a scale of ``dtype`` of which 127 reach the largest."""
-    scale = (values.abs().amax(-1, keepdim=True) * (SCALE_MARGIN / 127)).clamp(min=SMALLEST_SCALE).to(dtype)
-    return values / scale.float(), scale
+def _steps(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``values`` [..., head_dim] in steps of a bfloat16 scale, that scale, and its bits from the lowest."""
+    scale = (values.abs().amax(-1, keepdim=True) / SCALE_LEVELS).clamp(min=SMALLEST_SCALE)
+    number = (scale.view(torch.int32) >> 16) + 1
+    bits = (number >> torch.arange(SCALE_BITS, device=values.device)) & 1
+    scale = (number << 16).view(torch.float32)
+    return values / scale, scale, bits.float()
 
 
 def key_range(kv: torch.Tensor, page_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Centre and half width of the keys of each page of ``kv``, float32 [num_blocks, kv_heads, head_dim]."""
-    row, head_dim = kv[:, :, page_size], kv.shape[-1] // 2
-    place = 2 * head_dim // kv.element_size()
-    c, w = row.contiguous().view(torch.int8)[..., : 2 * head_dim].float().split(head_dim, -1)
-    return c * row[..., place : place + 1].float(), w * row[..., place + 1 : place + 2].float()
+    head_dim = kv.shape[-1] // 2
+    row = kv[:, :, page_size].contiguous().view(torch.int8)[..., : 2 * head_dim].unflatten(-1, (2, head_dim))
+    places = torch.arange(SCALE_BITS, device=kv.device)
+    number = ((row[..., :SCALE_BITS].int() & 1) << places).sum(-1, keepdim=True, dtype=torch.int32)
+    return (row.float() * (number << 16).view(torch.float32)).unbind(-2)
 
 
 def plan_decode(
@@ -89,6 +91,8 @@ def plan_decode(
     min_context_tokens: int,
     capacity_pages: int,
     short_rows_dense: bool,
+    sink_pages: int,
+    window_tokens: int,
 ) -> None:
     lens = seq_lens.long()
     pages = -(-lens // page_size)
@@ -106,7 +110,9 @@ def plan_decode(
         table.lengths.copy_(torch.where(dense, 0, attended).repeat_interleave(kv_heads))
     short = ~dense & ~scored & (lens > 0)
     rows = torch.cat([scored.nonzero(), short.nonzero()]).squeeze(1)
-    chunks, segments = -(-pages[scored] // CHUNK_PAGES), -(-pages[scored] // plan.segment_pages)
+    chunks = -(-pages[scored] // CHUNK_PAGES)
+    ranked = (torch.minimum(lens - window_tokens, lens - 1).clamp(min=0) // page_size - sink_pages)[scored]
+    segments = torch.where(ranked <= plan.alone_pages, 1, -(-ranked // plan.segment_pages))
     segments = torch.cat([segments, torch.ones_like(lens[short])])
     plan.work[: len(rows), :3] = torch.stack([rows, lens[rows], plan.score_offsets[rows]], 1).int()
     plan.work[:, 3:] = NOT_LISTED

@@ -4,9 +4,10 @@
     chosen   = sinks, window and current page first, then the largest masses; ties to lower pages
 
 Each head's scores are normalised over the pages of the request before the group is summed, so no
-head outvotes the others by scale. Selection is exact: a search over the masses' integer images
-finds the budget-th largest, a prefix sum writes the kept pages in ascending order. Rows of more
-than one segment keep a budget of candidates per segment; the program that ends last merges them.
+head outvotes the others by scale. Pages that are always chosen are not ranked. Of the others a search
+over the masses' integer images finds the last that fits the budget, and a prefix sum writes the kept
+ones in ascending order: selection is exact. Rows of more than one segment keep a budget of candidates
+per segment; the program that ends last merges them.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def _keep_largest(keys, budget):
     """
     live = keys > 0
     low = tl.min(tl.where(live, keys, 0xFFFFFFFF), axis=0)
-    high = tl.max(tl.where(keys < 0xFFFFFFFF, keys, 0), axis=0) + 1
+    high = tl.max(keys, axis=0) + 1
     kept = tl.sum(live.to(tl.int32), axis=0)
     # Invariant: keys >= low are ``kept`` and at least budget; keys >= high are fewer than budget.
     while (kept > budget) & (high - low > 1):
@@ -64,22 +65,27 @@ def _keep_largest(keys, budget):
 
 
 @triton.jit
+def window_start(seq_len, window_tokens, PAGE: tl.constexpr):
+    """First page that the window, or the current token, makes sure of."""
+    return tl.maximum(tl.minimum(seq_len - window_tokens, seq_len - 1), 0) // PAGE
+
+
+@triton.jit
 def _page_keys(
-    values, chunk_lse, score_stride, chunk_stride, offset, request, head, first, num_pages,
-    sink_pages, window_start,
+    values, chunk_lse, score_stride, chunk_stride, offset, request, head, first, end, num_pages,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, SEGMENT: tl.constexpr,
     CHUNK: tl.constexpr, CHUNK_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """uint32 keys of pages ``first .. first + SEGMENT`` of a (request, KV head), ordered as masses.
+    """uint32 keys of pages ``first .. first + SEGMENT`` of a (request, KV head), ordered as masses; 0 from ``end`` on.
 
-    A mass is not negative, so its bits order as it does; live pages are at least 1, forced ones
-    the largest. Every segment of a row normalises in the same order, so equal masses stay equal.
+    A mass is not negative, so its bits order as it does. Every segment of a row normalises in the
+    same order, so equal masses stay equal.
     """
     group = tl.arange(0, GROUP_PAD)
     member = group < GROUP
     heads = (head * GROUP + group).to(tl.int64)
     pages = first + tl.arange(0, SEGMENT)
-    live = pages < num_pages
+    live = pages < end
     chunk_row = chunk_lse + heads[:, None] * chunk_stride + offset // CHUNK + request
     num_chunks = (num_pages + CHUNK - 1) // CHUNK
     top = tl.full([GROUP_PAD], float("-inf"), tl.float32)
@@ -94,53 +100,51 @@ def _page_keys(
     x = tl.load(values + heads[:, None] * score_stride + offset + pages[None, :],
                 mask=member[:, None] & live[None, :], other=float("-inf"))  # fmt: skip
     mass = tl.sum(tl.exp(x - norm[:, None]), axis=0)
-    forced = (pages < sink_pages) | (pages >= window_start)
-    keys = tl.where(forced, 0xFFFFFFFF, mass.to(tl.uint32, bitcast=True) + 1)
-    return tl.where(live, keys, 0).to(tl.uint32)
+    return tl.where(live, mass.to(tl.uint32, bitcast=True) + 1, 0).to(tl.uint32)
 
 
 @triton.jit
 def _choose(
-    values, chunk_lse, block_row, score_stride, chunk_stride, offset, request, head, first, num_pages,
-    sink_pages, window_start, units_per_block, budget,
+    values, chunk_lse, block_row, score_stride, chunk_stride, offset, request, head, first, end, num_pages,
+    units_per_block, quota,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, WIDTH: tl.constexpr,
     CHUNK: tl.constexpr, CHUNK_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Keys of ``WIDTH`` pages from ``first`` on, which are kept, their places among those, and their units."""
     pages = first + tl.arange(0, WIDTH)
-    blocks = tl.load(block_row + pages, mask=pages < num_pages, other=0)
+    blocks = tl.load(block_row + pages, mask=pages < end, other=0)
     keys = _page_keys(
-        values, chunk_lse, score_stride, chunk_stride, offset, request, head, first, num_pages,
-        sink_pages, window_start, GROUP, GROUP_PAD, WIDTH, CHUNK, CHUNK_BLOCK,
+        values, chunk_lse, score_stride, chunk_stride, offset, request, head, first, end, num_pages,
+        GROUP, GROUP_PAD, WIDTH, CHUNK, CHUNK_BLOCK,
     )  # fmt: skip
-    keep = _keep_largest(keys, budget)
+    keep = _keep_largest(keys, quota)
     return keys, keep, tl.cumsum(keep.to(tl.int32), axis=0) - 1, blocks * units_per_block + head
 
 
 @triton.jit
-def _select_all(
-    values, chunk_lse, block_row, score_stride, chunk_stride, offset, request, head, num_pages,
-    sink_pages, window_start, units_per_block, budget, unit_row,
+def _choose_alone(
+    values, chunk_lse, block_row, score_stride, chunk_stride, offset, request, head, first, end, num_pages,
+    units_per_block, quota, target,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, WIDTH: tl.constexpr,
     CHUNK: tl.constexpr, CHUNK_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Choose among all pages of a row, at most ``WIDTH``."""
+    """Choose among all ranked pages of a row, at most ``WIDTH``."""
     _, keep, place, unit = _choose(
-        values, chunk_lse, block_row, score_stride, chunk_stride, offset, request, head, 0, num_pages,
-        sink_pages, window_start, units_per_block, budget, GROUP, GROUP_PAD, WIDTH, CHUNK, CHUNK_BLOCK,
+        values, chunk_lse, block_row, score_stride, chunk_stride, offset, request, head, first, end, num_pages,
+        units_per_block, quota, GROUP, GROUP_PAD, WIDTH, CHUNK, CHUNK_BLOCK,
     )  # fmt: skip
-    tl.store(unit_row + place, unit, mask=keep)
+    tl.store(target + place, unit, mask=keep)
 
 
 @triton.jit
-def _merge_segments(candidate_keys, candidate_units, count, unit_row, budget, CANDIDATES: tl.constexpr):
+def _merge_segments(candidate_keys, candidate_units, count, target, quota, CANDIDATES: tl.constexpr):
     """Choose among what the segments of a row have kept, in the order of its pages."""
     lane = tl.arange(0, CANDIDATES)
     # Volatile: other multiprocessors wrote these while this one ran.
     keys = tl.load(candidate_keys + lane, mask=lane < count, other=0, volatile=True)
     unit = tl.load(candidate_units + lane, mask=lane < count, other=0, volatile=True)
-    keep = _keep_largest(keys, budget)
-    tl.store(unit_row + tl.cumsum(keep.to(tl.int32), axis=0) - 1, unit, mask=keep)
+    keep = _keep_largest(keys, quota)
+    tl.store(target + tl.cumsum(keep.to(tl.int32), axis=0) - 1, unit, mask=keep)
 
 
 @triton.jit(do_not_specialize=["num_reqs", "segments"])
@@ -149,8 +153,8 @@ def _select_pages(
     score_stride, chunk_stride, table_stride, units_stride, units_per_block,
     budget, sink_pages, window_tokens, segments, num_reqs,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, KV_HEADS: tl.constexpr, PAGE: tl.constexpr,
-    SEGMENT: tl.constexpr, SMALL: tl.constexpr, BUDGET_PAD: tl.constexpr, CANDIDATES: tl.constexpr,
-    CHUNK: tl.constexpr, CHUNK_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    SEGMENT: tl.constexpr, SMALL: tl.constexpr, ALONE: tl.constexpr, FORCED_PAD: tl.constexpr,
+    BUDGET_PAD: tl.constexpr, CANDIDATES: tl.constexpr, CHUNK: tl.constexpr, CHUNK_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     NOT_LISTED: tl.constexpr,
 ):  # fmt: skip
     item = tl.program_id(0)
@@ -177,23 +181,38 @@ def _select_pages(
                 blocks = tl.load(block_row + pages, mask=pages < num_pages, other=0)
                 tl.store(unit_row + pages, blocks * units_per_block + head, mask=pages < num_pages)
         else:
-            window_start = tl.maximum(tl.minimum(seq_len - window_tokens, seq_len - 1), 0) // PAGE
-            row_segments = (num_pages + SEGMENT - 1) // SEGMENT
-            if num_pages <= SMALL:
-                _select_all(
-                    values, chunk_lse, block_row, score_stride, chunk_stride, offset, request, head, num_pages,
-                    sink_pages, window_start, units_per_block, budget, unit_row,
+            end = window_start(seq_len, window_tokens, PAGE)
+            ranked = end - sink_pages
+            target = unit_row + sink_pages
+            quota = budget - sink_pages - (num_pages - end)
+            if segment == 0:
+                lane = tl.arange(0, FORCED_PAD)
+                page = tl.where(lane < sink_pages, lane, end + lane - sink_pages)
+                place = tl.where(lane < sink_pages, lane, lane + quota)
+                block = tl.load(block_row + page, mask=page < num_pages, other=0)
+                tl.store(unit_row + place, block * units_per_block + head, mask=page < num_pages)
+            if ranked <= SMALL:
+                _choose_alone(
+                    values, chunk_lse, block_row, score_stride, chunk_stride, offset, request, head,
+                    sink_pages, end, num_pages, units_per_block, quota, target,
                     GROUP, GROUP_PAD, SMALL, CHUNK, CHUNK_BLOCK,
+                )  # fmt: skip
+            elif (ranked > SEGMENT) & (ranked <= ALONE):
+                _choose_alone(
+                    values, chunk_lse, block_row, score_stride, chunk_stride, offset, request, head,
+                    sink_pages, end, num_pages, units_per_block, quota, target,
+                    GROUP, GROUP_PAD, ALONE, CHUNK, CHUNK_BLOCK,
                 )  # fmt: skip
             else:
                 keys, keep, place, unit = _choose(
                     values, chunk_lse, block_row, score_stride, chunk_stride, offset, request, head,
-                    segment * SEGMENT, num_pages, sink_pages, window_start, units_per_block, budget,
+                    sink_pages + segment * SEGMENT, end, num_pages, units_per_block, quota,
                     GROUP, GROUP_PAD, SEGMENT, CHUNK, CHUNK_BLOCK,
                 )  # fmt: skip
-                if row_segments == 1:
-                    tl.store(unit_row + place, unit, mask=keep)
+                if ranked <= SEGMENT:
+                    tl.store(target + place, unit, mask=keep)
                 else:
+                    row_segments = (ranked + SEGMENT - 1) // SEGMENT
                     first_found = row.to(tl.int64) * segments * BUDGET_PAD
                     found = first_found + segment * BUDGET_PAD
                     empty = tl.arange(0, BUDGET_PAD)
@@ -207,7 +226,7 @@ def _select_pages(
                     if arrived == row_segments - 1:
                         tl.store(arrivals + row, 0)
                         _merge_segments(candidate_keys + first_found, candidate_units + first_found,
-                                        row_segments * BUDGET_PAD, unit_row, budget, CANDIDATES)  # fmt: skip
+                                        row_segments * BUDGET_PAD, target, quota, CANDIDATES)  # fmt: skip
         item += tl.num_programs(0)
 
 
@@ -255,7 +274,8 @@ def select_pages(
         scores.values.stride(0), scores.chunk_lse.stride(0), block_table.stride(0), table.units.stride(0),
         units_per_block(kv), budget_pages, sink_pages, window_tokens, segments, num_reqs,
         GROUP=group, GROUP_PAD=triton.next_power_of_2(group), KV_HEADS=kv_heads, PAGE=page_size,
-        SEGMENT=segment, SMALL=min(segment, SMALL_PAGES), BUDGET_PAD=budget_pad,
+        SEGMENT=segment, SMALL=min(segment, SMALL_PAGES), ALONE=plan.alone_pages,
+        FORCED_PAD=triton.next_power_of_2(sink_pages + triton.cdiv(window_tokens, page_size) + 1), BUDGET_PAD=budget_pad,
         CANDIDATES=triton.next_power_of_2(segments * budget_pad), CHUNK=CHUNK_PAGES,
         CHUNK_BLOCK=CHUNK_BLOCK, ROWS=ROWS, COLUMNS=WORK_COLUMNS, NOT_LISTED=NOT_LISTED,
         num_warps=min(16, max(1, segment // TUNING["pages_per_warp"])),

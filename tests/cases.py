@@ -84,7 +84,7 @@ def make(
     table = PageTable.empty(len(seq_lens), kv_heads, width, device)
     table.units.fill_(2**30)
     table.lengths.fill_(-1)
-    reference.plan_decode(lens, plan, table, page_size, budget_pages, min_context_tokens, capacity, False)
+    reference.plan_decode(lens, plan, table, page_size, budget_pages, min_context_tokens, capacity, False, 1, 20)
     return Case(
         q=q.to(device), kv=kv, block_table=block_table.to(device), seq_lens=lens, plan=plan,
         scores=poisoned_scores(kv_heads * group, capacity, len(seq_lens), device),

@@ -76,7 +76,7 @@ def compile_all(capability: int) -> None:
             slots = torch.arange(3)
             key = torch.zeros(3, kv_heads, head_dim, dtype=dtype)
             launchers.page_write(key, key, case.kv, slots, page_size, "key_range")
-            launchers.plan_decode(case.seq_lens, case.plan, case.table, page_size, 4, 64, 100, True)
+            launchers.plan_decode(case.seq_lens, case.plan, case.table, page_size, 4, 64, 100, True, 1, 20)
             pages = (case.q, case.kv, case.block_table, case.plan, page_size, case.scale, case.scores)
             launchers.quest_score(*pages)
             launchers.page_mass(*pages)

@@ -22,7 +22,7 @@ from vllm_sparse.kernels import reference
 from vllm_sparse.backend.impl import SparseImpl
 from vllm_sparse.cache.spec import SparseAttentionManager, SparseAttentionSpec
 
-PAGE, HEADS, HEAD_DIM = 16, 2, 8
+PAGE, HEADS, HEAD_DIM = 16, 2, 16
 NUM_BLOCKS, MAX_LEN = 24, 192
 EVENTS = ("arrive", "chunk", "decode", "preempt", "resume", "abort", "finish", "hit", "reuse", "reject")
 
@@ -236,5 +236,5 @@ def test_sparse_pages_have_their_own_manager():
 
 
 def test_head_size_of_values_must_match():
-    with pytest.raises(ValueError, match="equal K and V head sizes, not 8 and 4"):
+    with pytest.raises(ValueError, match="equal K and V head sizes, not 16 and 4"):
         spec_of(head_size_v=4)

@@ -87,7 +87,9 @@ def test_a_decode_step_never_waits_for_the_gpu(policy, name):
     engine, chooser = engine_for(name, case), get_decode_policy(policy)
 
     def step():
-        launchers.plan_decode(case.seq_lens, case.plan, case.table, 16, 8, 0, case.scores.capacity_pages, False)
+        launchers.plan_decode(
+            case.seq_lens, case.plan, case.table, 16, 8, 0, case.scores.capacity_pages, False, 1, 20
+        )
         chooser.score(case.q, case.kv, case.block_table, case.plan, 16, case.scale, case.scores)
         launchers.select_pages(case.scores, case.block_table, case.plan, case.kv, 16, 8, 1, 20, case.table)
         engine.attend(case.q, case.kv, case.table, 16, case.scale, case.q.clone())

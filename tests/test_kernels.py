@@ -83,9 +83,10 @@ def test_page_write_summary_covers_exactly_the_filled_rows():
     centre, half_width = (x[0, 0] for x in reference.key_range(kv[1:], 16))
     low, high = key[:, 0].amin(0), key[:, 0].amax(0)
     assert (centre - half_width <= low).all() and (centre + half_width >= high).all()
-    # Not much wider than it must be: a step of the centre and a step of the width.
+    # Not much wider than it must be: half a step of the centre and a step of the width, where they carry scales two.
     slack = half_width - (high - low) / 2
-    assert (slack <= (low + high).abs().max() / 250 + half_width.max() / 120).all()
+    step, carries = (low + high).abs().max() / 500 + half_width.max() / 120, torch.arange(64, device=DEVICE) < 16
+    assert (slack <= torch.where(carries, 2, 1) * step).all()
 
 
 @dtypes
@@ -121,7 +122,7 @@ def test_plan_decode_matches_twin(short_rows_dense, capacity):
     ):
         table.lengths.fill_(-1)
         for _ in range(2):
-            run(seq_lens, plan, table, 16, 4, 96, capacity, short_rows_dense)
+            run(seq_lens, plan, table, 16, 4, 96, capacity, short_rows_dense, 1, 20)
     for name in ("table_seq_lens", "dense_seq_lens", "score_offsets", "totals", "counters"):
         assert torch.equal(getattr(actual, name), getattr(expected, name)), name
     assert torch.equal(tables[0].lengths, tables[1].lengths)
@@ -219,6 +220,20 @@ def test_select_pages_matches_twin(shape, segment, small, scores, monkeypatch):
         only = [sorted(set(a) - set(b)) for a, b in (swapped, swapped[::-1])]
         mass = page_masses(case, row)
         assert torch.allclose(mass[only[0]].sort().values, mass[only[1]].sort().values, rtol=1e-3)
+
+
+def test_rows_of_any_length_are_ranked_as_by_the_twin():
+    """At the usual sizes: a small program, one segment, one program for two segments, and a merge."""
+    lengths = [16 * pages + 5 for pages in (1020, 1027, 2050, 2054, 4097, 4102)]
+    case = make(lengths, kv_heads=1, group=2, head_dim=16, budget_pages=128)
+    random_scores(case)
+    select_reference(case)
+    expected = case.table.units.clone()
+    case.table.units.fill_(2**30)
+    launchers.select_pages(case.scores, case.block_table, case.plan, case.kv, 16, 128, 1, 20, case.table)
+    # Rounding may swap pages of nearly equal mass, in few places.
+    assert (case.table.units != expected).float().mean() < 0.02
+    assert (case.table.units < 2**30).all()
 
 
 @pytest.mark.parametrize("tokens, budget, expected", [(128 << 10, 128, 2048), (1 << 20, 128, 4096),

@@ -69,6 +69,11 @@ class DecodePlan:
     segment_pages: int
     """Pages of a segment."""
 
+    @property
+    def alone_pages(self) -> int:
+        """Most pages that one program ranks alone: two segments of the usual size would have to be merged."""
+        return USUAL_SEGMENT_PAGES if self.segment_pages == SEGMENT_PAGES else self.segment_pages
+
     @classmethod
     def empty(cls, max_num_reqs: int, device: torch.device, segment_pages: int = SEGMENT_PAGES) -> DecodePlan:
         def zeros(*shape: int) -> torch.Tensor:

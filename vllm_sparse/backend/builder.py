@@ -115,6 +115,7 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
                 self.config.budget_pages(self.page_size),
                 self.config.min_context_tokens if selects_decode else NEVER,
                 workspace.scores.capacity_pages, short_rows_dense,
+                self.config.sink_pages(self.page_size), self.config.window_tokens,
             )  # fmt: skip
             if short_rows_dense:
                 decodes = common if not num_prefills else dense.decode_rows(common, num_decodes, num_decode_tokens)
