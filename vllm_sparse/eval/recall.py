@@ -95,9 +95,9 @@ class _Engine(Engine):
     def unsupported(cls, shape):
         return None
 
-    def attend(self, q, kv, table, page_size, scale, out):
+    def attend(self, q, kv, table, *more):
         self.probe.attended(table)
-        self.engine.attend(q, kv, table, page_size, scale, out)
+        self.engine.attend(q, kv, table, *more)
 
     def attend_blocks(self, *args):
         self.engine.attend_blocks(*args)
