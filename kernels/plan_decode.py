@@ -14,7 +14,6 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-
 from vllm_sparse.kernels.select_pages import window_start
 
 from vllm_sparse.decode_plan import NOT_LISTED, WORK_COLUMNS, DecodePlan

@@ -153,7 +153,8 @@ def quest_score(
     chunks = num_reqs * triton.cdiv(block_table.shape[1], CHUNK_PAGES)
     programs = min(chunks, triton.cdiv(TUNING["waves"] * num_multiprocessors(q.device), kv_heads))
     _quest_score[(programs, kv_heads)](
-        q, kv.view(torch.int8), kv.view(torch.int32), block_table, plan.work, plan.totals, scores.values, scores.chunk_lse,
+        q, kv.view(torch.int8), kv.view(torch.int32), block_table, plan.work, plan.totals,
+        scores.values, scores.chunk_lse,
         q.stride(0), q.stride(1), kv.stride(0), kv.stride(1), kv.stride(2), block_table.stride(0),
         scores.values.stride(0), scores.chunk_lse.stride(0), num_reqs, scale, slack,
         GROUP=group, GROUP_PAD=max(4, triton.next_power_of_2(group)),

@@ -76,7 +76,7 @@ def _page_keys(
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, SEGMENT: tl.constexpr,
     CHUNK: tl.constexpr, CHUNK_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """uint32 keys of pages ``first .. first + SEGMENT`` of a (request, KV head), ordered as masses; 0 from ``end`` on.
+    """uint32 keys of pages ``first .. first + SEGMENT``, ordered as their masses; 0 from ``end`` on.
 
     A mass is not negative, so its bits order as it does. Every segment of a row normalises in the
     same order, so equal masses stay equal.
@@ -154,7 +154,8 @@ def _select_pages(
     budget, sink_pages, window_tokens, segments, num_reqs,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, KV_HEADS: tl.constexpr, PAGE: tl.constexpr,
     SEGMENT: tl.constexpr, SMALL: tl.constexpr, ALONE: tl.constexpr, FORCED_PAD: tl.constexpr,
-    BUDGET_PAD: tl.constexpr, CANDIDATES: tl.constexpr, CHUNK: tl.constexpr, CHUNK_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    BUDGET_PAD: tl.constexpr, CANDIDATES: tl.constexpr, CHUNK: tl.constexpr, CHUNK_BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     NOT_LISTED: tl.constexpr,
 ):  # fmt: skip
     item = tl.program_id(0)
@@ -185,12 +186,11 @@ def _select_pages(
             ranked = end - sink_pages
             target = unit_row + sink_pages
             quota = budget - sink_pages - (num_pages - end)
-            if segment == 0:
-                lane = tl.arange(0, FORCED_PAD)
-                page = tl.where(lane < sink_pages, lane, end + lane - sink_pages)
-                place = tl.where(lane < sink_pages, lane, lane + quota)
-                block = tl.load(block_row + page, mask=page < num_pages, other=0)
-                tl.store(unit_row + place, block * units_per_block + head, mask=page < num_pages)
+            # The pages that are not ranked: loaded here and stored at the end, so that nothing waits for them.
+            lane = tl.arange(0, FORCED_PAD)
+            forced = tl.where(lane < sink_pages, lane, end + lane - sink_pages)
+            is_forced = forced < tl.where(segment == 0, num_pages, 0)
+            forced_blocks = tl.load(block_row + forced, mask=is_forced, other=0)
             if ranked <= SMALL:
                 _choose_alone(
                     values, chunk_lse, block_row, score_stride, chunk_stride, offset, request, head,
@@ -227,6 +227,8 @@ def _select_pages(
                         tl.store(arrivals + row, 0)
                         _merge_segments(candidate_keys + first_found, candidate_units + first_found,
                                         row_segments * BUDGET_PAD, target, quota, CANDIDATES)  # fmt: skip
+            place = tl.where(lane < sink_pages, lane, lane + quota)
+            tl.store(unit_row + place, forced_blocks * units_per_block + head, mask=is_forced)
         item += tl.num_programs(0)
 
 
@@ -275,7 +277,8 @@ def select_pages(
         units_per_block(kv), budget_pages, sink_pages, window_tokens, segments, num_reqs,
         GROUP=group, GROUP_PAD=triton.next_power_of_2(group), KV_HEADS=kv_heads, PAGE=page_size,
         SEGMENT=segment, SMALL=min(segment, SMALL_PAGES), ALONE=plan.alone_pages,
-        FORCED_PAD=triton.next_power_of_2(sink_pages + triton.cdiv(window_tokens, page_size) + 1), BUDGET_PAD=budget_pad,
+        FORCED_PAD=triton.next_power_of_2(sink_pages + triton.cdiv(window_tokens, page_size) + 1),
+        BUDGET_PAD=budget_pad,
         CANDIDATES=triton.next_power_of_2(segments * budget_pad), CHUNK=CHUNK_PAGES,
         CHUNK_BLOCK=CHUNK_BLOCK, ROWS=ROWS, COLUMNS=WORK_COLUMNS, NOT_LISTED=NOT_LISTED,
         num_warps=min(16, max(1, segment // TUNING["pages_per_warp"])),

@@ -83,7 +83,8 @@ def test_page_write_summary_covers_exactly_the_filled_rows():
     centre, half_width = (x[0, 0] for x in reference.key_range(kv[1:], 16))
     low, high = key[:, 0].amin(0), key[:, 0].amax(0)
     assert (centre - half_width <= low).all() and (centre + half_width >= high).all()
-    # Not much wider than it must be: half a step of the centre and a step of the width, where they carry scales two.
+    # Not much wider than it must be: half a step of the centre and one of the width, twice that where
+    # channels carry scales.
     slack = half_width - (high - low) / 2
     step, carries = (low + high).abs().max() / 500 + half_width.max() / 120, torch.arange(64, device=DEVICE) < 16
     assert (slack <= torch.where(carries, 2, 1) * step).all()
