@@ -93,9 +93,9 @@ def _guard_mass(
         sizes = tl.load(every_part + 3 * GROUP, mask=mask, other=1.0, volatile=True)
         chosen = _merged(tops, sizes)
         share = tl.sum(tl.where(member, tl.exp(chosen - everything), 0.0), axis=0) / GROUP
-        place = sums + head * 2
-        tl.store(place, tl.load(place) + share.to(tl.float64))
-        tl.store(place + 1, tl.load(place + 1) + 1.0)
+        added = sums + head * 2
+        tl.store(added, tl.load(added) + share.to(tl.float64))
+        tl.store(added + 1, tl.load(added + 1) + 1.0)
 
 
 def guard_mass(
