@@ -200,6 +200,7 @@ def test_the_grid_is_dense_each_choice_alone_and_all_pairs():
     assert all(group[0].is_dense for group in groups.values())
     for kind, group in groups.items():
         assert {DECODE_POLICIES[s.policy].summary for s in group} <= {kind, "none"}
+    assert len(grid(["quest", "quest"], [256, 256], ["dense"], [], {})) == 2
     assert by_summary(grid(["oracle"], [256], ["dense"], [], {}))["none"][1].policy == "oracle"
 
 

@@ -40,18 +40,18 @@ def add_command(subparsers) -> None:
     def option(name: str, about: str, kind: Callable = int, **more) -> None:
         parser.add_argument(name, type=kind, help=about, **more)
 
-    option("--policies", f"of decode, with commas; default: {','.join(decode)}", _names, default=decode)
-    option("--budgets", "tokens; default: 256,512,1024,2048", _whole, default=[256, 512, 1024, 2048])
+    option("--policies", f"of decode, with commas; default: {','.join(decode)}", names, default=decode)
+    option("--budgets", "tokens; default: 256,512,1024,2048", whole_numbers, default=[256, 512, 1024, 2048])
     option(
         "--prefill-policies",
         f"of prefill, alone and with each of decode; default: dense; known: {','.join(PREFILL_POLICIES)}",
-        _names,
+        names,
         default=["dense"],
     )
-    option("--coverages", "of prefill policies that estimate; default: 0.98", _decimal, default=[0.98])
+    option("--coverages", "of prefill policies that estimate; default: 0.98", numbers, default=[0.98])
     tasks = [TEXT, "niah_single"]
-    option("--tasks", f"default: {','.join(tasks)}; known: {','.join(TASKS)}", _names, default=tasks)
-    option("--lengths", "tokens of prompt and answer; default: 4096 to 32768, as the model takes", _whole)
+    option("--tasks", f"default: {','.join(tasks)}; known: {','.join(TASKS)}", names, default=tasks)
+    option("--lengths", "tokens of prompt and answer; default: 4096 to 32768, as the model takes", whole_numbers)
     option("--passages", f"samples of {TEXT} per length; default: 2", default=2)
     option("--score-tokens", "last tokens of a text, which are scored; default: 256", default=256)
     option("--needles", "samples of each other task per length, spread over depths; default: 5", default=5)
@@ -62,7 +62,7 @@ def add_command(subparsers) -> None:
         help="half of the text and of the seeds: choose settings on dev, publish report",
     )
     option("--recall-every", "decode steps of a text between two that are weighed; 0: none", default=16)
-    option("--sparse", "further sparse settings of all runs, as JSON", json.loads, default={})
+    option("--sparse", "further sparse settings of all runs, as JSON", json_object, default={})
     option("--out", "results; the page is beside them; default: eval.jsonl", Path, default=Path("eval.jsonl"))
     option("--chunk", "tokens of a step of prefill; default: 8192, on a CPU 2048")
     option("--batch", "samples at a time; default: 8, on a CPU 1")
@@ -103,25 +103,30 @@ def _report():
     return report
 
 
-def _names(text: str) -> list[str]:
+def names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def _whole(text: str) -> list[int]:
+def whole_numbers(text: str) -> list[int]:
     return [int(number) for number in text.split(",")]
 
 
-def _decimal(text: str) -> list[float]:
+def numbers(text: str) -> list[float]:
     return [float(number) for number in text.split(",")]
+
+
+def json_object(text: str) -> dict[str, Any]:
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise ValueError(text)
+    return found
 
 
 def _checked(args: argparse.Namespace) -> list[Setting]:
     """The settings asked for; refuses what needs no model to be refused."""
-    for task in args.tasks:
+    for task in args.tasks or [""]:
         if task not in TASKS:
             raise ConfigError(f"--tasks: {task!r}; allowed: {', '.join(TASKS)}")
-    if not isinstance(args.sparse, dict):
-        raise ConfigError(f"--sparse: {args.sparse!r}; allowed: a JSON object of sparse settings")
     for name, least in (("passages", 1), ("score_tokens", 1), ("needles", 1), ("recall_every", 0)):
         if getattr(args, name) < least:
             raise ConfigError(f"--{name.replace('_', '-')}: {getattr(args, name)}; allowed: {least} or more")

@@ -48,8 +48,8 @@ class Found:
 
 
 class EvalEngine:
-    def __init__(self, llm: Any, summary: str, common: dict, page_size: int):
-        self.llm, self.summary, self.common, self.page_size = llm, summary, common, page_size
+    def __init__(self, llm: Any, summary: str, common: dict):
+        self.llm, self.summary, self.common = llm, summary, common
         self.tokenizer = llm.get_tokenizer()
         self._warm: list[str] = []
         self._prefill_density: float | None = None
@@ -75,7 +75,7 @@ class EvalEngine:
             generation_config="vllm", disable_log_stats=True,
         )  # fmt: skip
         try:
-            yield cls(llm, summary, common, llm.llm_engine.vllm_config.cache_config.block_size)
+            yield cls(llm, summary, common)
         finally:
             llm.llm_engine.engine_core.shutdown()
             del llm

@@ -67,7 +67,8 @@ def grid(
             continue
         sized = policy not in PREFILL_POLICIES or not issubclass(PREFILL_POLICIES[policy], FixedPolicy)
         prefills += [{"prefill_policy": policy, "coverage": c} for c in (coverages if sized else [None])]
-    settings = [Setting(**decode, **prefill) for prefill in prefills for decode in decodes]
+    # Each once, however often it was named.
+    settings = list(dict.fromkeys(Setting(**decode, **prefill) for prefill in prefills for decode in decodes))
     for setting in settings:
         SparseConfig.from_mapping(setting.mapping(common), "--sparse")
     if len(settings) == 1:
