@@ -12,6 +12,8 @@ import matplotlib.pyplot as plt
 
 from benchmarks.results import RESULTS
 from vllm_sparse.config import SparseConfig
+from vllm_sparse.eval.plots import text_by_budget
+from vllm_sparse.eval.summary import Summary
 from vllm_sparse.policies.fixed import FixedPolicy
 from vllm_sparse.policies.registry import PREFILL_POLICIES
 
@@ -191,9 +193,16 @@ def prefill_quality() -> None:
     figure.savefig(DOCS / "prefill_quality.png", dpi=160)
 
 
+def decode_quality() -> None:
+    """What decode budgets cost a small model, from the rows of ``vllm-sparse eval``."""
+    lines = (RESULTS / "eval.jsonl").read_text().splitlines()
+    text_by_budget(Summary([json.loads(line) for line in lines])).savefig(DOCS / "decode_quality.png", dpi=120)
+
+
 if __name__ == "__main__":
     DOCS.mkdir(exist_ok=True)
     decode_speed()
     kernel_time()
     prefill_time()
     prefill_quality()
+    decode_quality()

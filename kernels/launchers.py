@@ -2,6 +2,7 @@
 
 from vllm_sparse.kernels.antidiagonal_score import antidiagonal_score
 from vllm_sparse.kernels.fixed_pattern import fixed_pattern
+from vllm_sparse.kernels.guard_mass import guard_mass
 from vllm_sparse.kernels.index_score import random_score, recency_score
 from vllm_sparse.kernels.page_mass import page_mass
 from vllm_sparse.kernels.page_write import page_write
@@ -21,6 +22,7 @@ from vllm_sparse.kernels.vertical_slash import vertical_slash
 __all__ = [
     "antidiagonal_score",
     "fixed_pattern",
+    "guard_mass",
     "page_mass",
     "page_write",
     "pattern_distance",

@@ -23,6 +23,7 @@ from vllm_sparse.kernels.reference_prefill import (  # noqa: F401
 )
 
 from vllm_sparse.decode_plan import NOT_LISTED, DecodePlan
+from vllm_sparse.guard import Guard
 from vllm_sparse.page_scores import CHUNK_PAGES, PageScores
 from vllm_sparse.page_table import PageTable, single_head_pages, units_per_block
 
@@ -134,10 +135,11 @@ def quest_score(
 ) -> None:
     head_dim, group = q.shape[-1], q.shape[1] // kv.shape[1]
     for request, blocks, offset, _ in _scored_requests(block_table, plan, page_size):
-        centre, half = (x.transpose(0, 1)[:, :, None] for x in key_range(kv[blocks], page_size))
-        heads = q[request].float().view(-1, 1, group, head_dim) * scale
-        bound = (heads * centre + slack * heads.abs() * half).sum(-1)
-        _store_scores(scores, request, offset, bound.transpose(1, 2).flatten(0, 1))
+        summaries = kv[:, :, page_size:][blocks]
+        centre, half = (x.permute(1, 2, 0) for x in key_range(summaries, 0))
+        heads = q[request].float().view(-1, group, head_dim) * scale
+        bound = heads @ centre + slack * heads.abs() @ half
+        _store_scores(scores, request, offset, bound.flatten(0, 1))
 
 
 def page_mass(
@@ -224,6 +226,36 @@ def sparse_decode(
         span = slice(head * group, (head + 1) * group)
         weights = (q[request, span].float() @ k.T * scale).softmax(-1)
         out[request, span] = (weights @ v).to(out.dtype)
+
+
+def guard_mass(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    block_table: torch.Tensor,
+    plan: DecodePlan,
+    table: PageTable,
+    page_size: int,
+    scale: float,
+    guard: Guard,
+    layer: int,
+) -> None:
+    step, scored = int(guard.step), int(plan.totals[0])
+    if step % guard.every or not scored:
+        return
+    head_dim, kv_heads = q.shape[-1], kv.shape[1]
+    request, seq_len = plan.work[step // guard.every % scored, :2].tolist()
+    pages = block_table[request, : -(-seq_len // page_size)].long() * units_per_block(kv)
+    keys, _ = single_head_pages(kv, page_size)
+    for head, query in enumerate(q[request].float().view(kv_heads, -1, head_dim)):
+        row = request * kv_heads + head
+        length = int(table.lengths[row])
+        chosen = table.units[row, : -(-length // page_size)].long()
+        some, everything = (
+            (query @ keys[units].flatten(0, 2)[:tokens].float().T * scale).logsumexp(-1)
+            for units, tokens in ((chosen, length), (pages + head, seq_len))
+        )
+        guard.sums[layer, head, 0] += (some - everything).exp().mean().double()
+        guard.sums[layer, head, 1] += 1
 
 
 def dense_attention(

@@ -18,6 +18,7 @@ from vllm_sparse.kernels import launchers
 
 from vllm_sparse.decode_plan import segment_pages
 from vllm_sparse.fixed_pattern import FixedPattern
+from vllm_sparse.guard import Guard
 from vllm_sparse.head_patterns import HeadPatterns
 from vllm_sparse.pattern_table import HeadPattern
 
@@ -86,6 +87,8 @@ def compile_all(capability: int) -> None:
                 case.plan.segment_pages = segment_pages(max_pages, 128)
                 table = case.block_table[:, :1].expand(-1, max_pages)
                 launchers.select_pages(case.scores, table, case.plan, case.kv, page_size, 128, 1, 20, case.table)
+            guard = Guard.allocate(10, 1, kv_heads * group, kv_heads, torch.device("cpu"))
+            launchers.guard_mass(*pages[:4], case.table, page_size, case.scale, guard, 0)
             launchers.sparse_decode(case.q, case.kv, case.table, page_size, case.scale, case.q)
             compile_prefill(make_chunk(70, 200, kv_heads, group, head_dim, page_size, dtype))
 

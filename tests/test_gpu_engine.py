@@ -88,6 +88,20 @@ def test_graphs_replay_what_eager_computes(answer):
     assert_same(graphs, answer())
 
 
+def test_the_guard_measures_in_graphs_what_it_does_without(answer):
+    from vllm_sparse import metrics
+
+    found = {}
+    for name, settings in (("graphs", {"compilation_config": GRAPHS}), ("eager", {})):
+
+        def see(llm, name=name):
+            (found[name],) = metrics.snapshot()["guard_shares"]
+
+        answer(sparse={**SPARSE, "guard_every_steps": 4}, see=see, **settings)
+    assert found["graphs"][0] is None and all(0 < share < 1 for share in found["graphs"][1:])
+    assert found["graphs"][1:] == pytest.approx(found["eager"][1:], rel=0.02)
+
+
 def test_model_runner_v2_answers_like_v1(answer, monkeypatch):
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
     runner = []

@@ -63,6 +63,9 @@ class SparseConfig:
     head_patterns: str | PatternTable = "auto"
     """Patterns of ``vertical_slash`` for each head: ``none``, a file of ``vllm-sparse tune``, or ``auto``, the
     model's file if there is one. Workers get the table itself, so that only the driver reads files."""
+    guard_every_steps: int = 0
+    """Decode steps between two in which a row's exact attention mass is measured (:mod:`vllm_sparse.guard`);
+    0: never."""
     engine: str = "auto"
     """What attends over chosen pages: ``auto`` or a name of :mod:`vllm_sparse.engines`."""
 
@@ -84,7 +87,7 @@ class SparseConfig:
         _require_choice("engine", self.engine, ("auto", *ENGINES))
         for name in (
             "sink_tokens", "window_tokens", "min_context_tokens", "dense_layers",
-            "min_prefill_tokens", "vertical_tokens", "slash_tokens",
+            "min_prefill_tokens", "vertical_tokens", "slash_tokens", "guard_every_steps",
         ):  # fmt: skip
             if getattr(self, name) < 0:
                 raise ConfigError(f"sparse.{name}: {getattr(self, name)} is negative; allowed: 0 or more")
@@ -100,6 +103,11 @@ class SparseConfig:
             raise ConfigError(f"sparse.budget_tokens: {self.budget_tokens}; allowed: at least one page")
         if not 0 <= self.prefill_coverage <= 1:
             raise ConfigError(f"sparse.prefill_coverage: {self.prefill_coverage}; allowed: 0 (fixed sizes) to 1")
+        if self.guard_every_steps and self.decode_policy == "dense":
+            raise ConfigError(
+                f"sparse.guard_every_steps: {self.guard_every_steps} with decode_policy='dense', which chooses no "
+                f"pages to measure; allowed with it: 0"
+            )
         # Whatever the page size, a smaller budget could not hold what is always attended.
         self.check_page_size(PAGE_SIZES[0])
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from vllm_sparse.guard import guards
+
 logger = logging.getLogger("vllm.vllm_sparse")
 
 REPORT_SECONDS = 10.0
@@ -114,6 +116,7 @@ def snapshot(worker: object = None) -> dict:
         "stock_layers": dict(layers.stock),
         "attended_tokens": sum(attended for attended, _ in totals),
         "context_tokens": sum(context for _, context in totals),
+        "guard_shares": [guard.read() for guard in guards],
         "prefill_attended_pairs": sum(attended for attended, _ in prefill),
         "prefill_causal_pairs": sum(causal for _, causal in prefill),
     }
@@ -126,3 +129,4 @@ def reset() -> None:
     layers.stock.clear()
     trackers.clear()
     prefill_trackers.clear()
+    guards.clear()

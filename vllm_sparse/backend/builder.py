@@ -9,7 +9,7 @@ import torch
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
-from vllm_sparse import kernels, metrics
+from vllm_sparse import guard, kernels, metrics
 from vllm_sparse.backend import dense, prefill
 from vllm_sparse.backend.metadata import SparseMetadata
 from vllm_sparse.backend.workspace import Workspace
@@ -63,6 +63,8 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
         elif self.selects:
             self.tracker = metrics.AttendedTokens(self.plan.counters)
             metrics.trackers.append(self.tracker)
+            if self.workspace.guard is not None:
+                guard.guards.append(self.workspace.guard)
         self.prefill_tracker = self._track_prefill()
 
     def _track_prefill(self) -> metrics.AttendedTokens | None:
@@ -80,6 +82,8 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
         metadata = self.build(0, common_attn_metadata)
         if self.tracker is not None:
             self.tracker.reset()
+            if self.workspace.guard is not None:
+                self.workspace.guard.reset()
         return metadata
 
     def build(self, common_prefix_len, common_attn_metadata, fast_build=False) -> SparseMetadata:
@@ -97,6 +101,7 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
             plan=plan,
             table=workspace.table.rows(num_decodes * workspace.kv_heads),
             scores=workspace.scores,
+            guard=workspace.guard,
             dense_all=self.dense.build("all", common, fast_build),
         )
         if num_prefills:
@@ -123,4 +128,6 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
                 metadata.dense_short = self.dense.build("short", rows, fast_build)
             if self.tracker is not None:
                 self.tracker.step()
+                if workspace.guard is not None:
+                    workspace.guard.advance()
         return metadata

@@ -196,4 +196,9 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
             md.scores, block_table, md.plan, kv_cache, self.page_size,
             self.budget_pages, self.sink_pages, self.config.window_tokens, md.table,
         )  # fmt: skip
+        if md.guard is not None and self.layer_index < len(md.guard.sums):
+            self.kernels.guard_mass(
+                query, kv_cache, block_table, md.plan, md.table,
+                self.page_size, self.scale, md.guard, self.layer_index,
+            )  # fmt: skip
         self.engine.attend(query, kv_cache, md.table, self.page_size, self.scale, output)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from vllm_sparse.decode_plan import DecodePlan
+from vllm_sparse.guard import Guard
 from vllm_sparse.page_scores import PageScores
 from vllm_sparse.page_table import PageTable
 from vllm_sparse.query_blocks import QueryBlocks
@@ -31,6 +32,8 @@ class SparseMetadata:
     table: PageTable
     scores: PageScores
 
+    guard: Guard | None = None
+    """Measures what the chosen pages hold, where the config asks for it."""
     dense_all: Any = None
     """Metadata of the dense backend for every row: what dense layers run."""
     dense_prefill: Any = None

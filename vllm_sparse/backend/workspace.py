@@ -13,6 +13,7 @@ import torch
 
 from vllm_sparse.config import SparseConfig
 from vllm_sparse.decode_plan import DecodePlan, segment_pages
+from vllm_sparse.guard import Guard
 from vllm_sparse.page_scores import PageScores
 from vllm_sparse.page_table import PageTable
 from vllm_sparse.prefill_buffers import PrefillBuffers
@@ -34,6 +35,9 @@ class Workspace:
     page_size: int
     prefill: PrefillBuffers | None = None
     """None where prefill is dense."""
+
+    guard: Guard | None = None
+    """None where ``guard_every_steps`` is 0."""
 
     def fits(self, page_size: int, q_heads: int, kv_heads: int) -> bool:
         """Whether layers of this shape can share these buffers."""
@@ -75,6 +79,9 @@ class Workspace:
                 q_heads, head_dim, page_size, vllm_config.model_config.max_model_len,
                 vllm_config.scheduler_config.max_num_batched_tokens, vllm_config.model_config.dtype, device,
             )  # fmt: skip
+        if config.guard_every_steps:
+            layers = vllm_config.model_config.hf_text_config.num_hidden_layers
+            workspace.guard = Guard.allocate(config.guard_every_steps, layers, q_heads, kv_heads, device)
         mib = (workspace.scores.values.numel() + workspace.table.units.numel()) * 4 / 2**20
         if workspace.prefill is not None:
             mib += workspace.prefill.num_bytes / 2**20

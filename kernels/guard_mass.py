@@ -1,0 +1,131 @@
+"""guard_mass: the share of exact attention mass that the chosen pages of one row hold.
+
+    share[h] = sum_{t in chosen} exp(scale * q[h] . K[t]) / sum_t exp(scale * q[h] . K[t])
+
+Runs in every decode step and returns at once in most: the device's step counter says in which it reads
+the keys of a sampled row, once all of them and once the chosen ones. The shares of a KV head's query
+heads are averaged and added to the sums of the layer.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_sparse.decode_plan import WORK_COLUMNS, DecodePlan
+from vllm_sparse.guard import PARTS, Guard
+from vllm_sparse.page_table import PageTable
+
+
+@triton.jit
+def _add_page(query, cells, live, in_head, scale, top, total, PRECISION: tl.constexpr):
+    """A page's keys at ``cells`` [dims, rows] added to a running sum of exponentials."""
+    k = tl.load(cells, mask=live[None, :] & in_head[:, None], other=0.0)
+    logits = tl.dot(query, k, input_precision=PRECISION) * scale
+    logits = tl.where(live[None, :], logits, float("-inf"))
+    new_top = tl.maximum(top, tl.max(logits, axis=1))
+    total = total * tl.exp(top - new_top) + tl.sum(tl.exp(logits - new_top[:, None]), axis=1)
+    return new_top, total
+
+
+@triton.jit
+def _merged(tops, totals):
+    """Log-sum-exp over the parts of each query head: [PARTS, GROUP_PAD] to [GROUP_PAD]; some part has a page."""
+    peak = tl.max(tops, axis=0)
+    return peak + tl.log(tl.sum(totals * tl.exp(tops - peak[None, :]), axis=0))
+
+
+@triton.jit(do_not_specialize=["every"])
+def _guard_mass(
+    q, kv, block_table, units, lengths, work, totals, step, sums, parts, arrivals, every,
+    q_stride_r, q_stride_h, kv_stride_b, kv_stride_h, kv_stride_r, table_stride, units_stride, scale,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, PAGE: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    part, head = tl.program_id(0), tl.program_id(1)
+    now, scored = tl.load(step), tl.load(totals)
+    if (now % every != 0) | (scored == 0):
+        return
+    # The first rows of the work list are those with chosen pages.
+    entry = work + now // every % scored * COLUMNS
+    request, seq_len = tl.load(entry), tl.load(entry + 1)
+    group, dims, rows = tl.arange(0, GROUP_PAD), tl.arange(0, BLOCK_D), tl.arange(0, PAGE)
+    member, in_head = group < GROUP, dims < HEAD_DIM
+    query = tl.load(
+        q + request.to(tl.int64) * q_stride_r + (head * GROUP + group)[:, None] * q_stride_h + dims[None, :],
+        mask=member[:, None] & in_head[None, :], other=0.0,
+    )  # fmt: skip
+    cells = rows[None, :] * kv_stride_r + dims[:, None]
+    top, total = tl.full([GROUP_PAD], float("-inf"), tl.float32), tl.zeros([GROUP_PAD], tl.float32)
+    block_row = block_table + request.to(tl.int64) * table_stride
+    for page in range(part, (seq_len + PAGE - 1) // PAGE, PARTS):
+        block = tl.load(block_row + page).to(tl.int64)
+        keys = kv + block * kv_stride_b + head.to(tl.int64) * kv_stride_h + cells
+        top, total = _add_page(query, keys, page * PAGE + rows < seq_len, in_head, scale, top, total, PRECISION)
+    row = request * KV_HEADS + head
+    length = tl.load(lengths + row)
+    unit_row = units + row.to(tl.int64) * units_stride
+    some_top, some_total = tl.full([GROUP_PAD], float("-inf"), tl.float32), tl.zeros([GROUP_PAD], tl.float32)
+    for place in range(part, (length + PAGE - 1) // PAGE, PARTS):
+        keys = kv + tl.load(unit_row + place).to(tl.int64) * kv_stride_h + cells
+        some_top, some_total = _add_page(
+            query, keys, place * PAGE + rows < length, in_head, scale, some_top, some_total, PRECISION
+        )
+    mine = parts + (head * PARTS + part) * 4 * GROUP + group
+    tl.store(mine, top, mask=member)
+    tl.store(mine + GROUP, total, mask=member)
+    tl.store(mine + 2 * GROUP, some_top, mask=member)
+    tl.store(mine + 3 * GROUP, some_total, mask=member)
+    # All threads' stores, then one arrival that publishes them: whoever comes last merges.
+    tl.debug_barrier()
+    arrived = tl.atomic_add(arrivals + head, 1, sem="acq_rel")
+    if arrived == PARTS - 1:
+        tl.store(arrivals + head, 0)
+        every_part = parts + (head * PARTS + tl.arange(0, PARTS))[:, None] * 4 * GROUP + group[None, :]
+        mask = (group < GROUP)[None, :]
+        # Volatile: other multiprocessors wrote these while this one ran.
+        tops = tl.load(every_part, mask=mask, other=0.0, volatile=True)
+        sizes = tl.load(every_part + GROUP, mask=mask, other=1.0, volatile=True)
+        everything = _merged(tops, sizes)
+        tops = tl.load(every_part + 2 * GROUP, mask=mask, other=0.0, volatile=True)
+        sizes = tl.load(every_part + 3 * GROUP, mask=mask, other=1.0, volatile=True)
+        chosen = _merged(tops, sizes)
+        share = tl.sum(tl.where(member, tl.exp(chosen - everything), 0.0), axis=0) / GROUP
+        added = sums + head * 2
+        tl.store(added, tl.load(added) + share.to(tl.float64))
+        tl.store(added + 1, tl.load(added + 1) + 1.0)
+
+
+def guard_mass(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    block_table: torch.Tensor,
+    plan: DecodePlan,
+    table: PageTable,
+    page_size: int,
+    scale: float,
+    guard: Guard,
+    layer: int,
+) -> None:
+    """Add one row's share to ``guard.sums[layer]``, in steps whose number ``guard.every`` divides.
+
+    ``table`` holds what was selected from ``plan``; else as in
+    :meth:`vllm_sparse.policies.base.DecodePolicy.score`. Reads ``2 * head_dim`` bytes (16-bit cache) per
+    token of the row and KV head in a sampled step.
+    """
+    q_heads, head_dim = q.shape[1:]
+    kv_heads = kv.shape[1]
+    group = q_heads // kv_heads
+    assert q.stride(2) == kv.stride(3) == 1
+    assert guard.parts.shape == (kv_heads, PARTS, 4, group)
+    _guard_mass[(PARTS, kv_heads)](
+        q, kv, block_table, table.units, table.lengths, plan.work, plan.totals,
+        guard.step, guard.sums[layer], guard.parts, guard.arrivals, guard.every,
+        q.stride(0), q.stride(1), kv.stride(0), kv.stride(1), kv.stride(2),
+        block_table.stride(0), table.units.stride(0), scale,
+        KV_HEADS=kv_heads, GROUP=group, GROUP_PAD=max(16, triton.next_power_of_2(group)), HEAD_DIM=head_dim,
+        BLOCK_D=triton.next_power_of_2(head_dim), PAGE=page_size, PARTS=PARTS, COLUMNS=WORK_COLUMNS,
+        PRECISION="ieee",
+    )  # fmt: skip

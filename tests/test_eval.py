@@ -1,0 +1,430 @@
+"""`vllm-sparse eval`: prompts, scores, what a rerun keeps, the page, and the command on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from cases import make, select_reference
+from vllm_sparse.kernels import reference
+
+from vllm_sparse import cli
+from vllm_sparse.config import ConfigError
+from vllm_sparse.eval import ruler
+from vllm_sparse.eval.recall import RecallProbe
+from vllm_sparse.eval.rows import Rows
+from vllm_sparse.eval.samples import TEXT, Samples
+from vllm_sparse.eval.settings import Setting, by_summary, grid
+from vllm_sparse.eval.summary import Summary, table
+from vllm_sparse.policies.registry import DECODE_POLICIES
+
+DOCUMENT = Path(__file__).parent.parent / "README.md"
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+class Letters:
+    """A tokenizer of one token per character."""
+
+    chat_template = None
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return [ord(letter) for letter in text]
+
+
+def words(count: int) -> list[str]:
+    return ["".join(chr(97 + int(digit)) for digit in f"{number:05}") for number in range(count)]
+
+
+def running_text(sentences: int = 3000) -> str:
+    """Different sentences of different words."""
+    names = words(4 * sentences)
+    return "".join(f"The {' '.join(names[i : i + 4])} was there. " for i in range(0, 4 * sentences, 4))
+
+
+SOURCE = ruler.Source.of(running_text())
+
+
+def problem(task: str, limit: int = 6000, seed: str = "a", depth: float | None = None) -> ruler.Problem:
+    return ruler.fitted(task, SOURCE, limit, seed, depth, lambda p: len(p.text + p.answer_start))
+
+
+@pytest.mark.parametrize("task", ruler.TASKS)
+def test_problems_hold_their_answers_fill_their_length_and_depend_on_the_seed_alone(task):
+    found = problem(task)
+    assert found == problem(task) and found != problem(task, seed="b")
+    counts = {"niah_single": 1, "niah_multikey": 1, "niah_multivalue": 4, "niah_multiquery": 4, "vt": 5, "cwe": 10}
+    assert len(set(found.answers)) == len(found.answers) == counts.get(task, 3)
+    assert all(answer in found.text for answer in found.answers)
+    assert not any(answer in found.answer_start for answer in found.answers)
+    assert 0.93 * 6000 < len(found.text + found.answer_start) <= 6000
+    assert ruler.score(" ".join(found.answers).upper(), found.answers) == 1
+
+
+def test_a_needle_lies_at_its_depth_and_its_key_is_asked_for():
+    for depth in (0.0, 0.25, 0.5, 1.0):
+        found = problem("niah_single", 20000, depth=depth)
+        begin, end = found.text.index("\n"), found.text.rindex("\n")
+        assert (found.text.index("One of the special") - begin) / (end - begin) == pytest.approx(depth, abs=0.02)
+    for task, asked in (("niah_multikey", 1), ("niah_multiquery", 4), ("niah_multivalue", 1)):
+        found = problem(task)
+        lines = [s for s in found.text.split("One of ")[1:]]
+        assert len(lines) == 4
+        question = found.text[found.text.rindex("\n") :]
+        keys = {line.split(" for ")[1].split(" is: ")[0] for line in lines}
+        assert sum(key in question for key in keys) == asked == len(keys & {k for k in keys if k in question})
+        for line in lines:
+            key, number = line.split(" for ")[1].split(" is: ")
+            assert (key in question) == (number.split(".")[0] in found.answers)
+
+
+def test_chains_are_in_order_and_words_are_as_frequent_as_rulers():
+    found = problem("vt")
+    body = found.text.rpartition("Memorize and track")[2]
+    places = [body.index(f"VAR {name} = ") for name in found.answers]
+    assert places == sorted(places)
+    body = problem("cwe", 20000)
+    listed = body.text.rpartition("Below is a numbered list")[2].split()
+    counts = {word: listed.count(word) for word in set(listed) if word.islower() and len(word) == 5}
+    assert {word for word, count in counts.items() if count == ruler.COMMON_TIMES} == set(body.answers)
+    assert set(counts.values()) <= {ruler.COMMON_TIMES, ruler.OTHER_TIMES, 1, 2}
+    body = problem("fwe")
+    coded = [word for word in body.text.split() if word != "...."]
+    ranked = sorted(set(coded), key=coded.count, reverse=True)
+    assert ranked[:3] == list(body.answers)
+
+
+def test_the_score_is_the_share_of_answers_found():
+    assert ruler.score("They are ABC and 12.", ("abc", "12", "7", "34")) == 0.5
+    assert ruler.score("", ("1",)) == 0
+
+
+def test_texts_too_poor_or_too_long_are_refused():
+    with pytest.raises(ConfigError, match=r"--lengths: 100 .* vt; allowed: from about"):
+        problem("vt", 100)
+    with pytest.raises(ConfigError, match="--text: too few sentences"):
+        ruler.fitted("niah_single", ruler.Source.of("Two words."), 900, "a", None, lambda p: 1)
+    with pytest.raises(ConfigError, match="--text: too few different words for cwe"):
+        problem("cwe", 10**7)
+    with pytest.raises(ConfigError, match="half for --split dev are too few for 2 passages of 900"):
+        Samples(Letters(), "a" * 1000, "dev", 2, 16, 5).make(TEXT, 900, 0)
+
+
+def test_samples_of_both_halves_are_apart_and_as_long_as_asked():
+    text = running_text()
+    found = {
+        split: [
+            Samples(Letters(), text, split, 3, 20, 5).make(task, 5000, seed)
+            for task in (TEXT, "niah_single", "niah_multikey")
+            for seed in range(3)
+        ]
+        for split in ("dev", "report")
+    }
+    for dev, report in zip(*found.values(), strict=True):
+        assert dev.tokens != report.tokens
+        for sample in (dev, report):
+            total = len(sample.tokens) + sample.max_tokens
+            assert total == 5000 if sample.task == TEXT else 0.95 * 5000 < total <= 5000
+    for split, samples in found.items():
+        passage = "".join(map(chr, samples[1].tokens + samples[1].forced))
+        assert len(samples[1].forced) == samples[1].max_tokens == 21
+        assert passage in (text[: len(text) // 2 + 40] if split == "dev" else text[len(text) // 2 - 40 :])
+        assert len({str(sample.tokens) for sample in samples}) == len(samples)
+        assert [sample.depth for sample in samples[3:]] == [0, 0.25, 0.5, None, None, None]
+
+
+def test_forced_tokens_follow_their_request_through_the_batch():
+    pytest.importorskip("vllm")
+    from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
+
+    from vllm_sparse.eval.force import FORCED, ForcedTokens
+
+    processor = ForcedTokens(None, torch.device("cpu"), False)
+    said = {name: [] for name in "abc"}
+
+    def params(*tokens):
+        return SimpleNamespace(extra_args={FORCED: list(tokens)} if tokens else None)
+
+    def step(rows: int, removed=(), added=(), moved=()):
+        processor.update_state(BatchUpdate(rows, list(removed), list(added), list(moved)))
+        return processor.apply(torch.zeros(rows, 9)).argmax(1).tolist()
+
+    added = [(0, params(3, 4), None, said["a"]), (1, params(), None, said["b"]), (2, params(5), None, said["c"])]
+    assert step(3, added=added) == [3, 0, 5]
+    processor.update_state(None)
+    said["a"].append(3), said["c"].append(5)
+    assert step(3) == [4, 0, 0], "what is forced ends, and the model goes on"
+    assert step(3, moved=[(0, 1, MoveDirectionality.SWAP)]) == [0, 4, 0]
+    assert step(3, removed=[0], moved=[(1, 0, MoveDirectionality.UNIDIRECTIONAL)]) == [4, 0, 0]
+    assert step(3, added=[(0, params(), None, [])]) == [0, 0, 0], "a row's next request is not forced"
+
+
+def steps(logits: torch.Tensor, top: int) -> list[dict[int, float]]:
+    found = logits.log_softmax(-1).topk(top)
+    return [
+        dict(zip(*(x.tolist() for x in pair), strict=True))
+        for pair in zip(found.indices, found.values, strict=True)
+    ]
+
+
+def test_the_divergence_is_exact_over_all_tokens_and_a_lower_bound_over_the_likeliest():
+    from vllm_sparse.eval.engine import agreement, divergence, loss
+
+    dense, sparse = torch.randn(2, 7, 40).double() * 3
+    exact = torch.nn.functional.kl_div(
+        sparse.log_softmax(-1), dense.log_softmax(-1), log_target=True, reduction="batchmean"
+    ).item()
+    assert divergence(steps(dense, 40), steps(sparse, 40)) == pytest.approx(exact, rel=1e-4)
+    bounds = [divergence(steps(dense, top), steps(sparse, top)) for top in (4, 20)]
+    assert 0 < bounds[0] < exact and 0 < bounds[1] < exact
+    assert divergence(steps(dense, 9), steps(dense, 9)) == 0
+    assert agreement(steps(dense, 9), steps(dense, 9)) == 1
+    same = (dense.argmax(-1) == sparse.argmax(-1)).double().mean().item()
+    assert agreement(steps(dense, 9), steps(sparse, 9)) == pytest.approx(same)
+    tokens = torch.randint(40, (7,))
+    expected = torch.nn.functional.cross_entropy(dense, tokens).item()
+    assert loss(steps(dense, 40), tokens.tolist()) == pytest.approx(expected)
+
+
+def test_the_grid_is_dense_each_choice_alone_and_all_pairs():
+    settings = grid(["quest", "dense"], [256, 512], ["vertical_slash", "a_shape"], [0.9, 0.95], {})
+    assert settings[0] == Setting() and settings[0].is_dense and len(settings) == len(set(settings)) == 3 * 4
+    assert Setting("quest", 256) in settings and Setting("dense", None, "vertical_slash", 0.9) in settings
+    assert Setting("quest", 512, "a_shape") in settings, "sizes of a fixed pattern are no coverage"
+    everything = grid(list(DECODE_POLICIES), [256], ["dense"], [0.9], {})
+    groups = by_summary(everything)
+    assert "none" not in groups and {s for group in groups.values() for s in group} == set(everything)
+    assert all(group[0].is_dense for group in groups.values())
+    for kind, group in groups.items():
+        assert {DECODE_POLICIES[s.policy].summary for s in group} <= {kind, "none"}
+    assert len(grid(["quest", "quest"], [256, 256], ["dense"], [], {})) == 2
+    assert by_summary(grid(["oracle"], [256], ["dense"], [], {}))["none"][1].policy == "oracle"
+
+
+@pytest.mark.parametrize("policy", ["random", "oracle"])
+def test_recall_is_the_exact_mass_of_the_chosen_pages_over_that_of_the_best(policy):
+    case = make([500, 40, 900], seed=3)
+    impl = SimpleNamespace(
+        num_kv_heads=2, device=case.q.device, engine=SimpleNamespace(attend=lambda *args: None),
+        budget_pages=case.budget_pages, sink_pages=1, config=SimpleNamespace(window_tokens=20),
+    )  # fmt: skip
+    probe = RecallProbe(impl)
+    watched = probe.watch(DECODE_POLICIES[policy](), 2)
+    step = (case.q, case.kv, case.block_table, case.plan, case.page_size, case.scale, case.scores)
+    for _ in range(3):  # of which two are weighed
+        watched.score(*step)
+        select_reference(case)
+        probe.engine.attend(case.q, case.kv, case.table, case.page_size, case.scale, None)
+    found = probe.take()
+    assert found["rows"] == 4, "short rows choose nothing"
+    chosen, best = torch.zeros(2), torch.zeros(2)
+    exact = make([500, 40, 900], seed=3)
+    reference.page_mass(exact.q, exact.kv, exact.block_table, exact.plan, 16, exact.scale, exact.scores)
+    select_reference(exact)
+    for request, length in ((0, 500), (2, 900)):
+        blocks = case.block_table[request, : -(-length // 16)].tolist()
+        for head in range(2):
+            keys = case.kv[blocks, head, :16, :64].flatten(0, 1)[:length]
+            weights = (case.q[request, 3 * head : 3 * head + 3] @ keys.T * case.scale).softmax(-1).mean(0)
+            for total, pages in ((chosen, case.table), (best, exact.table)):
+                units = pages.units[2 * request + head, : case.budget_pages].tolist()
+                places = [blocks.index(unit // 2) for unit in units]
+                total[head] += sum(weights[16 * place : 16 * place + 16].sum() for place in places)
+    assert torch.allclose(torch.tensor(found["chosen"]).float(), 2 * chosen, rtol=1e-4)
+    assert torch.allclose(torch.tensor(found["best"]).float(), 2 * best, rtol=1e-4)
+    assert (found["chosen"] == found["best"]) == (policy == "oracle")
+
+
+def row(policy: str = "quest", budget: int | None = 256, task: str = TEXT, length: int = 4096, **values) -> dict:
+    own = {
+        "vllm": "1", "torch": "2", "model": "m<1>", "device": "cpu", "dtype": "float32", "page_size": 16,
+        "split": "dev", "score_tokens": 8, "task": task, "length": length, "seed": 0, "policy": policy,
+        "budget": budget, "prefill_policy": "dense", "coverage": None, "attended": 0.5,
+    }  # fmt: skip
+    return own | values
+
+
+def text_row(policy: str, budget: int | None, length: int, kl: float) -> dict:
+    recall = None if policy == "dense" else [[0.5, 0.7], [0.9, 0.8], [0.6, 1.0]]
+    return row(policy, budget, length=length, loss=2 + kl, dense_loss=2.0, kl=kl, same_top=0.9, recall=recall,
+               mass=recall, layers=[2, 3, 4])  # fmt: skip
+
+
+def some_rows() -> list[dict]:
+    rows = [text_row("dense", None, length, 0.0) for length in (4096, 8192)]
+    for policy, scale in (("quest", 3.0), ("streaming", 30.0)):
+        rows += [
+            text_row(policy, budget, length, scale * length**0.5 / budget)
+            for length in (4096, 8192)
+            for budget in (256, 512, 1024)
+        ]
+    for depth in (0.0, 1.0):
+        rows.append(row("dense", None, "niah_single", depth=depth, score=1.0))
+        rows.append(row(task="niah_single", depth=depth, score=depth))
+    return rows
+
+
+def test_a_fit_finds_the_exponents_that_rows_were_made_with():
+    fit = Summary(some_rows()).fit("quest")
+    assert (fit.intercept, fit.length, fit.budget) == pytest.approx((math.log(3), 0.5, -1.0))
+    assert fit.residual < 1e-6 and len(fit.points) == 6
+    assert Summary(some_rows()).fit("dense") is None and Summary(some_rows()[:4]).fit("quest") is None
+    noisy = [r | {"kl": r["kl"] * (2 if r["budget"] == 512 else 1)} for r in some_rows() if "kl" in r]
+    assert 0.2 < Summary(noisy).fit("quest").residual < 0.7
+
+
+def test_the_page_holds_the_table_and_every_plot_and_nothing_from_elsewhere(tmp_path):
+    pytest.importorskip("matplotlib")
+    from vllm_sparse.eval import report
+
+    summary = Summary(some_rows())
+    assert summary.mean(Setting("quest", 256), TEXT, "excess", 4096) == pytest.approx(3 * 64 / 256)
+    assert summary.mean(Setting("quest", 256), "niah_single", "score") == 0.5
+    assert "quest 256" in table(summary) and "+0.9053" in table(summary)
+    report.write(tmp_path / "page.html", summary)
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("data:image/png;base64,") == len(report.PLOTS) == 5
+    assert "m&lt;1&gt;" in page and "<1>" not in page
+    assert "<td>quest 256</td><td>+0.9053</td>" in page
+    assert "http" not in page and "src='data:" in page
+    report.write(tmp_path / "page.html", Summary([row("dense", None, "vt", score=0.5)]))
+    assert (tmp_path / "page.html").read_text().count("<img") == 0, "nothing to compare"
+
+
+def test_a_line_cut_off_is_measured_again_and_other_files_are_refused(tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    first, second = row(budget=256), row(budget=512)
+    Rows(path).add([first])
+    with path.open("a") as file:
+        file.write(json.dumps(second)[:40])
+    again = Rows(path)
+    assert again.has(first) and not again.has(second) and "cut off" in capsys.readouterr().out
+    again.add([second])
+    assert Rows(path).rows == [first, second]
+    for key in ("budget", "split", "seed", "length", "task", "model", "policy", "dtype"):
+        assert not again.has(first | {key: "another"}), key
+    path.write_text("{}\n")
+    with pytest.raises(ConfigError, match=r"line 1 of .* is no result"):
+        Rows(path)
+
+
+# Options, and what the refusal must say.
+WRONG = {
+    "task": (["--tasks", "text,needle"], ["--tasks: 'needle'", "niah_single"]),
+    "policy": (["--policies", "quest,quset"], ["'quset'", "Did you mean 'quest'?", "midbound"]),
+    "prefill": (["--prefill-policies", "slash"], ["'slash'", "vertical_slash"]),
+    "budget": (["--budgets", "16"], ["budget_tokens: 16", "at least"]),
+    "page": (["--budgets", "256", "--block-size", "256"], ["budget_tokens: 256", "pages of 256 tokens"]),
+    "coverage": (["--prefill-policies", "xattention", "--coverages", "2"], ["prefill_coverage: 2", "0 "]),
+    "dense": (["--policies", "dense"], ["only dense", "quest", "vertical_slash"]),
+    "length": (["--lengths", "5000"], ["--lengths: 5000", "258 to 4096"]),
+    "score": (["--score-tokens", "0"], ["--score-tokens: 0", "1 or more"]),
+    "sparse": (["--sparse", '{"sink": 1}'], ["unknown key 'sink'", "sink_tokens"]),
+    "compared": (["--sparse", '{"budget_tokens": 512}'], ["--sparse: budget_tokens is what is compared"]),
+    "folder": (["--out", str(DOCUMENT.parent)], ["--out: ", "the path of a file"]),
+    "text": (["--text", "/nowhere"], ["--text: '/nowhere'", "a UTF-8 file"]),
+}
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_arguments_are_refused_before_an_engine_is_built(tiny, case, monkeypatch, capsys, tmp_path):
+    from vllm_sparse.eval import command
+
+    monkeypatch.setattr(command.Run, "all", lambda self: pytest.fail("an engine was built"))
+    options, said = WRONG[case]
+    fixed = ["--text", str(DOCUMENT), "--out", str(tmp_path / "x.jsonl"), "--block-size", "16"]
+    assert cli.main(["eval", str(tiny.model()), *fixed, *options]) == 1
+    message = capsys.readouterr().err
+    for part in said:
+        assert part in message
+
+
+@pytest.mark.engine
+def test_eval_equals_the_model_continues_and_mixes_no_settings(tiny, monkeypatch, capfd, tmp_path):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    from transformers import AutoModelForCausalLM
+
+    from vllm_sparse.eval import command
+
+    text = tmp_path / "text.txt"
+    text.write_text(running_text(400))
+    out = tmp_path / "eval.jsonl"
+    model = tiny.model(seed=1)
+    sizes = {"dense_layers": 0, "min_prefill_tokens": 256, "vertical_tokens": 64, "slash_tokens": 64}
+    options = [
+        "eval", str(model), "--text", str(text), "--dtype", "float32", "--block-size", "16", "--chunk", "256",
+        "--sparse", json.dumps(sizes), "--budgets", "128,1024", "--policies",
+        "quest,oracle,random", "--prefill-policies", "a_shape", "--lengths", "700", "--passages", "2",
+        "--score-tokens", "24", "--needles", "1", "--tasks", "text,niah_single",
+        "--recall-every", "5", "--batch", "2",
+    ]  # fmt: skip
+    # The first run ends early: without the last settings of the texts, and without the other task.
+    add, calls = Rows.add, []
+
+    def interrupted(rows, new):
+        calls.append(new)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        add(rows, new)
+
+    monkeypatch.setattr(Rows, "add", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cli.main([*options, "--out", str(out)])
+    monkeypatch.setattr(Rows, "add", add)
+    first = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(first) == 8, "two passages under four settings"
+    for path in (out, tmp_path / "whole.jsonl"):
+        assert cli.main([*options, "--out", str(path)]) == 0
+    found, whole = (
+        [json.loads(line) | {"date": ""} for line in path.read_text().splitlines()] for path in (out, path)
+    )
+    assert [r | {"date": ""} for r in first] == found[:8]
+    assert found == whole, "an interrupted run measures something else"
+    assert len(found) == 3 * 2 * 7
+    said = capfd.readouterr().out
+    assert "holds 8 of 42 results: continuing there" in said and "quest 128, prefill a_shape" in said
+    assert (tmp_path / "eval.html").read_text().count("<img") == 4
+
+    monkeypatch.setattr(command.Run, "_group", lambda *args: pytest.fail("everything was measured before"))
+    assert cli.main([*options, "--out", str(out)]) == 0
+
+    def of(task: str = TEXT, seed: int = 0, **which) -> dict:
+        which = {"policy": "dense", "budget": None, "prefill_policy": "dense", "task": task, "seed": seed} | which
+        rows = [r for r in found if all(r[key] == value for key, value in which.items())]
+        assert len(rows) == 1
+        return rows[0]
+
+    # The passages, as the model without any engine scores them.
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    from transformers import AutoTokenizer
+
+    samples = Samples(AutoTokenizer.from_pretrained(model), text.read_text(), "report", 2, 24, 1)
+    for seed in range(2):
+        sample = samples.make(TEXT, 700, seed)
+        tokens = torch.tensor(sample.tokens + sample.forced)
+        with torch.no_grad():
+            logits = network(tokens[None]).logits[0]
+        expected = torch.nn.functional.cross_entropy(logits[-25:-1], tokens[-24:]).item()
+        dense = of(seed=seed)
+        assert dense["loss"] == dense["dense_loss"] == pytest.approx(expected, abs=1e-3)
+        assert dense["kl"] == 0 and dense["attended"] == 1 and dense["recall"] is None
+        for policy in ("quest", "oracle", "random"):
+            full, part = of(seed=seed, policy=policy, budget=1024), of(seed=seed, policy=policy, budget=128)
+            assert (
+                full["loss"] == pytest.approx(expected, abs=1e-3) and full["kl"] < 1e-3 and full["attended"] == 1
+            )
+            assert part["kl"] > 0.01 and 0.15 < part["attended"] < 0.25
+            assert part["layers"] == [0, 1, 2] and len(part["recall"]) == 3 and len(part["recall"][0]) == 2
+            flat = [value for layer in part["recall"] for value in layer]
+            assert flat == [1.0] * 6 if policy == "oracle" else max(flat) < 1
+        assert of(seed=seed, policy="oracle", budget=128)["mass"][0][0] < 1
+    sparse_prefill = of(prefill_policy="a_shape")
+    assert 0.1 < sparse_prefill["prefill_density"] < 0.9
+    assert sparse_prefill["attended"] == 1 and sparse_prefill["kl"] > 0.001
+    task = of(task="niah_single", policy="quest", budget=128)
+    assert task["score"] in (0, 1) and task["expected"][0].isdigit() and task["depth"] == 0

@@ -1,0 +1,125 @@
+"""The guard: its kernel against the twin, the twin against plain attention, and both in steps of an engine."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import DEVICE, DTYPES, TOLERANCE, make, random_scores, select_reference
+from tiny_engine import engine_core, prompts, tokens
+from vllm_sparse.kernels import reference
+
+from vllm_sparse import metrics
+from vllm_sparse.config import ConfigError, SparseConfig
+from vllm_sparse.guard import Guard
+
+LENGTHS = [0, 200, 15, 389, 1, 33, 1500]
+SCORED = [1, 3, 6]
+"""Requests with more pages than the budget."""
+# (kv_heads, group, head_dim, page_size)
+SHAPES = [(2, 3, 64, 16), (1, 1, 128, 16), (3, 4, 96, 32), (1, 7, 256, 16)]
+
+
+def chosen_case(shape=SHAPES[0], dtype=torch.float32, **kwargs):
+    kv_heads, group, head_dim, page_size = shape
+    case = make(LENGTHS, kv_heads, group, head_dim, page_size, 4, dtype=dtype, **kwargs)
+    random_scores(case)
+    select_reference(case)
+    return case
+
+
+def guard_of(case, every: int = 1, layers: int = 3) -> Guard:
+    guard = Guard.allocate(every, layers, case.q.shape[1], case.kv_heads, DEVICE)
+    guard.parts.fill_(float("nan"))
+    return guard
+
+
+def run(kernels, case, guard: Guard, step: int, layer: int = 1) -> None:
+    guard.step.fill_(step)
+    kernels.guard_mass(
+        case.q, case.kv, case.block_table, case.plan, case.table, case.page_size, case.scale, guard, layer
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_twin_adds_the_share_of_plain_attention_on_chosen_pages(shape):
+    case = chosen_case(shape)
+    per_block = case.kv.stride(0) // case.kv.stride(1)
+    for index, request in enumerate(SCORED):
+        guard, length = guard_of(case), LENGTHS[request]
+        run(reference, case, guard, step=3 + index)
+        blocks = case.block_table[request, : -(-length // case.page_size)]
+        head_dim = case.q.shape[-1]
+        for head, query in enumerate(case.q[request].unflatten(0, (case.kv_heads, -1))):
+            keys = case.kv[blocks, head, : case.page_size, :head_dim].flatten(0, 1)[:length]
+            weights = (query @ keys.T * case.scale).softmax(-1)
+            units = case.table.units[request * case.kv_heads + head, : case.budget_pages]
+            kept = torch.isin(blocks, units // per_block).repeat_interleave(case.page_size)[:length]
+            share, rows = guard.sums[1, head].tolist()
+            assert share == pytest.approx(weights[:, kept].sum(-1).mean().item(), rel=1e-4) and 0 < share < 1
+            assert rows == 1
+        assert not guard.sums[[0, 2]].any(), "another layer's"
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+def test_the_kernel_matches_the_twin_step_by_step(shape, dtype):
+    pytest.importorskip("triton")
+    from vllm_sparse.kernels import launchers
+
+    case = chosen_case(shape, dtype, layers=2)
+    actual, expected = guard_of(case, every=2), guard_of(case, every=2)
+    seen = []
+    for step in range(1, 5):
+        before = expected.sums.clone()
+        run(launchers, case, actual, step)
+        run(reference, case, expected, step)
+        assert torch.allclose(actual.sums, expected.sums, rtol=10 * TOLERANCE[dtype], atol=0)
+        seen.append(not torch.equal(before, expected.sums))
+        assert not actual.arrivals.any()
+    assert seen == [False, True] * 2, "every second step"
+    assert expected.sums[1, :, 1].tolist() == [2.0] * case.kv_heads
+
+
+def test_a_step_without_chosen_pages_and_a_full_budget_say_so():
+    case = make([40, 3], budget_pages=8)
+    select_reference(case)
+    guard = guard_of(case)
+    run(reference, case, guard, step=1)
+    assert not guard.sums.any() and guard.read() == [None] * 3, "rows attended whole are no samples"
+    for index in range(SHAPES[0][0]):
+        guard.sums[2, index] = torch.tensor([1.5, 2.0])
+    assert guard.read() == [None, None, 0.75]
+    guard.reset()
+    assert guard.read() == [None] * 3 and not guard.step.any()
+
+
+def test_wrong_settings_are_refused():
+    with pytest.raises(ConfigError, match=r"sparse.guard_every_steps: -1 is negative; allowed: 0 or more"):
+        SparseConfig(guard_every_steps=-1)
+    with pytest.raises(ConfigError, match=r"guard_every_steps: 9 with decode_policy='dense'"):
+        SparseConfig(guard_every_steps=9, decode_policy="dense", prefill_policy="vertical_slash")
+
+
+@pytest.mark.engine
+def test_the_engine_samples_every_so_many_steps_in_each_layer(tiny, caplog):
+    found, answers = {}, {}
+    for policy, budget in (("oracle", 128), ("random", 128), ("random", 1024)):
+        settings = {"decode_policy": policy, "budget_tokens": budget, "guard_every_steps": 3, "dense_layers": 1}
+        with tiny.start(sparse=settings) as llm:
+            answers[policy, budget] = tokens(llm, prompts((700, 500, 20)), 19)
+            (shares,) = metrics.snapshot()["guard_shares"]
+            layers = engine_core(llm).vllm_config.compilation_config.static_forward_context.values()
+            guard = next(layer.impl.workspace.guard for layer in layers if hasattr(layer, "impl"))
+            steps = int(guard.step)
+            rows = guard.sums[..., 1].tolist()
+        found[policy, budget] = shares
+        if budget == 128:
+            assert shares[0] is None, "a dense layer chooses nothing"
+            assert 18 <= steps < 40 and rows == [[0, 0], [steps // 3] * 2, [steps // 3] * 2]
+            assert all(0 < share < 1 for share in shares[1:])
+        else:
+            assert shares == [None] * 3, "everything is attended"
+    assert min(found["oracle", 128][1:]) > max(found["random", 128][1:])
+    with tiny.start(sparse={"decode_policy": "oracle", "budget_tokens": 128, "dense_layers": 1}) as llm:
+        assert tokens(llm, prompts((700, 500, 20)), 19) == answers["oracle", 128], "the guard changed an answer"
+        assert metrics.snapshot()["guard_shares"] == []

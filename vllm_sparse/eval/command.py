@@ -1,0 +1,265 @@
+"""`vllm-sparse eval MODEL`: arguments, and the loop over tasks, samples and settings."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from vllm_sparse import commands
+from vllm_sparse.config import ConfigError, SparseConfig
+from vllm_sparse.eval import samples, summary
+from vllm_sparse.eval.engine import EvalEngine, Found, agreement, divergence, loss
+from vllm_sparse.eval.rows import Rows, environment
+from vllm_sparse.eval.ruler import score
+from vllm_sparse.eval.samples import TASKS, TEXT, Sample, Samples
+from vllm_sparse.eval.settings import Setting, by_summary, grid
+from vllm_sparse.policies.registry import DECODE_POLICIES, PREFILL_POLICIES
+
+LENGTHS = (4096, 8192, 16384, 32768)
+LEAST_LENGTH = 256
+CPU_CHUNK, GPU_CHUNK, GPU_BATCH = 2048, 8192, 8
+
+
+def add_command(subparsers) -> None:
+    parser = subparsers.add_parser(
+        "eval",
+        help="measure what budgets and policies cost in quality",
+        description="Measure what budgets and policies cost a model in quality, through the real engine: loss and "
+        "divergence from dense of the last tokens of long texts, RULER's tasks, and the attention mass of the "
+        "chosen pages. Leaves JSON lines and an HTML page. An interrupted run continues when it is repeated.",
+    )
+    parser.set_defaults(run=run)
+    commands.add_model_options(parser)
+    decode = [name for name in DECODE_POLICIES if name != "dense"]
+
+    def option(name: str, about: str, kind: Callable = int, **more) -> None:
+        parser.add_argument(name, type=kind, help=about, **more)
+
+    option("--policies", f"of decode, with commas; default: {','.join(decode)}", names, default=decode)
+    option("--budgets", "tokens; default: 256,512,1024,2048", whole_numbers, default=[256, 512, 1024, 2048])
+    option(
+        "--prefill-policies",
+        f"of prefill, alone and with each of decode; default: dense; known: {','.join(PREFILL_POLICIES)}",
+        names,
+        default=["dense"],
+    )
+    option("--coverages", "of prefill policies that estimate; default: 0.98", numbers, default=[0.98])
+    tasks = [TEXT, "niah_single"]
+    option("--tasks", f"default: {','.join(tasks)}; known: {','.join(TASKS)}", names, default=tasks)
+    option("--lengths", "tokens of prompt and answer; default: 4096 to 32768, as the model takes", whole_numbers)
+    option("--passages", f"samples of {TEXT} per length; default: 2", default=2)
+    option("--score-tokens", "last tokens of a text, which are scored; default: 256", default=256)
+    option("--needles", "samples of each other task per length, spread over depths; default: 5", default=5)
+    parser.add_argument(
+        "--split",
+        choices=samples.SPLITS,
+        default="report",
+        help="half of the text and of the seeds: choose settings on dev, publish report",
+    )
+    option("--recall-every", "decode steps of a text between two that are weighed; 0: none", default=16)
+    option("--sparse", "further sparse settings of all runs, as JSON", json_object, default={})
+    option("--out", "results; the page is beside them; default: eval.jsonl", Path, default=Path("eval.jsonl"))
+    option("--chunk", "tokens of a step of prefill; default: 8192, on a CPU 2048")
+    option("--batch", "samples at a time; default: 8, on a CPU 1")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure what was not measured before, then write the page and print a table.
+
+    Raises:
+        ConfigError: an argument that cannot be used; names it, its value and what is allowed.
+    """
+    settings = _checked(args)
+    report = _report()
+    commands.check_writable(args.out)
+    commands.stay_in_process()
+    # Logits processors of one kind only; vLLM's second runner has another interface for them.
+    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
+    _settle(args, settings, commands.model_config(args))
+    text = commands.sample_text(args.text)
+    rows = Rows(args.out)
+    run = Run(args, settings, text, rows)
+    run.all()
+    found = summary.Summary([row for row in rows.rows if run.is_mine(row)])
+    page = args.out.with_suffix(".html")
+    report.write(page, found)
+    print(f"\n{summary.table(found)}\n\nResults are in {args.out}, plots in {page}")
+
+
+def _report():
+    """The module that writes the page; asked for before minutes of measuring."""
+    try:
+        from vllm_sparse.demo import packages  # noqa: F401  the progress bar
+        from vllm_sparse.eval import report
+    except ImportError as error:
+        raise ConfigError(
+            f"{error}, which the page and the progress bar need: pip install 'vllm-sparse[eval]'"
+        ) from None
+    return report
+
+
+def names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def whole_numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
+def numbers(text: str) -> list[float]:
+    return [float(number) for number in text.split(",")]
+
+
+def json_object(text: str) -> dict[str, Any]:
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise ValueError(text)
+    return found
+
+
+def _checked(args: argparse.Namespace) -> list[Setting]:
+    """The settings asked for; refuses what needs no model to be refused."""
+    for task in args.tasks or [""]:
+        if task not in TASKS:
+            raise ConfigError(f"--tasks: {task!r}; allowed: {', '.join(TASKS)}")
+    for name, least in (("passages", 1), ("score_tokens", 1), ("needles", 1), ("recall_every", 0)):
+        if getattr(args, name) < least:
+            raise ConfigError(f"--{name.replace('_', '-')}: {getattr(args, name)}; allowed: {least} or more")
+    for name in ("chunk", "batch"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ConfigError(f"--{name}: {getattr(args, name)}; allowed: 1 or more")
+    settings = grid(args.policies, args.budgets, args.prefill_policies, args.coverages, args.sparse)
+    return settings
+
+
+def _settle(args: argparse.Namespace, settings: list[Setting], model: Any) -> None:
+    """Fill in what depends on model and machine."""
+    from vllm.platforms import current_platform
+
+    on_cpu, most = current_platform.is_cpu(), model.max_model_len
+    args.lengths = args.lengths or [length for length in LENGTHS if length <= most] or [most]
+    least = max(LEAST_LENGTH, args.score_tokens + 2)
+    for length in args.lengths:
+        if not least <= length <= most:
+            raise ConfigError(f"--lengths: {length}; allowed for this model and --score-tokens: {least} to {most}")
+    # What the backend takes where none is asked for.
+    args.block_size = args.block_size or (32 if on_cpu else 16)
+    for setting in settings:
+        SparseConfig.from_mapping(setting.mapping(args.sparse), "--sparse").check_page_size(args.block_size)
+    args.chunk = args.chunk or (CPU_CHUNK if on_cpu else GPU_CHUNK)
+    args.batch = args.batch or (1 if on_cpu else GPU_BATCH)
+    args.dtype = str(model.dtype).removeprefix("torch.")
+
+
+class Run:
+    def __init__(self, args: argparse.Namespace, settings: list[Setting], text: str, rows: Rows):
+        import torch
+
+        self.args, self.settings, self.text, self.rows = args, settings, text, rows
+        path = Path(args.model)
+        self.common = {
+            "model": path.resolve().name if path.exists() else args.model,
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            "dtype": args.dtype, "tp": args.tensor_parallel_size, "page_size": args.block_size,
+            "chunk": args.chunk, "text": samples.digest(text), "score_tokens": args.score_tokens,
+            "sparse": args.sparse, "split": args.split,
+        }  # fmt: skip
+
+    def is_mine(self, row: dict) -> bool:
+        """Whether a row is of this model, text and kind of run, of whatever setting and sample."""
+        return all(row.get(name) == value for name, value in self.common.items())
+
+    def all(self) -> None:
+        from vllm_sparse.demo.packages import progress
+
+        groups = by_summary(self.settings)
+        # Dense rows are every group's, and measured by the first that runs.
+        total = len(set(self._missing(self.settings)))
+        samples_per_length = sum(len(self._seeds(task)) for task in self.args.tasks)
+        done = len(self.settings) * len(self.args.lengths) * samples_per_length - total
+        if done and total:
+            print(f"{self.args.out} holds {done} of {done + total} results: continuing there", flush=True)
+        with progress("evaluating", done + total, initial=done, unit="result") as bar:
+            for kind, settings in groups.items():
+                if any(self._missing(settings)):
+                    self._group(kind, settings, bar.update)
+
+    def _seeds(self, task: str) -> range:
+        return range(self.args.passages if task == TEXT else self.args.needles)
+
+    def _key(self, task: str, length: int, seed: int, setting: Setting) -> dict:
+        return {**self.common, "task": task, "length": length, "seed": seed, **vars(setting)}
+
+    def _missing(self, settings: list[Setting]) -> Iterator[tuple[str, int, int, Setting]]:
+        for task in self.args.tasks:
+            for length in self.args.lengths:
+                for seed in self._seeds(task):
+                    for setting in settings:
+                        if not self.rows.has(self._key(task, length, seed, setting)):
+                            yield task, length, seed, setting
+
+    def _group(self, kind: str, settings: list[Setting], advance: Callable[[int], Any]) -> None:
+        args = self.args
+        with ExitStack() as stack:
+            engine = stack.enter_context(EvalEngine.start(args, settings, kind, args.sparse))
+            make = Samples(
+                engine.tokenizer, self.text, args.split, args.passages, args.score_tokens, args.needles
+            ).make
+            for task in args.tasks:
+                for length in args.lengths:
+                    make(task, length, 0)  # what cannot be made is refused before anything is measured
+            for task in args.tasks:
+                for length in args.lengths:
+                    seeds = [
+                        seed for seed in self._seeds(task)
+                        if any(not self.rows.has(self._key(task, length, seed, s)) for s in settings)
+                    ]  # fmt: skip
+                    for first in range(0, len(seeds), args.batch):
+                        batch = [make(task, length, seed) for seed in seeds[first : first + args.batch]]
+                        self._batch(engine, settings, batch, advance)
+
+    def _batch(self, engine: EvalEngine, settings: list[Setting], batch: list[Sample], advance) -> None:
+        """All settings on samples of one task and length, dense first, which the others are compared with."""
+        dense: Found | None = None
+        for setting in settings:
+            keys = [self._key(sample.task, sample.length, sample.seed, setting) for sample in batch]
+            new = [not self.rows.has(key) for key in keys]
+            if not any(new) and not (setting.is_dense and batch[0].task == TEXT):
+                continue
+            found = engine.run(setting, batch, self.args.recall_every)
+            dense = dense or found
+            rows = [
+                {**environment(), **key, **self._measured(sample, index, found, dense)}
+                for index, (sample, key) in enumerate(zip(batch, keys, strict=True))
+                if new[index]
+            ]
+            self.rows.add(rows)
+            advance(len(rows))
+
+    def _measured(self, sample: Sample, index: int, found: Found, dense: Found) -> dict:
+        answer, shared = found.answers[index], {
+            "attended": _rounded(found.attended), "prefill_density": _rounded(found.prefill_density),
+        }  # fmt: skip
+        if sample.task != TEXT:
+            return {
+                **shared, "depth": sample.depth, "score": round(score(answer.text, sample.answers), 4),
+                "answer": answer.text, "expected": list(sample.answers), "prompt_tokens": len(sample.tokens),
+            }  # fmt: skip
+        steps, reference = answer.steps, dense.answers[index].steps
+        return {
+            **shared, "loss": round(loss(steps, sample.forced[1:]), 5),
+            "dense_loss": round(loss(reference, sample.forced[1:]), 5),
+            "kl": round(divergence(reference, steps), 5), "same_top": round(agreement(reference, steps), 4),
+            "recall": _rounded(found.recall), "mass": _rounded(found.mass), "layers": found.layers,
+        }  # fmt: skip
+
+
+def _rounded(values: Any) -> Any:
+    if isinstance(values, list):
+        return [_rounded(value) for value in values]
+    return None if values is None else round(values, 4)

@@ -1,0 +1,69 @@
+"""Rows: one JSON line per sample and setting, each on disk as soon as it is measured."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from vllm_sparse.config import ConfigError
+
+KEY = (
+    "model", "device", "dtype", "tp", "page_size", "chunk", "text", "score_tokens", "sparse", "split",
+    "task", "length", "seed", "policy", "budget", "prefill_policy", "coverage",
+)  # fmt: skip
+"""What a measurement depends on; a row with the same is not measured again."""
+
+
+def environment() -> dict[str, Any]:
+    """Versions and date, which a row records beside its key."""
+    import torch
+    import vllm
+
+    import vllm_sparse
+
+    return {
+        "vllm": vllm.__version__,
+        "torch": torch.__version__,
+        "vllm_sparse": vllm_sparse.__version__,
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+    }
+
+
+def key_of(row: dict[str, Any]) -> str:
+    return json.dumps([row.get(name) for name in KEY], sort_keys=True)
+
+
+class Rows:
+    """The rows of a file; a line that a killed run left half written is dropped."""
+
+    def __init__(self, path: Path):
+        self.path, self.rows = path, []
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        *lines, last = text.split("\n")
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+                row["task"], row["policy"]
+            except (ValueError, KeyError, TypeError):
+                raise ConfigError(
+                    f"--out: line {number} of {path} is no result of `vllm-sparse eval`; allowed: its own file, "
+                    f"which it continues, or a new one"
+                ) from None
+            self.rows.append(row)
+        if last:
+            path.write_text(text[: len(text) - len(last)], encoding="utf-8")
+            print(f"{path}: the last line was cut off; it is measured again", flush=True)
+        self._keys = {key_of(row) for row in self.rows}
+
+    def has(self, key: dict[str, Any]) -> bool:
+        return key_of(key) in self._keys
+
+    def add(self, rows: Iterable[dict[str, Any]]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            for row in rows:
+                file.write(json.dumps(row) + "\n")
+                self.rows.append(row)
+                self._keys.add(key_of(row))

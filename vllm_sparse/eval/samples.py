@@ -1,0 +1,104 @@
+"""Samples: prompts of a task and length. ``dev`` and ``report`` share no text and no random number."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from vllm_sparse.config import ConfigError
+from vllm_sparse.eval import ruler
+
+TEXT = "text"
+"""The task that scores a text's own last tokens."""
+TASKS = (TEXT, *ruler.TASKS)
+SPLITS = ("dev", "report")
+SPARE_ANSWER_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Sample:
+    task: str
+    length: int
+    """Tokens of prompt and answer together, at most."""
+    seed: int
+    tokens: list[int] = field(repr=False)
+    """The prompt."""
+    max_tokens: int
+    forced: list[int] | None = field(default=None, repr=False)
+    """What the answer is made to be, of :data:`TEXT`; its first token comes of prefill and is not scored."""
+    answers: tuple[str, ...] = ()
+    depth: float | None = None
+    """Of the needle: 0 at the beginning, 1 at the end; None where there is not one."""
+
+
+class Samples:
+    """Makes the samples of one half of a text."""
+
+    def __init__(self, tokenizer: Any, text: str, split: str, passages: int, score_tokens: int, needles: int):
+        self.tokenizer, self.split = tokenizer, split
+        middle = text.find("\n", len(text) // 2) + 1 or len(text) // 2
+        self.text = text[:middle] if split == "dev" else text[middle:]
+        self.passages, self.score_tokens, self.needles = passages, score_tokens, needles
+
+    def make(self, task: str, length: int, seed: int) -> Sample:
+        return self._passage(length, seed) if task == TEXT else self._problem(task, length, seed)
+
+    @cached_property
+    def _start(self) -> list[int]:
+        """What the tokenizer begins a text with."""
+        return self.tokenizer.encode("")
+
+    @cached_property
+    def _body(self) -> list[int]:
+        return self.tokenizer.encode(self.text, add_special_tokens=False)
+
+    @cached_property
+    def _source(self) -> ruler.Source:
+        return ruler.Source.of(self.text)
+
+    def _passage(self, length: int, seed: int) -> Sample:
+        body = length - len(self._start)
+        spare = len(self._body) - body
+        if spare < self.passages - 1:
+            raise ConfigError(
+                f"--text: {len(self._body)} tokens of the half for --split {self.split} are too few for "
+                f"{self.passages} passages of {length}; allowed: a longer text, smaller --lengths or --passages"
+            )
+        first = spare * seed // max(1, self.passages - 1)
+        tokens = self._start + self._body[first : first + body]
+        split = length - self.score_tokens - 1
+        return Sample(TEXT, length, seed, tokens[:split], self.score_tokens + 1, tokens[split:])
+
+    def _problem(self, task: str, length: int, seed: int) -> Sample:
+        depth = seed % self.needles / max(1, self.needles - 1) if task == "niah_single" else None
+        name = f"{self.split} {task} {length} {seed}"
+
+        def count(problem: ruler.Problem) -> int:
+            return len(self._prompt(problem)) + self._answer_tokens(problem)
+
+        problem = ruler.fitted(task, self._source, length, name, depth, count)
+        return Sample(
+            task, length, seed, self._prompt(problem), self._answer_tokens(problem),
+            answers=problem.answers, depth=depth,
+        )  # fmt: skip
+
+    def _prompt(self, problem: ruler.Problem) -> list[int]:
+        if getattr(self.tokenizer, "chat_template", None):
+            messages = [
+                {"role": "user", "content": problem.text},
+                {"role": "assistant", "content": problem.answer_start},
+            ]
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, continue_final_message=True)
+            return self.tokenizer.encode(text, add_special_tokens=False)
+        return self.tokenizer.encode(f"{problem.text}\n{problem.answer_start}")
+
+    def _answer_tokens(self, problem: ruler.Problem) -> int:
+        """Room for the right answer twice, as models number and repeat things."""
+        tokens = len(self.tokenizer.encode(" " + ", ".join(problem.answers), add_special_tokens=False))
+        return 2 * tokens + SPARE_ANSWER_TOKENS
+
+
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
