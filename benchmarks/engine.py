@@ -164,6 +164,7 @@ def measure(args) -> dict:
         found |= {"budget": config.budget_tokens, "policy": config.decode_policy}
         found["prefill_policy"] = config.prefill_policy
         found["environment"] = results.environment()
+    llm.llm_engine.engine_core.shutdown()  # waits for the workers, whose memory the next engine needs
     return found
 
 

@@ -13,7 +13,7 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs"),
 ]
 
-LENGTHS = (3000, 2500, 700, 20)
+LENGTHS = (3000, 2500, 700, 40)
 ENGINE = dict(
     dtype="bfloat16", max_model_len=4096, max_num_seqs=8, max_num_batched_tokens=1024,
     kv_cache_memory_bytes=256 << 20, gpu_memory_utilization=0.1, block_size=16, disable_log_stats=True,
