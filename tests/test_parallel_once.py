@@ -28,7 +28,9 @@ def test_pipeline_stages_give_stock_tokens_each_with_its_layers(tiny, tmp_path):
 
 
 def test_server_of_two_engines(tiny, tmp_path):
-    with serve(tmp_path, tiny.model(), SPARSE, "--data-parallel-size=2", **WORKERS) as server:
+    with serve(
+        tmp_path, tiny.model(), SPARSE, "--data-parallel-size=2", "--api-server-count=1", **WORKERS
+    ) as server:
         check_server(server, tiny, tiny.model())
 
 
