@@ -81,8 +81,9 @@ def test_ray_workers_share_one_kv_head_and_take_the_drivers_settings(tiny, tmp_p
         assert worker["attended_tokens"] == worker["context_tokens"] > 0
 
 
-def check_server(server, tiny, model) -> None:
-    """Answers of stock vLLM to requests at once, and a log in which both workers have the settings and count."""
+def check_server(server, tiny, model, dense_layers: int = 1, count: int = 2) -> None:
+    """Answers of stock vLLM to requests at once, and a log in which two workers know ``dense_layers`` and
+    ``count`` of them, which have sparse layers, what was attended."""
     batch = prompts((300, 40, 1, 90), seed=11)
     expected = tiny.stock(batch, MAX_TOKENS, model=model)
     server.wait()
@@ -90,9 +91,9 @@ def check_server(server, tiny, model) -> None:
         choices = list(clients.map(lambda prompt: server.choice("/v1/completions", prompt=prompt), batch))
     assert [choice["token_ids"] for choice in choices] == expected
     log = server.log.read_text()
-    for told in ("layers run dense: dense_layers=1", "tokens (100.0%) in decode steps so far"):
+    for told, workers in ((f"layers run dense: dense_layers={dense_layers}", 2), ("tokens (100.0%)", count)):
         told_by = set(re.findall(rf"\((Worker\w* pid=\d+)\).*sparse attention: .*{re.escape(told)}", log))
-        assert len(told_by) == 2, f"{told!r} is told by {told_by}"
+        assert len(told_by) == workers, f"{told!r} is told by {told_by}"
 
 
 def test_server_of_two_ranks_on_mp(tiny, tmp_path):
