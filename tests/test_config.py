@@ -94,6 +94,21 @@ def test_environment_gives_the_config_as_json_or_as_a_file(monkeypatch, tmp_path
     assert SparseConfig.from_vllm(SimpleNamespace(additional_config=None)) == SparseConfig()
 
 
+def test_the_driver_carries_what_a_file_says_to_workers_that_lack_it(monkeypatch, tmp_path):
+    pytest.importorskip("vllm")
+    from vllm_sparse.backend import compat
+
+    path = tmp_path / "sparse.json"
+    path.write_text(json.dumps({"budget_tokens": 768}))
+    monkeypatch.setenv(ENV_CONFIG, str(path))
+    vllm_config = SimpleNamespace(additional_config={"another plugin": 1}, model_config=None)
+    compat._carry_config(vllm_config, SparseConfig.from_vllm(vllm_config))
+    monkeypatch.delenv(ENV_CONFIG)
+    carried = json.loads(json.dumps(vllm_config.additional_config))
+    assert of_engine(carried) == SparseConfig(budget_tokens=768)
+    assert carried["another plugin"] == 1
+
+
 def test_engine_settings_win_over_the_environment(monkeypatch):
     monkeypatch.setenv(ENV_CONFIG, json.dumps({"budget_tokens": 512, "dense_layers": 7}))
     assert of_engine({"sparse": {"budget_tokens": 1024}}) == SparseConfig(budget_tokens=1024)

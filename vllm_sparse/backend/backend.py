@@ -12,6 +12,7 @@ from vllm_sparse.cache.spec import SparseAttentionSpec
 from vllm_sparse.config import PAGE_SIZES
 
 compat.install_spec_hook()
+compat.install_worker_method()
 
 
 class SparseBackend(AttentionBackend):
