@@ -21,10 +21,12 @@ from vllm_sparse.kernels.reference_prefill import (  # noqa: F401
     sparse_prefill,
     vertical_slash,
 )
+from vllm_sparse.kernels.reference_sketch import hadamard, sketched_keys, write_sketches
 
 from vllm_sparse.decode_plan import NOT_LISTED, DecodePlan
 from vllm_sparse.page_scores import CHUNK_PAGES, PageScores
 from vllm_sparse.page_table import PageTable, single_head_pages, units_per_block
+from vllm_sparse.summaries import SKETCH_BITS
 
 SCALE_MARGIN, SMALLEST_SCALE = 1 + 2**-7, 1e-7
 
@@ -44,7 +46,9 @@ def page_write(
     tokens, slots = torch.nonzero(written).squeeze(1), slots[written]
     blocks, rows = slots // page_size, slots % page_size
     kv[blocks, :, rows] = torch.cat([key[tokens], value[tokens]], dim=-1).to(kv.dtype)
-    if summary == "none":
+    if summary in SKETCH_BITS:
+        write_sketches(kv, slots, page_size, summary)
+    if summary != "key_range":
         return
     head_dim = key.shape[-1]
     touched, inverse = torch.unique(blocks, return_inverse=True)
@@ -134,6 +138,24 @@ def quest_score(
         _store_scores(scores, request, offset, bound.transpose(1, 2).flatten(0, 1))
 
 
+def sketch_score(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    block_table: torch.Tensor,
+    plan: DecodePlan,
+    page_size: int,
+    scale: float,
+    scores: PageScores,
+    summary: str,
+) -> None:
+    group = q.shape[1] // kv.shape[1]
+    for request, blocks, offset, seq_len in _scored_requests(block_table, plan, page_size):
+        keys = sketched_keys(kv[blocks], page_size, summary).transpose(0, 1)
+        query = torch.nn.functional.pad(q[request].float(), (0, keys.shape[-1] - q.shape[-1]))
+        heads = hadamard(query).view(-1, group, keys.shape[-1]) * scale
+        _store_masses(scores, request, offset, heads @ keys.flatten(1, 2).transpose(1, 2), seq_len, page_size)
+
+
 def page_mass(
     q: torch.Tensor,
     kv: torch.Tensor,
@@ -147,10 +169,7 @@ def page_mass(
     for request, blocks, offset, seq_len in _scored_requests(block_table, plan, page_size):
         keys = kv[blocks, :, :page_size, :head_dim].float().transpose(0, 1).flatten(1, 2)
         heads = q[request].float().view(-1, group, head_dim) * scale
-        logits = heads @ keys.transpose(1, 2)
-        logits[..., seq_len:] = float("-inf")
-        mass = logits.unflatten(-1, (len(blocks), page_size)).logsumexp(-1)
-        _store_scores(scores, request, offset, mass.flatten(0, 1))
+        _store_masses(scores, request, offset, heads @ keys.transpose(1, 2), seq_len, page_size)
 
 
 def recency_score(block_table: torch.Tensor, plan: DecodePlan, page_size: int, scores: PageScores) -> None:
@@ -275,6 +294,15 @@ def _scored_requests(block_table: torch.Tensor, plan: DecodePlan, page_size: int
         if seq_len and offsets[request] >= 0:
             blocks = block_table[request, : -(-seq_len // page_size)].long()
             yield request, blocks, offsets[request], seq_len
+
+
+def _store_masses(
+    scores: PageScores, request: int, offset: int, logits: torch.Tensor, seq_len: int, page_size: int
+) -> None:
+    """The log-mass of each page from ``logits`` [kv_heads, group, tokens], a whole number of pages."""
+    logits[..., seq_len:] = float("-inf")
+    mass = logits.unflatten(-1, (-1, page_size)).logsumexp(-1)
+    _store_scores(scores, request, offset, mass.flatten(0, 1))
 
 
 def _store_scores(scores: PageScores, request: int, offset: int, values: torch.Tensor) -> None:

@@ -64,9 +64,9 @@ class EngineWrites:
         return Counter(self.filled.values())
 
 
-def spec_of(page_size: int = PAGE, **changes) -> SparseAttentionSpec:
+def spec_of(page_size: int = PAGE, summary: str = "key_range", **changes) -> SparseAttentionSpec:
     shape = {"num_kv_heads": HEADS, "head_size": HEAD_DIM, "dtype": torch.float32, **changes}
-    return SparseAttentionSpec.extend(FullAttentionSpec(block_size=page_size, **shape), 1)
+    return SparseAttentionSpec.extend(FullAttentionSpec(block_size=page_size, **shape), summary)
 
 
 class Worker:
