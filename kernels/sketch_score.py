@@ -66,7 +66,7 @@ def _sketch_score(
     num_reqs, scale,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
     BITS: tl.constexpr, TILE_BYTES: tl.constexpr, TILE: tl.constexpr, PAGE: tl.constexpr, PAGES: tl.constexpr,
-    CHUNK: tl.constexpr, ROWS: tl.constexpr, NOT_LISTED: tl.constexpr, COLUMNS: tl.constexpr,
+    CHUNK: tl.constexpr, ROWS: tl.constexpr, NOT_LISTED: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     PLANES: tl.constexpr = TILE * BITS // 8
     FIELDS: tl.constexpr = 8 // BITS
@@ -108,7 +108,8 @@ def _sketch_score(
         page_sum = tl.zeros([PAGES, GROUP_PAD], tl.float32)
         top = tl.full([GROUP_PAD], float("-inf"), tl.float32)
         total = tl.zeros([GROUP_PAD], tl.float32)
-        for step in range((chunk - begin) * STEPS, (end - begin) * STEPS):
+        # Stages asked for here count for loads that feed no matrix product too.
+        for step in tl.range((chunk - begin) * STEPS, (end - begin) * STEPS, num_stages=STAGES):
             tile = step % TILES
             of_row = step // STEPS
             pages = step // TILES * PAGES + tl.arange(0, PAGES)
@@ -201,5 +202,6 @@ def sketch_score(
         GROUP=group, GROUP_PAD=max(4, triton.next_power_of_2(group)), HEAD_DIM=head_dim, WIDTH=layout.width,
         BITS=layout.bits, TILE_BYTES=layout.tile_bytes, TILE=TILE_TOKENS, PAGE=page_size, PAGES=pages,
         CHUNK=CHUNK_PAGES, ROWS=ROWS, NOT_LISTED=NOT_LISTED, COLUMNS=WORK_COLUMNS,
-        num_warps=TUNING["num_warps"], num_stages=TUNING["num_stages"],
+        STAGES=TUNING["num_stages"],
+        num_warps=TUNING["num_warps"],
     )  # fmt: skip

@@ -13,8 +13,8 @@ Rotation, centring and one scale per key are as in quantised attention: Ashkboos
 2404.00456; Gao and Long, "RaBitQ", arXiv 2405.12497; which pages to attend to, from such keys, is this
 project's.
 
-A byte of plane p holds field j of token p * 8 / bits + j in bits ``bits * j`` on, less 128: so the last
-field, read with the byte's sign, is ``levels / 2`` less than its code. :mod:`vllm_sparse.summaries` says where the parts lie.
+A byte of plane p holds field j of token p * 8 / bits + j in bits ``bits * j`` on, less 128: so the last field,
+read with the byte's sign, is ``levels / 2`` less than its code. :mod:`vllm_sparse.summaries` has the layout.
 """
 
 from __future__ import annotations
