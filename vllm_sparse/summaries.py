@@ -54,9 +54,13 @@ class SketchLayout:
         return self.scales + 2 * TILE_TOKENS
 
     @property
+    def used_bytes(self) -> int:
+        return self.mean_scale + 4
+
+    @property
     def tile_bytes(self) -> int:
         """Bytes from one tile's sketch to the next, in whole pieces of 64, as memory is read."""
-        return -(-(self.mean_scale + 4) // 64) * 64
+        return -(-self.used_bytes // 64) * 64
 
 
 def summary_rows(summary: str, page_size: int, head_dim: int, item_bytes: int) -> int:
@@ -71,3 +75,10 @@ def summary_rows(summary: str, page_size: int, head_dim: int, item_bytes: int) -
         return 0 if summary == "none" else 1
     sketch_bytes = page_size // TILE_TOKENS * SketchLayout.of(summary, head_dim).tile_bytes
     return -(-sketch_bytes // (2 * head_dim * item_bytes))
+
+
+def summary_bytes_read(summary: str, page_size: int, head_dim: int, item_bytes: int) -> int:
+    """Bytes of a page's summary that scoring reads, of each KV head."""
+    if summary in SKETCH_BITS:
+        return page_size // TILE_TOKENS * SketchLayout.of(summary, head_dim).used_bytes
+    return 2 * head_dim + 2 * item_bytes if summary == "key_range" else 0
