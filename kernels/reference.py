@@ -195,6 +195,7 @@ def select_pages(
     sink_pages: int,
     window_tokens: int,
     table: PageTable,
+    coverage: float = 0.0,
 ) -> None:
     kv_heads = kv.shape[1]
     group = scores.q_heads // kv_heads
@@ -209,13 +210,29 @@ def select_pages(
         else:
             mass = scores.values[:, offset : offset + pages].softmax(-1)
             mass = mass.unflatten(0, (kv_heads, group)).sum(1)
-            mass[:, :sink_pages] = float("inf")
-            mass[:, max(0, min(seq_len - window_tokens, seq_len - 1)) // page_size :] = float("inf")
-            order = mass.sort(dim=-1, descending=True, stable=True).indices
+            forced = torch.zeros_like(mass, dtype=torch.bool)
+            forced[:, :sink_pages] = True
+            forced[:, max(0, min(seq_len - window_tokens, seq_len - 1)) // page_size :] = True
+            order = mass.masked_fill(forced, float("inf")).sort(dim=-1, descending=True, stable=True).indices
             chosen = order[:, :budget_pages].sort(dim=-1).values
+            if coverage:
+                _stop_at_coverage(mass, forced, chosen, coverage * group, request, seq_len, page_size, table)
         rows = slice(request * kv_heads, (request + 1) * kv_heads)
         units = block_table[request, chosen].long() * units_per_block(kv) + heads
         table.units[rows, : chosen.shape[1]] = units.int()
+
+
+def _stop_at_coverage(mass, forced, chosen, target, request, seq_len, page_size, table) -> None:
+    """Of ``chosen`` [kv_heads, budget] move those to the front that reach ``target``, and write their lengths."""
+    pages = mass.shape[1]
+    for head, row in enumerate(chosen):
+        held, must = mass[head, row], forced[head, row]
+        levels = held[~must].sort(descending=True).values
+        reached = held[must].sum() + levels.cumsum(0) >= target
+        least = levels[reached][0] if reached.any() else 0.0
+        keep = must | ((held >= least) & (held[must].sum() < target))
+        row[: keep.sum()] = row[keep]
+        table.lengths[request * len(chosen) + head] = seq_len - (pages - int(keep.sum())) * page_size
 
 
 def sparse_decode(

@@ -6,7 +6,8 @@
 Each head's scores are normalised over the pages of the request before the group is summed, so no
 head outvotes the others by scale. Selection is exact: a search over the masses' integer images
 finds the budget-th largest, a prefix sum writes the kept pages in ascending order. Rows of more
-than one segment keep a budget of candidates per segment; the program that ends last merges them.
+than one segment keep a budget of candidates per segment; the program that ends last merges them. With a
+``coverage`` rows end before their budget: :mod:`vllm_sparse.kernels.stop_at_coverage`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 from vllm_sparse.kernels.launch import num_multiprocessors
+from vllm_sparse.kernels.stop_at_coverage import FORCED, stop_at_coverage
 
 from vllm_sparse.decode_plan import MAX_CANDIDATES, NOT_LISTED, WORK_COLUMNS, DecodePlan
 from vllm_sparse.page_scores import CHUNK_PAGES, PageScores
@@ -31,7 +33,7 @@ CHUNK_BLOCK = 256
 
 
 @triton.jit
-def _keep_largest(keys, budget):
+def _keep_largest(keys, budget, FORCED: tl.constexpr):
     """Mask of the ``budget`` largest keys, equal ones from the left; keys of 0 are never kept.
 
     Ternary search for a threshold: each round counts two candidates in one reduction of packed
@@ -39,7 +41,7 @@ def _keep_largest(keys, budget):
     """
     live = keys > 0
     low = tl.min(tl.where(live, keys, 0xFFFFFFFF), axis=0)
-    high = tl.max(tl.where(keys < 0xFFFFFFFF, keys, 0), axis=0) + 1
+    high = tl.max(tl.where(keys < FORCED, keys, 0), axis=0) + 1
     kept = tl.sum(live.to(tl.int32), axis=0)
     # Invariant: keys >= low are ``kept`` and at least budget; keys >= high are fewer than budget.
     while (kept > budget) & (high - low > 1):
@@ -68,12 +70,13 @@ def _page_keys(
     values, chunk_lse, score_stride, chunk_stride, offset, request, head, first, num_pages,
     sink_pages, window_start,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, SEGMENT: tl.constexpr,
-    CHUNK: tl.constexpr, CHUNK_BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNK_BLOCK: tl.constexpr, FORCED: tl.constexpr,
 ):  # fmt: skip
     """uint32 keys of pages ``first .. first + SEGMENT`` of a (request, KV head), ordered as masses.
 
-    A mass is not negative, so its bits order as it does; live pages are at least 1, forced ones
-    the largest. Every segment of a row normalises in the same order, so equal masses stay equal.
+    A mass is not negative, so its bits order as it does; live pages are at least 1, and forced ones the
+    largest, by the bit that other masses leave free. Every segment of a row normalises in the same order,
+    so equal masses stay equal.
     """
     group = tl.arange(0, GROUP_PAD)
     member = group < GROUP
@@ -95,7 +98,9 @@ def _page_keys(
                 mask=member[:, None] & live[None, :], other=float("-inf"))  # fmt: skip
     mass = tl.sum(tl.exp(x - norm[:, None]), axis=0)
     forced = (pages < sink_pages) | (pages >= window_start)
-    keys = tl.where(forced, 0xFFFFFFFF, mass.to(tl.uint32, bitcast=True) + 1)
+    # A mass that is no number counts as infinite: its bits would be taken for a forced page's.
+    keys = tl.minimum(mass.to(tl.uint32, bitcast=True), 0x7F800000) + 1
+    keys = tl.where(forced, keys | FORCED, keys)
     return tl.where(live, keys, 0).to(tl.uint32)
 
 
@@ -104,54 +109,62 @@ def _choose(
     values, chunk_lse, block_row, score_stride, chunk_stride, offset, request, head, first, num_pages,
     sink_pages, window_start, units_per_block, budget,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, WIDTH: tl.constexpr,
-    CHUNK: tl.constexpr, CHUNK_BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNK_BLOCK: tl.constexpr, FORCED: tl.constexpr,
 ):  # fmt: skip
     """Keys of ``WIDTH`` pages from ``first`` on, which are kept, their places among those, and their units."""
     pages = first + tl.arange(0, WIDTH)
     blocks = tl.load(block_row + pages, mask=pages < num_pages, other=0)
     keys = _page_keys(
         values, chunk_lse, score_stride, chunk_stride, offset, request, head, first, num_pages,
-        sink_pages, window_start, GROUP, GROUP_PAD, WIDTH, CHUNK, CHUNK_BLOCK,
+        sink_pages, window_start, GROUP, GROUP_PAD, WIDTH, CHUNK, CHUNK_BLOCK, FORCED,
     )  # fmt: skip
-    keep = _keep_largest(keys, budget)
+    keep = _keep_largest(keys, budget, FORCED)
     return keys, keep, tl.cumsum(keep.to(tl.int32), axis=0) - 1, blocks * units_per_block + head
 
 
 @triton.jit
 def _select_all(
     values, chunk_lse, block_row, score_stride, chunk_stride, offset, request, head, num_pages,
-    sink_pages, window_start, units_per_block, budget, unit_row,
+    sink_pages, window_start, units_per_block, budget, unit_row, key_row,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, WIDTH: tl.constexpr,
-    CHUNK: tl.constexpr, CHUNK_BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNK_BLOCK: tl.constexpr, FORCED: tl.constexpr, KEEP_KEYS: tl.constexpr,
 ):  # fmt: skip
     """Choose among all pages of a row, at most ``WIDTH``."""
-    _, keep, place, unit = _choose(
+    keys, keep, place, unit = _choose(
         values, chunk_lse, block_row, score_stride, chunk_stride, offset, request, head, 0, num_pages,
-        sink_pages, window_start, units_per_block, budget, GROUP, GROUP_PAD, WIDTH, CHUNK, CHUNK_BLOCK,
+        sink_pages, window_start, units_per_block, budget, GROUP, GROUP_PAD, WIDTH, CHUNK, CHUNK_BLOCK, FORCED,
     )  # fmt: skip
     tl.store(unit_row + place, unit, mask=keep)
+    if KEEP_KEYS:
+        tl.store(key_row + place, keys, mask=keep)
 
 
 @triton.jit
-def _merge_segments(candidate_keys, candidate_units, count, unit_row, budget, CANDIDATES: tl.constexpr):
+def _merge_segments(
+    candidate_keys, candidate_units, count, unit_row, key_row, budget,
+    CANDIDATES: tl.constexpr, FORCED: tl.constexpr, KEEP_KEYS: tl.constexpr,
+):  # fmt: skip
     """Choose among what the segments of a row have kept, in the order of its pages."""
     lane = tl.arange(0, CANDIDATES)
     # Volatile: other multiprocessors wrote these while this one ran.
     keys = tl.load(candidate_keys + lane, mask=lane < count, other=0, volatile=True)
     unit = tl.load(candidate_units + lane, mask=lane < count, other=0, volatile=True)
-    keep = _keep_largest(keys, budget)
-    tl.store(unit_row + tl.cumsum(keep.to(tl.int32), axis=0) - 1, unit, mask=keep)
+    keep = _keep_largest(keys, budget, FORCED)
+    place = tl.cumsum(keep.to(tl.int32), axis=0) - 1
+    tl.store(unit_row + place, unit, mask=keep)
+    if KEEP_KEYS:
+        tl.store(key_row + place, keys, mask=keep)
 
 
 @triton.jit(do_not_specialize=["num_reqs", "segments"])
 def _select_pages(
-    values, chunk_lse, block_table, work, totals, arrivals, units, candidate_keys, candidate_units,
+    values, chunk_lse, block_table, work, totals, arrivals, units, candidate_keys, candidate_units, chosen_keys,
     score_stride, chunk_stride, table_stride, units_stride, units_per_block,
     budget, sink_pages, window_tokens, segments, num_reqs,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, KV_HEADS: tl.constexpr, PAGE: tl.constexpr,
     SEGMENT: tl.constexpr, SMALL: tl.constexpr, BUDGET_PAD: tl.constexpr, CANDIDATES: tl.constexpr,
     CHUNK: tl.constexpr, CHUNK_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    NOT_LISTED: tl.constexpr,
+    NOT_LISTED: tl.constexpr, FORCED: tl.constexpr, KEEP_KEYS: tl.constexpr,
 ):  # fmt: skip
     item = tl.program_id(0)
     rows = tl.arange(0, ROWS)
@@ -170,6 +183,7 @@ def _select_pages(
         num_pages = (seq_len + PAGE - 1) // PAGE
         row = request * KV_HEADS + head
         unit_row = units + row.to(tl.int64) * units_stride
+        key_row = chosen_keys + row.to(tl.int64) * budget
         block_row = block_table + request.to(tl.int64) * table_stride
         if offset < 0:
             for start in range(0, num_pages, SEGMENT):
@@ -182,17 +196,19 @@ def _select_pages(
             if num_pages <= SMALL:
                 _select_all(
                     values, chunk_lse, block_row, score_stride, chunk_stride, offset, request, head, num_pages,
-                    sink_pages, window_start, units_per_block, budget, unit_row,
-                    GROUP, GROUP_PAD, SMALL, CHUNK, CHUNK_BLOCK,
+                    sink_pages, window_start, units_per_block, budget, unit_row, key_row,
+                    GROUP, GROUP_PAD, SMALL, CHUNK, CHUNK_BLOCK, FORCED, KEEP_KEYS,
                 )  # fmt: skip
             else:
                 keys, keep, place, unit = _choose(
                     values, chunk_lse, block_row, score_stride, chunk_stride, offset, request, head,
                     segment * SEGMENT, num_pages, sink_pages, window_start, units_per_block, budget,
-                    GROUP, GROUP_PAD, SEGMENT, CHUNK, CHUNK_BLOCK,
+                    GROUP, GROUP_PAD, SEGMENT, CHUNK, CHUNK_BLOCK, FORCED,
                 )  # fmt: skip
                 if row_segments == 1:
                     tl.store(unit_row + place, unit, mask=keep)
+                    if KEEP_KEYS:
+                        tl.store(key_row + place, keys, mask=keep)
                 else:
                     first_found = row.to(tl.int64) * segments * BUDGET_PAD
                     found = first_found + segment * BUDGET_PAD
@@ -207,7 +223,8 @@ def _select_pages(
                     if arrived == row_segments - 1:
                         tl.store(arrivals + row, 0)
                         _merge_segments(candidate_keys + first_found, candidate_units + first_found,
-                                        row_segments * BUDGET_PAD, unit_row, budget, CANDIDATES)  # fmt: skip
+                                        row_segments * BUDGET_PAD, unit_row, key_row, budget,
+                                        CANDIDATES, FORCED, KEEP_KEYS)  # fmt: skip
         item += tl.num_programs(0)
 
 
@@ -221,6 +238,7 @@ def select_pages(
     sink_pages: int,
     window_tokens: int,
     table: PageTable,
+    coverage: float = 0.0,
 ) -> None:
     """Fill the units of a decode step: chosen pages of scored rows, every page of short ones.
 
@@ -233,6 +251,8 @@ def select_pages(
         budget_pages: pages kept of a scored row.
         sink_pages, window_tokens: first pages and last tokens that are always kept.
         table: [num_reqs * kv_heads] rows; ``plan_decode`` has filled its lengths.
+        coverage: share of a row's estimated attention at which it ends before its budget; its length then
+            tells how many pages it has. 0: every scored row takes its budget.
     """
     num_reqs, max_pages = block_table.shape
     kv_heads = kv.shape[1]
@@ -248,15 +268,20 @@ def select_pages(
     shape = (rows, segments, budget_pad) if segments > 1 else (1,)
     candidate_keys = torch.empty(shape, dtype=torch.uint32, device=kv.device)
     candidate_units = torch.empty(shape, dtype=torch.int32, device=kv.device)
+    keep_keys = coverage > 0
+    chosen_keys = torch.empty((rows, budget_pages) if keep_keys else (1, 1), dtype=torch.uint32, device=kv.device)
     programs = PROGRAMS_PER_SM * num_multiprocessors(kv.device)
     _select_pages[(min(programs, rows * segments),)](
         scores.values, scores.chunk_lse, block_table, plan.work, plan.totals, scores.arrivals,
-        table.units, candidate_keys, candidate_units,
+        table.units, candidate_keys, candidate_units, chosen_keys,
         scores.values.stride(0), scores.chunk_lse.stride(0), block_table.stride(0), table.units.stride(0),
         units_per_block(kv), budget_pages, sink_pages, window_tokens, segments, num_reqs,
         GROUP=group, GROUP_PAD=triton.next_power_of_2(group), KV_HEADS=kv_heads, PAGE=page_size,
         SEGMENT=segment, SMALL=min(segment, SMALL_PAGES), BUDGET_PAD=budget_pad,
         CANDIDATES=triton.next_power_of_2(segments * budget_pad), CHUNK=CHUNK_PAGES,
         CHUNK_BLOCK=CHUNK_BLOCK, ROWS=ROWS, COLUMNS=WORK_COLUMNS, NOT_LISTED=NOT_LISTED,
+        FORCED=FORCED, KEEP_KEYS=keep_keys,
         num_warps=min(16, max(1, segment // TUNING["pages_per_warp"])),
     )  # fmt: skip
+    if keep_keys:
+        stop_at_coverage(chosen_keys, plan, kv_heads, group, page_size, budget_pages, coverage, table)

@@ -86,7 +86,9 @@ def compile_all(capability: int) -> None:
             for max_pages in (8, 8200, 70000):
                 case.plan.segment_pages = segment_pages(max_pages, 128)
                 table = case.block_table[:, :1].expand(-1, max_pages)
-                launchers.select_pages(case.scores, table, case.plan, case.kv, page_size, 128, 1, 20, case.table)
+                chosen = (case.scores, table, case.plan, case.kv, page_size, 128, 1, 20, case.table)
+                launchers.select_pages(*chosen)
+            launchers.select_pages(*chosen, 0.9)
             launchers.sparse_decode(case.q, case.kv, case.table, page_size, case.scale, case.q)
             for summary in SKETCH_BITS:
                 case = make(

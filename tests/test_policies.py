@@ -29,9 +29,10 @@ def choose(case: Case, policy: str, sink_pages: int = 1, window_tokens: int = 20
     get_decode_policy(policy).score(
         case.q, case.kv, case.block_table, case.plan, case.page_size, case.scale, case.scores
     )
+    coverage = 0.9 if DECODE_POLICIES[policy].adaptive else 0.0
     run.select_pages(
         case.scores, case.block_table, case.plan, case.kv, case.page_size,
-        case.budget_pages, sink_pages, window_tokens, case.table,
+        case.budget_pages, sink_pages, window_tokens, case.table, coverage,
     )  # fmt: skip
     chosen = []
     for request, seq_len in enumerate(case.seq_lens.tolist()):
@@ -69,17 +70,20 @@ def test_chosen_pages_hold_the_invariants(policy, seed):
         assert len(by_head) == heads
         for chosen in by_head:
             assert chosen == sorted(set(chosen)), "not ascending, or a page twice"
-            assert len(chosen) == min(pages, budget_pages), "not the budget"
+            if not DECODE_POLICIES[policy].adaptive or pages <= budget_pages:
+                assert len(chosen) == min(pages, budget_pages), "not the budget"
+            assert len(chosen) <= budget_pages
             if not seq_len:
                 continue
             assert chosen[-1] == pages - 1, "the current page is missing, or a page past the context is there"
             assert set(range(min(sink_pages, pages))) <= set(chosen), "a sink is missing"
             oldest_in_window = max(0, seq_len - max(window_tokens, 1))
             assert set(range(oldest_in_window // page_size, pages)) <= set(chosen), "the window is incomplete"
-    lengths_of_rows = case.table.lengths.view(len(lengths), heads)
-    for seq_len, row in zip(lengths, lengths_of_rows.tolist(), strict=True):
-        skipped = max(0, -(-seq_len // page_size) - budget_pages)
-        assert set(row) == {seq_len - skipped * page_size}
+    if not DECODE_POLICIES[policy].adaptive:
+        lengths_of_rows = case.table.lengths.view(len(lengths), heads)
+        for seq_len, row in zip(lengths, lengths_of_rows.tolist(), strict=True):
+            skipped = max(0, -(-seq_len // page_size) - budget_pages)
+            assert set(row) == {seq_len - skipped * page_size}
 
 
 @policies
@@ -157,6 +161,19 @@ def test_one_key_that_matches_is_found_in_a_long_context(policy):
     summary = DECODE_POLICIES[policy].summary
     reference.page_write(keys, torch.zeros_like(keys), case.kv, slots, 16, summary)
     assert all(41 in chosen for chosen in choose(case, policy)[0])
+
+
+def test_twilight_takes_few_pages_where_few_hold_the_attention():
+    case = made_for("twilight", [1600], 2, 3, 64, 16, 40, seed=9)
+    cluster(case, "sketch2")
+    spread = choose(case, "twilight")[0]
+    case.q *= 6
+    sharp = choose(case, "twilight")[0]
+    share = captured(case, [sharp])
+    for few, many in zip(sharp, spread, strict=True):
+        assert 3 <= len(few) < 20 and len(few) < len(many) <= 40
+        assert few[0] == 0 and few[-2:] == [98, 99], "a sink or the window is missing"
+    assert (share > 0.85).all() and (share < 0.999).all()
 
 
 def test_streaming_takes_sinks_and_the_most_recent_pages():

@@ -100,6 +100,7 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
         self.kernels = kernels.for_device(self.device)
         self.budget_pages = self.config.budget_pages(page_size)
         self.sink_pages = self.config.sink_pages(page_size)
+        self.coverage = self.config.decode_coverage if self.policy.adaptive else 0.0
         if self.dense_reason is None and layer_index < self.config.dense_layers:
             self.dense_reason = f"dense_layers={self.config.dense_layers}"
         shape = AttentionShape(
@@ -195,6 +196,6 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
         self.policy.score(query, kv_cache, block_table, md.plan, self.page_size, self.scale, md.scores)
         self.kernels.select_pages(
             md.scores, block_table, md.plan, kv_cache, self.page_size,
-            self.budget_pages, self.sink_pages, self.config.window_tokens, md.table,
+            self.budget_pages, self.sink_pages, self.config.window_tokens, md.table, self.coverage,
         )  # fmt: skip
         self.engine.attend(query, kv_cache, md.table, self.page_size, self.scale, output)

@@ -20,6 +20,9 @@ class DecodePolicy(ABC):
 
     summary: ClassVar[str] = "none"
     """What each page stores beside K and V: one of :data:`vllm_sparse.summaries.SUMMARIES`."""
+    adaptive: ClassVar[bool] = False
+    """Whether a row ends where its pages hold ``SparseConfig.decode_coverage`` of its estimated attention,
+    before its budget; scores must then be estimates of true masses."""
 
     @abstractmethod
     def score(

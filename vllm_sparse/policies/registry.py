@@ -23,6 +23,7 @@ from vllm_sparse.policies.sketch import Sketch
 from vllm_sparse.policies.sketch2 import Sketch2
 from vllm_sparse.policies.streaming import Streaming
 from vllm_sparse.policies.strided import Strided
+from vllm_sparse.policies.twilight import Twilight
 from vllm_sparse.policies.vertical_slash import VerticalSlash
 from vllm_sparse.policies.xattention import XAttention
 
@@ -32,6 +33,7 @@ DECODE_POLICIES: dict[str, type[DecodePolicy]] = {
     "arkvale": ArkVale,
     "sketch": Sketch,
     "sketch2": Sketch2,
+    "twilight": Twilight,
     "streaming": Streaming,
     "oracle": Oracle,
     "random": Random,
