@@ -108,7 +108,7 @@ def tensor_parallel() -> None:
 def kernel_time() -> None:
     """One layer's decode step of one request against its context, beside dense attention and memory speed."""
     rows = [row for row in read("kernels", "attention") if row["batch"] == 1]
-    rows = fullest(rows, ("gpu", "commit"), ("batch_spec", "kernel", "tp"))
+    rows = fullest(rows, ("gpu", "commit", "policy"), ("batch_spec", "kernel", "tp"))
     rows.sort(key=lambda row: row["context"])
     contexts = sorted({row["context"] for row in rows})
     bandwidth = max(row["tb_per_s"] for row in rows)

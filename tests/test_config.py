@@ -32,6 +32,7 @@ WRONG = {
     "negative_slash": ({"slash_tokens": -1}, ["sparse.slash_tokens", "-1", "0 or more"]),
     "coverage_above_1": ({"prefill_coverage": 95}, ["sparse.prefill_coverage", "95", "0 (fixed sizes) to 1"]),
     "string_for_share": ({"prefill_coverage": "0.9"}, ["sparse.prefill_coverage", "a number", "'0.9'", "0.98"]),
+    "decode_coverage_0": ({"decode_coverage": 0}, ["sparse.decode_coverage", "0", "above 0, up to 1"]),
     "unknown_prefill_policy": (
         {"prefill_policy": "vertical-slash"},
         ["sparse.prefill_policy", "'vertical-slash'", "Did you mean 'vertical_slash'?", "dense"],
