@@ -84,7 +84,8 @@ def tensor_parallel() -> None:
         return
     each = ("shape", "executor", "batch_spec")
     rows = fullest(rows, ("gpu", "commit", "tp", "budget", "sparse"), each)
-    rows.sort(key=lambda row: (row["shape"], row["executor"], row["batch"], row["context"]))
+    shapes = list(dict.fromkeys(row["shape"] for row in rows))
+    rows.sort(key=lambda row: (shapes.index(row["shape"]), row["executor"], row["batch"], row["context"]))
     figure, axes = plt.subplots(figsize=(8, 1 + 0.55 * len(rows)), layout="constrained")
     for offset, key, color, name in (
         (-0.2, "baseline_ms", STOCK, "stock vLLM (FLASH_ATTN)"),

@@ -28,6 +28,12 @@ have nothing to do with each other differ by whole units."""
 LOGPROBS = 8
 
 
+@pytest.fixture(autouse=True)
+def spawned_workers(monkeypatch):
+    """A fork of a process that has asked for GPUs cannot use them."""
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A path of a random model with as many KV heads as asked for."""
