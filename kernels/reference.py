@@ -132,10 +132,10 @@ def quest_score(
 ) -> None:
     head_dim, group = q.shape[-1], q.shape[1] // kv.shape[1]
     for request, blocks, offset, _ in _scored_requests(block_table, plan, page_size):
-        centre, half = (x.transpose(0, 1)[:, :, None] for x in key_range(kv[blocks], page_size))
-        heads = q[request].float().view(-1, 1, group, head_dim) * scale
-        bound = (heads * centre + slack * heads.abs() * half).sum(-1)
-        _store_scores(scores, request, offset, bound.transpose(1, 2).flatten(0, 1))
+        centre, half = (x.permute(1, 2, 0) for x in key_range(kv[blocks], page_size))
+        heads = q[request].float().view(-1, group, head_dim) * scale
+        bound = heads @ centre + slack * (heads.abs() @ half)
+        _store_scores(scores, request, offset, bound.flatten(0, 1))
 
 
 def sketch_score(
@@ -148,9 +148,15 @@ def sketch_score(
     scores: PageScores,
     summary: str,
 ) -> None:
-    group = q.shape[1] // kv.shape[1]
-    for request, blocks, offset, seq_len in _scored_requests(block_table, plan, page_size):
-        keys = sketched_keys(kv[blocks], page_size, summary).transpose(0, 1)
+    group, requests = q.shape[1] // kv.shape[1], list(_scored_requests(block_table, plan, page_size))
+    if not requests:
+        return
+    # Requests share pages: each is decoded once.
+    used, places = torch.unique(torch.cat([blocks for _, blocks, _, _ in requests]), return_inverse=True)
+    decoded = sketched_keys(kv[used], page_size, summary).transpose(0, 1)
+    of_requests = places.split([len(blocks) for _, blocks, _, _ in requests])
+    for (request, _, offset, seq_len), blocks in zip(requests, of_requests, strict=True):
+        keys = decoded[:, blocks]
         query = torch.nn.functional.pad(q[request].float(), (0, keys.shape[-1] - q.shape[-1]))
         heads = hadamard(query).view(-1, group, keys.shape[-1]) * scale
         _store_masses(scores, request, offset, heads @ keys.flatten(1, 2).transpose(1, 2), seq_len, page_size)
