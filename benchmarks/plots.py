@@ -77,7 +77,7 @@ def decode_speed() -> None:
 
 def kernel_time() -> None:
     """One layer's decode step of one request against its context, beside dense attention and memory speed."""
-    rows = [row for row in read("kernels", "attention") if row["batch"] == 1]
+    rows = [row for row in read("kernels", "attention") if row["batch"] == 1 and not row.get("tuning")]
     rows = fullest(rows, ("gpu", "commit", "policy"), ("batch_spec", "kernel", "tp"))
     rows.sort(key=lambda row: row["context"])
     contexts = sorted({row["context"] for row in rows})
