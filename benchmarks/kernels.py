@@ -20,6 +20,7 @@ from vllm_sparse.kernels import launchers, reference
 from benchmarks import results
 from benchmarks.batch_spec import parse
 from benchmarks.timer import graph_us
+from vllm_sparse.config import SparseConfig
 from vllm_sparse.decode_plan import DecodePlan, segment_pages
 from vllm_sparse.engines.registry import engine_class
 from vllm_sparse.page_scores import PageScores
@@ -113,8 +114,12 @@ def bench(spec: str, policy_name: str, args) -> list[dict]:
     def score(layer):
         policy.score(layer.q, layer.kv, block_table, plan, page, scale, scores)
 
+    coverage = SparseConfig.decode_coverage if policy.adaptive else 0.0
+
     def select(layer):
-        launchers.select_pages(scores, block_table, plan, layer.kv, page, budget_pages, 1, 32, layer.table)
+        launchers.select_pages(
+            scores, block_table, plan, layer.kv, page, budget_pages, 1, 32, layer.table, coverage
+        )  # fmt: skip
 
     attended = int(table.lengths.sum())
     scored = sum(n for n, length in zip(pages, lens, strict=True) if length > args.min_context)
