@@ -26,7 +26,7 @@ from vllm_sparse.kernels.reference_sketch import hadamard, sketched_keys, write_
 from vllm_sparse.decode_plan import NOT_LISTED, DecodePlan
 from vllm_sparse.page_scores import CHUNK_PAGES, PageScores
 from vllm_sparse.page_table import PageTable, single_head_pages, units_per_block
-from vllm_sparse.summaries import SKETCH_BITS
+from vllm_sparse.summaries import SKETCH_BITS, SketchLayout
 
 SCALE_MARGIN, SMALLEST_SCALE = 1 + 2**-7, 1e-7
 
@@ -152,14 +152,18 @@ def sketch_score(
     if not requests:
         return
     # Requests share pages: each is decoded once.
+    layout = SketchLayout.of(summary, q.shape[-1])
     used, places = torch.unique(torch.cat([blocks for _, blocks, _, _ in requests]), return_inverse=True)
-    decoded = sketched_keys(kv[used], page_size, summary).transpose(0, 1)
+    decoded, scales = (x.transpose(0, 1) for x in sketched_keys(kv[used], page_size, summary))
     of_requests = places.split([len(blocks) for _, blocks, _, _ in requests])
     for (request, _, offset, seq_len), blocks in zip(requests, of_requests, strict=True):
         keys = decoded[:, blocks]
         query = torch.nn.functional.pad(q[request].float(), (0, keys.shape[-1] - q.shape[-1]))
         heads = hadamard(query).view(-1, group, keys.shape[-1]) * scale
-        _store_masses(scores, request, offset, heads @ keys.flatten(1, 2).transpose(1, 2), seq_len, page_size)
+        logits = heads @ keys.flatten(1, 2).transpose(1, 2)
+        lost = layout.noise * scales[:, blocks].flatten(1).square()[:, None]
+        logits += lost * heads.square().sum(-1, keepdim=True) / 2
+        _store_masses(scores, request, offset, logits, seq_len, page_size)
 
 
 def page_mass(
