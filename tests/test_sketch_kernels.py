@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import DEVICE, DTYPES, error, make, poisoned_scores
+from cases import DEVICE, DTYPES, ON_GPU, error, make, poisoned_scores
 from vllm_sparse.kernels import reference
 from vllm_sparse.kernels.reference_sketch import hadamard, sketched_keys
 
@@ -142,6 +142,26 @@ def test_a_page_is_read_up_to_the_end_of_its_request_only(summary):
         scores.append(out.values[:, 5])
     assert scores[0].isfinite().all()
     assert torch.equal(*scores)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="needs more memory than a CPU test should take")
+def test_offsets_past_int32():
+    """A cache of more than 2**31 elements, used at its far end."""
+    heads, page, head_dim, summary = 8, 16, 128, "sketch2"
+    rows = page + summary_rows(summary, page, head_dim, 2)
+    blocks = 2**32 // (heads * rows * 2 * head_dim)
+    kv = torch.empty(blocks, heads, rows, 2 * head_dim, dtype=torch.bfloat16, device=DEVICE)
+    far = torch.arange(blocks - 40, blocks, device=DEVICE)
+    slots = (far[:, None] * page + torch.arange(page, device=DEVICE)).flatten()[:-3]
+    key, value = torch.randn(2, len(slots), heads, head_dim, device=DEVICE).bfloat16()
+    launchers.page_write(key, value, kv, slots, page, summary)
+    case = make([len(slots)], heads, 4, head_dim, page, 8, dtype=torch.bfloat16, summary=summary)
+    actual = poisoned_scores(case.scores.q_heads, case.scores.capacity_pages, 1, DEVICE)
+    args = (case.q, kv, far[None].int(), case.plan, page, case.scale)
+    launchers.sketch_score(*args, actual, summary)
+    reference.sketch_score(*args, case.scores, summary)
+    assert error(actual.values[:, :40], case.scores.values[:, :40]) < 1e-4
 
 
 def test_summaries_take_the_rows_they_need():
