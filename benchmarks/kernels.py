@@ -9,6 +9,8 @@ Prints microseconds and achieved TB/s of each kernel, checks results first, and 
 from __future__ import annotations
 
 import argparse
+import importlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from vllm_sparse.kernels import launchers, reference
 from benchmarks import results
 from benchmarks.batch_spec import parse
 from benchmarks.timer import graph_us
+from vllm_sparse.config import SparseConfig
 from vllm_sparse.decode_plan import DecodePlan, segment_pages
 from vllm_sparse.engines.registry import engine_class
 from vllm_sparse.page_scores import PageScores
@@ -53,8 +56,13 @@ def main() -> None:
         "--policies", nargs="*", default=["quest"], choices=[name for name in DECODE_POLICIES if name != "dense"]
     )
     parser.add_argument("--engines", nargs="*", default=["triton", "fa3"])
+    parser.add_argument(
+        "--tuning", type=json.loads, default={}, help='changes of TUNING, as {"sketch_score": {"waves": 6}}'
+    )
     parser.add_argument("--out", type=Path, default=results.RESULTS)
     args = parser.parse_args()
+    for kernel, changes in args.tuning.items():
+        importlib.import_module(f"vllm_sparse.kernels.{kernel}").TUNING.update(changes)
     torch.manual_seed(0)
     rows = []
     print(f"{'batch':>12} {'policy':>10} {'kernel':>14} {'us':>9} {'TB/s':>6}")
@@ -106,8 +114,12 @@ def bench(spec: str, policy_name: str, args) -> list[dict]:
     def score(layer):
         policy.score(layer.q, layer.kv, block_table, plan, page, scale, scores)
 
+    coverage = SparseConfig.decode_coverage if policy.adaptive else 0.0
+
     def select(layer):
-        launchers.select_pages(scores, block_table, plan, layer.kv, page, budget_pages, 1, 32, layer.table)
+        launchers.select_pages(
+            scores, block_table, plan, layer.kv, page, budget_pages, 1, 32, layer.table, coverage
+        )  # fmt: skip
 
     attended = int(table.lengths.sum())
     scored = sum(n for n, length in zip(pages, lens, strict=True) if length > args.min_context)
@@ -141,7 +153,7 @@ def bench(spec: str, policy_name: str, args) -> list[dict]:
     common = results.environment() | {
         "bench": "attention", "shape": f"kv{heads}_group{args.group}_d{dim}_page{page}", "batch_spec": spec,
         "batch": len(lens), "context": max(lens), "budget": args.budget, "policy": policy_name, "mode": "resident",
-        "tp": 1, "baseline_ms": times["dense_fa3"] / 1e3,
+        "tp": 1, "tuning": args.tuning, "baseline_ms": times["dense_fa3"] / 1e3,
     }  # fmt: skip
     return [
         common

@@ -15,7 +15,7 @@ from vllm_sparse.config import SparseConfig
 from vllm_sparse.eval.plots import text_by_budget
 from vllm_sparse.eval.summary import Summary
 from vllm_sparse.policies.fixed import FixedPolicy
-from vllm_sparse.policies.registry import PREFILL_POLICIES
+from vllm_sparse.policies.registry import DECODE_POLICIES, PREFILL_POLICIES
 
 DOCS = Path(__file__).parent.parent / "docs"
 STOCK, SPARSE = "#8a8f98", "#1f77b4"
@@ -108,7 +108,7 @@ def tensor_parallel() -> None:
 
 def kernel_time() -> None:
     """One layer's decode step of one request against its context, beside dense attention and memory speed."""
-    rows = [row for row in read("kernels", "attention") if row["batch"] == 1]
+    rows = [row for row in read("kernels", "attention") if row["batch"] == 1 and not row.get("tuning")]
     rows = fullest(rows, ("gpu", "commit", "policy"), ("batch_spec", "kernel", "tp"))
     rows.sort(key=lambda row: row["context"])
     contexts = sorted({row["context"] for row in rows})
@@ -137,6 +137,33 @@ def kernel_time() -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
     figure.savefig(DOCS / "kernel_time.png", dpi=160)
+
+
+def selectors() -> None:
+    """Attention held by the chosen pages of each decode policy, and the output's error, against the budget."""
+    rows = [row for row in read("selectors", "selectors") if row["split"] == "report"]
+    rows = fullest(rows, ("shape", "context", "commit"), ("text", "policy", "budget"))
+    texts = sorted({row["text"] for row in rows})
+    figure, axes = plt.subplots(1, len(texts), figsize=(11, 3.8), layout="constrained", sharey=True)
+    for place, text in zip(axes, texts, strict=True):
+        for index, name in enumerate(name for name in DECODE_POLICIES if name not in ("oracle", "random")):
+            line = [row for row in rows if (row["text"], row["policy"]) == (text, name)]
+            line.sort(key=lambda row: row["budget"])
+            if line:
+                x, y = [row["budget"] for row in line], [100 * row["mass"] for row in line]
+                style = {"linewidth": 2.5} if name.startswith("sketch") else {"linestyle": "--", "linewidth": 1}
+                place.plot(x, y, marker=".", color=f"C{index}", label=name, **style)
+        place.set_xscale("log", base=2)
+        budgets = sorted({row["budget"] for row in rows})
+        place.set_xticks(budgets, [f"{budget:,}" for budget in budgets])
+        place.set_title(text, fontsize=10)
+        place.set_xlabel("budget, tokens", fontsize=8)
+        place.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("% of the oracle's attention")
+    axes[-1].legend(frameon=False, fontsize=8)
+    about = f"{rows[0]['shape']}, {rows[0]['context']:,} tokens, pages of {rows[0]['page_size']}"
+    figure.suptitle(f"Attention on the pages chosen ({about}; {caption(rows[0])})", fontsize=9)
+    figure.savefig(DOCS / "selectors.png", dpi=160)
 
 
 def prefill_time() -> None:
@@ -233,6 +260,7 @@ if __name__ == "__main__":
     decode_speed()
     tensor_parallel()
     kernel_time()
+    selectors()
     prefill_time()
     prefill_quality()
     decode_quality()

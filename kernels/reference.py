@@ -27,7 +27,7 @@ from vllm_sparse.decode_plan import NOT_LISTED, DecodePlan
 from vllm_sparse.guard import Guard
 from vllm_sparse.page_scores import CHUNK_PAGES, PageScores
 from vllm_sparse.page_table import PageTable, single_head_pages, units_per_block
-from vllm_sparse.summaries import SKETCH_BITS
+from vllm_sparse.summaries import SKETCH_BITS, SketchLayout
 
 SCALE_BITS, SCALE_LEVELS, SMALLEST_SCALE = 16, 125.9, 1e-7
 
@@ -142,7 +142,7 @@ def quest_score(
         summaries = kv[:, :, page_size:][blocks]
         centre, half = (x.permute(1, 2, 0) for x in key_range(summaries, 0))
         heads = q[request].float().view(-1, group, head_dim) * scale
-        bound = heads @ centre + slack * heads.abs() @ half
+        bound = heads @ centre + slack * (heads.abs() @ half)
         _store_scores(scores, request, offset, bound.flatten(0, 1))
 
 
@@ -156,12 +156,22 @@ def sketch_score(
     scores: PageScores,
     summary: str,
 ) -> None:
-    group = q.shape[1] // kv.shape[1]
-    for request, blocks, offset, seq_len in _scored_requests(block_table, plan, page_size):
-        keys = sketched_keys(kv[blocks], page_size, summary).transpose(0, 1)
+    group, requests = q.shape[1] // kv.shape[1], list(_scored_requests(block_table, plan, page_size))
+    if not requests:
+        return
+    # Requests share pages: each is decoded once.
+    layout = SketchLayout.of(summary, q.shape[-1])
+    used, places = torch.unique(torch.cat([blocks for _, blocks, _, _ in requests]), return_inverse=True)
+    decoded, scales = (x.transpose(0, 1) for x in sketched_keys(kv[used], page_size, summary))
+    of_requests = places.split([len(blocks) for _, blocks, _, _ in requests])
+    for (request, _, offset, seq_len), blocks in zip(requests, of_requests, strict=True):
+        keys = decoded[:, blocks]
         query = torch.nn.functional.pad(q[request].float(), (0, keys.shape[-1] - q.shape[-1]))
         heads = hadamard(query).view(-1, group, keys.shape[-1]) * scale
-        _store_masses(scores, request, offset, heads @ keys.flatten(1, 2).transpose(1, 2), seq_len, page_size)
+        logits = heads @ keys.flatten(1, 2).transpose(1, 2)
+        lost = layout.noise * scales[:, blocks].flatten(1).square()[:, None]
+        logits += lost * heads.square().sum(-1, keepdim=True) / 2
+        _store_masses(scores, request, offset, logits, seq_len, page_size)
 
 
 def page_mass(

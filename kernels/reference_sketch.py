@@ -58,8 +58,9 @@ def _sketch(keys: torch.Tensor, live: torch.Tensor, layout: SketchLayout) -> tor
     return torch.cat([part.contiguous().view(torch.int8) for part in parts], -1)
 
 
-def sketched_keys(kv: torch.Tensor, page_size: int, summary: str) -> torch.Tensor:
-    """The rotated keys that the sketches of ``kv`` stand for, float32 [num_blocks, kv_heads, page_size, width]."""
+def sketched_keys(kv: torch.Tensor, page_size: int, summary: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rotated keys that the sketches of ``kv`` stand for, float32 [num_blocks, kv_heads, page_size, width],
+    and the scale of each key's codes, float32 [num_blocks, kv_heads, page_size]."""
     layout = SketchLayout.of(summary, kv.shape[-1] // 2)
     levels, fields = 2**layout.bits, 8 // layout.bits
     tiles = page_size // TILE_TOKENS
@@ -74,7 +75,8 @@ def sketched_keys(kv: torch.Tensor, page_size: int, summary: str) -> torch.Tenso
     mean = part(layout.mean, layout.scales, torch.int8)
     scale = part(layout.scales, layout.mean_scale, torch.bfloat16)
     mean_scale = part(layout.mean_scale, layout.mean_scale + 4, torch.float32)
-    return ((mean * mean_scale)[..., None, :] + scale[..., None] * level).flatten(2, 3)
+    keys = (mean * mean_scale)[..., None, :] + scale[..., None] * level
+    return keys.flatten(2, 3), scale.flatten(2)
 
 
 def _summary_bytes(kv: torch.Tensor, page_size: int) -> torch.Tensor:

@@ -1,10 +1,13 @@
 """sketch_score: estimates of a page's attention mass from low-bit sketches of all its keys.
 
-    score[h, p] = log sum_{t in p} exp(scale * q[h] . key_t)
+    score[h, p] = log sum_{t in p} exp(scale * q[h] . key_t + noise * (scale * |q[h]| * scale_t)^2 / 2)
 
-with the keys that :mod:`vllm_sparse.kernels.sketch_write` has stored. The query is rotated as they are and
-quantised in two int8 digits to base 128; bytes of the sketch, masked to one key's field, are int8 operands
-of matrix products: to unpack a code is one bitwise operation on four channels.
+with the keys and their scales that :mod:`vllm_sparse.kernels.sketch_write` has stored. The second term is what
+the exponential of a logit gains on average by what its code has lost, a variance of ``noise * scale_t^2`` in
+each channel (:mod:`vllm_sparse.summaries`): without it pages of widely spread keys rank too low.
+
+The query is rotated as the keys are and quantised in two int8 digits to base 128; bytes of the sketch, masked to
+one key's field, are int8 operands of matrix products: to unpack a code is one bitwise operation on four channels.
 """
 
 from __future__ import annotations
@@ -44,7 +47,7 @@ def _products(rows, digits):
 
 
 @triton.jit
-def _logits(packed, digits, steps, offsets, scale_bits, remaining, TOKEN: tl.constexpr, FIELD: tl.constexpr,
+def _logits(packed, digits, steps, offsets, gains, scale_bits, remaining, TOKEN: tl.constexpr, FIELD: tl.constexpr,
             BITS: tl.constexpr):  # fmt: skip
     """Logits of residuals of token ``TOKEN``, in field ``FIELD`` of ``packed``: float32 [pages, group]."""
     scale = scale_bits.to(tl.float32, bitcast=True)
@@ -56,14 +59,15 @@ def _logits(packed, digits, steps, offsets, scale_bits, remaining, TOKEN: tl.con
     WEIGHT: tl.constexpr = 1 / (1 << (FIELD * BITS))
     field = packed & tl.full([1, 1], MASK, tl.int8)
     level = _products(field, digits) * (steps * WEIGHT)[None, :] + (offsets * CENTRE)[None, :]
-    return tl.where((remaining > TOKEN)[:, None], level * scale[:, None], float("-inf"))
+    logit = (level + scale[:, None] * gains[None, :]) * scale[:, None]
+    return tl.where((remaining > TOKEN)[:, None], logit, float("-inf"))
 
 
-@triton.jit(do_not_specialize=["num_reqs"])
+@triton.jit(do_not_specialize=["num_reqs", "noise"])
 def _sketch_score(
     q, kv_bytes, kv_words, block_table, work, totals, values, chunk_lse,
     q_stride_r, q_stride_h, byte_stride_b, byte_stride_h, byte_stride_r, table_stride, score_stride, chunk_stride,
-    num_reqs, scale,
+    num_reqs, scale, noise,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
     BITS: tl.constexpr, TILE_BYTES: tl.constexpr, TILE: tl.constexpr, PAGE: tl.constexpr, PAGES: tl.constexpr,
     CHUNK: tl.constexpr, ROWS: tl.constexpr, NOT_LISTED: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
@@ -103,6 +107,7 @@ def _sketch_score(
         # Logits to base 2, per unit of what _products returns.
         steps *= scale * (1.4426950408889634 / 128)
         offsets = tl.sum(query, axis=0) * scale * 1.4426950408889634
+        gains = tl.sum(query * query, axis=0) * scale * scale * noise * (1.4426950408889634 / 2)
         block_row = block_table + request.to(tl.int64) * table_stride
         page_top = tl.full([PAGES, GROUP_PAD], float("-inf"), tl.float32)
         page_sum = tl.zeros([PAGES, GROUP_PAD], tl.float32)
@@ -130,13 +135,13 @@ def _sketch_score(
                 for quarter in tl.static_range(FIELDS // 4):
                     first = words + (plane * FIELDS + quarter * 4) // 2
                     pair, next_pair = tl.load(first, mask=live, other=0), tl.load(first + 1, mask=live, other=0)
-                    x_0 = _logits(packed, digits, steps, offsets, pair << 16, remaining,
+                    x_0 = _logits(packed, digits, steps, offsets, gains, pair << 16, remaining,
                                   plane * FIELDS + quarter * 4, quarter * 4, BITS)  # fmt: skip
-                    x_1 = _logits(packed, digits, steps, offsets, pair & -65536, remaining,
+                    x_1 = _logits(packed, digits, steps, offsets, gains, pair & -65536, remaining,
                                   plane * FIELDS + quarter * 4 + 1, quarter * 4 + 1, BITS)  # fmt: skip
-                    x_2 = _logits(packed, digits, steps, offsets, next_pair << 16, remaining,
+                    x_2 = _logits(packed, digits, steps, offsets, gains, next_pair << 16, remaining,
                                   plane * FIELDS + quarter * 4 + 2, quarter * 4 + 2, BITS)  # fmt: skip
-                    x_3 = _logits(packed, digits, steps, offsets, next_pair & -65536, remaining,
+                    x_3 = _logits(packed, digits, steps, offsets, gains, next_pair & -65536, remaining,
                                   plane * FIELDS + quarter * 4 + 3, quarter * 4 + 3, BITS)  # fmt: skip
                     largest = tl.maximum(tl.maximum(x_0, x_1), tl.maximum(x_2, x_3))
                     new_top = tl.maximum(sketch_top, largest)
@@ -198,7 +203,7 @@ def sketch_score(
     _sketch_score[(programs, kv_heads)](
         q, kv.view(torch.int8), kv.view(torch.int32), block_table, plan.work, plan.totals, scores.values,
         scores.chunk_lse, q.stride(0), q.stride(1), *(stride * item_bytes for stride in kv.stride()[:3]),
-        block_table.stride(0), scores.values.stride(0), scores.chunk_lse.stride(0), num_reqs, scale,
+        block_table.stride(0), scores.values.stride(0), scores.chunk_lse.stride(0), num_reqs, scale, layout.noise,
         GROUP=group, GROUP_PAD=max(4, triton.next_power_of_2(group)), HEAD_DIM=head_dim, WIDTH=layout.width,
         BITS=layout.bits, TILE_BYTES=layout.tile_bytes, TILE=TILE_TOKENS, PAGE=page_size, PAGES=pages,
         CHUNK=CHUNK_PAGES, ROWS=ROWS, NOT_LISTED=NOT_LISTED, COLUMNS=WORK_COLUMNS,

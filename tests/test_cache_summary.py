@@ -32,7 +32,7 @@ def decoded(kv: torch.Tensor, page_size: int, summary: str) -> tuple[torch.Tenso
     """What the summaries of ``kv`` say."""
     if summary == "key_range":
         return reference.key_range(kv, page_size)
-    return (reference.sketched_keys(kv, page_size, summary),)
+    return reference.sketched_keys(kv, page_size, summary)
 
 
 def assert_summaries(kv: torch.Tensor, filled: dict[int, int], page_size: int, summary: str) -> None:

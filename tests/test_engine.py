@@ -151,7 +151,10 @@ def test_small_budget_attends_exactly_the_budget(tiny, policy, monkeypatch):
     if policy == "dense":
         attended = context = 0
     kv_heads = 2
-    assert sum(given) == attended * LAYERS * kv_heads
+    if DECODE_POLICIES[policy].adaptive:
+        assert 0 < sum(given) < attended * LAYERS * kv_heads, "no row ended before its budget"
+    else:
+        assert sum(given) == attended * LAYERS * kv_heads
     assert (counts["attended_tokens"], counts["context_tokens"]) == (attended, context)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import DEVICE, DTYPES, error, make, poisoned_scores
+from cases import DEVICE, DTYPES, ON_GPU, error, make, poisoned_scores
 from vllm_sparse.kernels import reference
 from vllm_sparse.kernels.reference_sketch import hadamard, sketched_keys
 
@@ -71,7 +71,7 @@ def test_page_write_matches_twin_over_chunks(shape, dtype, summary):
     filled = torch.arange(2 * page_size + 16).split(page_size)  # up to the end of a tile
     for block, tokens in zip(blocks.tolist(), filled, strict=True):
         mine, twin = (
-            sketched_keys(kv[[block]], page_size, summary)[:, :, : len(tokens)] for kv in (actual, expected)
+            sketched_keys(kv[[block]], page_size, summary)[0][:, :, : len(tokens)] for kv in (actual, expected)
         )
         # Rounding may move a code over a threshold, and a mean by one step of 127, but few of them.
         assert error(mine, twin) < 1e-2
@@ -85,7 +85,7 @@ def test_sketched_keys_are_close_and_rotated(summary, head_dim):
     key = torch.randn(64, 2, head_dim) + 3 * torch.randn(1, 2, head_dim)
     kv = empty_cache(2, 2, head_dim, 32, torch.float32, summary)
     reference.page_write(key, key, kv, torch.arange(64), 32, summary)
-    sketched = sketched_keys(kv, 32, summary).transpose(1, 2).flatten(0, 1)
+    sketched = sketched_keys(kv, 32, summary)[0].transpose(1, 2).flatten(0, 1)
     exact = hadamard(torch.nn.functional.pad(key, (0, sketched.shape[-1] - head_dim)))
     assert error(exact.square().sum(-1), key.square().sum(-1)) < 1e-5, "the rotation changes lengths"
     mean = exact.unflatten(0, (4, 16)).mean(1, keepdim=True)
@@ -93,6 +93,16 @@ def test_sketched_keys_are_close_and_rotated(summary, head_dim):
     lost = ((sketched - exact).square().sum() / residual.square().sum()).item()
     expected = 1 - 2 / torch.pi if summary == "sketch1" else 0.1188
     assert abs(lost - expected) < 0.04
+
+
+@summaries
+def test_the_noise_of_codes_is_what_they_lose(summary):
+    key = torch.randn(640, 1, 128)
+    kv = empty_cache(40, 1, 128, 16, torch.float32, summary)
+    reference.page_write(key, key, kv, torch.arange(640), 16, summary)
+    sketched, scale = (x[:, 0].flatten(0, 1) for x in sketched_keys(kv, 16, summary))
+    lost = (sketched - hadamard(key[:, 0])).square().mean(-1)
+    assert abs((lost / scale.square()).mean() - SketchLayout.of(summary, 128).noise) < 0.003
 
 
 @summaries
@@ -108,7 +118,7 @@ def test_sketches_of_odd_keys_are_finite(summary, keys):
     for write in (reference.page_write, launchers.page_write):
         kv = empty_cache(2, 1, 64, 16, torch.float32, summary)
         write(key, key, kv, torch.arange(21, device=DEVICE), 16, summary)
-        sketched = sketched_keys(kv, 16, summary)[:, 0].flatten(0, 1)[:21]
+        sketched = sketched_keys(kv, 16, summary)[0][:, 0].flatten(0, 1)[:21]
         assert sketched.isfinite().all()
         if keys == "constant":
             assert error(sketched, hadamard(key[:, 0])) < 0.01
@@ -132,6 +142,26 @@ def test_a_page_is_read_up_to_the_end_of_its_request_only(summary):
         scores.append(out.values[:, 5])
     assert scores[0].isfinite().all()
     assert torch.equal(*scores)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="needs more memory than a CPU test should take")
+def test_offsets_past_int32():
+    """A cache of more than 2**31 elements, used at its far end."""
+    heads, page, head_dim, summary = 8, 16, 128, "sketch2"
+    rows = page + summary_rows(summary, page, head_dim, 2)
+    blocks = 2**32 // (heads * rows * 2 * head_dim)
+    kv = torch.empty(blocks, heads, rows, 2 * head_dim, dtype=torch.bfloat16, device=DEVICE)
+    far = torch.arange(blocks - 40, blocks, device=DEVICE)
+    slots = (far[:, None] * page + torch.arange(page, device=DEVICE)).flatten()[:-3]
+    key, value = torch.randn(2, len(slots), heads, head_dim, device=DEVICE).bfloat16()
+    launchers.page_write(key, value, kv, slots, page, summary)
+    case = make([len(slots)], heads, 4, head_dim, page, 8, dtype=torch.bfloat16, summary=summary)
+    actual = poisoned_scores(case.scores.q_heads, case.scores.capacity_pages, 1, DEVICE)
+    args = (case.q, kv, far[None].int(), case.plan, page, case.scale)
+    launchers.sketch_score(*args, actual, summary)
+    reference.sketch_score(*args, case.scores, summary)
+    assert error(actual.values[:, :40], case.scores.values[:, :40]) < 1e-4
 
 
 def test_summaries_take_the_rows_they_need():

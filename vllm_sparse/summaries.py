@@ -35,6 +35,11 @@ class SketchLayout:
         return cls(SKETCH_BITS[summary], max(32, 1 << (head_dim - 1).bit_length()))
 
     @property
+    def noise(self) -> float:
+        """Mean square of what a code loses of a normal variable, in units of the square of its scale."""
+        return {1: 0.142, 2: 0.117}[self.bits]
+
+    @property
     def planes(self) -> int:
         return TILE_TOKENS * self.bits // 8
 
