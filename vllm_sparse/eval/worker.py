@@ -41,10 +41,14 @@ class EvalWorker:
             if impl.prefill is not None:
                 impl.bind_prefill(impl.prefill.buffers)
 
-    def eval_take(self) -> dict:
-        """Recall of this worker's layers since the switch, and its counts so far; waits for the device."""
+    def eval_counts(self) -> dict:
+        """What ran sparse so far; waits for the device."""
+        return metrics.snapshot()
+
+    def eval_recall(self) -> dict:
+        """Recall of this worker's layers since the switch; waits for the device."""
         layers = {str(impl.layer_index): impl.recall_probe.take() for impl in self._layers()}
-        return {"rank": get_tensor_model_parallel_rank(), "layers": layers, "counts": metrics.snapshot()}
+        return {"rank": get_tensor_model_parallel_rank(), "layers": layers}
 
     def _builders(self) -> list[SparseMetadataBuilder]:
         return [
