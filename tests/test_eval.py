@@ -212,7 +212,7 @@ def test_recall_is_the_exact_mass_of_the_chosen_pages_over_that_of_the_best(poli
         num_kv_heads=2, device=case.q.device, engine=SimpleNamespace(attend=lambda *args: None),
         budget_pages=case.budget_pages, sink_pages=1, config=SimpleNamespace(window_tokens=20),
     )  # fmt: skip
-    probe = RecallProbe(impl)
+    probe = RecallProbe(impl, {})
     watched = probe.watch(DECODE_POLICIES[policy](), 2)
     step = (case.q, case.kv, case.block_table, case.plan, case.page_size, case.scale, case.scores)
     for _ in range(3):  # of which two are weighed

@@ -18,12 +18,11 @@ from vllm_sparse.page_table import PageTable, units_per_block
 class RecallProbe:
     """The sums of one layer, its policy and its engine stand in for the layer's own."""
 
-    def __init__(self, impl):
-        self.impl = impl
+    def __init__(self, impl, exact: dict[tuple, PageScores]):
+        """``exact``: buffers by their shape, which the probes of all layers share."""
+        self.impl, self.exact = impl, exact
         self.engine = _Engine(impl.engine, self)
         self.every = 0
-        self.exact: PageScores | None = None
-        self.best: PageTable | None = None
         self.reset()
 
     def watch(self, policy, every: int):
@@ -49,15 +48,16 @@ class RecallProbe:
             return
         (q, kv, block_table, plan, page_size, scale, scores), self.pending = self.pending, None
         impl, device = self.impl, q.device
-        if self.exact is None:
-            self.exact = PageScores(
-                *(torch.zeros_like(x) for x in (scores.values, scores.chunk_lse, scores.arrivals))
-            )
+        shape = tuple(scores.values.shape)
+        if shape not in self.exact:
+            parts = (scores.values, scores.chunk_lse, scores.arrivals)
+            self.exact[shape] = PageScores(*(torch.zeros_like(part) for part in parts))
+        exact = self.exact[shape]
         best = PageTable(torch.zeros_like(table.units), table.lengths)
         run = kernels.for_device(device)
-        run.page_mass(q, kv, block_table, plan, page_size, scale, self.exact)
+        run.page_mass(q, kv, block_table, plan, page_size, scale, exact)
         run.select_pages(
-            self.exact, block_table, plan, kv, page_size,
+            exact, block_table, plan, kv, page_size,
             impl.budget_pages, impl.sink_pages, impl.config.window_tokens, best,
         )  # fmt: skip
         kv_heads = kv.shape[1]
@@ -65,7 +65,7 @@ class RecallProbe:
             if offset < 0 or not (length := int(plan.table_seq_lens[request])):
                 continue
             blocks = block_table[request, : -(-length // page_size)]
-            mass = self.exact.values[:, offset : offset + len(blocks)].double().softmax(-1)
+            mass = exact.values[:, offset : offset + len(blocks)].double().softmax(-1)
             mass = mass.unflatten(0, (kv_heads, -1)).mean(1)
             self.rows += 1
             for head in range(kv_heads):
@@ -80,7 +80,10 @@ class RecallProbe:
 
 class _Policy:
     def __init__(self, policy, probe: RecallProbe):
-        self.policy, self.probe, self.summary = policy, probe, policy.summary
+        self.policy, self.probe = policy, probe
+
+    def __getattr__(self, name: str):
+        return getattr(self.policy, name)
 
     def score(self, *step) -> None:
         self.policy.score(*step)

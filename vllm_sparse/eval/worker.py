@@ -26,6 +26,7 @@ class EvalWorker:
         for builder in self._builders():
             config.check_page_size(builder.page_size)
             builder.config = config
+        exact: dict = {}
         for impl in self._layers():
             impl.config = config
             policy = get_decode_policy(config.decode_policy)
@@ -35,7 +36,7 @@ class EvalWorker:
             impl.sink_pages = config.sink_pages(impl.page_size)
             probe = getattr(impl, "recall_probe", None)
             if probe is None:
-                probe = impl.recall_probe = RecallProbe(impl)
+                probe = impl.recall_probe = RecallProbe(impl, exact)
                 impl.engine = probe.engine
             impl.policy = probe.watch(policy, recall_every)
             if impl.prefill is not None:
