@@ -1,8 +1,9 @@
 """Time the real vLLM engine, stock against sparse, in fresh processes on the same GPU.
 
     python -m benchmarks.engine --model MODEL 1q1s8k 1q1s128k 8q1s32k
+    python -m benchmarks.engine --tp 2 --executor ray --shape llama-70b --layers 40 1q1s128k
 
-Without ``--model``, random weights in the Llama-3.1-8B shape. TPOT is the median time between
+Without ``--model``, random weights in the shape of a Llama 3.1. TPOT is the median time between
 output tokens of all running requests; TTFT the time to the first token of the batch.
 """
 
@@ -30,23 +31,33 @@ LLAMA_8B = dict(
     hidden_act="silu", tie_word_embeddings=False, torch_dtype="bfloat16",
     bos_token_id=1, eos_token_id=2,
 )  # fmt: skip
+LLAMA_70B = LLAMA_8B | dict(
+    hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64
+)
+SHAPES = {"llama-8b": ("Llama-3.1-8B", LLAMA_8B), "llama-70b": ("Llama-3.1-70B", LLAMA_70B)}
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("specs", nargs="*", default=["1q1s8k", "1q1s32k", "1q1s128k", "8q1s32k"])
-    parser.add_argument("--model", default="", help="a model directory or name; default: Llama-3.1-8B's shape")
-    parser.add_argument("--layers", type=int, default=32, help="of the default shape; fewer hold longer contexts")
+    parser.add_argument("--model", default="", help="a model directory or name; default: random weights")
+    parser.add_argument("--shape", choices=SHAPES, default="llama-8b", help="of random weights")
+    parser.add_argument("--layers", type=int, help="of random weights; fewer hold longer contexts")
     parser.add_argument("--sparse", default="{}", help="sparse settings as JSON")
     parser.add_argument("--baseline", default="FLASH_ATTN", help="stock attention backend; '' skips it")
     parser.add_argument("--tokens", type=int, default=65, help="output tokens per request")
-    parser.add_argument("--tp", type=int, default=1)
-    parser.add_argument("--executor", default="", help="mp or ray, for --tp above 1")
+    parser.add_argument("--tp", type=int, default=1, help="GPUs, for both backends")
+    parser.add_argument("--executor", choices=("mp", "ray"), help="for --tp above 1; default: mp")
     parser.add_argument("--gpu-memory", type=float, default=0.9)
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--out", type=Path, default=results.RESULTS)
     parser.add_argument("--worker", default="", help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.tp > 1:
+        args.executor = args.executor or "mp"
+    elif args.executor:
+        parser.error("--executor is for --tp above 1")
+    return args
 
 
 def main() -> None:
@@ -73,8 +84,8 @@ def main() -> None:
             rows.append(
                 sparse["environment"]
                 | {
-                    "bench": bench, "shape": args.model or shape_name(args.layers), "mode": "resident",
-                    "tp": args.tp,
+                    "bench": bench, "shape": args.model or shape_name(args.shape, args.layers), "mode": "resident",
+                    "tp": args.tp, "executor": args.executor,
                     "batch": len(parse(spec)), "context": max(r.context_tokens for r in parse(spec)),
                     "batch_spec": spec, "budget": sparse["budget"], "policy": sparse["policy"],
                     "prefill_policy": sparse["prefill_policy"], "prefill_density": ours["prefill_density"],
@@ -91,9 +102,10 @@ def main() -> None:
     results.append("engine", rows, args.out)
 
 
-def shape_name(layers: int) -> str:
-    """Of random weights in the default shape."""
-    return "Llama-3.1-8B" + ("" if layers == LLAMA_8B["num_hidden_layers"] else f" with {layers} layers")
+def shape_name(shape: str, layers: int | None) -> str:
+    """Of random weights."""
+    name, config = SHAPES[shape]
+    return name + (f" with {layers} layers" if layers not in (None, config["num_hidden_layers"]) else "")
 
 
 def run_worker(backend: str) -> dict:
@@ -113,7 +125,6 @@ def run_worker(backend: str) -> dict:
 
 def measure(args) -> dict:
     os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
-    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # lets collective_rpc send the function that counts
     from vllm import LLM, SamplingParams
 
     batches = {spec: parse(spec) for spec in args.specs}
@@ -121,7 +132,8 @@ def measure(args) -> dict:
     model, weights = args.model, "auto"
     if not model:
         model, weights = tempfile.mkdtemp(), "dummy"
-        Path(model, "config.json").write_text(json.dumps(LLAMA_8B | {"num_hidden_layers": args.layers}))
+        layers = {"num_hidden_layers": args.layers} if args.layers else {}
+        Path(model, "config.json").write_text(json.dumps(SHAPES[args.shape][1] | layers))
     sparse = args.worker == "sparse"
     start = time.perf_counter()
     llm = LLM(
@@ -129,7 +141,7 @@ def measure(args) -> dict:
         max_model_len=longest + 256, max_num_seqs=max(map(len, batches.values())),
         gpu_memory_utilization=args.gpu_memory, enable_prefix_caching=False, disable_log_stats=True,
         enforce_eager=args.eager, tensor_parallel_size=args.tp,
-        distributed_executor_backend=args.executor or None,
+        distributed_executor_backend=args.executor,
         additional_config={"sparse": json.loads(args.sparse)} if sparse else {},
     )  # fmt: skip
     found = {"start_s": round(time.perf_counter() - start, 1)}
@@ -152,14 +164,13 @@ def measure(args) -> dict:
         found |= {"budget": config.budget_tokens, "policy": config.decode_policy}
         found["prefill_policy"] = config.prefill_policy
         found["environment"] = results.environment()
+    llm.llm_engine.engine_core.shutdown()  # waits for the workers, whose memory the next engine needs
     return found
 
 
 def prefill_pairs(llm) -> tuple[int, int]:
     """(query, key) pairs that sparse prefill attended so far, and the causal ones of the same queries."""
-    from vllm_sparse import metrics
-
-    counts = llm.collective_rpc(metrics.snapshot)[0]
+    counts = llm.collective_rpc("sparse_metrics")[0]  # the other GPUs count their own heads' alike
     return counts["prefill_attended_pairs"], counts["prefill_causal_pairs"]
 
 

@@ -1,6 +1,7 @@
 """Time one layer's decode kernels beside dense FlashAttention-3.
 
     python -m benchmarks.kernels 1q1s128k 8q1s32k --budget 2048
+    python -m benchmarks.kernels 1q1s128k --policies quest midbound sketch sketch2
 
 Prints microseconds and achieved TB/s of each kernel, checks results first, and appends JSON lines.
 """
@@ -21,6 +22,8 @@ from vllm_sparse.decode_plan import DecodePlan, segment_pages
 from vllm_sparse.engines.registry import engine_class
 from vllm_sparse.page_scores import PageScores
 from vllm_sparse.page_table import PageTable
+from vllm_sparse.policies import DECODE_POLICIES, get_decode_policy
+from vllm_sparse.summaries import summary_bytes_read, summary_rows
 
 SHORT_ROWS_DENSE_FROM = 16
 """As in vllm_sparse/backend/builder.py, which needs vLLM: such batches leave short rows to the dense backend."""
@@ -46,27 +49,34 @@ def main() -> None:
     parser.add_argument("--budget", type=int, default=2048)
     parser.add_argument("--min-context", type=int, default=4096, help="up to this many tokens a request is dense")
     parser.add_argument("--max-context", type=int, default=131328, help="longest context the engine would admit")
+    parser.add_argument(
+        "--policies", nargs="*", default=["quest"], choices=[name for name in DECODE_POLICIES if name != "dense"]
+    )
     parser.add_argument("--engines", nargs="*", default=["triton", "fa3"])
     parser.add_argument("--out", type=Path, default=results.RESULTS)
     args = parser.parse_args()
     torch.manual_seed(0)
     rows = []
-    print(f"{'batch':>12} {'kernel':>14} {'us':>9} {'TB/s':>6}")
+    print(f"{'batch':>12} {'policy':>10} {'kernel':>14} {'us':>9} {'TB/s':>6}")
     for spec in args.specs:
-        for row in bench(spec, args):
-            print(f"{spec:>12} {row['kernel']:>14} {row['us']:9.1f} {row['tb_per_s']:6.2f}", flush=True)
-            rows.append(row)
+        for policy in args.policies:
+            for row in bench(spec, policy, args):
+                name, us, speed = row["kernel"], row["us"], row["tb_per_s"]
+                print(f"{spec:>12} {policy:>10} {name:>14} {us:9.1f} {speed:6.2f}", flush=True)
+                rows.append(row)
     results.append("kernels", rows, args.out)
 
 
-def bench(spec: str, args) -> list[dict]:
-    requests = parse(spec)
+def bench(spec: str, policy_name: str, args) -> list[dict]:
+    requests, policy = parse(spec), get_decode_policy(policy_name)
     lens = [request.context_tokens for request in requests]
     page, heads, dim = args.page_size, args.kv_heads, args.head_dim
     q_heads, budget_pages, scale = heads * args.group, args.budget // page, args.head_dim**-0.5
     pages = [-(-n // page) for n in lens]
-    layer_bytes = sum(pages) * heads * (page + 1) * 4 * dim
-    summary_bytes = sum(pages) * heads * 2 * dim
+    page_rows = page + summary_rows(policy.summary, page, dim, 2)
+    layer_bytes = sum(pages) * heads * page_rows * 4 * dim
+    page_summary_bytes = summary_bytes_read(policy.summary, page, dim, 2)
+    summary_bytes = max(1, sum(pages) * heads * page_summary_bytes)
     count = max(2, min(16, -(-WORKING_SET_BYTES // summary_bytes), (40 << 30) // layer_bytes))
     device = torch.device("cuda")
     blocks = torch.randperm(sum(pages), device=device).int()
@@ -86,22 +96,22 @@ def bench(spec: str, args) -> list[dict]:
     scores = PageScores.empty(q_heads, sum(pages), len(lens), device)
     layers = []
     for _ in range(count):
-        kv = torch.empty(sum(pages), heads, page + 1, 2 * dim, dtype=torch.bfloat16, device=device)
+        kv = torch.empty(sum(pages), heads, page_rows, 2 * dim, dtype=torch.bfloat16, device=device)
         fresh = torch.randn(2, sum(pages) * page, heads, dim, dtype=torch.bfloat16, device=device)
-        launchers.page_write(*fresh, kv, torch.arange(sum(pages) * page, device=device), page, "key_range")
+        launchers.page_write(*fresh, kv, torch.arange(sum(pages) * page, device=device), page, policy.summary)
         del fresh
         q = torch.randn(len(lens), q_heads, dim, dtype=torch.bfloat16, device=device)
         layers.append(Layer(kv, q, table, torch.empty_like(q)))
 
     def score(layer):
-        launchers.quest_score(layer.q, layer.kv, block_table, plan, page, scale, scores)
+        policy.score(layer.q, layer.kv, block_table, plan, page, scale, scores)
 
     def select(layer):
         launchers.select_pages(scores, block_table, plan, layer.kv, page, budget_pages, 1, 32, layer.table)
 
     attended = int(table.lengths.sum())
     scored = sum(n for n, length in zip(pages, lens, strict=True) if length > args.min_context)
-    summary_bytes = scored * heads * 2 * dim
+    summary_bytes = scored * heads * page_summary_bytes
     attend_bytes = attended * 4 * dim
     dense_bytes = sum(lens) * heads * 4 * dim
     timed = [
@@ -111,8 +121,9 @@ def bench(spec: str, args) -> list[dict]:
     for name in args.engines:
         engine = engine_class(name)()
         timed.append((f"attend_{name}", _attend(engine, page, scale), attend_bytes))
-    timed.append(("page_write", _page_write(len(lens), heads, dim, page, block_table, seq_lens), 0))
-    timed.append(("stock_write", _stock_write(len(lens), heads, dim, page, block_table, seq_lens), 0))
+    new_tokens = (len(lens), heads, dim, page, block_table, seq_lens)
+    timed.append(("page_write", _page_write(policy.summary, *new_tokens), 0))
+    timed.append(("stock_write", _stock_write(*new_tokens), 0))
     timed.append(("dense_fa3", _dense(block_table, seq_lens, max(lens), page, scale), dense_bytes))
     for layer in layers:
         score(layer)
@@ -129,7 +140,7 @@ def bench(spec: str, args) -> list[dict]:
     sizes = {name: size for name, _, size in timed} | {"sparse_step": summary_bytes + attend_bytes}
     common = results.environment() | {
         "bench": "attention", "shape": f"kv{heads}_group{args.group}_d{dim}_page{page}", "batch_spec": spec,
-        "batch": len(lens), "context": max(lens), "budget": args.budget, "policy": "quest", "mode": "resident",
+        "batch": len(lens), "context": max(lens), "budget": args.budget, "policy": policy_name, "mode": "resident",
         "tp": 1, "baseline_ms": times["dense_fa3"] / 1e3,
     }  # fmt: skip
     return [
@@ -170,9 +181,9 @@ def _new_tokens(batch, heads, dim, page, block_table, seq_lens):
     return torch.randn(batch, heads, dim, dtype=torch.bfloat16, device="cuda"), slots
 
 
-def _page_write(batch, heads, dim, page, block_table, seq_lens):
+def _page_write(summary, batch, heads, dim, page, block_table, seq_lens):
     key, slots = _new_tokens(batch, heads, dim, page, block_table, seq_lens)
-    return lambda layer: launchers.page_write(key, key, layer.kv, slots, page, "key_range")
+    return lambda layer: launchers.page_write(key, key, layer.kv, slots, page, summary)
 
 
 def _stock_write(batch, heads, dim, page, block_table, seq_lens):

@@ -43,8 +43,8 @@ def fullest(rows: list[dict], same: tuple[str, ...], each: tuple[str, ...]) -> l
 
 
 def load(name: str, bench: str) -> list[dict]:
-    """Rows of the fullest run of ``bench`` on the GPU measured last."""
-    rows = read(name, bench)
+    """Rows of the fullest run of ``bench`` on the GPU measured last, one GPU."""
+    rows = [row for row in read(name, bench) if row.get("tp", 1) == 1]
     rows = [row for row in rows if row["gpu"] == rows[-1]["gpu"]]
     return fullest(rows, ("commit",), ("batch_spec", "kernel", "tp"))
 
@@ -77,10 +77,38 @@ def decode_speed() -> None:
     figure.savefig(DOCS / "decode_speed.png", dpi=160)
 
 
+def tensor_parallel() -> None:
+    """Time per output token on several GPUs, stock against sparse; no plot until some were measured."""
+    rows = [row for row in read("engine", "tpot") if row["tp"] > 1]
+    if not rows:
+        return
+    each = ("shape", "executor", "batch_spec")
+    rows = fullest(rows, ("gpu", "commit", "tp", "budget", "sparse"), each)
+    rows.sort(key=lambda row: (row["shape"], row["executor"], row["batch"], row["context"]))
+    figure, axes = plt.subplots(figsize=(8, 1 + 0.55 * len(rows)), layout="constrained")
+    for offset, key, color, name in (
+        (-0.2, "baseline_ms", STOCK, "stock vLLM (FLASH_ATTN)"),
+        (0.2, "sparse_ms", SPARSE, f"vllm-sparse, budget {rows[0]['budget']:,} tokens"),
+    ):
+        bars = axes.barh([i + offset for i in range(len(rows))], [row[key] for row in rows], 0.38, color=color)
+        bars.set_label(name)
+        axes.bar_label(bars, fmt="%.1f", fontsize=8)
+    names = [
+        f"{row['shape']}, {row['executor']}\n{row['batch']} × {row['context']:,}: {row['speedup']:.2f}×"
+        for row in rows
+    ]
+    axes.set_yticks(range(len(rows)), names, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"ms per output token, tensor parallel {rows[0]['tp']}; {caption(rows[0])}", fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(DOCS / "tensor_parallel.png", dpi=160)
+
+
 def kernel_time() -> None:
     """One layer's decode step of one request against its context, beside dense attention and memory speed."""
     rows = [row for row in read("kernels", "attention") if row["batch"] == 1]
-    rows = fullest(rows, ("gpu", "commit"), ("batch_spec", "kernel", "tp"))
+    rows = fullest(rows, ("gpu", "commit", "policy"), ("batch_spec", "kernel", "tp"))
     rows.sort(key=lambda row: row["context"])
     contexts = sorted({row["context"] for row in rows})
     bandwidth = max(row["tb_per_s"] for row in rows)
@@ -202,6 +230,7 @@ def decode_quality() -> None:
 if __name__ == "__main__":
     DOCS.mkdir(exist_ok=True)
     decode_speed()
+    tensor_parallel()
     kernel_time()
     prefill_time()
     prefill_quality()

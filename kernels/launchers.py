@@ -15,6 +15,7 @@ from vllm_sparse.kernels.quest_score import quest_score
 from vllm_sparse.kernels.select_bands import select_bands
 from vllm_sparse.kernels.select_pages import select_pages
 from vllm_sparse.kernels.select_row_pages import select_row_pages
+from vllm_sparse.kernels.sketch_score import sketch_score
 from vllm_sparse.kernels.sparse_decode import sparse_decode
 from vllm_sparse.kernels.sparse_prefill import sparse_prefill
 from vllm_sparse.kernels.vertical_slash import vertical_slash
@@ -36,6 +37,7 @@ __all__ = [
     "select_bands",
     "select_pages",
     "select_row_pages",
+    "sketch_score",
     "sparse_decode",
     "sparse_prefill",
     "vertical_slash",

@@ -13,9 +13,11 @@ Bit i of a scale is the lowest bit of channel i of what it scales, i < 16: those
 even or odd numbers as it says. Scales beside the row cost a second memory access of every page,
 which took scoring a fifth longer.
 
+Sketches of keys (:mod:`vllm_sparse.kernels.sketch_write`) take the same place, one per tile of 16 rows.
+
 Summaries are recomputed from the page, never accumulated, so reused blocks, chunked prefill and
 rejected drafts need no special case. Tokens that share a page are neighbours in the batch (they
-are consecutive positions of one request): the program of the first one does the page.
+are consecutive positions of one request): the program of the first one does the page, or the tile.
 """
 
 from __future__ import annotations
@@ -23,11 +25,15 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from vllm_sparse.kernels.sketch_write import STEP, write_sketch
+
+from vllm_sparse.summaries import SKETCH_BITS, TILE_TOKENS, SketchLayout, summary_rows
 
 SCALE_BITS = 16
 LEVELS = 125.9
 """Steps that a scale is made of: the next even or odd number after as many still fits 7 bits."""
 SMALLEST = 1e-7
+SKETCH_CHANNELS_PER_WARP = 64
 
 
 @triton.jit
@@ -43,11 +49,13 @@ def _as_float(bits):
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _page_write(
-    key, value, kv, kv_bytes, slots,
+    key, value, kv, kv_bytes, kv_words, slots,
     num_tokens, key_stride_t, key_stride_h, value_stride_t, value_stride_h,
     kv_stride_b, kv_stride_h, kv_stride_r,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, KEY_RANGE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
+    SKETCH_BITS: tl.constexpr, TILE_BYTES: tl.constexpr,
     ITEM_BYTES: tl.constexpr, SCALE_BITS: tl.constexpr, LEVELS: tl.constexpr, SMALLEST: tl.constexpr,
+    STEP: tl.constexpr,
 ):  # fmt: skip
     token, head = tl.program_id(0), tl.program_id(1)
     dims = tl.arange(0, BLOCK_D)
@@ -58,21 +66,30 @@ def _page_write(
     v = tl.load(value + token.to(tl.int64) * value_stride_t + head * value_stride_h + dims, mask=in_head)
     if slot < 0:
         return
-    block, first = slot // PAGE, slot % PAGE
+    block, row = slot // PAGE, slot % PAGE
     page = block.to(tl.int64) * kv_stride_b + head.to(tl.int64) * kv_stride_h
-    tl.store(kv + page + first * kv_stride_r + dims, k, mask=in_head)
-    tl.store(kv + page + first * kv_stride_r + HEAD_DIM + dims, v, mask=in_head)
-    if KEY_RANGE & ((before < 0) | (before // PAGE != block)):
-        rows = tl.arange(0, PAGE)
+    tl.store(kv + page + row * kv_stride_r + dims, k, mask=in_head)
+    tl.store(kv + page + row * kv_stride_r + HEAD_DIM + dims, v, mask=in_head)
+    if TILE == 0:
+        return
+    if (before < 0) | (before // TILE != slot // TILE):
+        first = slot % TILE
+        rows = tl.arange(0, TILE)
         old = rows < first
-        # Row r of the page is token + r - first of the batch, if that token is of this page.
+        # Row r of the tile is token + r - first of the batch, if that token is of this tile.
         source = token + rows - first
-        fresh = tl.load(slots + source, mask=~old & (source < num_tokens), other=-1) == block * PAGE + rows
+        fresh = tl.load(slots + source, mask=~old & (source < num_tokens), other=-1) == slot - first + rows
         # Older rows come from the page, new ones from the batch: other programs write those just now.
-        cells = tl.where(old[:, None], kv + page + rows[:, None] * kv_stride_r,
+        cells = tl.where(old[:, None], kv + page + (row - first + rows)[:, None] * kv_stride_r,
                          key + source.to(tl.int64)[:, None] * key_stride_t + head * key_stride_h)  # fmt: skip
         mask = (old | fresh)[:, None] & in_head[None, :]
         keys = tl.load(cells + dims[None, :], mask=mask, other=0.0).to(tl.float32)
+        summary = page + PAGE * kv_stride_r
+        if SKETCH_BITS:
+            sketch = summary * ITEM_BYTES + row // TILE * TILE_BYTES
+            write_sketch(kv_bytes + sketch, kv_words + sketch // 4, keys, old | fresh,
+                         SKETCH_BITS, BLOCK_D, TILE, STEP, SMALLEST)  # fmt: skip
+            return
         low = tl.where(in_head, tl.min(tl.where(mask, keys, float("inf")), axis=0), 0.0)
         high = tl.where(in_head, tl.max(tl.where(mask, keys, float("-inf")), axis=0), 0.0)
         centre = low + (high - low) * 0.5
@@ -87,9 +104,9 @@ def _page_write(
         bit = ((w_bits >> place) & 1).to(tl.float32)
         x = half / _as_float(w_bits)
         w = tl.where(carries, 2 * tl.ceil((x - bit) * 0.5) + bit, tl.ceil(x))
-        summary = kv_bytes + (page + PAGE * kv_stride_r) * ITEM_BYTES + dims
-        tl.store(summary, c.to(tl.int8), mask=in_head)
-        tl.store(summary + HEAD_DIM, w.to(tl.int8), mask=in_head)
+        cells = kv_bytes + summary * ITEM_BYTES + dims
+        tl.store(cells, c.to(tl.int8), mask=in_head)
+        tl.store(cells + HEAD_DIM, w.to(tl.int8), mask=in_head)
 
 
 def page_write(
@@ -107,7 +124,7 @@ def page_write(
         kv: [num_blocks, kv_heads, page_size + summary rows, 2 * head_dim].
         slot_mapping: int64 [num_tokens], ``block * page_size + row``; -1 skips a token.
         page_size: tokens per page, a power of two.
-        summary: ``none`` or ``key_range``.
+        summary: one of :data:`vllm_sparse.summaries.SUMMARIES`.
     """
     num_tokens, (_, kv_heads, head_dim) = slot_mapping.shape[0], key.shape
     assert key.stride(2) == value.stride(2) == kv.stride(3) == 1, "head_dim must be contiguous"
@@ -116,13 +133,21 @@ def page_write(
     assert page_size & (page_size - 1) == 0, f"page size {page_size} is not a power of two"
     if num_tokens == 0:
         return
+    rows = summary_rows(summary, page_size, head_dim, kv.element_size())
+    assert kv.shape[2] >= page_size + rows, f"the pages of this cache have no room for {summary}"
+    assert rows < 2 or kv.stride(2) == kv.shape[3], "summary rows must follow each other"
     key, value = key.to(kv.dtype), value.to(kv.dtype)
+    bits, width = 0, triton.next_power_of_2(head_dim)
+    tile, tile_bytes, num_warps = (page_size if rows else 0), 0, max(1, page_size // 32)
+    if summary in SKETCH_BITS:
+        layout = SketchLayout.of(summary, head_dim)
+        bits, width, tile, tile_bytes = layout.bits, layout.width, TILE_TOKENS, layout.tile_bytes
+        num_warps = max(1, width // SKETCH_CHANNELS_PER_WARP)
     _page_write[(num_tokens, kv_heads)](
-        key, value, kv, kv.view(torch.int8), slot_mapping,
+        key, value, kv, kv.view(torch.int8), kv.view(torch.int32), slot_mapping,
         num_tokens, key.stride(0), key.stride(1), value.stride(0), value.stride(1),
         kv.stride(0), kv.stride(1), kv.stride(2),
-        HEAD_DIM=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), PAGE=page_size,
-        KEY_RANGE=summary == "key_range", ITEM_BYTES=kv.element_size(),
-        SCALE_BITS=SCALE_BITS, LEVELS=LEVELS, SMALLEST=SMALLEST,
-        num_warps=max(1, page_size // 32),
+        HEAD_DIM=head_dim, BLOCK_D=width, PAGE=page_size, TILE=tile, SKETCH_BITS=bits, TILE_BYTES=tile_bytes,
+        ITEM_BYTES=kv.element_size(), SCALE_BITS=SCALE_BITS, LEVELS=LEVELS, SMALLEST=SMALLEST, STEP=STEP,
+        num_warps=num_warps,
     )  # fmt: skip

@@ -21,11 +21,13 @@ from vllm_sparse.kernels.reference_prefill import (  # noqa: F401
     sparse_prefill,
     vertical_slash,
 )
+from vllm_sparse.kernels.reference_sketch import hadamard, sketched_keys, write_sketches
 
 from vllm_sparse.decode_plan import NOT_LISTED, DecodePlan
 from vllm_sparse.guard import Guard
 from vllm_sparse.page_scores import CHUNK_PAGES, PageScores
 from vllm_sparse.page_table import PageTable, single_head_pages, units_per_block
+from vllm_sparse.summaries import SKETCH_BITS
 
 SCALE_BITS, SCALE_LEVELS, SMALLEST_SCALE = 16, 125.9, 1e-7
 
@@ -45,7 +47,9 @@ def page_write(
     tokens, slots = torch.nonzero(written).squeeze(1), slots[written]
     blocks, rows = slots // page_size, slots % page_size
     kv[blocks, :, rows] = torch.cat([key[tokens], value[tokens]], dim=-1).to(kv.dtype)
-    if summary == "none":
+    if summary in SKETCH_BITS:
+        write_sketches(kv, slots, page_size, summary)
+    if summary != "key_range":
         return
     head_dim = key.shape[-1]
     touched, inverse = torch.unique(blocks, return_inverse=True)
@@ -142,6 +146,24 @@ def quest_score(
         _store_scores(scores, request, offset, bound.flatten(0, 1))
 
 
+def sketch_score(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    block_table: torch.Tensor,
+    plan: DecodePlan,
+    page_size: int,
+    scale: float,
+    scores: PageScores,
+    summary: str,
+) -> None:
+    group = q.shape[1] // kv.shape[1]
+    for request, blocks, offset, seq_len in _scored_requests(block_table, plan, page_size):
+        keys = sketched_keys(kv[blocks], page_size, summary).transpose(0, 1)
+        query = torch.nn.functional.pad(q[request].float(), (0, keys.shape[-1] - q.shape[-1]))
+        heads = hadamard(query).view(-1, group, keys.shape[-1]) * scale
+        _store_masses(scores, request, offset, heads @ keys.flatten(1, 2).transpose(1, 2), seq_len, page_size)
+
+
 def page_mass(
     q: torch.Tensor,
     kv: torch.Tensor,
@@ -155,10 +177,7 @@ def page_mass(
     for request, blocks, offset, seq_len in _scored_requests(block_table, plan, page_size):
         keys = kv[blocks, :, :page_size, :head_dim].float().transpose(0, 1).flatten(1, 2)
         heads = q[request].float().view(-1, group, head_dim) * scale
-        logits = heads @ keys.transpose(1, 2)
-        logits[..., seq_len:] = float("-inf")
-        mass = logits.unflatten(-1, (len(blocks), page_size)).logsumexp(-1)
-        _store_scores(scores, request, offset, mass.flatten(0, 1))
+        _store_masses(scores, request, offset, heads @ keys.transpose(1, 2), seq_len, page_size)
 
 
 def recency_score(block_table: torch.Tensor, plan: DecodePlan, page_size: int, scores: PageScores) -> None:
@@ -184,6 +203,7 @@ def select_pages(
     sink_pages: int,
     window_tokens: int,
     table: PageTable,
+    coverage: float = 0.0,
 ) -> None:
     kv_heads = kv.shape[1]
     group = scores.q_heads // kv_heads
@@ -198,13 +218,29 @@ def select_pages(
         else:
             mass = scores.values[:, offset : offset + pages].softmax(-1)
             mass = mass.unflatten(0, (kv_heads, group)).sum(1)
-            mass[:, :sink_pages] = float("inf")
-            mass[:, max(0, min(seq_len - window_tokens, seq_len - 1)) // page_size :] = float("inf")
-            order = mass.sort(dim=-1, descending=True, stable=True).indices
+            forced = torch.zeros_like(mass, dtype=torch.bool)
+            forced[:, :sink_pages] = True
+            forced[:, max(0, min(seq_len - window_tokens, seq_len - 1)) // page_size :] = True
+            order = mass.masked_fill(forced, float("inf")).sort(dim=-1, descending=True, stable=True).indices
             chosen = order[:, :budget_pages].sort(dim=-1).values
+            if coverage:
+                _stop_at_coverage(mass, forced, chosen, coverage * group, request, seq_len, page_size, table)
         rows = slice(request * kv_heads, (request + 1) * kv_heads)
         units = block_table[request, chosen].long() * units_per_block(kv) + heads
         table.units[rows, : chosen.shape[1]] = units.int()
+
+
+def _stop_at_coverage(mass, forced, chosen, target, request, seq_len, page_size, table) -> None:
+    """Of ``chosen`` [kv_heads, budget] move those to the front that reach ``target``, and write their lengths."""
+    pages = mass.shape[1]
+    for head, row in enumerate(chosen):
+        held, must = mass[head, row], forced[head, row]
+        levels = held[~must].sort(descending=True).values
+        reached = held[must].sum() + levels.cumsum(0) >= target
+        least = levels[reached][0] if reached.any() else 0.0
+        keep = must | ((held >= least) & (held[must].sum() < target))
+        row[: keep.sum()] = row[keep]
+        table.lengths[request * len(chosen) + head] = seq_len - (pages - int(keep.sum())) * page_size
 
 
 def sparse_decode(
@@ -313,6 +349,15 @@ def _scored_requests(block_table: torch.Tensor, plan: DecodePlan, page_size: int
         if seq_len and offsets[request] >= 0:
             blocks = block_table[request, : -(-seq_len // page_size)].long()
             yield request, blocks, offsets[request], seq_len
+
+
+def _store_masses(
+    scores: PageScores, request: int, offset: int, logits: torch.Tensor, seq_len: int, page_size: int
+) -> None:
+    """The log-mass of each page from ``logits`` [kv_heads, group, tokens], a whole number of pages."""
+    logits[..., seq_len:] = float("-inf")
+    mass = logits.unflatten(-1, (-1, page_size)).logsumexp(-1)
+    _store_scores(scores, request, offset, mass.flatten(0, 1))
 
 
 def _store_scores(scores: PageScores, request: int, offset: int, values: torch.Tensor) -> None:

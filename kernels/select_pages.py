@@ -7,7 +7,8 @@ Each head's scores are normalised over the pages of the request before the group
 head outvotes the others by scale. Pages that are always chosen are not ranked. Of the others a search
 over the masses' integer images finds the last that fits the budget, and a prefix sum writes the kept
 ones in ascending order: selection is exact. Rows of more than one segment keep a budget of candidates
-per segment; the program that ends last merges them.
+per segment; the program that ends last merges them. With a ``coverage`` rows end before their budget:
+:mod:`vllm_sparse.kernels.stop_at_coverage`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from vllm_sparse.kernels.launch import num_multiprocessors
+from vllm_sparse.kernels.stop_at_coverage import FORCED, stop_at_coverage
 
 from vllm_sparse.decode_plan import MAX_CANDIDATES, NOT_LISTED, WORK_COLUMNS, DecodePlan
 from vllm_sparse.page_scores import CHUNK_PAGES, PageScores
@@ -72,11 +74,10 @@ def window_start(seq_len, window_tokens, PAGE: tl.constexpr):
 
 @triton.jit
 def _page_keys(
-    values, chunk_lse, score_stride, chunk_stride, offset, request, head, first, end, num_pages,
-    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, SEGMENT: tl.constexpr,
-    CHUNK: tl.constexpr, CHUNK_BLOCK: tl.constexpr,
+    values, chunk_lse, score_stride, chunk_stride, offset, request, head, pages, live, num_pages,
+    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, CHUNK: tl.constexpr, CHUNK_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """uint32 keys of pages ``first .. first + SEGMENT``, ordered as their masses; 0 from ``end`` on.
+    """uint32 keys of ``pages``, ordered as their masses; 0 for those that are not ``live``.
 
     A mass is not negative, so its bits order as it does. Every segment of a row normalises in the
     same order, so equal masses stay equal.
@@ -84,8 +85,6 @@ def _page_keys(
     group = tl.arange(0, GROUP_PAD)
     member = group < GROUP
     heads = (head * GROUP + group).to(tl.int64)
-    pages = first + tl.arange(0, SEGMENT)
-    live = pages < end
     chunk_row = chunk_lse + heads[:, None] * chunk_stride + offset // CHUNK + request
     num_chunks = (num_pages + CHUNK - 1) // CHUNK
     top = tl.full([GROUP_PAD], float("-inf"), tl.float32)
@@ -100,7 +99,9 @@ def _page_keys(
     x = tl.load(values + heads[:, None] * score_stride + offset + pages[None, :],
                 mask=member[:, None] & live[None, :], other=float("-inf"))  # fmt: skip
     mass = tl.sum(tl.exp(x - norm[:, None]), axis=0)
-    return tl.where(live, mass.to(tl.uint32, bitcast=True) + 1, 0).to(tl.uint32)
+    # A mass that is no number counts as infinite.
+    keys = tl.minimum(mass.to(tl.uint32, bitcast=True), 0x7F800000) + 1
+    return tl.where(live, keys, 0).to(tl.uint32)
 
 
 @triton.jit
@@ -112,51 +113,63 @@ def _choose(
 ):  # fmt: skip
     """Keys of ``WIDTH`` pages from ``first`` on, which are kept, their places among those, and their units."""
     pages = first + tl.arange(0, WIDTH)
-    blocks = tl.load(block_row + pages, mask=pages < end, other=0)
+    live = pages < end
+    blocks = tl.load(block_row + pages, mask=live, other=0)
     keys = _page_keys(
-        values, chunk_lse, score_stride, chunk_stride, offset, request, head, first, end, num_pages,
-        GROUP, GROUP_PAD, WIDTH, CHUNK, CHUNK_BLOCK,
+        values, chunk_lse, score_stride, chunk_stride, offset, request, head, pages, live, num_pages,
+        GROUP, GROUP_PAD, CHUNK, CHUNK_BLOCK,
     )  # fmt: skip
     keep = _keep_largest(keys, quota)
     return keys, keep, tl.cumsum(keep.to(tl.int32), axis=0) - 1, blocks * units_per_block + head
 
 
 @triton.jit
-def _choose_alone(
-    values, chunk_lse, block_row, score_stride, chunk_stride, offset, request, head, first, end, num_pages,
-    units_per_block, quota, target,
-    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, WIDTH: tl.constexpr,
-    CHUNK: tl.constexpr, CHUNK_BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Choose among all ranked pages of a row, at most ``WIDTH``."""
-    _, keep, place, unit = _choose(
-        values, chunk_lse, block_row, score_stride, chunk_stride, offset, request, head, first, end, num_pages,
-        units_per_block, quota, GROUP, GROUP_PAD, WIDTH, CHUNK, CHUNK_BLOCK,
-    )  # fmt: skip
-    tl.store(target + place, unit, mask=keep)
+def _store_chosen(units, keys, place, unit, key, keep, KEEP_KEYS: tl.constexpr):
+    tl.store(units + place, unit, mask=keep)
+    if KEEP_KEYS:
+        tl.store(keys + place, key, mask=keep)
 
 
 @triton.jit
-def _merge_segments(candidate_keys, candidate_units, count, target, quota, CANDIDATES: tl.constexpr):
+def _choose_alone(
+    values, chunk_lse, block_row, score_stride, chunk_stride, offset, request, head, first, end, num_pages,
+    units_per_block, quota, chosen_units, chosen_keys,
+    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNK_BLOCK: tl.constexpr, KEEP_KEYS: tl.constexpr,
+):  # fmt: skip
+    """Choose among all ranked pages of a row, at most ``WIDTH``."""
+    keys, keep, place, unit = _choose(
+        values, chunk_lse, block_row, score_stride, chunk_stride, offset, request, head, first, end, num_pages,
+        units_per_block, quota, GROUP, GROUP_PAD, WIDTH, CHUNK, CHUNK_BLOCK,
+    )  # fmt: skip
+    _store_chosen(chosen_units, chosen_keys, place, unit, keys, keep, KEEP_KEYS)
+
+
+@triton.jit
+def _merge_segments(
+    candidate_keys, candidate_units, count, quota, chosen_units, chosen_keys,
+    CANDIDATES: tl.constexpr, KEEP_KEYS: tl.constexpr,
+):  # fmt: skip
     """Choose among what the segments of a row have kept, in the order of its pages."""
     lane = tl.arange(0, CANDIDATES)
     # Volatile: other multiprocessors wrote these while this one ran.
     keys = tl.load(candidate_keys + lane, mask=lane < count, other=0, volatile=True)
     unit = tl.load(candidate_units + lane, mask=lane < count, other=0, volatile=True)
     keep = _keep_largest(keys, quota)
-    tl.store(target + tl.cumsum(keep.to(tl.int32), axis=0) - 1, unit, mask=keep)
+    place = tl.cumsum(keep.to(tl.int32), axis=0) - 1
+    _store_chosen(chosen_units, chosen_keys, place, unit, keys, keep, KEEP_KEYS)
 
 
 @triton.jit(do_not_specialize=["num_reqs", "segments"])
 def _select_pages(
-    values, chunk_lse, block_table, work, totals, arrivals, units, candidate_keys, candidate_units,
+    values, chunk_lse, block_table, work, totals, arrivals, units, keys_of_units, candidate_keys, candidate_units,
     score_stride, chunk_stride, table_stride, units_stride, units_per_block,
     budget, sink_pages, window_tokens, segments, num_reqs,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, KV_HEADS: tl.constexpr, PAGE: tl.constexpr,
     SEGMENT: tl.constexpr, SMALL: tl.constexpr, ALONE: tl.constexpr, FORCED_PAD: tl.constexpr,
     BUDGET_PAD: tl.constexpr, CANDIDATES: tl.constexpr, CHUNK: tl.constexpr, CHUNK_BLOCK: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    NOT_LISTED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, NOT_LISTED: tl.constexpr,
+    KEEP_KEYS: tl.constexpr, FORCED: tl.constexpr,
 ):  # fmt: skip
     item = tl.program_id(0)
     rows = tl.arange(0, ROWS)
@@ -175,6 +188,7 @@ def _select_pages(
         num_pages = (seq_len + PAGE - 1) // PAGE
         row = request * KV_HEADS + head
         unit_row = units + row.to(tl.int64) * units_stride
+        key_row = keys_of_units + row.to(tl.int64) * budget
         block_row = block_table + request.to(tl.int64) * table_stride
         if offset < 0:
             for start in range(0, num_pages, SEGMENT):
@@ -184,7 +198,7 @@ def _select_pages(
         else:
             end = window_start(seq_len, window_tokens, PAGE)
             ranked = end - sink_pages
-            target = unit_row + sink_pages
+            chosen_units, chosen_keys = unit_row + sink_pages, key_row + sink_pages
             quota = budget - sink_pages - (num_pages - end)
             # The pages that are not ranked: loaded here and stored at the end, so that nothing waits for them.
             lane = tl.arange(0, FORCED_PAD)
@@ -194,14 +208,14 @@ def _select_pages(
             if ranked <= SMALL:
                 _choose_alone(
                     values, chunk_lse, block_row, score_stride, chunk_stride, offset, request, head,
-                    sink_pages, end, num_pages, units_per_block, quota, target,
-                    GROUP, GROUP_PAD, SMALL, CHUNK, CHUNK_BLOCK,
+                    sink_pages, end, num_pages, units_per_block, quota, chosen_units, chosen_keys,
+                    GROUP, GROUP_PAD, SMALL, CHUNK, CHUNK_BLOCK, KEEP_KEYS,
                 )  # fmt: skip
             elif (ranked > SEGMENT) & (ranked <= ALONE):
                 _choose_alone(
                     values, chunk_lse, block_row, score_stride, chunk_stride, offset, request, head,
-                    sink_pages, end, num_pages, units_per_block, quota, target,
-                    GROUP, GROUP_PAD, ALONE, CHUNK, CHUNK_BLOCK,
+                    sink_pages, end, num_pages, units_per_block, quota, chosen_units, chosen_keys,
+                    GROUP, GROUP_PAD, ALONE, CHUNK, CHUNK_BLOCK, KEEP_KEYS,
                 )  # fmt: skip
             else:
                 keys, keep, place, unit = _choose(
@@ -210,7 +224,7 @@ def _select_pages(
                     GROUP, GROUP_PAD, SEGMENT, CHUNK, CHUNK_BLOCK,
                 )  # fmt: skip
                 if ranked <= SEGMENT:
-                    tl.store(target + place, unit, mask=keep)
+                    _store_chosen(chosen_units, chosen_keys, place, unit, keys, keep, KEEP_KEYS)
                 else:
                     row_segments = (ranked + SEGMENT - 1) // SEGMENT
                     first_found = row.to(tl.int64) * segments * BUDGET_PAD
@@ -226,9 +240,14 @@ def _select_pages(
                     if arrived == row_segments - 1:
                         tl.store(arrivals + row, 0)
                         _merge_segments(candidate_keys + first_found, candidate_units + first_found,
-                                        row_segments * BUDGET_PAD, target, quota, CANDIDATES)  # fmt: skip
+                                        row_segments * BUDGET_PAD, quota, chosen_units, chosen_keys,
+                                        CANDIDATES, KEEP_KEYS)  # fmt: skip
             place = tl.where(lane < sink_pages, lane, lane + quota)
             tl.store(unit_row + place, forced_blocks * units_per_block + head, mask=is_forced)
+            if KEEP_KEYS:
+                keys = _page_keys(values, chunk_lse, score_stride, chunk_stride, offset, request, head, forced,
+                                  is_forced, num_pages, GROUP, GROUP_PAD, CHUNK, CHUNK_BLOCK)  # fmt: skip
+                tl.store(key_row + place, keys | FORCED, mask=is_forced)
         item += tl.num_programs(0)
 
 
@@ -242,6 +261,7 @@ def select_pages(
     sink_pages: int,
     window_tokens: int,
     table: PageTable,
+    coverage: float = 0.0,
 ) -> None:
     """Fill the units of a decode step: chosen pages of scored rows, every page of short ones.
 
@@ -254,6 +274,8 @@ def select_pages(
         budget_pages: pages kept of a scored row.
         sink_pages, window_tokens: first pages and last tokens that are always kept.
         table: [num_reqs * kv_heads] rows; ``plan_decode`` has filled its lengths.
+        coverage: share of a row's estimated attention at which it ends before its budget; its length then
+            tells how many pages it has. 0: every scored row takes its budget.
     """
     num_reqs, max_pages = block_table.shape
     kv_heads = kv.shape[1]
@@ -269,10 +291,12 @@ def select_pages(
     shape = (rows, segments, budget_pad) if segments > 1 else (1,)
     candidate_keys = torch.empty(shape, dtype=torch.uint32, device=kv.device)
     candidate_units = torch.empty(shape, dtype=torch.int32, device=kv.device)
+    keep_keys = coverage > 0
+    chosen_keys = torch.empty((rows, budget_pages) if keep_keys else (1, 1), dtype=torch.uint32, device=kv.device)
     programs = PROGRAMS_PER_SM * num_multiprocessors(kv.device)
     _select_pages[(min(programs, rows * segments),)](
         scores.values, scores.chunk_lse, block_table, plan.work, plan.totals, scores.arrivals,
-        table.units, candidate_keys, candidate_units,
+        table.units, chosen_keys, candidate_keys, candidate_units,
         scores.values.stride(0), scores.chunk_lse.stride(0), block_table.stride(0), table.units.stride(0),
         units_per_block(kv), budget_pages, sink_pages, window_tokens, segments, num_reqs,
         GROUP=group, GROUP_PAD=triton.next_power_of_2(group), KV_HEADS=kv_heads, PAGE=page_size,
@@ -281,5 +305,8 @@ def select_pages(
         BUDGET_PAD=budget_pad,
         CANDIDATES=triton.next_power_of_2(segments * budget_pad), CHUNK=CHUNK_PAGES,
         CHUNK_BLOCK=CHUNK_BLOCK, ROWS=ROWS, COLUMNS=WORK_COLUMNS, NOT_LISTED=NOT_LISTED,
+        KEEP_KEYS=keep_keys, FORCED=FORCED,
         num_warps=min(16, max(1, segment // TUNING["pages_per_warp"])),
     )  # fmt: skip
+    if keep_keys:
+        stop_at_coverage(chosen_keys, plan, kv_heads, group, page_size, budget_pages, coverage, table)

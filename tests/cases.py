@@ -10,6 +10,7 @@ from vllm_sparse.kernels import reference
 from vllm_sparse.decode_plan import SEGMENT_PAGES, DecodePlan
 from vllm_sparse.page_scores import PageScores
 from vllm_sparse.page_table import PageTable
+from vllm_sparse.summaries import summary_rows
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
@@ -51,6 +52,7 @@ def make(
     device: torch.device = DEVICE,
     seed: int | None = None,
     segment_pages: int = SEGMENT_PAGES,
+    summary: str = "key_range",
 ) -> Case:
     """A batch with fresh random contents; unused pages, rows past the end and outputs are poison.
 
@@ -59,7 +61,7 @@ def make(
     generator = torch.Generator().manual_seed(torch.seed() % 2**31 if seed is None else seed)
     pages = [-(-n // page_size) for n in seq_lens]
     num_blocks = sum(pages) + 3
-    rows = page_size + 1
+    rows = page_size + summary_rows(summary, page_size, head_dim, dtype.itemsize)
     storage = torch.full((num_blocks, layers, kv_heads, rows, 2 * head_dim), float("nan"), dtype=dtype)
     kv = storage.to(device)[:, layers - 1]
     block_table = torch.full((len(seq_lens), max(pages) + 2), num_blocks - 1, dtype=torch.int32)
@@ -75,7 +77,7 @@ def make(
         slots = (blocks[:, None] * page_size + torch.arange(page_size)).flatten()[:length]
         tokens = torch.randn(2, length, kv_heads, head_dim, generator=generator)
         key, value = (tokens[0] + key_bias).to(dtype), tokens[1].to(dtype)
-        reference.page_write(key.to(device), value.to(device), kv, slots.to(device), page_size, "key_range")
+        reference.page_write(key.to(device), value.to(device), kv, slots.to(device), page_size, summary)
     q = torch.randn(len(seq_lens), kv_heads * group, head_dim, generator=generator).to(dtype)
     lens = torch.tensor(seq_lens, dtype=torch.int32, device=device)
     plan = DecodePlan.empty(len(seq_lens), device, segment_pages)

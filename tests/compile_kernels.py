@@ -21,6 +21,7 @@ from vllm_sparse.fixed_pattern import FixedPattern
 from vllm_sparse.guard import Guard
 from vllm_sparse.head_patterns import HeadPatterns
 from vllm_sparse.pattern_table import HeadPattern
+from vllm_sparse.summaries import SKETCH_BITS
 
 SHARED_BYTES = {80: 166912, 86: 101376, 89: 101376, 90: 232448}
 """Shared memory that one block can have (CUDA C++ Programming Guide, compute capabilities)."""
@@ -86,10 +87,21 @@ def compile_all(capability: int) -> None:
             for max_pages in (8, 8200, 70000):
                 case.plan.segment_pages = segment_pages(max_pages, 128)
                 table = case.block_table[:, :1].expand(-1, max_pages)
-                launchers.select_pages(case.scores, table, case.plan, case.kv, page_size, 128, 1, 20, case.table)
+                chosen = (case.scores, table, case.plan, case.kv, page_size, 128, 1, 20, case.table)
+                launchers.select_pages(*chosen)
+            launchers.select_pages(*chosen, 0.9)
             guard = Guard.allocate(10, 1, kv_heads * group, kv_heads, torch.device("cpu"))
             launchers.guard_mass(*pages[:4], case.table, page_size, case.scale, guard, 0)
             launchers.sparse_decode(case.q, case.kv, case.table, page_size, case.scale, case.q)
+            for summary in SKETCH_BITS:
+                case = make(
+                    [300, 5], kv_heads, group, head_dim, page_size, 4, dtype=dtype, device=torch.device("cpu"),
+                    summary=summary,
+                )  # fmt: skip
+                launchers.page_write(key, key, case.kv, slots, page_size, summary)
+                launchers.sketch_score(
+                    case.q, case.kv, case.block_table, case.plan, page_size, case.scale, case.scores, summary
+                )
             compile_prefill(make_chunk(70, 200, kv_heads, group, head_dim, page_size, dtype))
 
 

@@ -21,23 +21,33 @@ from vllm_sparse.kernels import reference
 
 from vllm_sparse.backend.impl import SparseImpl
 from vllm_sparse.cache.spec import SparseAttentionManager, SparseAttentionSpec
+from vllm_sparse.summaries import TILE_TOKENS
 
 PAGE, HEADS, HEAD_DIM = 16, 2, 16
 NUM_BLOCKS, MAX_LEN = 24, 192
 EVENTS = ("arrive", "chunk", "decode", "preempt", "resume", "abort", "finish", "hit", "reuse", "reject")
 
 
-def assert_summaries(kv: torch.Tensor, filled: dict[int, int], page_size: int) -> None:
+def decoded(kv: torch.Tensor, page_size: int, summary: str) -> tuple[torch.Tensor, ...]:
+    """What the summaries of ``kv`` say."""
+    if summary == "key_range":
+        return reference.key_range(kv, page_size)
+    return (reference.sketched_keys(kv, page_size, summary),)
+
+
+def assert_summaries(kv: torch.Tensor, filled: dict[int, int], page_size: int, summary: str) -> None:
     """The summary of each page is what writing the keys of its first ``filled[block]`` rows anew gives."""
     head_dim = kv.shape[-1] // 2
     for block, rows in filled.items():
         keys = kv[block, :, :rows, :head_dim].transpose(0, 1)
         assert not keys.isnan().any(), f"block {block} was never written"
         fresh = torch.zeros_like(kv[:1])
-        reference.page_write(keys, keys, fresh, torch.arange(rows), page_size, "key_range")
-        centre, half_width = reference.key_range(kv[block : block + 1], page_size)
-        assert torch.equal(centre, reference.key_range(fresh, page_size)[0]), f"centre of block {block}"
-        assert torch.equal(half_width, reference.key_range(fresh, page_size)[1]), f"width of block {block}"
+        reference.page_write(keys, keys, fresh, torch.arange(rows), page_size, summary)
+        found, expected = (decoded(x, page_size, summary) for x in (kv[block : block + 1], fresh))
+        if summary != "key_range":
+            written = slice(0, -(-rows // TILE_TOKENS) * TILE_TOKENS)  # later tiles were never written
+            found, expected = ([x[:, :, written] for x in part] for part in (found, expected))
+        assert all(map(torch.equal, found, expected)), f"summary of block {block}"
 
 
 class EngineWrites:
@@ -60,27 +70,29 @@ class EngineWrites:
     def check(self, llm) -> Counter:
         """Check every page in every layer; returns how many pages of each fill there are."""
         for layer in attention_layers(llm).values():
-            assert_summaries(kv_cache(layer), self.filled, layer.impl.page_size)
+            assert_summaries(kv_cache(layer), self.filled, layer.impl.page_size, layer.impl.policy.summary)
         return Counter(self.filled.values())
 
 
-def spec_of(page_size: int = PAGE, **changes) -> SparseAttentionSpec:
+def spec_of(page_size: int = PAGE, summary: str = "key_range", **changes) -> SparseAttentionSpec:
     shape = {"num_kv_heads": HEADS, "head_size": HEAD_DIM, "dtype": torch.float32, **changes}
-    return SparseAttentionSpec.extend(FullAttentionSpec(block_size=page_size, **shape), 1)
+    return SparseAttentionSpec.extend(FullAttentionSpec(block_size=page_size, **shape), summary)
 
 
 class Worker:
     """vLLM's block manager over sparse pages, and a scheduler and a worker small enough to randomise."""
 
-    def __init__(self, seed: int):
+    def __init__(self, seed: int, summary: str = "key_range"):
+        self.summary = summary
         self.random = random.Random(seed)
         self.generator = torch.Generator().manual_seed(seed)
         init_none_hash(sha256)
         self.hasher = get_request_block_hasher(PAGE, sha256)
-        groups = [KVCacheGroupSpec(["layer"], spec_of())]
+        spec = spec_of(summary=summary)
+        groups = [KVCacheGroupSpec(["layer"], spec)]
         config = KVCacheConfig(num_blocks=NUM_BLOCKS, kv_cache_tensors=[], kv_cache_groups=groups)
         self.manager = KVCacheManager(config, MAX_LEN, scheduler_block_size=PAGE, hash_block_size=PAGE)
-        self.kv = torch.full((NUM_BLOCKS, HEADS, PAGE + 1, 2 * HEAD_DIM), float("nan"))
+        self.kv = torch.full((NUM_BLOCKS, HEADS, PAGE + spec.summary_rows, 2 * HEAD_DIM), float("nan"))
         self.filled: dict[int, int] = {}
         """Rows of each block that its last writer filled; a block's pages outlive its requests."""
         self.owners: dict[int, str] = {}
@@ -146,7 +158,7 @@ class Worker:
         slots = torch.tensor(blocks)[positions // PAGE] * PAGE + positions % PAGE
         slots = torch.cat([slots, torch.tensor([-1, -1])])
         key, value = torch.randn(2, len(slots), HEADS, HEAD_DIM, generator=self.generator)
-        reference.page_write(key, value, self.kv, slots, PAGE, "key_range")
+        reference.page_write(key, value, self.kv, slots, PAGE, self.summary)
         request.num_computed_tokens += new
         finished_prompt = request.num_computed_tokens == request.num_tokens
         self.seen["chunk"] += not finished_prompt
@@ -181,13 +193,13 @@ class Worker:
             assert all(self.filled[block] == PAGE for block in blocks[: pages - 1])
         cached = {block.block_id: PAGE for block in self.manager.block_pool.blocks if block.block_hash is not None}
         assert self.kv[0].isnan().all(), "the null block was written"
-        assert_summaries(self.kv, cached | live, PAGE)
+        assert_summaries(self.kv, cached | live, PAGE, self.summary)
         self.seen["checked"] += len(cached | live)
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_summaries_survive_random_schedules(seed):
-    worker = Worker(seed)
+@pytest.mark.parametrize("seed, summary", [*((seed, "key_range") for seed in range(20)), (20, "sketch2")])
+def test_summaries_survive_random_schedules(seed, summary):
+    worker = Worker(seed, summary)
     for _ in range(300):
         draw = worker.random.random()
         if draw < 0.12 and len(worker.waiting) < 3:
@@ -201,13 +213,13 @@ def test_summaries_survive_random_schedules(seed):
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("page_size", [16, 64])
-def test_engine_writes_the_summary_of_every_page(tiny, page_size, monkeypatch):
+@pytest.mark.parametrize("policy, page_size", [("midbound", 16), ("midbound", 64), ("sketch2", 32)])
+def test_engine_writes_the_summary_of_every_page(tiny, policy, page_size, monkeypatch):
     """Chunked prefill, decode and prefix hits of a real engine, partly filled pages included."""
     lengths = (50, 300, 700)
     batch = prompts(lengths, seed=7)
     writes = EngineWrites(monkeypatch)
-    with tiny.start(sparse={"budget_tokens": 2048}, block_size=page_size) as llm:
+    with tiny.start(sparse={"budget_tokens": 2048, "decode_policy": policy}, block_size=page_size) as llm:
         tokens(llm, batch, 40)
         fills = writes.check(llm)
         assert fills[page_size] == sum((length + 39) // page_size for length in lengths)

@@ -32,6 +32,7 @@ WRONG = {
     "negative_slash": ({"slash_tokens": -1}, ["sparse.slash_tokens", "-1", "0 or more"]),
     "coverage_above_1": ({"prefill_coverage": 95}, ["sparse.prefill_coverage", "95", "0 (fixed sizes) to 1"]),
     "string_for_share": ({"prefill_coverage": "0.9"}, ["sparse.prefill_coverage", "a number", "'0.9'", "0.98"]),
+    "decode_coverage_0": ({"decode_coverage": 0}, ["sparse.decode_coverage", "0", "above 0, up to 1"]),
     "unknown_prefill_policy": (
         {"prefill_policy": "vertical-slash"},
         ["sparse.prefill_policy", "'vertical-slash'", "Did you mean 'vertical_slash'?", "dense"],
@@ -92,6 +93,21 @@ def test_environment_gives_the_config_as_json_or_as_a_file(monkeypatch, tmp_path
     assert of_engine({}) == SparseConfig()
     monkeypatch.delenv(ENV_CONFIG)
     assert SparseConfig.from_vllm(SimpleNamespace(additional_config=None)) == SparseConfig()
+
+
+def test_the_driver_carries_what_a_file_says_to_workers_that_lack_it(monkeypatch, tmp_path):
+    pytest.importorskip("vllm")
+    from vllm_sparse.backend import compat
+
+    path = tmp_path / "sparse.json"
+    path.write_text(json.dumps({"budget_tokens": 768}))
+    monkeypatch.setenv(ENV_CONFIG, str(path))
+    vllm_config = SimpleNamespace(additional_config={"another plugin": 1}, model_config=None)
+    compat._carry_config(vllm_config, SparseConfig.from_vllm(vllm_config))
+    monkeypatch.delenv(ENV_CONFIG)
+    carried = json.loads(json.dumps(vllm_config.additional_config))
+    assert of_engine(carried) == SparseConfig(budget_tokens=768)
+    assert carried["another plugin"] == 1
 
 
 def test_engine_settings_win_over_the_environment(monkeypatch):

@@ -37,7 +37,7 @@ def test_budget_of_whole_context_gives_stock_tokens(tiny, policy, engine):
     assert max(MIXED_LENGTHS) > 256 and len(MIXED) > 4, "no chunked prefill, or no continuous batching"
     with tiny.start(sparse={**ALL_TOKENS, "decode_policy": policy, "engine": engine}) as llm:
         first, second = outputs(llm, MIXED), outputs(llm, MIXED)
-        counts = metrics.snapshot()
+        (counts,) = llm.collective_rpc("sparse_metrics")
     expected = tiny.stock(MIXED)
     assert [list(output.outputs[0].token_ids) for output in first] == expected
     assert [list(output.outputs[0].token_ids) for output in second] == expected

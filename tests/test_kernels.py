@@ -237,6 +237,33 @@ def test_rows_of_any_length_are_ranked_as_by_the_twin():
     assert (case.table.units < 2**30).all()
 
 
+@pytest.mark.parametrize("segment, small", [(256, 256), (256, 16), (32, 16)],
+                         ids=["small", "one_segment", "merged_segments"])  # fmt: skip
+@pytest.mark.parametrize("coverage", [0.3, 0.9, 1.0])
+def test_rows_that_stop_at_a_coverage_match_twin(segment, small, coverage, monkeypatch):
+    monkeypatch.setattr(select_pages, "SMALL_PAGES", small)
+    case = make([*LENGTHS, 1500, 2111], 2, 3, 64, 16, 30, segment_pages=segment)
+    set_scores(case, 2 * torch.randn_like(case.scores.values))
+    args = (case.scores, case.block_table, case.plan, case.kv, 16, 30, 1, 20, case.table, coverage)
+    found = []
+    for run in (reference.select_pages, launchers.select_pages):
+        case.table.units.fill_(2**30)
+        run(*args)
+        found.append((case.table.units.clone(), case.table.lengths.clone()))
+    (units, lengths), (twin_units, twin_lengths) = found
+    assert torch.equal(lengths, twin_lengths)
+    shortened = 0
+    for row, length in enumerate(lengths.tolist()):
+        pages = -(-length // 16)
+        assert torch.equal(units[row, :pages], twin_units[row, :pages])
+        if case.plan.score_offsets[row // 2] >= 0 and coverage < 1:
+            mass = page_masses(case, row)
+            held = mass[pages_of(case, row, units[row, :pages])].sum().item() / 3
+            assert held >= coverage - 1e-5 or pages == 30, "stopped short of the coverage"
+            shortened += pages < 30
+    assert shortened or coverage > 0.3
+
+
 @pytest.mark.parametrize("tokens, budget, expected", [(128 << 10, 128, 2048), (1 << 20, 128, 4096),
                                                       (4 << 20, 512, 4096), (4 << 20, 1024, 8192)])  # fmt: skip
 def test_segments_are_few_and_a_merge_holds_a_budget_of_each(tokens, budget, expected):

@@ -12,10 +12,15 @@ from vllm_sparse.kernels import reference
 from vllm_sparse import kernels
 from vllm_sparse.page_table import units_per_block
 from vllm_sparse.policies import DECODE_POLICIES, get_decode_policy
-from vllm_sparse.policies.base import SUMMARY_ROWS
+from vllm_sparse.summaries import SUMMARIES
 
 SCORING = [name for name in DECODE_POLICIES if name != "dense"]
 policies = pytest.mark.parametrize("policy", SCORING)
+
+
+def made_for(policy: str, *args, **kwargs) -> Case:
+    """A case whose pages hold the policy's summary; equal seeds give equal keys and queries."""
+    return make(*args, summary=DECODE_POLICIES[policy].summary, **kwargs)
 
 
 def choose(case: Case, policy: str, sink_pages: int = 1, window_tokens: int = 20) -> list[list[list[int]]]:
@@ -24,9 +29,10 @@ def choose(case: Case, policy: str, sink_pages: int = 1, window_tokens: int = 20
     get_decode_policy(policy).score(
         case.q, case.kv, case.block_table, case.plan, case.page_size, case.scale, case.scores
     )
+    coverage = 0.9 if DECODE_POLICIES[policy].adaptive else 0.0
     run.select_pages(
         case.scores, case.block_table, case.plan, case.kv, case.page_size,
-        case.budget_pages, sink_pages, window_tokens, case.table,
+        case.budget_pages, sink_pages, window_tokens, case.table, coverage,
     )  # fmt: skip
     chosen = []
     for request, seq_len in enumerate(case.seq_lens.tolist()):
@@ -57,38 +63,42 @@ def test_chosen_pages_hold_the_invariants(policy, seed):
     edges = [1, page_size, page_size + 1, budget_pages * page_size, budget_pages * page_size + 1]
     lengths = [0, *rng.sample(edges, 3), *(rng.randrange(1, 60 * page_size) for _ in range(3))]
     heads = rng.choice([1, 2, 3])
-    case = make(lengths, heads, rng.choice([1, 3, 4, 7]), rng.choice([32, 64]), page_size, budget_pages, seed=seed)
+    group, head_dim = rng.choice([1, 3, 4, 7]), rng.choice([32, 64])
+    case = made_for(policy, lengths, heads, group, head_dim, page_size, budget_pages, seed=seed)
     for seq_len, by_head in zip(lengths, choose(case, policy, sink_pages, window_tokens), strict=True):
         pages = -(-seq_len // page_size)
         assert len(by_head) == heads
         for chosen in by_head:
             assert chosen == sorted(set(chosen)), "not ascending, or a page twice"
-            assert len(chosen) == min(pages, budget_pages), "not the budget"
+            if not DECODE_POLICIES[policy].adaptive or pages <= budget_pages:
+                assert len(chosen) == min(pages, budget_pages), "not the budget"
+            assert len(chosen) <= budget_pages
             if not seq_len:
                 continue
             assert chosen[-1] == pages - 1, "the current page is missing, or a page past the context is there"
             assert set(range(min(sink_pages, pages))) <= set(chosen), "a sink is missing"
             oldest_in_window = max(0, seq_len - max(window_tokens, 1))
             assert set(range(oldest_in_window // page_size, pages)) <= set(chosen), "the window is incomplete"
-    lengths_of_rows = case.table.lengths.view(len(lengths), heads)
-    for seq_len, row in zip(lengths, lengths_of_rows.tolist(), strict=True):
-        skipped = max(0, -(-seq_len // page_size) - budget_pages)
-        assert set(row) == {seq_len - skipped * page_size}
+    if not DECODE_POLICIES[policy].adaptive:
+        lengths_of_rows = case.table.lengths.view(len(lengths), heads)
+        for seq_len, row in zip(lengths, lengths_of_rows.tolist(), strict=True):
+            skipped = max(0, -(-seq_len // page_size) - budget_pages)
+            assert set(row) == {seq_len - skipped * page_size}
 
 
 @policies
 def test_budget_of_all_pages_chooses_all_pages(policy):
     lengths = [1, 16, 95, 96]
-    case = make(lengths, budget_pages=6)
+    case = made_for(policy, lengths, budget_pages=6)
     assert choose(case, policy) == [[list(range(-(-n // 16)))] * 2 for n in lengths]
 
 
 @policies
 def test_choice_of_a_request_does_not_depend_on_its_batch(policy):
-    batch = make([333, 77, 600, 1], seed=5)
+    batch = made_for(policy, [333, 77, 600, 1], seed=5)
     together = choose(batch, policy)
     for request in range(4):
-        alone = make([333, 77, 600, 1], seed=5)
+        alone = made_for(policy, [333, 77, 600, 1], seed=5)
         for name in ("q", "block_table", "seq_lens"):
             setattr(alone, name, getattr(alone, name)[request : request + 1])
         empty = make([int(alone.seq_lens[0])], seed=0)
@@ -96,7 +106,7 @@ def test_choice_of_a_request_does_not_depend_on_its_batch(policy):
         assert choose(alone, policy) == together[request : request + 1]
 
 
-def cluster(case: Case, seed: int = 0) -> None:
+def cluster(case: Case, summary: str, seed: int = 0) -> None:
     """Give each page keys around a centre of its own: some pages then matter to a query, most do not."""
     generator = torch.Generator().manual_seed(seed)
     heads, head_dim = case.kv_heads, case.q.shape[2]
@@ -106,7 +116,7 @@ def cluster(case: Case, seed: int = 0) -> None:
         keys = centres + 0.5 * torch.randn(len(blocks), case.page_size, heads, head_dim, generator=generator)
         slots = blocks[:, None] * case.page_size + torch.arange(case.page_size)
         keys, slots = keys.flatten(0, 1)[:seq_len].to(DEVICE), slots.flatten()[:seq_len].to(DEVICE)
-        reference.page_write(keys, torch.zeros_like(keys), case.kv, slots, case.page_size, "key_range")
+        reference.page_write(keys, torch.zeros_like(keys), case.kv, slots, case.page_size, summary)
 
 
 def captured(case: Case, chosen: list[list[list[int]]]) -> torch.Tensor:
@@ -126,25 +136,44 @@ def captured(case: Case, chosen: list[list[list[int]]]) -> torch.Tensor:
 
 @pytest.mark.parametrize("group", [1, 4, 7])
 def test_informed_policies_capture_more_attention_than_blind_ones(group):
-    case = make([1500, 999, 640], 2, group, 64, 16, 8, seed=3)
-    cluster(case)
-    shares = {policy: captured(case, choose(case, policy)) for policy in SCORING}
+    shares = {}
+    for policy in SCORING:
+        case = made_for(policy, [1500, 999, 640], 2, group, 64, 16, 8, seed=3)
+        cluster(case, DECODE_POLICIES[policy].summary)
+        shares[policy] = captured(case, choose(case, policy))
     for policy in SCORING:
         assert (shares["oracle"] >= shares[policy] - 1e-6).all(), f"{policy} beat the best possible choice"
     mean = {policy: share.mean().item() for policy, share in shares.items()}
     assert mean["quest"] > 1.5 * mean["random"]
     assert mean["quest"] > 1.5 * mean["streaming"]
     assert mean["quest"] > 0.8 * mean["oracle"]
+    assert mean["sketch"] > 0.95 * mean["oracle"]
+    assert mean["sketch2"] > 0.98 * mean["oracle"]
 
 
-def test_quest_finds_one_key_that_matches_in_a_long_context():
-    case = make([1600], 2, 1, 64, 16, 6, seed=9)
+@pytest.mark.parametrize("policy", ["quest", "sketch", "sketch2"])
+def test_one_key_that_matches_is_found_in_a_long_context(policy):
+    case = made_for(policy, [1600], 2, 1, 64, 16, 6, seed=9)
     block = int(case.block_table[0, 41])
     keys = case.kv[block, :, :16, :64].transpose(0, 1).clone()
     keys[5] = 4 * case.q[0]
     slots = torch.arange(block * 16, block * 16 + 16, device=DEVICE)
-    reference.page_write(keys, torch.zeros_like(keys), case.kv, slots, 16, "key_range")
-    assert all(41 in chosen for chosen in choose(case, "quest")[0])
+    summary = DECODE_POLICIES[policy].summary
+    reference.page_write(keys, torch.zeros_like(keys), case.kv, slots, 16, summary)
+    assert all(41 in chosen for chosen in choose(case, policy)[0])
+
+
+def test_twilight_takes_few_pages_where_few_hold_the_attention():
+    case = made_for("twilight", [1600], 2, 3, 64, 16, 40, seed=9)
+    cluster(case, "sketch2")
+    spread = choose(case, "twilight")[0]
+    case.q *= 6
+    sharp = choose(case, "twilight")[0]
+    share = captured(case, [sharp])
+    for few, many in zip(sharp, spread, strict=True):
+        assert 3 <= len(few) < 20 and len(few) < len(many) <= 40
+        assert few[0] == 0 and few[-2:] == [98, 99], "a sink or the window is missing"
+    assert (share > 0.85).all() and (share < 0.999).all()
 
 
 def test_streaming_takes_sinks_and_the_most_recent_pages():
@@ -170,7 +199,7 @@ def test_random_reaches_every_page():
 
 
 def test_every_policy_names_a_known_summary():
-    assert {policy.summary for policy in DECODE_POLICIES.values()} <= set(SUMMARY_ROWS)
+    assert {policy.summary for policy in DECODE_POLICIES.values()} <= set(SUMMARIES)
     case = make([100])
     with pytest.raises(AssertionError, match="no scores"):
         get_decode_policy("dense").score(

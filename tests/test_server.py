@@ -3,76 +3,23 @@
 from __future__ import annotations
 
 import json
-import socket
-import subprocess
-import sys
-import time
 import urllib.error
-import urllib.request
-from pathlib import Path
 
 import pytest
-from process import running
-from tiny_engine import ENGINE, prompts
+from tiny_engine import prompts
+from tiny_server import GREEDY, MAX_TOKENS, serve
 
 pytestmark = pytest.mark.engine
 
 SPARSE = {"budget_tokens": 2048, "dense_layers": 1, "min_context_tokens": 0}
-START_SECONDS = 240
-MAX_TOKENS = 48
 PROMPTS = prompts((300, 40, 1), seed=11)
-
-
-class Server:
-    def __init__(self, process: subprocess.Popen, port: int, log: Path):
-        self.process, self.url, self.log = process, f"http://127.0.0.1:{port}", log
-
-    def request(self, path: str, body: dict | None = None):
-        """The raw response; POST where there is a body."""
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
-        return urllib.request.urlopen(request, timeout=120)
-
-    def choice(self, path: str, **body) -> dict:
-        with self.request(path, {"model": "tiny", **GREEDY, **body}) as response:
-            (choice,) = json.load(response)["choices"]
-        return choice
-
-    def wait(self) -> None:
-        deadline = time.monotonic() + START_SECONDS
-        while time.monotonic() < deadline:
-            assert self.process.poll() is None, f"the server ended:\n{self.log.read_text()[-6000:]}"
-            try:
-                self.request("/health").close()
-                return
-            except OSError:
-                time.sleep(0.5)
-        pytest.fail(f"the server did not start:\n{self.log.read_text()[-6000:]}")
-
-
-GREEDY = {"max_tokens": MAX_TOKENS, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
 
 
 @pytest.fixture(scope="module")
 def server(tiny, tmp_path_factory):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    settings = {**ENGINE, "block_size": 32, "port": port, "host": "127.0.0.1", "served_model_name": "tiny"}
-    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
-    arguments += [
-        "--enforce-eager",
-        "--attention-backend=sparse",
-        f"--additional-config={json.dumps({'sparse': SPARSE})}",
-    ]
-    log = tmp_path_factory.mktemp("server") / "log"
-    command = [Path(sys.executable).parent / "vllm", "serve", tiny.model(), *arguments]
-    # As in production: an engine process of its own, and warm-up steps, which have no attention metadata.
-    with running(command, log, VLLM_ENABLE_V1_MULTIPROCESSING=None, VLLM_CPU_CI_ENV=None) as process:
+    with serve(tmp_path_factory.mktemp("server"), tiny.model(), SPARSE) as started:
         tiny.stock(PROMPTS, MAX_TOKENS)  # while the server starts
-        started = Server(process, port, log)
-        started.wait()
-        yield started
+        yield started.wait()
 
 
 def test_completions_are_those_of_stock_vllm(server, tiny):

@@ -1,78 +1,102 @@
-"""KV heads split over two spawned workers: each selects for its own heads, and answers stay the same."""
+"""KV heads split over two workers of mp or ray: each selects for its own heads, answers stay the same."""
 
 from __future__ import annotations
 
 import json
+import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from process import running
-from tiny_engine import ENGINE, prompts
+from tiny_engine import prompts
+from tiny_server import MAX_TOKENS, serve
 
 from vllm_sparse import pattern_table
 from vllm_sparse.pattern_table import HeadPattern, PatternTable
 
 pytestmark = pytest.mark.engine
 
-PROMPTS = prompts((1, 40, 300))
-SCRIPT = """
-import json, sys
-sys.path.insert(0, sys.argv[1])
-from tiny_engine import ENGINE, prompts, tokens
+LENGTHS = (1, 40, 300)
+TESTS = Path(__file__).parent
+WORKERS = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+"""As in production, but for binding threads to cores, of which a small machine has too few."""
+SPARSE = {"budget_tokens": 2048, "dense_layers": 1, "min_context_tokens": 0}
+needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="needs ray")
 
-def counts(worker):
-    from vllm_sparse import metrics
-    layers = worker.model_runner.vllm_config.compilation_config.static_forward_context
-    impls = [layer.impl for layer in layers.values()]
-    shares = [impl.prefill.policy.patterns.coverage.tolist() for impl in impls if impl.dense_reason is None]
-    return {**metrics.snapshot(), "kv_heads": [impl.num_kv_heads for impl in impls], "coverages": shares}
 
-if __name__ == "__main__":
-    from vllm import LLM
-    assert not any(name.startswith("vllm_sparse.backend") for name in sys.modules)
-    llm = LLM(
-        sys.argv[2], attention_backend="sparse", additional_config={"sparse": json.loads(sys.argv[3])},
-        block_size=32, tensor_parallel_size=2, distributed_executor_backend="mp", **ENGINE,
-    )
-    answer = tokens(llm, prompts((1, 40, 300)))
-    print("RESULT", json.dumps([answer, llm.collective_rpc(counts)]), flush=True)
-"""
+def run(tmp_path, model, ray=False, environment=None, **llm) -> tuple[list[list[int]], list[dict]]:
+    """Tokens, and what each worker says of itself, of an LLM in a fresh process."""
+    log = tmp_path / "log"
+    request = {"model": str(model), "lengths": LENGTHS, "ray": ray, "llm": llm}
+    command = [sys.executable, TESTS / "run_parallel.py", json.dumps(request)]
+    with running(command, log, **WORKERS, **(environment or {})) as process:
+        status = process.wait(400)
+    lines = [line for line in log.read_text().splitlines() if line.startswith("RESULT ")]
+    assert status == 0 and len(lines) == 1, log.read_text()[-6000:]
+    return json.loads(lines[0].removeprefix("RESULT "))
 
 
 def test_two_ranks_give_stock_tokens_each_with_half_of_the_heads(tiny, tmp_path):
-    expected = tiny.stock(PROMPTS)
-    script = tmp_path / "two_ranks.py"  # workers are spawned, and import the main script
-    script.write_text(SCRIPT)
     shares = (0.25, 0.5, 0.75, 1.0)
     table = PatternTable(
         tuple(HeadPattern(coverage=share) for share in shares), ((0, 1, 2, 3), (3, 2, 1, 0), None)
     )
     pattern_table.write(tmp_path / "patterns.json", table, 4)
     sparse = {
-        "budget_tokens": 2048,
-        "dense_layers": 1,
-        "min_context_tokens": 0,
+        **SPARSE,
         "prefill_policy": "vertical_slash",
         "prefill_coverage": 0.125,
         "head_patterns": str(tmp_path / "patterns.json"),
     }
-    log = tmp_path / "log"
-    command = [sys.executable, script, Path(__file__).parent, tiny.model(), json.dumps(sparse)]
-    environment = {
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
-        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # lets collective_rpc send the function that counts
-    }
-    with running(command, log, **environment) as process:
-        status = process.wait(400)
-    lines = [line for line in log.read_text().splitlines() if line.startswith("RESULT")]
-    assert status == 0 and len(lines) == 1, log.read_text()[-6000:]
-    answer, workers = json.loads(lines[0].removeprefix("RESULT"))
-    assert answer == expected
-    assert len(workers) == 2 and ENGINE["dtype"] == "float32"
-    assert [counts["coverages"] for counts in workers] == [[[1, 0.75], [0.125] * 2], [[0.5, 0.25], [0.125] * 2]]
-    for counts in workers:
-        assert counts["kv_heads"] == [1, 1, 1]
-        assert counts["sparse_layers"] == 2 and counts["dense_layers"] == {"dense_layers=1": 1}
-        assert counts["attended_tokens"] == counts["context_tokens"] > 0
+    answer, workers = run(
+        tmp_path, tiny.model(), additional_config={"sparse": sparse},
+        tensor_parallel_size=2, distributed_executor_backend="mp",
+    )  # fmt: skip
+    assert answer == tiny.stock(prompts(LENGTHS))
+    assert [worker["coverages"] for worker in workers] == [[[1, 0.75], [0.125] * 2], [[0.5, 0.25], [0.125] * 2]]
+    for worker in workers:
+        assert worker["kv_heads"] == [1, 1, 1]
+        assert worker["sparse_layers"] == 2 and worker["dense_layers"] == {"dense_layers=1": 1}
+        assert worker["attended_tokens"] == worker["context_tokens"] > 0
+
+
+@needs_ray
+def test_ray_workers_share_one_kv_head_and_take_the_drivers_settings(tiny, tmp_path):
+    """The settings come from a file that the environment names."""
+    model = tiny.model(num_key_value_heads=1)
+    file = tmp_path / "sparse.json"
+    file.write_text(json.dumps(SPARSE))
+    answer, workers = run(
+        tmp_path, model, ray=True, environment={"VLLM_SPARSE_CONFIG": str(file)},
+        tensor_parallel_size=2, distributed_executor_backend="ray",
+    )  # fmt: skip
+    assert answer == tiny.stock(prompts(LENGTHS), model=model)
+    assert len(workers) == 2
+    for worker in workers:
+        assert worker["kv_heads"] == [1, 1, 1], "each has its copy of the only head"
+        assert worker["sparse_layers"] == 2 and worker["dense_layers"] == {"dense_layers=1": 1}
+        assert worker["attended_tokens"] == worker["context_tokens"] > 0
+
+
+def check_server(server, tiny, model, dense_layers: int = 1, count: int = 2) -> None:
+    """Answers of stock vLLM to requests at once, and a log in which two workers know ``dense_layers`` and
+    ``count`` of them, which have sparse layers, what was attended."""
+    batch = prompts((300, 40, 1, 90), seed=11)
+    expected = tiny.stock(batch, MAX_TOKENS, model=model)
+    server.wait()
+    with ThreadPoolExecutor(len(batch)) as clients:
+        choices = list(clients.map(lambda prompt: server.choice("/v1/completions", prompt=prompt), batch))
+    assert [choice["token_ids"] for choice in choices] == expected
+    log = server.log.read_text()
+    for told, workers in ((f"layers run dense: dense_layers={dense_layers}", 2), ("tokens (100.0%)", count)):
+        told_by = set(re.findall(rf"\((Worker\w* pid=\d+)\).*sparse attention: .*{re.escape(told)}", log))
+        assert len(told_by) == workers, f"{told!r} is told by {told_by}"
+
+
+def test_server_of_two_ranks_on_mp(tiny, tmp_path):
+    model = tiny.model(num_key_value_heads=1)
+    with serve(tmp_path, model, SPARSE, "--tensor-parallel-size=2", **WORKERS) as server:
+        check_server(server, tiny, model)

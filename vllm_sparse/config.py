@@ -42,6 +42,8 @@ class SparseConfig:
     """Which pages a decode step attends to: a name of :mod:`vllm_sparse.policies`."""
     budget_tokens: int = 2048
     """Tokens attended in a decode step, sinks and window included; rounded down to whole pages."""
+    decode_coverage: float = 0.95
+    """Share of the estimated attention at which a row of ``twilight`` ends before its budget."""
     sink_tokens: int = 16
     """First tokens of the context, always attended (rounded up to whole pages)."""
     window_tokens: int = 32
@@ -108,6 +110,8 @@ class SparseConfig:
                 f"sparse.guard_every_steps: {self.guard_every_steps} with decode_policy='dense', which chooses no "
                 f"pages to measure; allowed with it: 0"
             )
+        if not 0 < self.decode_coverage <= 1:
+            raise ConfigError(f"sparse.decode_coverage: {self.decode_coverage}; allowed: above 0, up to 1")
         # Whatever the page size, a smaller budget could not hold what is always attended.
         self.check_page_size(PAGE_SIZES[0])
 

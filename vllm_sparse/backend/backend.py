@@ -10,8 +10,10 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionType, MultipleO
 from vllm_sparse.backend import compat
 from vllm_sparse.cache.spec import SparseAttentionSpec
 from vllm_sparse.config import PAGE_SIZES
+from vllm_sparse.summaries import summary_rows
 
 compat.install_spec_hook()
+compat.install_worker_method()
 
 
 class SparseBackend(AttentionBackend):
@@ -21,8 +23,9 @@ class SparseBackend(AttentionBackend):
     supported_kv_cache_dtypes: ClassVar[list] = ["auto", "float16", "bfloat16", "float32"]
     forward_includes_kv_cache_update = False
 
-    summary_rows: ClassVar[int] = 0
-    """Extra rows per page of the engine being built: vLLM asks for shapes without its config at hand."""
+    summary: ClassVar[str] = "none"
+    item_bytes: ClassVar[int] = 2
+    """Of the engine being built: vLLM asks for shapes without its config at hand."""
 
     @staticmethod
     def get_name() -> str:
@@ -60,11 +63,12 @@ class SparseBackend(AttentionBackend):
 
         if type(spec) is not FullAttentionSpec:
             return spec
-        return SparseAttentionSpec.extend(spec, cls.summary_rows)
+        return SparseAttentionSpec.extend(spec, cls.summary)
 
     @staticmethod
     def get_kv_cache_shape(num_blocks, block_size, num_kv_heads, head_size, cache_dtype_str="auto"):
-        return (num_blocks, num_kv_heads, block_size + SparseBackend.summary_rows, 2 * head_size)
+        rows = summary_rows(SparseBackend.summary, block_size, head_size, SparseBackend.item_bytes)
+        return (num_blocks, num_kv_heads, block_size + rows, 2 * head_size)
 
     @staticmethod
     def get_kv_cache_stride_order(include_num_layers_dimension: bool = False):

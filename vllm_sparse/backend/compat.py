@@ -114,7 +114,7 @@ def _check_config(original, vllm_config) -> None:
     from vllm_sparse.config import ConfigError, SparseConfig
 
     config = SparseConfig.from_vllm(vllm_config)
-    _carry_patterns(vllm_config, config)
+    _carry_config(vllm_config, config)
     cache = vllm_config.cache_config
     if cache is None:
         return
@@ -151,20 +151,31 @@ def with_patterns(vllm_config, config):
     return config.with_patterns(model.model, layers, heads)
 
 
-def _carry_patterns(vllm_config, config) -> None:
-    """Put what ``head_patterns`` names into the config itself, which vLLM takes to every worker."""
+def _carry_config(vllm_config, config) -> None:
+    """Put the settings into vLLM's config, which it takes to every worker: other nodes have other files.
+
+    So a path in ``VLLM_SPARSE_CONFIG`` or in ``head_patterns`` is read on the driver alone.
+    """
     found = with_patterns(vllm_config, config)
-    if found is config:
-        return
     additional = vllm_config.additional_config or {}
-    if not isinstance(additional, dict):
+    if isinstance(additional, dict):
+        vllm_config.additional_config = {**additional, "sparse": found.to_mapping()}
+    elif found is not config:
         from vllm_sparse.config import ConfigError
 
         raise ConfigError(
             f"sparse.head_patterns: {config.head_patterns!r} cannot travel beside an additional_config that is "
             f"no object; allowed: none"
         )
-    vllm_config.additional_config = {**additional, "sparse": found.to_mapping()}
+
+
+def install_worker_method() -> None:
+    """``collective_rpc("sparse_metrics")``: the counts of every worker, by a name that needs no pickle."""
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    from vllm_sparse import metrics
+
+    WorkerBase.sparse_metrics = metrics.snapshot
 
 
 def install_spec_hook() -> None:

@@ -21,9 +21,9 @@ from vllm_sparse.engines.base import AttentionShape
 from vllm_sparse.head_patterns import HeadPatterns
 from vllm_sparse.pattern_table import PatternTable
 from vllm_sparse.policies import get_decode_policy, get_prefill_policy
-from vllm_sparse.policies.base import SUMMARY_ROWS
 from vllm_sparse.prefill import SparsePrefill
 from vllm_sparse.prefill_buffers import PrefillBuffers
+from vllm_sparse.summaries import summary_rows
 
 logger = logging.getLogger("vllm.vllm_sparse")
 
@@ -56,9 +56,10 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         self.config = SparseConfig.from_vllm(vllm_config)
         self.policy = get_decode_policy(self.config.decode_policy)
-        SparseBackend.summary_rows = SUMMARY_ROWS[self.policy.summary]
         self.device = torch.device(current_platform.device_type)
         self.dtype = torch.get_default_dtype()
+        self.cache_dtype = self.dtype if kv_cache_dtype == "auto" else getattr(torch, kv_cache_dtype)
+        SparseBackend.summary, SparseBackend.item_bytes = self.policy.summary, self.cache_dtype.itemsize
         self.soft_cap = logits_soft_cap or 0.0
         self.dense_reason = self._why_dense()
         self.stock_impl = None
@@ -99,6 +100,7 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
         self.kernels = kernels.for_device(self.device)
         self.budget_pages = self.config.budget_pages(page_size)
         self.sink_pages = self.config.sink_pages(page_size)
+        self.coverage = self.config.decode_coverage if self.policy.adaptive else 0.0
         if self.dense_reason is None and layer_index < self.config.dense_layers:
             self.dense_reason = f"dense_layers={self.config.dense_layers}"
         shape = AttentionShape(
@@ -137,8 +139,8 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
 
     def warm_up_prefill(self) -> None:
         """Compile the kernels of sparse prefill; layers of equal shape share them."""
-        rows = self.page_size + SUMMARY_ROWS[self.policy.summary]
-        self.prefill.warm_up(self.num_kv_heads, rows, self.head_size, self.num_heads, self.dtype)
+        rows = summary_rows(self.policy.summary, self.page_size, self.head_size, self.cache_dtype.itemsize)
+        self.prefill.warm_up(self.num_kv_heads, self.page_size + rows, self.head_size, self.num_heads, self.dtype)
 
     def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping) -> None:
         """Write K and V of new tokens and refresh the summaries of the pages they touch."""
@@ -194,7 +196,7 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
         self.policy.score(query, kv_cache, block_table, md.plan, self.page_size, self.scale, md.scores)
         self.kernels.select_pages(
             md.scores, block_table, md.plan, kv_cache, self.page_size,
-            self.budget_pages, self.sink_pages, self.config.window_tokens, md.table,
+            self.budget_pages, self.sink_pages, self.config.window_tokens, md.table, self.coverage,
         )  # fmt: skip
         if md.guard is not None and self.layer_index < len(md.guard.sums):
             self.kernels.guard_mass(

@@ -13,6 +13,7 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
+from vllm_sparse import summaries
 from vllm_sparse.backend import compat
 
 
@@ -20,7 +21,12 @@ from vllm_sparse.backend import compat
 class SparseAttentionSpec(FullAttentionSpec):
     """Full attention whose pages end in ``summary_rows`` extra rows per KV head."""
 
-    summary_rows: int = 0
+    summary: str = "none"
+    """One of :data:`vllm_sparse.summaries.SUMMARIES`."""
+
+    @property
+    def summary_rows(self) -> int:
+        return summaries.summary_rows(self.summary, self.block_size, self.head_size, self.dtype.itemsize)
 
     @property
     def real_page_size_bytes(self) -> int:
@@ -40,15 +46,15 @@ class SparseAttentionSpec(FullAttentionSpec):
         return specs[0]
 
     @classmethod
-    def extend(cls, spec: FullAttentionSpec, summary_rows: int) -> SparseAttentionSpec:
-        """``spec`` with summary rows added."""
+    def extend(cls, spec: FullAttentionSpec, summary: str) -> SparseAttentionSpec:
+        """``spec`` with the rows of a summary added."""
         if spec.head_size_v != spec.head_size:
             raise ValueError(
                 f"sparse attention needs equal K and V head sizes, not {spec.head_size} and {spec.head_size_v}; "
                 f"use another --attention-backend for this model"
             )
         values = {field.name: getattr(spec, field.name) for field in fields(spec) if field.init}
-        return cls(**values, summary_rows=summary_rows)
+        return cls(**values, summary=summary)
 
 
 class SparseAttentionManager(FullAttentionManager):

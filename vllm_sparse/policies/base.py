@@ -19,7 +19,10 @@ class DecodePolicy(ABC):
     """
 
     summary: ClassVar[str] = "none"
-    """What each page stores beside K and V: ``none``, or ``key_range`` (:mod:`vllm_sparse.kernels.page_write`)."""
+    """What each page stores beside K and V: one of :data:`vllm_sparse.summaries.SUMMARIES`."""
+    adaptive: ClassVar[bool] = False
+    """Whether a row ends where its pages hold ``SparseConfig.decode_coverage`` of its estimated attention,
+    before its budget; scores must then be estimates of true masses."""
 
     @abstractmethod
     def score(
@@ -43,7 +46,3 @@ class DecodePolicy(ABC):
             scale: softmax scale.
             scores: where to write; kernels do so through :mod:`vllm_sparse.kernels.store_scores`.
         """
-
-
-SUMMARY_ROWS = {"none": 0, "key_range": 1}
-"""Extra rows of ``2 * head_dim`` elements that a summary takes in each page and KV head."""

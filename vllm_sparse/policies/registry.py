@@ -5,6 +5,7 @@ from __future__ import annotations
 from vllm_sparse.config import SparseConfig
 from vllm_sparse.head_patterns import HeadPatterns
 from vllm_sparse.policies.a_shape import AShape
+from vllm_sparse.policies.arkvale import ArkVale
 from vllm_sparse.policies.base import DecodePolicy
 from vllm_sparse.policies.bigbird import BigBird
 from vllm_sparse.policies.block_sparse import BlockSparse
@@ -18,14 +19,21 @@ from vllm_sparse.policies.prefill_base import PrefillPolicy
 from vllm_sparse.policies.prefill_dense import DensePrefill
 from vllm_sparse.policies.quest import Quest
 from vllm_sparse.policies.random import Random
+from vllm_sparse.policies.sketch import Sketch
+from vllm_sparse.policies.sketch2 import Sketch2
 from vllm_sparse.policies.streaming import Streaming
 from vllm_sparse.policies.strided import Strided
+from vllm_sparse.policies.twilight import Twilight
 from vllm_sparse.policies.vertical_slash import VerticalSlash
 from vllm_sparse.policies.xattention import XAttention
 
 DECODE_POLICIES: dict[str, type[DecodePolicy]] = {
     "quest": Quest,
     "midbound": Midbound,
+    "arkvale": ArkVale,
+    "sketch": Sketch,
+    "sketch2": Sketch2,
+    "twilight": Twilight,
     "streaming": Streaming,
     "oracle": Oracle,
     "random": Random,

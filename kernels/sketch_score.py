@@ -1,0 +1,207 @@
+"""sketch_score: estimates of a page's attention mass from low-bit sketches of all its keys.
+
+    score[h, p] = log sum_{t in p} exp(scale * q[h] . key_t)
+
+with the keys that :mod:`vllm_sparse.kernels.sketch_write` has stored. The query is rotated as they are and
+quantised in two int8 digits to base 128; bytes of the sketch, masked to one key's field, are int8 operands
+of matrix products: to unpack a code is one bitwise operation on four channels.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from vllm_sparse.kernels.hadamard import hadamard
+from vllm_sparse.kernels.launch import num_multiprocessors
+from vllm_sparse.kernels.store_scores import store_chunk, store_scores
+
+from vllm_sparse.decode_plan import NOT_LISTED, WORK_COLUMNS, DecodePlan
+from vllm_sparse.page_scores import CHUNK_PAGES, PageScores
+from vllm_sparse.summaries import TILE_TOKENS, SketchLayout
+
+TUNING = {"waves": 4, "step_bytes": 20480, "num_warps": 2, "num_stages": 3}
+"""``step_bytes``: of sketches that a program has in flight per stage."""
+ROWS = 128
+"""Entries of the work list read at a time in the search for a program's first row."""
+
+
+@triton.jit
+def _two_digits(x, steps):
+    """``x`` [dims, group] as ``steps * (digit 0 + digit 1 / 128)``: int8 [dims, 2 * group]."""
+    x = x / steps[None, :]
+    high = tl.floor(x + 0.5)
+    low = tl.floor((x - high) * 128 + 0.5)
+    return tl.join(high.to(tl.int8), low.to(tl.int8)).reshape(x.shape[0], 2 * x.shape[1])
+
+
+@triton.jit
+def _products(rows, digits):
+    """``rows`` int8 [pages, dims] times 128 times what ``digits`` stand for, float32 [pages, group]."""
+    both = tl.dot(rows, digits, out_dtype=tl.int32)
+    high, low = tl.split(both.reshape(both.shape[0], both.shape[1] // 2, 2))
+    return (high * 128 + low).to(tl.float32)
+
+
+@triton.jit
+def _logits(packed, digits, steps, offsets, scale_bits, remaining, TOKEN: tl.constexpr, FIELD: tl.constexpr,
+            BITS: tl.constexpr):  # fmt: skip
+    """Logits of residuals of token ``TOKEN``, in field ``FIELD`` of ``packed``: float32 [pages, group]."""
+    scale = scale_bits.to(tl.float32, bitcast=True)
+    LEVELS: tl.constexpr = 1 << BITS
+    IS_LAST: tl.constexpr = FIELD == 8 // BITS - 1
+    # The last field is read with the byte's sign.
+    MASK: tl.constexpr = -(128 >> (BITS - 1)) if IS_LAST else (LEVELS - 1) << (FIELD * BITS)
+    CENTRE: tl.constexpr = 0.5 - LEVELS / 2 + (LEVELS / 2 if IS_LAST else 0)
+    WEIGHT: tl.constexpr = 1 / (1 << (FIELD * BITS))
+    field = packed & tl.full([1, 1], MASK, tl.int8)
+    level = _products(field, digits) * (steps * WEIGHT)[None, :] + (offsets * CENTRE)[None, :]
+    return tl.where((remaining > TOKEN)[:, None], level * scale[:, None], float("-inf"))
+
+
+@triton.jit(do_not_specialize=["num_reqs"])
+def _sketch_score(
+    q, kv_bytes, kv_words, block_table, work, totals, values, chunk_lse,
+    q_stride_r, q_stride_h, byte_stride_b, byte_stride_h, byte_stride_r, table_stride, score_stride, chunk_stride,
+    num_reqs, scale,
+    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
+    BITS: tl.constexpr, TILE_BYTES: tl.constexpr, TILE: tl.constexpr, PAGE: tl.constexpr, PAGES: tl.constexpr,
+    CHUNK: tl.constexpr, ROWS: tl.constexpr, NOT_LISTED: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    PLANES: tl.constexpr = TILE * BITS // 8
+    FIELDS: tl.constexpr = 8 // BITS
+    TILES: tl.constexpr = PAGE // TILE
+    STEPS: tl.constexpr = CHUNK // PAGES * TILES
+    program, head = tl.program_id(0), tl.program_id(1)
+    rows = tl.arange(0, ROWS)
+    # The first rows of the list before anything waits: most batches have no more.
+    ends = tl.load(work + rows * COLUMNS + 3, mask=rows < num_reqs, other=NOT_LISTED)
+    total_chunks = tl.load(totals + 2)
+    share = (total_chunks + tl.num_programs(0) - 1) // tl.num_programs(0)
+    chunk, last_chunk = program * share, tl.minimum(program * share + share, total_chunks)
+    if chunk >= last_chunk:
+        return
+    row = tl.sum((ends <= chunk).to(tl.int32))
+    for base in range(ROWS, num_reqs, ROWS):
+        ends = tl.load(work + (base + rows) * COLUMNS + 3, mask=base + rows < num_reqs, other=NOT_LISTED)
+        row += tl.sum((ends <= chunk).to(tl.int32))
+    group = tl.arange(0, GROUP_PAD)
+    dims = tl.arange(0, WIDTH)
+    heads = head * GROUP + group
+    sketches = head.to(tl.int64) * byte_stride_h + PAGE * byte_stride_r
+    while chunk < last_chunk:
+        item = work + row * COLUMNS
+        request, seq_len, offset = tl.load(item), tl.load(item + 1), tl.load(item + 2)
+        begin = tl.load(item + 3 - COLUMNS, mask=row > 0, other=0)
+        end = tl.minimum(tl.load(item + 3), last_chunk)
+        num_pages = (seq_len + PAGE - 1) // PAGE
+        query = tl.load(q + request.to(tl.int64) * q_stride_r + heads[:, None] * q_stride_h + dims[None, :],
+                        mask=(group < GROUP)[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)  # fmt: skip
+        query = tl.trans(hadamard(query.to(tl.float32), GROUP_PAD, WIDTH) * (WIDTH**-0.5))
+        steps = tl.maximum(tl.max(tl.abs(query), axis=0) / 127, 1e-30)
+        digits = _two_digits(query, steps)
+        # Logits to base 2, per unit of what _products returns.
+        steps *= scale * (1.4426950408889634 / 128)
+        offsets = tl.sum(query, axis=0) * scale * 1.4426950408889634
+        block_row = block_table + request.to(tl.int64) * table_stride
+        page_top = tl.full([PAGES, GROUP_PAD], float("-inf"), tl.float32)
+        page_sum = tl.zeros([PAGES, GROUP_PAD], tl.float32)
+        top = tl.full([GROUP_PAD], float("-inf"), tl.float32)
+        total = tl.zeros([GROUP_PAD], tl.float32)
+        # Stages asked for here count for loads that feed no matrix product too.
+        for step in tl.range((chunk - begin) * STEPS, (end - begin) * STEPS, num_stages=STAGES):
+            tile = step % TILES
+            of_row = step // STEPS
+            pages = step // TILES * PAGES + tl.arange(0, PAGES)
+            live = pages < num_pages
+            blocks = tl.load(block_row + pages, mask=live, other=0).to(tl.int64) * byte_stride_b
+            start = blocks + sketches + tile * TILE_BYTES
+            cells = kv_bytes + start[:, None] + dims[None, :]
+            words = kv_words + start // 4 + (PLANES + 1) * WIDTH // 4
+            mean = tl.load(cells + PLANES * WIDTH, mask=live[:, None], other=0)
+            remaining = seq_len - (pages * PAGE + tile * TILE)
+            # A tile past the end was never written: its mean is taken as 0.
+            mean_scale = tl.load(words + TILE // 2, mask=remaining > 0, other=0).to(tl.float32, bitcast=True)
+            centre = _products(mean, digits) * steps[None, :] * mean_scale[:, None]
+            sketch_top = tl.full([PAGES, GROUP_PAD], float("-inf"), tl.float32)
+            sketch_sum = tl.zeros([PAGES, GROUP_PAD], tl.float32)
+            for plane in tl.static_range(PLANES):
+                packed = tl.load(cells + plane * WIDTH, mask=live[:, None], other=0)
+                for quarter in tl.static_range(FIELDS // 4):
+                    first = words + (plane * FIELDS + quarter * 4) // 2
+                    pair, next_pair = tl.load(first, mask=live, other=0), tl.load(first + 1, mask=live, other=0)
+                    x_0 = _logits(packed, digits, steps, offsets, pair << 16, remaining,
+                                  plane * FIELDS + quarter * 4, quarter * 4, BITS)  # fmt: skip
+                    x_1 = _logits(packed, digits, steps, offsets, pair & -65536, remaining,
+                                  plane * FIELDS + quarter * 4 + 1, quarter * 4 + 1, BITS)  # fmt: skip
+                    x_2 = _logits(packed, digits, steps, offsets, next_pair << 16, remaining,
+                                  plane * FIELDS + quarter * 4 + 2, quarter * 4 + 2, BITS)  # fmt: skip
+                    x_3 = _logits(packed, digits, steps, offsets, next_pair & -65536, remaining,
+                                  plane * FIELDS + quarter * 4 + 3, quarter * 4 + 3, BITS)  # fmt: skip
+                    largest = tl.maximum(tl.maximum(x_0, x_1), tl.maximum(x_2, x_3))
+                    new_top = tl.maximum(sketch_top, largest)
+                    # Of a tile past the end no token is left: then nothing is added to nothing.
+                    zero = tl.where(new_top == float("-inf"), 0.0, new_top)
+                    sketch_sum *= tl.exp2(sketch_top - zero)
+                    sketch_sum += tl.exp2(x_0 - zero) + tl.exp2(x_1 - zero)
+                    sketch_sum += tl.exp2(x_2 - zero) + tl.exp2(x_3 - zero)
+                    sketch_top = new_top
+            mass = centre + sketch_top + tl.log2(sketch_sum)
+            if TILES > 1:
+                page_top = tl.where(tile == 0, float("-inf"), page_top)
+                page_sum = tl.where(tile == 0, 0.0, page_sum)
+                new_top = tl.maximum(page_top, mass)
+                page_sum = page_sum * tl.exp2(page_top - new_top) + tl.exp2(mass - new_top)
+                page_top = new_top
+                mass = page_top + tl.log2(page_sum)
+                live = pages < tl.where(tile == TILES - 1, num_pages, 0)
+            begins = step % STEPS == 0
+            top, total = tl.where(begins, float("-inf"), top), tl.where(begins, 0.0, total)
+            top, total = store_scores(
+                values, tl.trans(mass * 0.6931471805599453), heads, group < GROUP, offset, pages, live,
+                score_stride, top, total,
+            )  # fmt: skip
+            store_chunk(chunk_lse, heads, group < GROUP, offset, request, of_row, chunk_stride, top, total, CHUNK)
+        chunk = end
+        row += 1
+
+
+def sketch_score(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    block_table: torch.Tensor,
+    plan: DecodePlan,
+    page_size: int,
+    scale: float,
+    scores: PageScores,
+    summary: str,
+) -> None:
+    """Score pages by the sketches of their keys; ``summary`` is ``sketch1`` or ``sketch2``, the rest as in
+    :meth:`vllm_sparse.policies.base.DecodePolicy.score`.
+
+    Reads ``(2 * bits + 1) * width + 36`` bytes per 16 tokens and KV head, with the head size padded to a
+    power of two ``width``.
+    """
+    num_reqs, q_heads, head_dim = q.shape
+    kv_heads, item_bytes = kv.shape[1], kv.element_size()
+    group = q_heads // kv_heads
+    layout = SketchLayout.of(summary, head_dim)
+    tiles = page_size // TILE_TOKENS
+    assert q.stride(2) == kv.stride(3) == 1
+    assert (kv.shape[2] - page_size) * 2 * head_dim * item_bytes >= tiles * layout.tile_bytes, (
+        f"the pages of this cache have no room for {summary}"
+    )
+    chunks = num_reqs * triton.cdiv(block_table.shape[1], CHUNK_PAGES)
+    programs = min(chunks, triton.cdiv(TUNING["waves"] * num_multiprocessors(q.device), kv_heads))
+    pages = TUNING["step_bytes"] // ((layout.planes + 1) * layout.width)
+    pages = min(CHUNK_PAGES, max(16, 1 << (pages.bit_length() - 1)))
+    _sketch_score[(programs, kv_heads)](
+        q, kv.view(torch.int8), kv.view(torch.int32), block_table, plan.work, plan.totals, scores.values,
+        scores.chunk_lse, q.stride(0), q.stride(1), *(stride * item_bytes for stride in kv.stride()[:3]),
+        block_table.stride(0), scores.values.stride(0), scores.chunk_lse.stride(0), num_reqs, scale,
+        GROUP=group, GROUP_PAD=max(4, triton.next_power_of_2(group)), HEAD_DIM=head_dim, WIDTH=layout.width,
+        BITS=layout.bits, TILE_BYTES=layout.tile_bytes, TILE=TILE_TOKENS, PAGE=page_size, PAGES=pages,
+        CHUNK=CHUNK_PAGES, ROWS=ROWS, NOT_LISTED=NOT_LISTED, COLUMNS=WORK_COLUMNS,
+        STAGES=TUNING["num_stages"],
+        num_warps=TUNING["num_warps"],
+    )  # fmt: skip

@@ -1,0 +1,143 @@
+"""Sketches of keys: their kernels against the torch twins, and what they must hold."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import DEVICE, DTYPES, error, make, poisoned_scores
+from vllm_sparse.kernels import reference
+from vllm_sparse.kernels.reference_sketch import hadamard, sketched_keys
+
+from vllm_sparse.summaries import SKETCH_BITS, SUMMARIES, SketchLayout, summary_rows
+
+pytest.importorskip("triton")
+from vllm_sparse.kernels import launchers
+
+# (kv_heads, group, head_dim, page_size): group 1/3/4/7/8, odd head sizes, pages of several tiles.
+SHAPES = [(2, 3, 64, 16), (1, 1, 128, 16), (3, 4, 96, 32), (1, 7, 256, 16), (2, 8, 32, 64)]
+LENGTHS = [1, 0, 15, 16, 17, 33, 200, 389]
+shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "kv{}_group{}_d{}_page{}".format(*shape))
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+summaries = pytest.mark.parametrize("summary", SKETCH_BITS)
+
+
+def empty_cache(blocks, kv_heads, head_dim, page_size, dtype, summary):
+    """Poison, in bytes that are no code, no scale and no mean."""
+    rows = page_size + summary_rows(summary, page_size, head_dim, dtype.itemsize)
+    return torch.full((blocks, kv_heads, rows, 2 * head_dim), float("nan"), dtype=dtype, device=DEVICE)
+
+
+@summaries
+@shapes
+@dtypes
+def test_scores_match_twin(shape, dtype, summary):
+    kv_heads, group, head_dim, page_size = shape
+    lengths = [*LENGTHS, 66 * page_size]
+    case = make(lengths, kv_heads, group, head_dim, page_size, 4, dtype=dtype, summary=summary)
+    q_heads, capacity = case.scores.values.shape
+    actual = poisoned_scores(q_heads, capacity, len(case.seq_lens), DEVICE)
+    for run, scores in ((reference.sketch_score, case.scores), (launchers.sketch_score, actual)):
+        run(case.q, case.kv, case.block_table, case.plan, case.page_size, case.scale, scores, summary)
+    for mine, twin in ((actual.values, case.scores.values), (actual.chunk_lse, case.scores.chunk_lse)):
+        assert torch.equal(mine.isnan(), twin.isnan()), "wrote a score that nobody asked for"
+        written = ~mine.isnan()
+        assert written.any()
+        # A query is rounded to 14 bits.
+        assert error(mine[written], twin[written]) < 1e-4
+
+
+@summaries
+@shapes
+@dtypes
+def test_page_write_matches_twin_over_chunks(shape, dtype, summary):
+    kv_heads, _, head_dim, page_size = shape
+    expected = empty_cache(9, kv_heads, head_dim, page_size, dtype, summary)
+    actual = expected.clone()
+    blocks, written = torch.tensor([7, 2, 5]), 0
+    # Chunks that start and end inside pages; a negative one rewrites: a rejected draft.
+    for chunk in (1, page_size - 1, page_size + 3, -2, 9):
+        start = written + min(chunk, 0)
+        positions = torch.arange(start, start + abs(chunk))
+        written = start + abs(chunk)
+        slots = blocks[positions // page_size] * page_size + positions % page_size
+        slots = torch.cat([torch.tensor([-1]), slots, torch.tensor([-1])]).to(DEVICE)
+        key, value = torch.randn(2, len(slots) + 2, kv_heads, head_dim, device=DEVICE).to(dtype)
+        for write, kv in ((reference.page_write, expected), (launchers.page_write, actual)):
+            write(key, value, kv, slots, page_size, summary)
+    rows = slice(0, page_size)
+    assert torch.equal(actual[:, :, rows].nan_to_num(123.0), expected[:, :, rows].nan_to_num(123.0))
+    untouched = [block for block in range(9) if block not in blocks.tolist()]
+    assert actual[untouched].isnan().all(), "a block that no slot names was written"
+    filled = torch.arange(2 * page_size + 16).split(page_size)  # up to the end of a tile
+    for block, tokens in zip(blocks.tolist(), filled, strict=True):
+        mine, twin = (
+            sketched_keys(kv[[block]], page_size, summary)[:, :, : len(tokens)] for kv in (actual, expected)
+        )
+        # Rounding may move a code over a threshold, and a mean by one step of 127, but few of them.
+        assert error(mine, twin) < 1e-2
+        assert ((mine - twin).abs() > twin.abs().max() / 50).float().mean() < 1e-3
+
+
+@summaries
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+def test_sketched_keys_are_close_and_rotated(summary, head_dim):
+    """The share of a residual that is lost: 1 - 2 / pi of its square with one bit, 0.119 with two."""
+    key = torch.randn(64, 2, head_dim) + 3 * torch.randn(1, 2, head_dim)
+    kv = empty_cache(2, 2, head_dim, 32, torch.float32, summary)
+    reference.page_write(key, key, kv, torch.arange(64), 32, summary)
+    sketched = sketched_keys(kv, 32, summary).transpose(1, 2).flatten(0, 1)
+    exact = hadamard(torch.nn.functional.pad(key, (0, sketched.shape[-1] - head_dim)))
+    assert error(exact.square().sum(-1), key.square().sum(-1)) < 1e-5, "the rotation changes lengths"
+    mean = exact.unflatten(0, (4, 16)).mean(1, keepdim=True)
+    residual = exact.unflatten(0, (4, 16)) - mean
+    lost = ((sketched - exact).square().sum() / residual.square().sum()).item()
+    expected = 1 - 2 / torch.pi if summary == "sketch1" else 0.1188
+    assert abs(lost - expected) < 0.04
+
+
+@summaries
+@pytest.mark.parametrize("keys", ["zero", "tiny", "constant", "outlier"])
+def test_sketches_of_odd_keys_are_finite(summary, keys):
+    key = torch.randn(21, 1, 64, device=DEVICE)
+    if keys == "outlier":
+        key[3] *= 1e3
+    elif keys == "constant":
+        key = key[:1].expand(21, -1, -1).contiguous()
+    else:
+        key = key * (0.0 if keys == "zero" else 1e-12)
+    for write in (reference.page_write, launchers.page_write):
+        kv = empty_cache(2, 1, 64, 16, torch.float32, summary)
+        write(key, key, kv, torch.arange(21, device=DEVICE), 16, summary)
+        sketched = sketched_keys(kv, 16, summary)[:, 0].flatten(0, 1)[:21]
+        assert sketched.isfinite().all()
+        if keys == "constant":
+            assert error(sketched, hadamard(key[:, 0])) < 0.01
+
+
+@summaries
+def test_a_page_is_read_up_to_the_end_of_its_request_only(summary):
+    """What a reused block holds past the end, sketches of other tiles included, does not count."""
+    case = make([161, 64], 2, 3, 64, 32, 2, summary=summary, seed=1)
+    scores = []
+    for stale in (0.0, 50.0):
+        kv = case.kv.clone()
+        last = int(case.block_table[0, 5])
+        keys = torch.full((32, 2, 64), stale, device=DEVICE)
+        first = case.kv[last, :, :1, :64].transpose(0, 1)
+        slots = torch.arange(last * 32, last * 32 + 32, device=DEVICE)
+        reference.page_write(keys, keys, kv, slots, 32, summary)
+        reference.page_write(first, first, kv, slots[:1], 32, summary)
+        out = poisoned_scores(6, case.scores.capacity_pages, 2, DEVICE)
+        launchers.sketch_score(case.q, kv, case.block_table, case.plan, 32, case.scale, out, summary)
+        scores.append(out.values[:, 5])
+    assert scores[0].isfinite().all()
+    assert torch.equal(*scores)
+
+
+def test_summaries_take_the_rows_they_need():
+    assert [summary_rows(summary, 16, 128, 2) for summary in SUMMARIES] == [0, 1, 1, 2]
+    assert [summary_rows("sketch2", page, 128, 2) for page in (32, 64, 256)] == [3, 6, 22]
+    assert summary_rows("sketch2", 16, 64, 4) == 1
+    assert SketchLayout.of("sketch2", 96).width == 128
+    with pytest.raises(ValueError, match="summary 'sketch3'; allowed: none, key_range, sketch1, sketch2"):
+        summary_rows("sketch3", 16, 128, 2)
