@@ -1,7 +1,7 @@
 """RecallProbe: how much attention mass the chosen pages of a step hold, beside the best ones.
 
 Every so many decode steps of a layer the exact mass of every page is computed (the ``oracle`` policy's
-score), pages are selected from it under the same budget, sinks and window, and both choices are weighed
+score), as many best pages are taken by it beside the same sinks and window, and both choices are weighed
 by it. The step itself is not changed.
 """
 
@@ -53,13 +53,7 @@ class RecallProbe:
             parts = (scores.values, scores.chunk_lse, scores.arrivals)
             self.exact[shape] = PageScores(*(torch.zeros_like(part) for part in parts))
         exact = self.exact[shape]
-        best = PageTable(torch.zeros_like(table.units), table.lengths)
-        run = kernels.for_device(device)
-        run.page_mass(q, kv, block_table, plan, page_size, scale, exact)
-        run.select_pages(
-            exact, block_table, plan, kv, page_size,
-            impl.budget_pages, impl.sink_pages, impl.config.window_tokens, best,
-        )  # fmt: skip
+        kernels.for_device(device).page_mass(q, kv, block_table, plan, page_size, scale, exact)
         kv_heads = kv.shape[1]
         for request, offset in enumerate(plan.score_offsets.tolist()):
             if offset < 0 or not (length := int(plan.table_seq_lens[request])):
@@ -67,11 +61,16 @@ class RecallProbe:
             blocks = block_table[request, : -(-length // page_size)]
             mass = exact.values[:, offset : offset + len(blocks)].double().softmax(-1)
             mass = mass.unflatten(0, (kv_heads, -1)).mean(1)
+            ranked = mass.clone()
+            ranked[:, : impl.sink_pages] = float("inf")
+            ranked[:, max(0, min(length - impl.config.window_tokens, length - 1)) // page_size :] = float("inf")
             self.rows += 1
             for head in range(kv_heads):
-                for units, total in ((table.units, self.chosen_mass), (best.units, self.best_mass)):
-                    chosen = units[request * kv_heads + head, : impl.budget_pages] // units_per_block(kv)
-                    total[head] += mass[head, torch.isin(blocks, chosen)].sum()
+                row = request * kv_heads + head
+                count = -(-int(table.lengths[row]) // page_size)
+                chosen = torch.isin(blocks, table.units[row, :count] // units_per_block(kv))
+                self.chosen_mass[head] += mass[head, chosen].sum()
+                self.best_mass[head] += mass[head, ranked[head].topk(count).indices].sum()
 
     def take(self) -> dict:
         """What was found since :meth:`watch`, as plain data; waits for the device."""

@@ -32,6 +32,7 @@ class EvalWorker:
             policy = get_decode_policy(config.decode_policy)
             if policy.summary == "none":
                 policy.summary = summary  # pages stay what other settings find in the prefix cache
+            impl.coverage = config.decode_coverage if policy.adaptive else 0.0
             impl.budget_pages = config.budget_pages(impl.page_size)
             impl.sink_pages = config.sink_pages(impl.page_size)
             probe = getattr(impl, "recall_probe", None)
