@@ -58,11 +58,16 @@ class EvalEngine:
     @contextmanager
     def start(cls, args, settings: list[Setting], summary: str, common: dict) -> Iterator[EvalEngine]:
         """``settings``: all that will run, of which the largest budget sizes the buffers."""
+        import torch
         from vllm import LLM
 
         from vllm_sparse import metrics
 
         commands.settle_cpu()
+        # What an engine before held is in cycles that have just become garbage.
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
         metrics.reset()
         llm = LLM(
             args.model, attention_backend="sparse",
@@ -75,11 +80,24 @@ class EvalEngine:
             generation_config="vllm", disable_log_stats=True,
         )  # fmt: skip
         try:
-            yield cls(llm, summary, common)
+            engine = cls(llm, summary, common)
+            engine._check_sparse(args.model)
+            yield engine
         finally:
             llm.llm_engine.engine_core.shutdown()
-            del llm
-            gc.collect()
+
+    def _counts(self) -> dict:
+        return self.llm.collective_rpc("eval_counts")[0]
+
+    def _check_sparse(self, model: str) -> None:
+        counts = self._counts()
+        if not counts["sparse_layers"]:
+            # An engine before in this process may have been told the reasons, which vLLM remembers.
+            reasons = "; ".join([*counts["dense_layers"], *counts["stock_layers"]]) or "the log says why"
+            raise ConfigError(
+                f"{model}: no layer of this model can be sparse ({reasons}); allowed: models with "
+                f"full-attention layers, dense_layers below their number"
+            )
 
     def run(self, setting: Setting, samples: list[Sample], recall_every: int) -> Found:
         """Answers to ``samples``, all of one task and length."""
@@ -92,7 +110,7 @@ class EvalEngine:
         scored = samples[0].task == TEXT
         watched = recall_every if scored and setting.policy != "dense" else 0
         self.llm.collective_rpc("eval_switch", args=(setting.mapping(self.common), self.summary, watched))
-        before = self.llm.collective_rpc("eval_take")[0]["counts"]
+        before = self._counts()
         params = [
             SamplingParams(
                 max_tokens=sample.max_tokens, temperature=0, ignore_eos=scored, detokenize=False,
@@ -102,10 +120,10 @@ class EvalEngine:
             for sample in samples
         ]  # fmt: skip
         outputs = self._generate(setting, samples, params)
-        workers = self.llm.collective_rpc("eval_take")
-        attended = self._attended(setting, samples, before, workers[0]["counts"])
+        workers = self.llm.collective_rpc("eval_recall") if watched else []
+        attended = self._attended(setting, samples, before, self._counts())
         answers = [self._answer(output, sample) for output, sample in zip(outputs, samples, strict=True)]
-        return Found(answers, attended, self._prefill_density, *self._recall(workers if watched else []))
+        return Found(answers, attended, self._prefill_density, *self._recall(workers))
 
     def _generate(self, setting: Setting, samples: list[Sample], params) -> list:
         prompts = [{"prompt_token_ids": s.tokens, "cache_salt": _salt(setting, s)} for s in samples]
@@ -118,9 +136,9 @@ class EvalEngine:
         salts = [_salt(setting, sample) for sample in samples]
         if salts == self._warm:
             return
-        before = self.llm.collective_rpc("eval_take")[0]["counts"]
+        before = self._counts()
         self._generate(setting, samples, SamplingParams(max_tokens=1, temperature=0, detokenize=False))
-        after = self.llm.collective_rpc("eval_take")[0]["counts"]
+        after = self._counts()
         attended, causal = (
             after[name] - before[name] for name in ("prefill_attended_pairs", "prefill_causal_pairs")
         )

@@ -1,7 +1,7 @@
 """RecallProbe: how much attention mass the chosen pages of a step hold, beside the best ones.
 
 Every so many decode steps of a layer the exact mass of every page is computed (the ``oracle`` policy's
-score), pages are selected from it under the same budget, sinks and window, and both choices are weighed
+score), as many best pages are taken by it beside the same sinks and window, and both choices are weighed
 by it. The step itself is not changed.
 """
 
@@ -18,12 +18,11 @@ from vllm_sparse.page_table import PageTable, units_per_block
 class RecallProbe:
     """The sums of one layer, its policy and its engine stand in for the layer's own."""
 
-    def __init__(self, impl):
-        self.impl = impl
+    def __init__(self, impl, exact: dict[tuple, PageScores]):
+        """``exact``: buffers by their shape, which the probes of all layers share."""
+        self.impl, self.exact = impl, exact
         self.engine = _Engine(impl.engine, self)
         self.every = 0
-        self.exact: PageScores | None = None
-        self.best: PageTable | None = None
         self.reset()
 
     def watch(self, policy, every: int):
@@ -49,29 +48,29 @@ class RecallProbe:
             return
         (q, kv, block_table, plan, page_size, scale, scores), self.pending = self.pending, None
         impl, device = self.impl, q.device
-        if self.exact is None:
-            self.exact = PageScores(
-                *(torch.zeros_like(x) for x in (scores.values, scores.chunk_lse, scores.arrivals))
-            )
-        best = PageTable(torch.zeros_like(table.units), table.lengths)
-        run = kernels.for_device(device)
-        run.page_mass(q, kv, block_table, plan, page_size, scale, self.exact)
-        run.select_pages(
-            self.exact, block_table, plan, kv, page_size,
-            impl.budget_pages, impl.sink_pages, impl.config.window_tokens, best,
-        )  # fmt: skip
+        shape = tuple(scores.values.shape)
+        if shape not in self.exact:
+            parts = (scores.values, scores.chunk_lse, scores.arrivals)
+            self.exact[shape] = PageScores(*(torch.zeros_like(part) for part in parts))
+        exact = self.exact[shape]
+        kernels.for_device(device).page_mass(q, kv, block_table, plan, page_size, scale, exact)
         kv_heads = kv.shape[1]
         for request, offset in enumerate(plan.score_offsets.tolist()):
             if offset < 0 or not (length := int(plan.table_seq_lens[request])):
                 continue
             blocks = block_table[request, : -(-length // page_size)]
-            mass = self.exact.values[:, offset : offset + len(blocks)].double().softmax(-1)
+            mass = exact.values[:, offset : offset + len(blocks)].double().softmax(-1)
             mass = mass.unflatten(0, (kv_heads, -1)).mean(1)
+            ranked = mass.clone()
+            ranked[:, : impl.sink_pages] = float("inf")
+            ranked[:, max(0, min(length - impl.config.window_tokens, length - 1)) // page_size :] = float("inf")
             self.rows += 1
             for head in range(kv_heads):
-                for units, total in ((table.units, self.chosen_mass), (best.units, self.best_mass)):
-                    chosen = units[request * kv_heads + head, : impl.budget_pages] // units_per_block(kv)
-                    total[head] += mass[head, torch.isin(blocks, chosen)].sum()
+                row = request * kv_heads + head
+                count = -(-int(table.lengths[row]) // page_size)
+                chosen = torch.isin(blocks, table.units[row, :count] // units_per_block(kv))
+                self.chosen_mass[head] += mass[head, chosen].sum()
+                self.best_mass[head] += mass[head, ranked[head].topk(count).indices].sum()
 
     def take(self) -> dict:
         """What was found since :meth:`watch`, as plain data; waits for the device."""
@@ -80,7 +79,10 @@ class RecallProbe:
 
 class _Policy:
     def __init__(self, policy, probe: RecallProbe):
-        self.policy, self.probe, self.summary = policy, probe, policy.summary
+        self.policy, self.probe = policy, probe
+
+    def __getattr__(self, name: str):
+        return getattr(self.policy, name)
 
     def score(self, *step) -> None:
         self.policy.score(*step)

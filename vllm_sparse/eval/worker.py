@@ -26,25 +26,31 @@ class EvalWorker:
         for builder in self._builders():
             config.check_page_size(builder.page_size)
             builder.config = config
+        exact: dict = {}
         for impl in self._layers():
             impl.config = config
             policy = get_decode_policy(config.decode_policy)
             if policy.summary == "none":
                 policy.summary = summary  # pages stay what other settings find in the prefix cache
+            impl.coverage = config.decode_coverage if policy.adaptive else 0.0
             impl.budget_pages = config.budget_pages(impl.page_size)
             impl.sink_pages = config.sink_pages(impl.page_size)
             probe = getattr(impl, "recall_probe", None)
             if probe is None:
-                probe = impl.recall_probe = RecallProbe(impl)
+                probe = impl.recall_probe = RecallProbe(impl, exact)
                 impl.engine = probe.engine
             impl.policy = probe.watch(policy, recall_every)
             if impl.prefill is not None:
                 impl.bind_prefill(impl.prefill.buffers)
 
-    def eval_take(self) -> dict:
-        """Recall of this worker's layers since the switch, and its counts so far; waits for the device."""
+    def eval_counts(self) -> dict:
+        """What ran sparse so far; waits for the device."""
+        return metrics.snapshot()
+
+    def eval_recall(self) -> dict:
+        """Recall of this worker's layers since the switch; waits for the device."""
         layers = {str(impl.layer_index): impl.recall_probe.take() for impl in self._layers()}
-        return {"rank": get_tensor_model_parallel_rank(), "layers": layers, "counts": metrics.snapshot()}
+        return {"rank": get_tensor_model_parallel_rank(), "layers": layers}
 
     def _builders(self) -> list[SparseMetadataBuilder]:
         return [
