@@ -59,6 +59,16 @@ def single_head_pages(kv: torch.Tensor, page_size: int) -> tuple[torch.Tensor, t
     return kv.as_strided(shape, strides, offset), kv.as_strided(shape, strides, offset + head_dim)
 
 
+def summaries_as_pages(summaries: torch.Tensor, page_size: int) -> torch.Tensor:
+    """``summaries`` [num_blocks, kv_heads, summary rows, 2 * head_dim] as pages of ``page_size`` rows before them.
+
+    For kernels that read only what follows row ``page_size``; the rows before it are aliases without meaning.
+    """
+    num_blocks, kv_heads, rows, content = summaries.shape
+    strides = (summaries.stride(0), summaries.stride(1), 0, 1)
+    return summaries.as_strided((num_blocks, kv_heads, page_size + rows, content), strides)
+
+
 def check_cache_layout(kv: torch.Tensor) -> None:
     """Raise where units of ``kv`` are not evenly spaced (the layout every kernel relies on)."""
     if kv.stride(3) != 1 or kv.stride(0) % kv.stride(1):

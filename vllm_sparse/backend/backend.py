@@ -12,6 +12,7 @@ from vllm_sparse.cache.spec import SparseAttentionSpec
 from vllm_sparse.config import PAGE_SIZES
 
 compat.install_spec_hook()
+compat.install_memory_hooks()
 
 
 class SparseBackend(AttentionBackend):
@@ -23,6 +24,8 @@ class SparseBackend(AttentionBackend):
 
     summary_rows: ClassVar[int] = 0
     """Extra rows per page of the engine being built: vLLM asks for shapes without its config at hand."""
+    on_host: ClassVar[bool] = False
+    """Whether that engine keeps K and V in CPU memory, so that vLLM's blocks hold summary rows alone."""
 
     @staticmethod
     def get_name() -> str:
@@ -60,11 +63,12 @@ class SparseBackend(AttentionBackend):
 
         if type(spec) is not FullAttentionSpec:
             return spec
-        return SparseAttentionSpec.extend(spec, cls.summary_rows)
+        return SparseAttentionSpec.extend(spec, cls.summary_rows, cls.on_host)
 
     @staticmethod
     def get_kv_cache_shape(num_blocks, block_size, num_kv_heads, head_size, cache_dtype_str="auto"):
-        return (num_blocks, num_kv_heads, block_size + SparseBackend.summary_rows, 2 * head_size)
+        rows = SparseBackend.summary_rows if SparseBackend.on_host else block_size + SparseBackend.summary_rows
+        return (num_blocks, num_kv_heads, rows, 2 * head_size)
 
     @staticmethod
     def get_kv_cache_stride_order(include_num_layers_dimension: bool = False):
