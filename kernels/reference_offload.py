@@ -117,7 +117,7 @@ def fetch_units(
         counters[1] += 1
 
 
-def read_pages(source: torch.Tensor, blocks: torch.Tensor, out: torch.Tensor) -> None:
+def read_pages(source: torch.Tensor, blocks: torch.Tensor, out: torch.Tensor, programs: int) -> None:
     out[: len(blocks)] = source[blocks.long(), :, : out.shape[2]]
 
 

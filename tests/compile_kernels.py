@@ -11,6 +11,7 @@ import sys
 import torch
 import triton
 from cases import make
+from offload_cases import make_store
 from prefill_cases import make_chunk
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
@@ -87,7 +88,19 @@ def compile_all(capability: int) -> None:
                 table = case.block_table[:, :1].expand(-1, max_pages)
                 launchers.select_pages(case.scores, table, case.plan, case.kv, page_size, 128, 1, 20, case.table)
             launchers.sparse_decode(case.q, case.kv, case.table, page_size, case.scale, case.q)
+            compile_offload(make_store(8, kv_heads, head_dim, page_size, dtype=dtype), case)
             compile_prefill(make_chunk(70, 200, kv_heads, group, head_dim, page_size, dtype))
+
+
+def compile_offload(store, case) -> None:
+    plan, residency, page_size, table = store.plan, store.residency, store.page_size, case.table
+    launchers.plan_writes(torch.arange(40), page_size, plan)
+    launchers.stage_pages(store.host, plan, 40, store.hot)
+    launchers.write_through(store.hot, plan, 40, store.host, store.summaries, residency)
+    launchers.find_slots(table, store.kv_heads, page_size, plan, 1, residency, store.misses, store.counters)
+    launchers.fetch_units(store.host, table, plan, 1, residency, store.misses, store.hot, store.counters)
+    launchers.sparse_decode(case.q, store.hot, table, page_size, case.scale, case.q, store.host)
+    launchers.read_pages(store.host, torch.arange(4, dtype=torch.int32), torch.empty_like(store.host), 32)
 
 
 def compile_prefill(case) -> None:

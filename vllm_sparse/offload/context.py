@@ -11,6 +11,9 @@ from vllm_sparse import kernels
 from vllm_sparse.offload.transfer import WritePlan
 from vllm_sparse.query_blocks import QueryBlocks
 
+LINK_PROGRAMS, GPU_PROGRAMS = 32, 1024
+"""Programs of a copy: enough for a link to the host, whose reads run beside attention, and for a GPU's memory."""
+
 
 @dataclass(frozen=True)
 class ContextPages:
@@ -96,7 +99,7 @@ class ContextReader:
             first = plan.staged_slots[context.first_token] // self.page_size
             staged = first + torch.arange(new, device=buffer.device)
             start = context.place + context.old_pages
-            self.kernels.read_pages(self.hot, staged, buffer[start : start + new])
+            self.kernels.read_pages(self.hot, staged, buffer[start : start + new], GPU_PROGRAMS)
         return buffer
 
     def _is_ahead(self, layer: int, run: ContextRun) -> bool:
@@ -105,4 +108,4 @@ class ContextReader:
     def _read_old(self, layer: int, run: ContextRun, block_table: torch.Tensor, buffer: torch.Tensor) -> None:
         for context in run.contexts:
             blocks = block_table[context.request, : context.old_pages]
-            self.kernels.read_pages(self.hosts[layer], blocks, buffer[context.place :])
+            self.kernels.read_pages(self.hosts[layer], blocks, buffer[context.place :], LINK_PROGRAMS)
