@@ -103,11 +103,16 @@ def _choose_backend(original, selected_backend, attn_selector_config, num_heads=
     return original(None, attn_selector_config=attn_selector_config, num_heads=num_heads)
 
 
-def _check_config(original, vllm_config) -> None:
-    original(vllm_config)
+def asks_for_sparse(vllm_config) -> bool:
+    """Whether an engine's config names this backend for any of its layers."""
     attention = vllm_config.attention_config
     chosen = [attention.backend, *(getattr(attention, "backend_per_kind", None) or {}).values()]
-    if not any(getattr(backend, "name", None) == NAME for backend in chosen):
+    return any(getattr(backend, "name", None) == NAME for backend in chosen)
+
+
+def _check_config(original, vllm_config) -> None:
+    original(vllm_config)
+    if not asks_for_sparse(vllm_config):
         return
     from vllm.platforms import current_platform
 

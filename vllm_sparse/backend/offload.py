@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from vllm_sparse import metrics
-from vllm_sparse.backend.backend import SparseBackend
+from vllm_sparse.backend import compat
 from vllm_sparse.config import ConfigError, SparseConfig
 from vllm_sparse.offload import sizing
 from vllm_sparse.offload.limits import read_limits, resolve_host_gib
@@ -51,10 +51,8 @@ def check(vllm_config: Any, config: SparseConfig) -> SparseConfig:
 
 
 def _config(worker: Any) -> SparseConfig | None:
-    """The sparse config of a worker whose layers are ours and offload."""
-    layers = worker.vllm_config.compilation_config.static_forward_context.values()
-    ours = [layer for layer in layers if getattr(layer, "attn_backend", None) is SparseBackend]
-    if not ours:
+    """The config of a worker's engine where it asks for the sparse backend, with offload."""
+    if not compat.asks_for_sparse(worker.vllm_config):
         return None
     config = SparseConfig.from_vllm(worker.vllm_config)
     return config if config.offload is not None else None

@@ -96,7 +96,8 @@ class ContextReader:
             self._ahead = (following[0], runs[following[1]])
         for context in run.contexts:
             new = context.num_pages - context.old_pages
-            first = plan.staged_slots[context.first_token] // self.page_size
+            # Dummy runs write nothing; what they attend is never read.
+            first = plan.staged_slots[context.first_token].clamp(min=0) // self.page_size
             staged = first + torch.arange(new, device=buffer.device)
             start = context.place + context.old_pages
             self.kernels.read_pages(self.hot, staged, buffer[start : start + new], GPU_PROGRAMS)
