@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -32,6 +33,8 @@ class HostPool:
         size = num_blocks * shape.kv_heads * shape.unit_bytes
         self._pinned: list[int] = []
         self._memory: list[mmap.mmap] = []
+        # Where an engine ends in a process that goes on. At exit the driver lets go of everything itself.
+        weakref.finalize(self, _give_back, self._pinned, self._memory).atexit = False
         self.layers: list[torch.Tensor] = []
         total = size * shape.layers
         try:
@@ -66,10 +69,14 @@ class HostPool:
     def close(self) -> None:
         """Unpin and forget; tensors that were taken from here must not be used any more."""
         self.layers.clear()
-        for address in self._pinned:
-            unpin(address)
-        self._pinned.clear()
-        self._memory.clear()
+        _give_back(self._pinned, self._memory)
+
+
+def _give_back(pinned: list[int], memory: list[mmap.mmap]) -> None:
+    for address in pinned:
+        unpin(address)
+    pinned.clear()
+    memory.clear()
 
 
 def pin(address: int, size: int) -> None:

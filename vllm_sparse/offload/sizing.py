@@ -105,7 +105,8 @@ def slots_beside(
     hot_bytes = usable - num_blocks * (shape.gpu_block_bytes + shape.map_block_bytes)
     if hot_fraction != "auto":
         hot_bytes = min(hot_bytes, int(usable * hot_fraction))
-    return max(0, hot_bytes) // (shape.layers * (shape.slot_bytes + SLOT_STATE_BYTES)) // WAYS * WAYS
+    slots = max(0, hot_bytes) // (shape.layers * (shape.slot_bytes + SLOT_STATE_BYTES))
+    return min(slots, num_blocks * shape.kv_heads + WAYS - 1) // WAYS * WAYS
 
 
 def split_memory(
