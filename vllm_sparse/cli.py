@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from vllm_sparse import plan
 from vllm_sparse.config import ConfigError
 from vllm_sparse.tune import command as tune
 
@@ -14,6 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="vllm-sparse", description="Page-sparse attention for vLLM.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     tune.add_command(commands)
+    plan.add_command(commands)
     arguments = parser.parse_args(argv)
     try:
         arguments.run(arguments)
