@@ -117,8 +117,10 @@ def fetch_units(
         counters[1] += 1
 
 
-def read_pages(source: torch.Tensor, blocks: torch.Tensor, out: torch.Tensor, programs: int) -> None:
-    out[: len(blocks)] = source[blocks.long(), :, : out.shape[2]]
+def read_pages(
+    source: torch.Tensor, blocks: torch.Tensor, out: torch.Tensor, places: torch.Tensor, programs: int
+) -> None:
+    out[places.long()] = source[blocks.long(), :, : out.shape[2]]
 
 
 def _staged(plan: WritePlan):

@@ -100,7 +100,8 @@ def compile_offload(store, case) -> None:
     launchers.find_slots(table, store.kv_heads, page_size, plan, 1, residency, store.misses, store.counters)
     launchers.fetch_units(store.host, table, plan, 1, residency, store.misses, store.hot, store.counters)
     launchers.sparse_decode(case.q, store.hot, table, page_size, case.scale, case.q, store.host)
-    launchers.read_pages(store.host, torch.arange(4, dtype=torch.int32), torch.empty_like(store.host), 32)
+    pages = torch.arange(4, dtype=torch.int32)
+    launchers.read_pages(store.host, pages, torch.empty_like(store.host), pages, 32)
 
 
 def compile_prefill(case) -> None:

@@ -134,7 +134,7 @@ def test_many_contexts_in_a_step_are_attended_in_parts(tiny, resident):
         opened = type(reader).open
 
         def spy(self, layer, runs, index, *args):
-            seen.append([len(run.contexts) for run in runs])
+            seen.append([len(run.block_table) for run in runs])
             return opened(self, layer, runs, index, *args)
 
         type(reader).open = spy

@@ -257,7 +257,8 @@ class Schedule:
         for request in requests:
             old = request["done"] // PAGE
             out = torch.full((old + 1, HEADS, PAGE, 2 * HEAD_DIM), float("nan"))
-            reference.read_pages(layer.host, torch.tensor(request["blocks"][:old], dtype=torch.int64), out, 4)
+            blocks, places = torch.tensor(request["blocks"][:old], dtype=torch.int32), torch.arange(old)
+            reference.read_pages(layer.host, blocks, out, places, 4)
             expected = self.content(request, layer.index, torch.arange(old * PAGE))
             assert torch.equal(out[:old].transpose(1, 2).flatten(0, 1), expected)
 

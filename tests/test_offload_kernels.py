@@ -193,12 +193,13 @@ def test_the_least_recently_used_slot_is_given_away():
 @pytest.mark.parametrize("programs", [1, 5, 1000])
 def test_pages_are_read_side_by_side(dtype, programs):
     source = torch.randn(9, 3, 17, 64, device=DEVICE).to(dtype)
-    blocks = torch.tensor([8, 0, 3, 3], device=DEVICE)
+    blocks = torch.tensor([8, 0, 3, 3], dtype=torch.int32, device=DEVICE)
+    places = torch.tensor([5, 1, 0, 3], dtype=torch.int32, device=DEVICE)
     out = torch.full((6, 3, 16, 64), 7.0, dtype=dtype, device=DEVICE)
     expected = out.clone()
-    launchers.read_pages(source, blocks, out, programs)
-    reference.read_pages(source, blocks, expected, programs)
-    assert torch.equal(out, expected) and (out[4:] == 7).all() and torch.equal(out[1], source[0, :, :16])
+    launchers.read_pages(source, blocks, out, places, programs)
+    reference.read_pages(source, blocks, expected, places, programs)
+    assert torch.equal(out, expected) and (out[[2, 4]] == 7).all() and torch.equal(out[5], source[8, :, :16])
 
 
 @dtypes
@@ -230,7 +231,8 @@ def test_units_past_32_bit_offsets_are_reached():
     last = torch.arange(kv_heads * page_size * content, device=DEVICE).to(torch.int8).view(host.shape[1:])
     host[blocks - 1] = last
     out = torch.zeros(1, *host.shape[1:], dtype=torch.int8, device=DEVICE)
-    launchers.read_pages(host, torch.tensor([blocks - 1], device=DEVICE), out, 4)
+    page = torch.tensor([blocks - 1], dtype=torch.int32, device=DEVICE)
+    launchers.read_pages(host, page, out, torch.zeros_like(page), 4)
     assert torch.equal(out[0], last)
     store = make_store(4, sets=1)
     store.host, store.hot = host, store.hot.to(torch.int8)

@@ -231,9 +231,7 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
         if offloaded is None:  # graphs captured to see what they take, before there is a cache
             return output.zero_()
         for index, run in enumerate(md.runs):
-            kv = offloaded.store.contexts.open(
-                offloaded.index, md.runs, index, md.block_table, offloaded.store.plan
-            )
+            kv = offloaded.store.contexts.open(offloaded.index, md.runs, index)
             if run.chunk is not None:
                 self.prefill.attend(query, kv, run.block_table, run.chunk, output)
             else:

@@ -95,6 +95,7 @@ def unpin(address: int) -> None:
 
 def view_from_device(host: torch.Tensor) -> torch.Tensor:
     """``host``, pinned, as a tensor of the GPU."""
+    import vllm._custom_ops  # noqa: F401  registers what gives the view
     from vllm.utils.torch_utils import get_accelerator_view_from_cpu_tensor
 
     return get_accelerator_view_from_cpu_tensor(host)
