@@ -100,7 +100,8 @@ def fetch_units(
     if most == 0:
         return
     unit = page_size * content
-    _fetch_units[(min(most, TUNING["programs_per_sm"] * num_multiprocessors(hot.device)),)](
+    programs = min(most, TUNING["programs_per_sm"] * num_multiprocessors(hot.device))
+    _fetch_units[(programs,)](
         host, hot, table.units, plan.clock, residency.slot_of, residency.slot_unit, residency.last_use,
         misses, plan.num_misses, counters, host.stride(1), hot.stride(1), residency.first_unit, layer,
         residency.num_sets, UNIT=unit, BLOCK=min(TUNING["block"], triton.next_power_of_2(unit)), WAYS=WAYS,

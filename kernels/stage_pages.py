@@ -45,7 +45,8 @@ def stage_pages(host: torch.Tensor, plan: WritePlan, num_tokens: int, hot: torch
     """
     _, kv_heads, page_size, content = host.shape
     assert host.stride(2) == hot.stride(2) == content and host.stride(3) == hot.stride(3) == 1
-    _stage_pages[(min(num_tokens, plan.blocks.shape[0]), kv_heads)](
+    most_pages = min(num_tokens, len(plan.blocks))
+    _stage_pages[(most_pages, kv_heads)](
         host, hot, plan.blocks, plan.first_row, plan.num_pages,
         host.stride(0), host.stride(1), hot.stride(0), hot.stride(1),
         CONTENT=content, BLOCK_C=triton.next_power_of_2(content), PAGE=page_size,

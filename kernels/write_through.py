@@ -69,7 +69,8 @@ def write_through(
     rows = summaries.shape[2]
     assert host.stride(2) == hot.stride(2) == summaries.stride(2) == content == hot.shape[3]
     assert host.stride(3) == hot.stride(3) == summaries.stride(3) == 1 and hot.shape[2] == page_size + rows
-    _write_through[(min(num_tokens, plan.blocks.shape[0]), kv_heads)](
+    most_pages = min(num_tokens, len(plan.blocks))
+    _write_through[(most_pages, kv_heads)](
         hot, host, summaries, plan.blocks, plan.first_row, plan.end_row, plan.num_pages,
         residency.slot_of, residency.slot_unit, residency.last_use,
         hot.stride(0), hot.stride(1), host.stride(0), host.stride(1), summaries.stride(0), summaries.stride(1),
