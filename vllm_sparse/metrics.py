@@ -148,6 +148,12 @@ def step_hot_sets() -> None:
         tracker.step()
 
 
+def reset_hot_sets() -> None:
+    """Forget what graph capture counted."""
+    for tracker in hot_sets:
+        tracker.reset()
+
+
 hot_sets: list[HotSet] = []
 """Offload: one per engine of this process, newest last."""
 trackers: list[AttendedTokens] = []

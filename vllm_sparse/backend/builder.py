@@ -80,6 +80,7 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
         metadata = self.build(0, common_attn_metadata)
         if self.tracker is not None:
             self.tracker.reset()
+            metrics.reset_hot_sets()
         return metadata
 
     def build(self, common_prefix_len, common_attn_metadata, fast_build=False) -> SparseMetadata:
