@@ -28,9 +28,13 @@ def plan_writes(slot_mapping: torch.Tensor, page_size: int, plan: WritePlan) -> 
     plan.num_misses.zero_()
 
 
-def stage_pages(host: torch.Tensor, plan: WritePlan, num_tokens: int, hot: torch.Tensor) -> None:
+def stage_pages(
+    host: torch.Tensor, summaries: torch.Tensor, plan: WritePlan, num_tokens: int, hot: torch.Tensor
+) -> None:
     for page, block, first, _ in _staged(plan):
         hot[page, :, :first] = host[block, :, :first]
+        if first:
+            hot[page, :, host.shape[2] :] = summaries[block]
 
 
 def write_through(

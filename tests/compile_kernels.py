@@ -95,7 +95,7 @@ def compile_all(capability: int) -> None:
 def compile_offload(store, case) -> None:
     plan, residency, page_size, table = store.plan, store.residency, store.page_size, case.table
     launchers.plan_writes(torch.arange(40), page_size, plan)
-    launchers.stage_pages(store.host, plan, 40, store.hot)
+    launchers.stage_pages(store.host, store.summaries, plan, 40, store.hot)
     launchers.write_through(store.hot, plan, 40, store.host, store.summaries, residency)
     launchers.find_slots(table, store.kv_heads, page_size, plan, 1, residency, store.misses, store.counters)
     launchers.fetch_units(store.host, table, plan, 1, residency, store.misses, store.hot, store.counters)

@@ -76,7 +76,7 @@ def test_pages_are_staged_written_and_written_through_as_by_the_twin(shape, dtyp
         key, value = torch.randn(2, len(slots), kv_heads, head_dim, generator=generator).to(dtype).to(DEVICE)
         for run, store in ((launchers, actual), (reference, expected)):
             run.plan_writes(slots, page_size, store.plan)
-            run.stage_pages(store.host, store.plan, len(slots), store.hot)
+            run.stage_pages(store.host, store.summaries, store.plan, len(slots), store.hot)
             staged = store.plan.staged_slots[: len(slots)]
             reference.page_write(key, value, store.hot, staged, page_size, "key_range")
             run.write_through(store.hot, store.plan, len(slots), store.host, store.summaries, store.residency)

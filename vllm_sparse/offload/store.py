@@ -84,7 +84,7 @@ class OffloadedLayer:
         page_size = store.shape.page_size
         if self.index == 0:
             run.plan_writes(slot_mapping, page_size, store.plan)
-        run.stage_pages(self.host, store.plan, num_tokens, store.hot)
+        run.stage_pages(self.host, summaries, store.plan, num_tokens, store.hot)
         run.page_write(key, value, store.hot, store.plan.staged_slots[:num_tokens], page_size, summary)
         run.write_through(store.hot, store.plan, num_tokens, self.host, summaries, self.residency)
 
