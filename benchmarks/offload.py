@@ -9,14 +9,17 @@
 
 Each mode runs in a fresh process on the same GPU, in the Llama-3.1-8B shape with random weights unless
 ``--model`` names another. A batch whose contexts a mode cannot hold at once is not run in it, and an engine
-that does not start is a result too. TPOT is the median time between output tokens of all running requests.
+that does not start is a result too. TPOT is the median time of the steps in which every request of the batch
+decodes: prompts take several steps each, so the first requests generate more tokens until the last one begins.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -25,12 +28,12 @@ from pathlib import Path
 
 from benchmarks import results
 from benchmarks.batch_spec import parse
-from benchmarks.engine import LLAMA_8B, shape_name, time_batch
+from benchmarks.engine import LLAMA_8B, shape_name
 
 MODES = ("stock", "resident", "offload")
 COUNTS = ("units_looked_up", "units_fetched", "units_in_place", "decode_steps")
-OUTPUT_ROOM = 256
-"""Tokens of ``max_model_len`` beyond the longest context."""
+LEAST_CHUNK = 8192
+"""Tokens of a step that prompts are taken to need, unless ``--batched-tokens`` says less."""
 
 
 def parse_args(argv=None):
@@ -45,7 +48,7 @@ def parse_args(argv=None):
     parser.add_argument("--hot-fraction", type=float, default=None, help="default: auto")
     parser.add_argument("--sparse", default="{}", help="sparse settings of resident and offload as JSON")
     parser.add_argument("--baseline", default="FLASH_ATTN", help="stock attention backend")
-    parser.add_argument("--tokens", type=int, default=129, help="output tokens per request")
+    parser.add_argument("--tokens", type=int, default=129, help="steps in which all requests decode")
     parser.add_argument("--batched-tokens", type=int, default=None, help="--max-num-batched-tokens of all modes")
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--eager", action="store_true")
@@ -90,6 +93,40 @@ def main() -> None:
         if result["started"]:
             print(f"{mode}: {result['capacity_tokens']} tokens of KV, engine start {result['start_s']} s")
     results.append("offload", rows, args.out)
+
+
+def output_tokens(args, batch: list) -> int:
+    """So many that the first request of a batch still runs ``--tokens`` steps after the last one's prefill."""
+    chunk = min(LEAST_CHUNK, args.batched_tokens or LEAST_CHUNK)
+    return args.tokens + sum(-(-request.context_tokens // chunk) + 1 for request in batch[1:])
+
+
+def time_batch(engine, batch: list, params) -> dict:
+    """Time the steps from the one in which the last request decodes to the one in which the first ends."""
+    start, ids = time.perf_counter(), []
+    for index, request in enumerate(batch):
+        ids.append(f"{time.monotonic_ns()}-{index}")
+        tokens = [(7 * i + 13 * index) % 30000 + 10 for i in range(request.context_tokens)]
+        engine.add_request(ids[-1], {"prompt_token_ids": tokens}, params)
+    begun: set[str] = set()
+    first, stamps, ended = None, [], False
+    while engine.has_unfinished_requests() and not ended:
+        for output in engine.step():
+            begun.add(output.request_id)
+            ended |= output.finished
+        if len(begun) == len(batch):
+            stamps.append(time.perf_counter())
+            first = first or stamps[0] - start
+    engine.abort_request(ids)
+    while engine.has_unfinished_requests():
+        engine.step()
+    gaps = sorted(b - a for a, b in itertools.pairwise(stamps))
+    return {
+        "tpot_ms": round(statistics.median(gaps) * 1e3, 4),
+        "p99_ms": round(gaps[int(len(gaps) * 0.99) - 1] * 1e3, 4),
+        "ttft_ms": round(first * 1e3, 2),
+        "steps": len(gaps),
+    }
 
 
 def gpu_gib(args, mode: str) -> float:
@@ -149,7 +186,7 @@ def measure(args) -> dict:
     from vllm import LLM, SamplingParams
 
     mode, batches = args.worker, {spec: parse(spec) for spec in args.specs}
-    longest = max(r.context_tokens for batch in batches.values() for r in batch)
+    longest = max(r.context_tokens + output_tokens(args, batch) for batch in batches.values() for r in batch)
     model, weights = args.model, "auto"
     if not model:
         model, weights = tempfile.mkdtemp(), "dummy"
@@ -163,18 +200,19 @@ def measure(args) -> dict:
     llm = LLM(
         model, load_format=weights, skip_tokenizer_init=True,
         attention_backend=args.baseline if mode == "stock" else "sparse",
-        max_model_len=longest + OUTPUT_ROOM, max_num_seqs=max(map(len, batches.values())),
+        max_model_len=longest, max_num_seqs=max(map(len, batches.values())),
         gpu_memory_utilization=share_of_gpu(gpu_gib(args, mode)), enable_prefix_caching=False,
         disable_log_stats=True, enforce_eager=args.eager, tensor_parallel_size=args.tp, **more,
     )  # fmt: skip
     found = {"start_s": round(time.perf_counter() - start, 1)}
     cache = llm.llm_engine.vllm_config.cache_config
     found["capacity_tokens"] = capacity = cache.num_gpu_blocks * cache.block_size
-    params = SamplingParams(max_tokens=args.tokens, temperature=0, ignore_eos=True, detokenize=False)
     for spec, batch in batches.items():
         found[spec] = None
-        if sum(r.context_tokens + args.tokens + cache.block_size for r in batch) > capacity:
+        more_tokens = output_tokens(args, batch)
+        if sum(r.context_tokens + more_tokens + cache.block_size for r in batch) > capacity:
             continue
+        params = SamplingParams(max_tokens=more_tokens, temperature=0, ignore_eos=True, detokenize=False)
         before = counts(llm)
         times = time_batch(llm.llm_engine, batch, params)
         times["tokens_per_s"] = round(len(batch) / times["tpot_ms"] * 1e3, 2)
