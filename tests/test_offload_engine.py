@@ -148,6 +148,44 @@ def test_many_contexts_in_a_step_are_attended_in_parts(tiny, resident):
     assert any(len(parts) > 1 for parts in seen), "all contexts fitted one buffer"
 
 
+def test_contexts_read_ahead_are_complete(tiny, resident, monkeypatch):
+    """As on a GPU, whose second stream may read as soon as it is asked to: before the layer's own writes."""
+    from contextlib import nullcontext
+
+    from vllm_sparse.offload.context import ContextReader
+
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    side, compute = Stream(), Stream()
+    reads, on_side = [], []
+    read = ContextReader._read_old
+
+    def watched(self, layer, run, buffer):
+        reads.append((bool(on_side), layer))
+        buffer.fill_(float("nan"))  # whatever else it held is of another layer
+        read(self, layer, run, buffer)
+
+    def stream(chosen):
+        assert chosen is side
+        on_side.append(True)
+        return nullcontext()
+
+    batch = prompts((700, 600, 500), seed=3)
+    sparse = {**SPARSE_PREFILL, "prefill_policy": "a_shape", "min_prefill_tokens": 400}
+    expected = resident(batch, 8, sparse=sparse, block_size=16)
+    with tiny.start(sparse={**sparse, "offload": OFFLOAD}, block_size=16) as llm:
+        monkeypatch.setattr(ContextReader, "_read_old", watched)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: on_side.clear() or compute)
+        monkeypatch.setattr(torch.cuda, "stream", stream)
+        offloaded(llm)[0].store.contexts.stream = side
+        assert tokens(llm, batch, 8) == expected
+    ahead = [layer for was_ahead, layer in reads if was_ahead]
+    at_once = [layer for was_ahead, layer in reads if not was_ahead]
+    assert set(ahead) >= {1, 2} and set(at_once) == {0}, "only a step's first read has nothing to hide behind"
+
+
 def test_prefix_cache_spans_the_host_pool(tiny, resident):
     """A prompt comes back after others have taken every hot slot, and is still cached."""
     first, others = prompts((700,), seed=7), prompts((700, 690, 680), seed=8)
