@@ -8,6 +8,14 @@ over speed. Tensors are described in :mod:`vllm_sparse.page_table` and
 from __future__ import annotations
 
 import torch
+from vllm_sparse.kernels.reference_offload import (  # noqa: F401
+    fetch_units,
+    find_slots,
+    plan_writes,
+    read_pages,
+    stage_pages,
+    write_through,
+)
 from vllm_sparse.kernels.reference_prefill import (  # noqa: F401
     antidiagonal_score,
     fixed_pattern,
@@ -260,14 +268,20 @@ def sparse_decode(
     page_size: int,
     scale: float,
     out: torch.Tensor,
+    host: torch.Tensor | None = None,
 ) -> None:
     kv_heads, group = kv.shape[1], q.shape[1] // kv.shape[1]
     keys, values = single_head_pages(kv, page_size)
+    on_host = None if host is None else single_head_pages(host, page_size)
     for row, length in enumerate(table.lengths.tolist()):
         if length == 0:
             continue
         units = table.units[row, : -(-length // page_size)].long()
-        k, v = (x[units].flatten(0, 2)[:length].float() for x in (keys, values))
+        k, v = (x[units.clamp(min=0)] for x in (keys, values))
+        if on_host is not None:
+            away = units < 0
+            k[away], v[away] = (x[~units[away]] for x in on_host)
+        k, v = (x.flatten(0, 2)[:length].float() for x in (k, v))
         request, head = divmod(row, kv_heads)
         span = slice(head * group, (head + 1) * group)
         weights = (q[request, span].float() @ k.T * scale).softmax(-1)

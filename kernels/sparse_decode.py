@@ -2,6 +2,8 @@
 
     out[r, h] = softmax(scale * q[r, h] . K[chosen]) V[chosen]
 
+A chosen unit below 0 is unit ``~unit`` of a second cache, in pinned host memory, read in place.
+
 Flash-decoding: programs share the pages of a row, each keeps a running softmax, and a second
 kernel adds their parts. Dao et al., FlashAttention-2 (arXiv 2307.08691); split-K: "Flash-Decoding
 for long-context inference", 2023.
@@ -25,11 +27,12 @@ TUNING = {"block_tokens": 64, "waves": 4, "num_warps": 2, "num_stages": 3, "add_
 
 @triton.jit(do_not_specialize=["splits"])
 def _attend_split(
-    q, kv, units, lengths, out, part_out, part_lse,
-    q_stride_r, q_stride_h, unit_stride, kv_stride_r, units_stride, out_stride_r, out_stride_h, scale_log2, splits,
+    q, kv, host, units, lengths, out, part_out, part_lse,
+    q_stride_r, q_stride_h, unit_stride, kv_stride_r, host_unit_stride, host_stride_r, units_stride,
+    out_stride_r, out_stride_h, scale_log2, splits,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
-    ALONE: tl.constexpr, PRECISION: tl.constexpr,
+    ALONE: tl.constexpr, ON_HOST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     row, split = tl.program_id(0), tl.program_id(1)
     request, head = row // KV_HEADS, row % KV_HEADS
@@ -56,6 +59,9 @@ def _attend_split(
         live = tokens < length
         unit = tl.load(unit_row + tokens // PAGE, mask=live, other=0).to(tl.int64)
         cells = kv + unit * unit_stride + (tokens % PAGE) * kv_stride_r
+        if ON_HOST:
+            away = host + ~unit * host_unit_stride + (tokens % PAGE) * host_stride_r
+            cells = tl.where(unit < 0, away, cells)
         k = tl.load(cells[None, :] + dims[:, None], mask=live[None, :] & in_head[:, None], other=0.0)
         logits = tl.dot(query, k, input_precision=PRECISION) * scale_log2
         logits = tl.where(live[None, :], logits, float("-inf"))
@@ -115,6 +121,7 @@ def sparse_decode(
     page_size: int,
     scale: float,
     out: torch.Tensor,
+    host: torch.Tensor | None = None,
 ) -> None:
     """Attend over chosen pages; arguments as in :meth:`vllm_sparse.engines.base.Engine.attend`.
 
@@ -132,13 +139,15 @@ def sparse_decode(
     if splits > 1:
         part_out = torch.empty((rows, splits, group, block_d), dtype=torch.float32, device=q.device)
         part_lse = torch.empty((rows, splits, group), dtype=torch.float32, device=q.device)
+    second = kv if host is None else host
+    assert second.stride(3) == 1
     _attend_split[(rows, splits)](
-        q, kv, table.units, table.lengths, out, part_out, part_lse,
-        q.stride(0), q.stride(1), kv.stride(1), kv.stride(2), table.units.stride(0),
-        out.stride(0), out.stride(1), scale * LOG2_E, splits,
+        q, kv, second, table.units, table.lengths, out, part_out, part_lse,
+        q.stride(0), q.stride(1), kv.stride(1), kv.stride(2), second.stride(1), second.stride(2),
+        table.units.stride(0), out.stride(0), out.stride(1), scale * LOG2_E, splits,
         KV_HEADS=kv_heads, GROUP=group, GROUP_PAD=max(16, triton.next_power_of_2(group)),
         HEAD_DIM=head_dim, BLOCK_D=block_d, PAGE=page_size, BLOCK_N=block_n, ALONE=splits == 1,
-        PRECISION="ieee", num_warps=TUNING["num_warps"],
+        ON_HOST=host is not None, PRECISION="ieee", num_warps=TUNING["num_warps"],
         num_stages=TUNING["num_stages"],
     )  # fmt: skip
     if splits > 1:

@@ -11,6 +11,7 @@ import sys
 import torch
 import triton
 from cases import make
+from offload_cases import make_store
 from prefill_cases import make_chunk
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
@@ -93,6 +94,7 @@ def compile_all(capability: int) -> None:
             guard = Guard.allocate(10, 1, kv_heads * group, kv_heads, torch.device("cpu"))
             launchers.guard_mass(*pages[:4], case.table, page_size, case.scale, guard, 0)
             launchers.sparse_decode(case.q, case.kv, case.table, page_size, case.scale, case.q)
+            compile_offload(make_store(8, kv_heads, head_dim, page_size, dtype=dtype), case)
             for summary in SKETCH_BITS:
                 case = make(
                     [300, 5], kv_heads, group, head_dim, page_size, 4, dtype=dtype, device=torch.device("cpu"),
@@ -103,6 +105,18 @@ def compile_all(capability: int) -> None:
                     case.q, case.kv, case.block_table, case.plan, page_size, case.scale, case.scores, summary
                 )
             compile_prefill(make_chunk(70, 200, kv_heads, group, head_dim, page_size, dtype))
+
+
+def compile_offload(store, case) -> None:
+    plan, residency, page_size, table = store.plan, store.residency, store.page_size, case.table
+    launchers.plan_writes(torch.arange(40), page_size, plan)
+    launchers.stage_pages(store.host, store.summaries, plan, 40, store.hot)
+    launchers.write_through(store.hot, plan, 40, store.host, store.summaries, residency)
+    launchers.find_slots(table, store.kv_heads, page_size, plan, 1, residency, store.misses, store.counters)
+    launchers.fetch_units(store.host, table, plan, 1, residency, store.misses, store.hot, store.counters)
+    launchers.sparse_decode(case.q, store.hot, table, page_size, case.scale, case.q, store.host)
+    pages = torch.arange(4, dtype=torch.int32)
+    launchers.read_pages(store.host, pages, torch.empty_like(store.host), pages, 32)
 
 
 def compile_prefill(case) -> None:

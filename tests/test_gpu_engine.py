@@ -123,25 +123,30 @@ def test_drafts_are_verified_against_the_dense_answer(answer):
     assert_same(answer(sparse=everything, compilation_config=GRAPHS), stock)
 
 
+def synchronising_lines(llm) -> list[str]:
+    """Lines of this package in whose calls a batch made the host wait: PyTorch reports every such call."""
+    import tiny_engine
+
+    ours = []
+
+    def record(message, *_):
+        frames = [frame for frame in traceback.extract_stack() if "vllm_sparse" in frame.filename]
+        if frames:
+            ours.append(f"{message} {frames[-1:]}")
+
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warnings.showwarning = record
+            tiny_engine.tokens(llm, tiny_engine.prompts(LENGTHS), 40)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return ours
+
+
 def test_no_line_of_ours_waits_for_the_device(answer):
-    """PyTorch reports every synchronising call; none may come from this package in a decode step."""
-    ours, others = [], []
-
-    def see(llm):
-        import tiny_engine
-
-        def record(message, *_):
-            frames = [frame for frame in traceback.extract_stack() if "vllm_sparse" in frame.filename]
-            (ours if frames else others).append(f"{message} {frames[-1:]}")
-
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("always")
-                warnings.showwarning = record
-                tiny_engine.tokens(llm, tiny_engine.prompts(LENGTHS), 40)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-
-    answer(see=see)
+    """None in a decode step, nor in prefill."""
+    ours = []
+    answer(see=lambda llm: ours.extend(synchronising_lines(llm)))
     assert not ours, ours[:3]

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from vllm_sparse import plan
 from vllm_sparse.config import ConfigError
 from vllm_sparse.eval import command as evaluate
 from vllm_sparse.tune import command as tune
@@ -16,6 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     tune.add_command(commands)
     evaluate.add_command(commands)
+    plan.add_command(commands)
     arguments = parser.parse_args(argv)
     try:
         arguments.run(arguments)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_sparse import pattern_table
+from vllm_sparse.offload.config import OffloadConfig
 from vllm_sparse.pattern_table import HeadPattern, PatternError, PatternTable
 
 logger = logging.getLogger("vllm.vllm_sparse")
@@ -26,6 +27,10 @@ logger = logging.getLogger("vllm.vllm_sparse")
 ENV_CONFIG = "VLLM_SPARSE_CONFIG"
 PATTERN_POLICY = "vertical_slash"
 """The prefill policy that reads ``head_patterns``."""
+DENSE_LAYERS = 2
+"""Default of ``dense_layers`` where all pages are on the GPU."""
+OFFLOAD_ENGINES = ("auto", "triton", "torch")
+"""Values of ``engine`` that attend over units on the GPU and on the host alike."""
 PAGE_SIZES = (16, 32, 64, 128, 256)
 """Tokens per page: powers of two (kernel tiles) and multiples of 16 (FlashAttention-3)."""
 
@@ -50,8 +55,9 @@ class SparseConfig:
     """Most recent tokens, always attended (rounded up to whole pages)."""
     min_context_tokens: int = 4096
     """Up to this context length a request runs dense, which is exact."""
-    dense_layers: int = 2
-    """The first so many attention layers run dense: their attention is spread too widely to select."""
+    dense_layers: int | None = None
+    """The first so many attention layers run dense: their attention is spread too widely to select. None: 2,
+    or 0 with ``offload``, where a dense layer would read its whole context from the host."""
     prefill_policy: str = "dense"
     """Which pages a prefill chunk attends to: a name of :mod:`vllm_sparse.policies`."""
     min_prefill_tokens: int = 8192
@@ -70,19 +76,28 @@ class SparseConfig:
     0: never."""
     engine: str = "auto"
     """What attends over chosen pages: ``auto`` or a name of :mod:`vllm_sparse.engines`."""
+    offload: OffloadConfig | None = None
+    """Keep K and V in CPU memory, and on the GPU their summaries and a hot set; None: all on the GPU."""
 
     def __post_init__(self) -> None:
+        if self.dense_layers is None:
+            object.__setattr__(self, "dense_layers", DENSE_LAYERS if self.offload is None else 0)
         from vllm_sparse.engines.registry import ENGINES
         from vllm_sparse.policies.registry import DECODE_POLICIES, PREFILL_POLICIES
 
         for field in fields(self):
-            value, expected = getattr(self, field.name), type(field.default)
+            value, default = getattr(self, field.name), field.default
+            if field.name == "offload":
+                continue
+            if field.name == "dense_layers":
+                default = DENSE_LAYERS
+            expected = type(default)
             if field.name == "head_patterns" and isinstance(value, PatternTable):
                 continue
             if type(value) is not expected and not (expected is float and type(value) is int):
                 raise ConfigError(
                     f"sparse.{field.name}: expected {_NAMES[expected]}, got {value!r}. "
-                    f"Example: {json.dumps({field.name: field.default})}"
+                    f"Example: {json.dumps({field.name: default})}"
                 )
         _require_choice("decode_policy", self.decode_policy, DECODE_POLICIES)
         _require_choice("prefill_policy", self.prefill_policy, PREFILL_POLICIES)
@@ -112,8 +127,35 @@ class SparseConfig:
             )
         if not 0 < self.decode_coverage <= 1:
             raise ConfigError(f"sparse.decode_coverage: {self.decode_coverage}; allowed: above 0, up to 1")
+        if self.offload is not None:
+            self._check_offload()
         # Whatever the page size, a smaller budget could not hold what is always attended.
         self.check_page_size(PAGE_SIZES[0])
+
+    def _check_offload(self) -> None:
+        """Refuse what would read whole contexts from the host in every step, or what cannot read it at all."""
+        if not isinstance(self.offload, OffloadConfig):
+            raise ConfigError(f"sparse.offload: expected an object, got {self.offload!r}")
+        if self.dense_layers > 0:
+            raise ConfigError(
+                f"sparse.dense_layers: {self.dense_layers} with sparse.offload: a dense layer would read its "
+                f"whole context from the host in every step; allowed with offload: 0"
+            )
+        if self.decode_policy in ("dense", "oracle"):
+            raise ConfigError(
+                f"sparse.decode_policy: {self.decode_policy!r} reads every key in every step, and with "
+                f"sparse.offload they are on the host; allowed with offload: a policy that reads summaries"
+            )
+        if self.guard_every_steps:
+            raise ConfigError(
+                f"sparse.guard_every_steps: {self.guard_every_steps} with sparse.offload: a sample would read its "
+                f"whole context from the host; allowed with offload: 0"
+            )
+        if self.engine not in OFFLOAD_ENGINES:
+            raise ConfigError(
+                f"sparse.engine: {self.engine!r} cannot read pages on the host, as sparse.offload needs; "
+                f"allowed with offload: {', '.join(OFFLOAD_ENGINES)}"
+            )
 
     @classmethod
     def from_mapping(cls, values: Any, source: str) -> SparseConfig:
@@ -123,12 +165,14 @@ class SparseConfig:
         known = [field.name for field in fields(cls)]
         for key in values:
             if key not in known:
-                raise ConfigError(f"{source}: unknown key {key!r}.{_nearest(key, known)}")
+                raise ConfigError(f"{source}: unknown key {key!r}.{nearest(key, known)}")
         if isinstance(values.get("head_patterns"), dict):
             try:
                 values = {**values, "head_patterns": PatternTable.from_mapping(values["head_patterns"])}
             except PatternError as error:
                 raise ConfigError(f"{source}: sparse.head_patterns: the object given {error}") from None
+        if values.get("offload") is not None:
+            values = {**values, "offload": OffloadConfig.from_mapping(values["offload"], source)}
         return cls(**values)
 
     def to_mapping(self) -> dict[str, Any]:
@@ -136,6 +180,8 @@ class SparseConfig:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         if isinstance(self.head_patterns, PatternTable):
             values["head_patterns"] = self.head_patterns.to_mapping()
+        if self.offload is not None:
+            values["offload"] = self.offload.to_mapping()
         return values
 
     @classmethod
@@ -167,6 +213,9 @@ class SparseConfig:
             ) from None
         logger.info("sparse attention: prefill patterns for each head from %s", path)
         return replace(self, head_patterns=table)
+
+    def with_offload(self, offload: OffloadConfig) -> SparseConfig:
+        return replace(self, offload=offload)
 
     @property
     def uniform_pattern(self) -> HeadPattern:
@@ -206,7 +255,7 @@ class SparseConfig:
 _NAMES = {int: "a whole number", float: "a number", str: "a string"}
 
 
-def _nearest(word: str, known: list[str]) -> str:
+def nearest(word: str, known: list[str]) -> str:
     match = difflib.get_close_matches(word, known, n=1)
     hint = f" Did you mean {match[0]!r}?" if match else ""
     return f"{hint} Allowed: {', '.join(known)}"
@@ -214,7 +263,7 @@ def _nearest(word: str, known: list[str]) -> str:
 
 def _require_choice(name: str, value: str, allowed) -> None:
     if value not in allowed:
-        raise ConfigError(f"sparse.{name}: unknown value {value!r}.{_nearest(value, list(allowed))}")
+        raise ConfigError(f"sparse.{name}: unknown value {value!r}.{nearest(value, list(allowed))}")
 
 
 @cache

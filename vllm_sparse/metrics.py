@@ -49,18 +49,21 @@ def count_stock_layer(reason: str) -> None:
     layers.stock[reason] += 1
 
 
-class AttendedTokens:
-    """Attended and context tokens of ``what``, counted on the device, reported now and then.
+class Counters:
+    """Running totals of the device, reported now and then.
 
-    The device adds into ``counters`` (int64 [2]) in every step. A report is an asynchronous copy,
-    logged some steps later, so no step waits for it.
+    The device adds into ``counters`` (int64) in every step. A report is an asynchronous copy, logged
+    some steps later, so no step waits for it.
     """
 
-    def __init__(self, counters: torch.Tensor, what: str = "decode steps"):
-        self.counters, self.what = counters, what
+    def __init__(self, counters: torch.Tensor):
+        self.counters = counters
         on_gpu = counters.device.type != "cpu"
-        self._copied = torch.zeros(2, dtype=torch.int64, pin_memory=on_gpu)
+        self._copied = torch.zeros(len(counters), dtype=torch.int64, pin_memory=on_gpu)
         self._forget_reports()
+
+    def _log(self, *totals: int) -> None:
+        raise NotImplementedError
 
     def _forget_reports(self) -> None:
         self._steps = self._logged = 0
@@ -72,10 +75,9 @@ class AttendedTokens:
         self.counters.zero_()
         self._forget_reports()
 
-    def read(self) -> tuple[int, int]:
-        """(attended, context) tokens so far; waits for the device."""
-        attended, context = self.counters.tolist()
-        return attended, context
+    def read(self) -> tuple[int, ...]:
+        """The totals so far; waits for the device."""
+        return tuple(self.counters.tolist())
 
     def step(self) -> None:
         """Call once per step."""
@@ -90,6 +92,14 @@ class AttendedTokens:
             self._copied.copy_(self.counters, non_blocking=True)
             self._copying = True
 
+
+class AttendedTokens(Counters):
+    """Attended and context tokens of ``what``."""
+
+    def __init__(self, counters: torch.Tensor, what: str = "decode steps"):
+        super().__init__(counters)
+        self.what = what
+
     def _log(self, attended: int, context: int) -> None:
         if context <= self._logged:
             return
@@ -100,6 +110,54 @@ class AttendedTokens:
         )  # fmt: skip
 
 
+class HotSet(Counters):
+    """Units that decode steps looked for, fetched into the hot set, and read on the host in place."""
+
+    def __init__(self, counters: torch.Tensor, unit_bytes: int):
+        super().__init__(counters)
+        self.unit_bytes = unit_bytes
+
+    def reset(self) -> None:
+        super().reset()
+        self.steps = 0
+
+    def step(self) -> None:
+        self.steps += 1
+        super().step()
+
+    def _log(self, looked_up: int, fetched: int, in_place: int) -> None:
+        if looked_up <= self._logged:
+            return
+        self._logged = looked_up
+        moved = fetched + in_place
+        logger.info(
+            "sparse attention: %.1f%% of the chosen units were in the hot set; %.2f MiB a decode step came from "
+            "the host (%d units in place)",
+            100 * (1 - moved / looked_up), moved * self.unit_bytes / 2**20 / max(1, self.steps), in_place,
+        )  # fmt: skip
+
+
+def track_hot_set(counters: torch.Tensor, unit_bytes: int) -> None:
+    """Report the hot set of this process's engine; the newest one is the last of ``hot_sets``."""
+    tracker = HotSet(counters, unit_bytes)
+    tracker.reset()
+    hot_sets.append(tracker)
+
+
+def step_hot_sets() -> None:
+    """Call once per decode step."""
+    for tracker in hot_sets:
+        tracker.step()
+
+
+def reset_hot_sets() -> None:
+    """Forget what graph capture counted."""
+    for tracker in hot_sets:
+        tracker.reset()
+
+
+hot_sets: list[HotSet] = []
+"""Offload: one per engine of this process, newest last."""
 trackers: list[AttendedTokens] = []
 """One per metadata builder of this process, newest last."""
 prefill_trackers: list[AttendedTokens] = []
@@ -119,6 +177,20 @@ def snapshot(worker: object = None) -> dict:
         "guard_shares": [guard.read() for guard in guards],
         "prefill_attended_pairs": sum(attended for attended, _ in prefill),
         "prefill_causal_pairs": sum(causal for _, causal in prefill),
+        **_hot_set(),
+    }
+
+
+def _hot_set() -> dict:
+    if not hot_sets:
+        return {}
+    looked_up, fetched, in_place = hot_sets[-1].read()
+    return {
+        "units_looked_up": looked_up,
+        "units_fetched": fetched,
+        "units_in_place": in_place,
+        "unit_bytes": hot_sets[-1].unit_bytes,
+        "decode_steps": hot_sets[-1].steps,
     }
 
 
@@ -130,3 +202,4 @@ def reset() -> None:
     trackers.clear()
     prefill_trackers.clear()
     guards.clear()
+    hot_sets.clear()

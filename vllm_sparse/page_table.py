@@ -59,6 +59,20 @@ def single_head_pages(kv: torch.Tensor, page_size: int) -> tuple[torch.Tensor, t
     return kv.as_strided(shape, strides, offset), kv.as_strided(shape, strides, offset + head_dim)
 
 
+def summaries_as_pages(summaries: torch.Tensor, page_size: int) -> torch.Tensor:
+    """``summaries`` [num_blocks, kv_heads, summary rows, 2 * head_dim] as pages of ``page_size`` rows before them.
+
+    For policies, which read only what follows row ``page_size``; the rows before it mean nothing. Kernels read
+    on from there byte by byte, so no copy is needed for them. Twins index rows: where there are several a CPU
+    gets a copy.
+    """
+    num_blocks, kv_heads, rows, content = summaries.shape
+    if rows > 1 and not summaries.is_cuda:
+        return torch.nn.functional.pad(summaries, (0, 0, page_size, 0))
+    strides = (summaries.stride(0), summaries.stride(1), 0, 1)
+    return summaries.as_strided((num_blocks, kv_heads, page_size + rows, content), strides)
+
+
 def check_cache_layout(kv: torch.Tensor) -> None:
     """Raise where units of ``kv`` are not evenly spaced (the layout every kernel relies on)."""
     if kv.stride(3) != 1 or kv.stride(0) % kv.stride(1):

@@ -68,8 +68,10 @@ class SketchLayout:
         return -(-self.used_bytes // 64) * 64
 
 
-def summary_rows(summary: str, page_size: int, head_dim: int, item_bytes: int) -> int:
+def summary_rows(summary: str, page_size: int, head_dim: int, item_bytes: int, least: int = 0) -> int:
     """Extra rows of ``2 * head_dim`` elements of ``item_bytes`` that a summary takes in each page and KV head.
+
+    At ``least`` so many: with K and V on the host a block holds nothing else, and vLLM counts blocks by bytes.
 
     Raises:
         ValueError: there is no such summary.
@@ -77,7 +79,7 @@ def summary_rows(summary: str, page_size: int, head_dim: int, item_bytes: int) -
     if summary not in SUMMARIES:
         raise ValueError(f"summary {summary!r}; allowed: {', '.join(SUMMARIES)}")
     if summary not in SKETCH_BITS:
-        return 0 if summary == "none" else 1
+        return max(least, 0 if summary == "none" else 1)
     sketch_bytes = page_size // TILE_TOKENS * SketchLayout.of(summary, head_dim).tile_bytes
     return -(-sketch_bytes // (2 * head_dim * item_bytes))
 

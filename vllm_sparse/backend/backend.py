@@ -14,6 +14,7 @@ from vllm_sparse.summaries import summary_rows
 
 compat.install_spec_hook()
 compat.install_worker_method()
+compat.install_memory_hooks()
 
 
 class SparseBackend(AttentionBackend):
@@ -25,7 +26,9 @@ class SparseBackend(AttentionBackend):
 
     summary: ClassVar[str] = "none"
     item_bytes: ClassVar[int] = 2
-    """Of the engine being built: vLLM asks for shapes without its config at hand."""
+    on_host: ClassVar[bool] = False
+    """Of the engine being built, as vLLM asks for shapes without its config at hand: what pages store beside K
+    and V, bytes of a number, and whether K and V are in CPU memory, so that vLLM's blocks hold summaries alone."""
 
     @staticmethod
     def get_name() -> str:
@@ -63,12 +66,15 @@ class SparseBackend(AttentionBackend):
 
         if type(spec) is not FullAttentionSpec:
             return spec
-        return SparseAttentionSpec.extend(spec, cls.summary)
+        return SparseAttentionSpec.extend(spec, cls.summary, cls.on_host)
 
     @staticmethod
     def get_kv_cache_shape(num_blocks, block_size, num_kv_heads, head_size, cache_dtype_str="auto"):
-        rows = summary_rows(SparseBackend.summary, block_size, head_size, SparseBackend.item_bytes)
-        return (num_blocks, num_kv_heads, block_size + rows, 2 * head_size)
+        on_host = SparseBackend.on_host
+        rows = summary_rows(
+            SparseBackend.summary, block_size, head_size, SparseBackend.item_bytes, least=int(on_host)
+        )
+        return (num_blocks, num_kv_heads, rows if on_host else block_size + rows, 2 * head_size)
 
     @staticmethod
     def get_kv_cache_stride_order(include_num_layers_dimension: bool = False):

@@ -84,6 +84,7 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
             self.tracker.reset()
             if self.workspace.guard is not None:
                 self.workspace.guard.reset()
+            metrics.reset_hot_sets()
         return metadata
 
     def build(self, common_prefix_len, common_attn_metadata, fast_build=False) -> SparseMetadata:
@@ -102,9 +103,17 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
             table=workspace.table.rows(num_decodes * workspace.kv_heads),
             scores=workspace.scores,
             guard=workspace.guard,
-            dense_all=self.dense.build("all", common, fast_build),
         )
-        if num_prefills:
+        offloads = self.config.offload is not None
+        if not offloads:
+            metadata.dense_all = self.dense.build("all", common, fast_build)
+        if num_prefills and offloads:
+            metadata.runs = prefill.context_runs(
+                common, num_decodes, self.config, self.page_size, workspace.max_pages, self.dense
+            )
+            if self.prefill_tracker is not None and any(run.chunk is not None for run in metadata.runs):
+                self.prefill_tracker.step()
+        elif num_prefills:
             metadata.chunks = prefill.sparse_chunks(common, num_decodes, self.config)
             if len(metadata.chunks) < num_prefills:
                 rows = dense.prefill_rows(common, num_decodes, num_decode_tokens) if num_decodes else common
@@ -115,6 +124,11 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
         if num_decodes and self.selects:
             selects_decode = self.config.decode_policy != "dense"
             short_rows_dense = num_decodes >= SHORT_ROWS_DENSE_FROM or not selects_decode
+            dense_beside = short_rows_dense
+            if offloads:
+                # Dense rows would read all of their contexts from the host: only those that cannot be scored.
+                short_rows_dense = False
+                dense_beside = num_decodes * workspace.max_pages > workspace.scores.capacity_pages
             kernels.for_device(self.device).plan_decode(
                 common.seq_lens[:num_decodes], plan, metadata.table, self.page_size,
                 self.config.budget_pages(self.page_size),
@@ -122,7 +136,7 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
                 workspace.scores.capacity_pages, short_rows_dense,
                 self.config.sink_pages(self.page_size), self.config.window_tokens,
             )  # fmt: skip
-            if short_rows_dense:
+            if dense_beside:
                 decodes = common if not num_prefills else dense.decode_rows(common, num_decodes, num_decode_tokens)
                 rows = dense.short_rows(decodes, plan.dense_seq_lens)
                 metadata.dense_short = self.dense.build("short", rows, fast_build)
@@ -130,4 +144,5 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
                 self.tracker.step()
                 if workspace.guard is not None:
                     workspace.guard.advance()
+                metrics.step_hot_sets()
         return metadata

@@ -103,18 +103,23 @@ def _choose_backend(original, selected_backend, attn_selector_config, num_heads=
     return original(None, attn_selector_config=attn_selector_config, num_heads=num_heads)
 
 
-def _check_config(original, vllm_config) -> None:
-    original(vllm_config)
+def asks_for_sparse(vllm_config) -> bool:
+    """Whether an engine's config names this backend for any of its layers."""
     attention = vllm_config.attention_config
     chosen = [attention.backend, *(getattr(attention, "backend_per_kind", None) or {}).values()]
-    if not any(getattr(backend, "name", None) == NAME for backend in chosen):
+    return any(getattr(backend, "name", None) == NAME for backend in chosen)
+
+
+def _check_config(original, vllm_config) -> None:
+    original(vllm_config)
+    if not asks_for_sparse(vllm_config):
         return
     from vllm.platforms import current_platform
 
     from vllm_sparse.config import ConfigError, SparseConfig
 
     config = SparseConfig.from_vllm(vllm_config)
-    _carry_config(vllm_config, config)
+    _carry(vllm_config, config, with_patterns(vllm_config, config), "head_patterns")
     cache = vllm_config.cache_config
     if cache is None:
         return
@@ -140,6 +145,11 @@ def _check_config(original, vllm_config) -> None:
             "--enable-dbo: micro-batches would share the buffers of one decode step; the sparse backend "
             "runs without it"
         )
+    config = SparseConfig.from_vllm(vllm_config)
+    if config.offload is not None:
+        from vllm_sparse.backend import offload
+
+        _carry(vllm_config, config, offload.check(vllm_config, config), "offload")
 
 
 def with_patterns(vllm_config, config):
@@ -151,12 +161,11 @@ def with_patterns(vllm_config, config):
     return config.with_patterns(model.model, layers, heads)
 
 
-def _carry_config(vllm_config, config) -> None:
+def _carry(vllm_config, config, found, key: str) -> None:
     """Put the settings into vLLM's config, which it takes to every worker: other nodes have other files.
 
     So a path in ``VLLM_SPARSE_CONFIG`` or in ``head_patterns`` is read on the driver alone.
     """
-    found = with_patterns(vllm_config, config)
     additional = vllm_config.additional_config or {}
     if isinstance(additional, dict):
         vllm_config.additional_config = {**additional, "sparse": found.to_mapping()}
@@ -164,7 +173,7 @@ def _carry_config(vllm_config, config) -> None:
         from vllm_sparse.config import ConfigError
 
         raise ConfigError(
-            f"sparse.head_patterns: {config.head_patterns!r} cannot travel beside an additional_config that is "
+            f"sparse.{key}: {getattr(config, key)!r} cannot travel beside an additional_config that is "
             f"no object; allowed: none"
         )
 
@@ -195,6 +204,35 @@ def install_spec_hook() -> None:
 
     get_kv_cache_spec._vllm_sparse = True
     Attention.get_kv_cache_spec = get_kv_cache_spec
+
+
+def install_memory_hooks() -> None:
+    """Let offload say how many blocks there are, and build its store once vLLM has settled on a number.
+
+    On the wrapper that executors of all kinds call workers through, so that it serves CPUs and GPUs.
+    """
+    from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+    if hasattr(WorkerWrapperBase, "_vllm_sparse"):
+        return
+    initialize = WorkerWrapperBase.initialize_from_config
+
+    def determine_available_memory(self) -> int:
+        from vllm_sparse.backend import offload
+
+        return offload.available_memory(self.worker, self.worker.determine_available_memory())
+
+    @functools.wraps(initialize)
+    def initialize_from_config(self, kv_cache_configs):
+        from vllm_sparse.backend import offload
+
+        result = initialize(self, kv_cache_configs)
+        offload.build_store(self.worker, kv_cache_configs[self.global_rank])
+        return result
+
+    WorkerWrapperBase._vllm_sparse = True
+    WorkerWrapperBase.determine_available_memory = determine_available_memory
+    WorkerWrapperBase.initialize_from_config = initialize_from_config
 
 
 def head_major_layouts() -> tuple | None:

@@ -93,6 +93,22 @@ def prefill_rows(common, num_decodes: int, num_decode_tokens: int):
     )
 
 
+def rows_between(common, first: int, last: int, block_table: torch.Tensor):
+    """``common`` with rows ``first`` to ``last`` alone, over other pages; some rows in them may be empty."""
+    starts, starts_cpu = common.query_start_loc[first : last + 1], common.query_start_loc_cpu[first : last + 1]
+    tokens = slice(int(starts_cpu[0]), int(starts_cpu[-1]))
+    return compat.replace_rows(
+        common,
+        query_start_loc=starts - tokens.start,
+        query_start_loc_cpu=starts_cpu - tokens.start,
+        seq_lens=common.seq_lens[first:last],
+        num_reqs=last - first,
+        num_actual_tokens=tokens.stop - tokens.start,
+        block_table_tensor=block_table,
+        slot_mapping=common.slot_mapping[tokens],
+    )
+
+
 def short_rows(common, dense_seq_lens: torch.Tensor):
     """``common`` with the lengths of rows that go dense; 0 for the others."""
     return compat.replace_rows(common, seq_lens=dense_seq_lens)

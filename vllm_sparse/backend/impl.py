@@ -15,10 +15,12 @@ from vllm_sparse.backend import dense
 from vllm_sparse.backend.backend import SparseBackend
 from vllm_sparse.backend.metadata import SparseMetadata
 from vllm_sparse.backend.workspace import Workspace
-from vllm_sparse.config import SparseConfig
-from vllm_sparse.engines import PREFILL_ORDER, choose_engine
+from vllm_sparse.config import ConfigError, SparseConfig
+from vllm_sparse.engines import OFFLOAD_ORDER, PREFILL_ORDER, choose_engine
 from vllm_sparse.engines.base import AttentionShape
 from vllm_sparse.head_patterns import HeadPatterns
+from vllm_sparse.offload.store import OffloadedLayer
+from vllm_sparse.page_table import summaries_as_pages
 from vllm_sparse.pattern_table import PatternTable
 from vllm_sparse.policies import get_decode_policy, get_prefill_policy
 from vllm_sparse.prefill import SparsePrefill
@@ -56,10 +58,13 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         self.config = SparseConfig.from_vllm(vllm_config)
         self.policy = get_decode_policy(self.config.decode_policy)
+        self.offloaded: OffloadedLayer | None = None
+        """This layer's part of the offload store, from the time that vLLM has settled on its blocks."""
         self.device = torch.device(current_platform.device_type)
         self.dtype = torch.get_default_dtype()
         self.cache_dtype = self.dtype if kv_cache_dtype == "auto" else getattr(torch, kv_cache_dtype)
         SparseBackend.summary, SparseBackend.item_bytes = self.policy.summary, self.cache_dtype.itemsize
+        SparseBackend.on_host = self.config.offload is not None
         self.soft_cap = logits_soft_cap or 0.0
         self.dense_reason = self._why_dense()
         self.stock_impl = None
@@ -69,6 +74,11 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
                 num_heads, head_size, scale, num_kv_heads, alibi_slopes, None, kv_cache_dtype,
                 logits_soft_cap, attn_type, kv_sharing_target_layer_name,
             )  # fmt: skip
+        if self.config.offload is not None and self.dense_reason is not None:
+            raise ConfigError(
+                f"sparse.offload: a layer of this model would run dense ({self.dense_reason}), over its whole "
+                f"context on the host; allowed: models all of whose layers run sparse"
+            )
         self.workspace = self._share_or_allocate_workspace(vllm_config)
 
     def _why_dense(self) -> str | None:
@@ -106,7 +116,10 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
         shape = AttentionShape(
             self.device, self.dtype, self.num_heads, self.num_kv_heads, self.head_size, page_size
         )
-        self.engine = choose_engine(self.config.engine, shape)
+        if self.config.offload is None:
+            self.engine = choose_engine(self.config.engine, shape)
+        else:
+            self.engine = choose_engine(self.config.engine, shape, OFFLOAD_ORDER)
         self.prefill_engine = choose_engine(self.config.engine, shape, PREFILL_ORDER)
         if self.stock_impl is None:
             self.dense = dense.TorchDense(self.scale, page_size, self.soft_cap, self.alibi_slopes)
@@ -139,11 +152,17 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
 
     def warm_up_prefill(self) -> None:
         """Compile the kernels of sparse prefill; layers of equal shape share them."""
-        rows = summary_rows(self.policy.summary, self.page_size, self.head_size, self.cache_dtype.itemsize)
-        self.prefill.warm_up(self.num_kv_heads, self.page_size + rows, self.head_size, self.num_heads, self.dtype)
+        rows = self.page_size
+        if self.config.offload is None:
+            rows += summary_rows(self.policy.summary, self.page_size, self.head_size, self.cache_dtype.itemsize)
+        self.prefill.warm_up(self.num_kv_heads, rows, self.head_size, self.num_heads, self.dtype)
 
     def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping) -> None:
         """Write K and V of new tokens and refresh the summaries of the pages they touch."""
+        if self.config.offload is not None:
+            if self.offloaded is not None:
+                self.offloaded.write(key, value, slot_mapping, kv_cache, self.policy.summary)
+            return
         self.kernels.page_write(key, value, kv_cache, slot_mapping, self.page_size, self.policy.summary)
 
     def forward(
@@ -163,13 +182,16 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
         Args:
             query, output: [num_tokens, num_heads, head_size].
             key, value: [num_tokens, num_kv_heads, head_size]; already in the cache.
-            kv_cache: [num_blocks, num_kv_heads, page_size + summary rows, 2 * head_size].
+            kv_cache: [num_blocks, num_kv_heads, page_size + summary rows, 2 * head_size]; the summary rows
+                alone with offload.
             attn_metadata: None in profiling runs.
         """
         if output_scale is not None or output_block_scale is not None:
             raise ValueError("the sparse backend does not quantise its output")
         if attn_metadata is None:
             return output.zero_()
+        if self.config.offload is not None:
+            return self._attend_offloaded(layer, query, key, value, kv_cache, attn_metadata, output)
         md, decodes = attn_metadata, attn_metadata.num_decodes
         if self.dense_reason is not None:
             self.dense.attend(layer, query, key, value, kv_cache, md.dense_all, output)
@@ -204,3 +226,32 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
                 self.page_size, self.scale, md.guard, self.layer_index,
             )  # fmt: skip
         self.engine.attend(query, kv_cache, md.table, self.page_size, self.scale, output)
+
+    def _attend_offloaded(
+        self, layer, query, key, value, summaries, md: SparseMetadata, output: torch.Tensor
+    ) -> torch.Tensor:
+        """The same with K and V on the host: prefill reads contexts into buffers, decode the chosen units."""
+        offloaded, decodes = self.offloaded, md.num_decodes
+        if offloaded is None:  # graphs captured to see what they take, before there is a cache
+            return output.zero_()
+        for index, run in enumerate(md.runs):
+            kv = offloaded.store.contexts.open(offloaded.index, md.runs, index)
+            if run.chunk is not None:
+                self.prefill.attend(query, kv, run.block_table, run.chunk, output)
+            else:
+                rows = run.tokens
+                self.dense.attend(layer, query[rows], key[rows], value[rows], kv, run.dense, output[rows])
+        if not decodes:
+            return output
+        query, out, block_table = query[:decodes], output[:decodes], md.block_table[:decodes]
+        if md.dense_short is not None:
+            self.dense.attend(layer, query, key[:decodes], value[:decodes], offloaded.host, md.dense_short, out)
+        pages = summaries_as_pages(summaries, self.page_size)
+        self.policy.score(query, pages, block_table, md.plan, self.page_size, self.scale, md.scores)
+        self.kernels.select_pages(
+            md.scores, block_table, md.plan, offloaded.host, self.page_size,
+            self.budget_pages, self.sink_pages, self.config.window_tokens, md.table, self.coverage,
+        )  # fmt: skip
+        offloaded.bring(md.table)
+        self.engine.attend(query, offloaded.hot, md.table, self.page_size, self.scale, out, offloaded.host)
+        return output

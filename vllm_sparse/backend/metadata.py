@@ -9,6 +9,7 @@ import torch
 
 from vllm_sparse.decode_plan import DecodePlan
 from vllm_sparse.guard import Guard
+from vllm_sparse.offload.context import ContextRun
 from vllm_sparse.page_scores import PageScores
 from vllm_sparse.page_table import PageTable
 from vllm_sparse.query_blocks import QueryBlocks
@@ -40,5 +41,7 @@ class SparseMetadata:
     """The same for prefill rows alone, None where none is dense; those in ``chunks`` have length 0."""
     chunks: list[QueryBlocks] = field(default_factory=list)
     """Prefill rows that attend over chosen pages."""
+    runs: list[ContextRun] = field(default_factory=list)
+    """Offload: all prefill rows, dense or not, in place of ``dense_prefill`` and ``chunks``."""
     dense_short: Any = None
     """The same for decode rows with lengths ``plan.dense_seq_lens``, None where the table takes them."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import torch
 
-from vllm_sparse.backend import compat
+from vllm_sparse.backend import compat, dense
 from vllm_sparse.config import SparseConfig
+from vllm_sparse.offload.context import ContextRun
 from vllm_sparse.prefill import plan_chunks
 from vllm_sparse.query_blocks import QueryBlocks
 
@@ -32,3 +35,92 @@ def dense_rows(prefills, chunks: list[QueryBlocks], num_decodes: int):
     if prefills.seq_lens.is_cuda:
         dense = dense.pin_memory().to(prefills.seq_lens.device, non_blocking=True)
     return compat.replace_rows(prefills, seq_lens=prefills.seq_lens * dense)
+
+
+@dataclass
+class _Context:
+    """One request of a run."""
+
+    request: int
+    old_pages: int
+    """Pages that earlier steps filled."""
+    num_pages: int
+    """Pages with this step's tokens."""
+    staged: int
+    """Staging page of its first new page."""
+    place: int
+    """Page of the buffer at which it starts."""
+
+
+def context_runs(
+    common, num_decodes: int, config: SparseConfig, page_size: int, max_pages: int, builder: dense.DenseBuilder
+) -> list[ContextRun]:
+    """Prefill rows of a step in offload mode, in parts whose contexts fit a buffer of ``max_pages``.
+
+    vLLM's bound on a length is exact, as there are no drafts. Dummy runs carry none, and may wait for the
+    device. Staging pages are counted as :mod:`vllm_sparse.kernels.plan_writes` does: one per decode row,
+    then those that each chunk touches.
+    """
+    lens = common.seq_lens_cpu_upper_bound
+    lens = (common.seq_lens if lens is None else lens)[: common.num_reqs].tolist()
+    starts = common.query_start_loc_cpu.tolist()
+    chunks = {chunk.request: chunk for chunk in sparse_chunks(common, num_decodes, config)}
+    runs: list[ContextRun] = []
+    together: list[_Context] = []
+
+    def add_dense_run() -> None:
+        if together:
+            first, last = together[0].request, together[-1].request + 1
+            run = _run_of(together, slice(starts[first], starts[last]), common.block_table_tensor)
+            rows = dense.rows_between(common, first, last, run.block_table)
+            run.dense = builder.build("prefill", rows, fast_build=True)
+            runs.append(run)
+            together.clear()
+
+    staged = num_decodes
+    for request in range(num_decodes, common.num_reqs):
+        start, end, seq_len = starts[request], starts[request + 1], lens[request]
+        if start == end:
+            continue
+        old, pages = (seq_len - (end - start)) // page_size, -(-seq_len // page_size)
+        place = together[-1].place + together[-1].num_pages if together else 0
+        if together and (request in chunks or request > together[-1].request + 1 or place + pages > max_pages):
+            add_dense_run()
+            place = 0
+        together.append(_Context(request, old, pages, staged, place))
+        staged += pages - old
+        if request in chunks:
+            run = _run_of(together, slice(start, end), common.block_table_tensor)
+            run.chunk = replace(chunks[request], request=0)
+            runs.append(run)
+            together.clear()
+    add_dense_run()
+    return runs
+
+
+def _run_of(contexts: list[_Context], tokens: slice, block_table: torch.Tensor) -> ContextRun:
+    """Where everything comes from and goes to, in one copy to the device."""
+    rows, old, old_places, new, new_places = [], [], [], [], []
+    for context in contexts:
+        border, end = context.place + context.old_pages, context.place + context.num_pages
+        rows += [context.request] * context.old_pages
+        old += range(context.old_pages)
+        old_places += range(context.place, border)
+        new += range(context.staged, context.staged + context.num_pages - context.old_pages)
+        new_places += range(border, end)
+    places = [context.place for context in contexts]
+    host = torch.tensor(rows + old + old_places + new + new_places + places, dtype=torch.int32)
+    if block_table.is_cuda:
+        host = host.pin_memory().to(block_table.device, non_blocking=True)
+    sizes = [len(part) for part in (rows, old, old_places, new, new_places, places)]
+    rows, old, old_places, new, new_places, places = host.split(sizes)
+    pages = torch.arange(max(context.num_pages for context in contexts), dtype=torch.int32, device=host.device)
+    return ContextRun(
+        tokens=tokens,
+        # Past its own pages a row of the table means nothing.
+        block_table=places[:, None] + pages,
+        old_blocks=block_table[rows.long(), old.long()],
+        old_places=old_places,
+        new_pages=new,
+        new_places=new_places,
+    )

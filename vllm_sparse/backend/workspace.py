@@ -33,6 +33,8 @@ class Workspace:
     table: PageTable
     scores: PageScores
     page_size: int
+    max_pages: int
+    """Of the longest context."""
     prefill: PrefillBuffers | None = None
     """None where prefill is dense."""
 
@@ -73,6 +75,7 @@ class Workspace:
             table=PageTable.empty(max_num_reqs, kv_heads, min(config.table_pages(page_size), max_pages), device),
             scores=PageScores.empty(q_heads, capacity, max_num_reqs, device),
             page_size=page_size,
+            max_pages=max_pages,
         )
         if config.prefill_policy != "dense":
             workspace.prefill = PrefillBuffers.allocate(

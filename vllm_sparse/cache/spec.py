@@ -23,19 +23,26 @@ class SparseAttentionSpec(FullAttentionSpec):
 
     summary: str = "none"
     """One of :data:`vllm_sparse.summaries.SUMMARIES`."""
+    on_host: bool = False
+    """Offload: K and V are in CPU memory, and a block of vLLM's holds the summary rows alone."""
 
     @property
     def summary_rows(self) -> int:
-        return summaries.summary_rows(self.summary, self.block_size, self.head_size, self.dtype.itemsize)
+        return summaries.summary_rows(
+            self.summary, self.block_size, self.head_size, self.dtype.itemsize, least=int(self.on_host)
+        )
 
     @property
     def real_page_size_bytes(self) -> int:
         content_bytes = super().real_page_size_bytes
         if compat.pages_count_rows():
             return content_bytes
-        return content_bytes // self.block_size * (self.block_size + self.summary_rows)
+        rows = self.summary_rows if self.on_host else self.block_size + self.summary_rows
+        return content_bytes // self.block_size * rows
 
     def get_num_kernel_states(self, kernel_block_size: int) -> int:
+        if self.on_host:
+            return self.summary_rows
         return super().get_num_kernel_states(kernel_block_size) + self.summary_rows
 
     @classmethod
@@ -46,22 +53,23 @@ class SparseAttentionSpec(FullAttentionSpec):
         return specs[0]
 
     @classmethod
-    def extend(cls, spec: FullAttentionSpec, summary: str) -> SparseAttentionSpec:
-        """``spec`` with the rows of a summary added."""
+    def extend(cls, spec: FullAttentionSpec, summary: str, on_host: bool = False) -> SparseAttentionSpec:
+        """``spec`` with the rows of a summary added, or with nothing but them."""
         if spec.head_size_v != spec.head_size:
             raise ValueError(
                 f"sparse attention needs equal K and V head sizes, not {spec.head_size} and {spec.head_size_v}; "
                 f"use another --attention-backend for this model"
             )
         values = {field.name: getattr(spec, field.name) for field in fields(spec) if field.init}
-        return cls(**values, summary=summary)
+        return cls(**values, summary=summary, on_host=on_host)
 
 
 class SparseAttentionManager(FullAttentionManager):
     """Block manager of sparse pages.
 
     Blocks, prefix hits and preemption are those of full attention, since a summary is a function of
-    its page's keys and lives in the page; the class is where offload will hook in.
+    its page's keys and lives in the page. With offload a block names a page of the host pool as well, so
+    they span host memory.
     """
 
 

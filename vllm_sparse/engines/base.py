@@ -44,6 +44,7 @@ class Engine(ABC):
         page_size: int,
         scale: float,
         out: torch.Tensor,
+        host: torch.Tensor | None = None,
     ) -> None:
         """Write the attention of each query over its pages to ``out``.
 
@@ -54,6 +55,8 @@ class Engine(ABC):
             page_size: tokens per page.
             scale: softmax scale.
             out: [num_reqs, q_heads, head_dim], the dtype of ``q``.
+            host: [num_blocks, kv_heads, page_size, 2 * head_dim], where a unit below 0 is unit ``~unit`` of it;
+                given to the engines of ``OFFLOAD_ORDER`` only.
         """
 
     def attend_blocks(

@@ -40,7 +40,8 @@ class FA3Engine(Engine):
         # Made here and not on first use, which may be inside a CUDA graph's capture.
         self._starts = _sequence_starts(torch.cuda.current_device())
 
-    def attend(self, q, kv, table, page_size, scale, out):
+    def attend(self, q, kv, table, page_size, scale, out, host=None):
+        assert host is None, "this engine attends to pages on the GPU only"
         num_reqs, q_heads, head_dim = q.shape
         kv_heads = kv.shape[1]
         rows, group = num_reqs * kv_heads, q_heads // kv_heads

@@ -19,6 +19,10 @@ PREFILL_ORDER = ("fa3", "triton", "torch")
 """What ``auto`` tries for prefill: only FlashAttention-3 uses all of a Hopper's tensor cores."""
 
 
+OFFLOAD_ORDER = ("triton", "torch")
+"""What ``auto`` tries for decode with offload: engines that also attend to units on the host."""
+
+
 def engine_class(name: str) -> type[Engine]:
     module, _, attribute = ENGINES[name].rpartition(".")
     return getattr(import_module(module), attribute)

@@ -46,7 +46,8 @@ class XFormersEngine(Engine):
         self._inputs = common.Inputs
         self._bias = attn_bias
 
-    def attend(self, q, kv, table, page_size, scale, out):
+    def attend(self, q, kv, table, page_size, scale, out, host=None):
+        assert host is None, "this engine attends to pages on the GPU only"
         num_reqs, q_heads, head_dim = q.shape
         kv_heads = kv.shape[1]
         rows, group = num_reqs * kv_heads, q_heads // kv_heads

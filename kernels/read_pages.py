@@ -1,0 +1,56 @@
+"""read_pages: pages of contexts into a buffer: ``out[places[p], h] = source[blocks[p], h, :page_size]``.
+
+A few programs keep a link to the host busy and leave the other multiprocessors to what computes meanwhile.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+TUNING = {"num_warps": 8, "block": 4096}
+
+
+@triton.jit(do_not_specialize=["num_units"])
+def _read_pages(
+    source, blocks, out, places, source_stride_b, source_stride_h, out_stride_b, out_stride_h, num_units,
+    KV_HEADS: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    item = tl.program_id(0)
+    while item < num_units:
+        page, head = (item // KV_HEADS).to(tl.int64), (item % KV_HEADS).to(tl.int64)
+        block, place = tl.load(blocks + page).to(tl.int64), tl.load(places + page).to(tl.int64)
+        unit = source + block * source_stride_b + head * source_stride_h
+        target = out + place * out_stride_b + head * out_stride_h
+        for start in range(0, UNIT, BLOCK):
+            cells = start + tl.arange(0, BLOCK)
+            tl.store(target + cells, tl.load(unit + cells, mask=cells < UNIT), mask=cells < UNIT)
+        item += tl.num_programs(0)
+
+
+def read_pages(
+    source: torch.Tensor, blocks: torch.Tensor, out: torch.Tensor, places: torch.Tensor, programs: int
+) -> None:
+    """Copy K and V of whole pages.
+
+    Args:
+        source: [num_blocks, kv_heads, page_size or more rows, 2 * head_dim], on the GPU or pinned.
+        blocks: int32 [num_pages], pages of ``source``.
+        out: [pages, kv_heads, page_size, 2 * head_dim].
+        places: int32 [num_pages], pages of ``out``, all different.
+        programs: most programs that share the work.
+    """
+    kv_heads, page_size, content = out.shape[1:]
+    num_units = blocks.shape[0] * kv_heads
+    assert blocks.shape == places.shape and blocks.stride(0) == places.stride(0) == 1
+    assert source.shape[1] == kv_heads
+    assert source.stride(2) == out.stride(2) == content and source.stride(3) == out.stride(3) == 1
+    if num_units == 0:
+        return
+    unit = page_size * content
+    _read_pages[(min(programs, num_units),)](
+        source, blocks, out, places, source.stride(0), source.stride(1), out.stride(0), out.stride(1), num_units,
+        KV_HEADS=kv_heads, UNIT=unit, BLOCK=min(TUNING["block"], triton.next_power_of_2(unit)),
+        num_warps=TUNING["num_warps"],
+    )  # fmt: skip

@@ -1,0 +1,134 @@
+"""Plain-torch twins of the offload launchers, same names and signatures; see :mod:`reference`."""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_sparse.offload.residency import HASH, Residency
+from vllm_sparse.offload.sizing import WAYS
+from vllm_sparse.offload.transfer import WritePlan
+from vllm_sparse.page_table import PageTable
+
+
+def plan_writes(slot_mapping: torch.Tensor, page_size: int, plan: WritePlan) -> None:
+    slots = slot_mapping.long()
+    written, block, row = slots >= 0, slots // page_size, slots % page_size
+    marked = torch.where(written, block, -1)
+    before = torch.cat([marked.new_full((1,), -2), marked[:-1]])
+    after = torch.cat([marked[1:], marked.new_full((1,), -2)])
+    starts, ends = written & (before != marked), written & (after != marked)
+    staged = starts.cumsum(0) - 1
+    plan.staged_slots[: len(slots)] = torch.where(written, staged * page_size + row, -1)
+    count = int(starts.sum())
+    plan.blocks[:count] = block[starts].int()
+    plan.first_row[:count] = row[starts].int()
+    plan.end_row[:count] = row[ends].int() + 1
+    plan.num_pages.fill_(count)
+    plan.clock += 1
+    plan.num_misses.zero_()
+
+
+def stage_pages(
+    host: torch.Tensor, summaries: torch.Tensor, plan: WritePlan, num_tokens: int, hot: torch.Tensor
+) -> None:
+    for page, block, first, _ in _staged(plan):
+        hot[page, :, :first] = host[block, :, :first]
+        if first:
+            hot[page, :, host.shape[2] :] = summaries[block]
+
+
+def write_through(
+    hot: torch.Tensor,
+    plan: WritePlan,
+    num_tokens: int,
+    host: torch.Tensor,
+    summaries: torch.Tensor,
+    residency: Residency,
+) -> None:
+    heads, page_size = host.shape[1], host.shape[2]
+    for page, block, first, end in _staged(plan):
+        host[block, :, first:end] = hot[page, :, first:end]
+        summaries[block] = hot[page, :, page_size:]
+        units = slice(block * heads, (block + 1) * heads)
+        slots = residency.slot_of[units].long()
+        slots = slots[slots >= 0]
+        residency.slot_unit[slots] = -1
+        residency.last_use[slots] = 0
+        residency.slot_of[units] = -1
+
+
+def find_slots(
+    table: PageTable,
+    kv_heads: int,
+    page_size: int,
+    plan: WritePlan,
+    layer: int,
+    residency: Residency,
+    misses: torch.Tensor,
+    counters: torch.Tensor,
+) -> None:
+    width, missing = table.units.shape[1], []
+    for row, length in enumerate(table.lengths.tolist()):
+        if length == 0:
+            continue
+        request, head = divmod(row, kv_heads)
+        pages = -(-length // page_size)
+        units = table.units[row, :pages].clone()
+        slots = residency.slot_of[units[:-1].long()]
+        hit = slots >= 0
+        residency.last_use[slots[hit].long()] = plan.clock
+        table.units[row, : pages - 1] = torch.where(hit, residency.first_unit + slots, ~units[:-1])
+        staged = int(plan.staged_slots[request]) // page_size
+        table.units[row, pages - 1] = max(staged, 0) * kv_heads + head
+        missing.append(row * width + torch.nonzero(~hit).squeeze(1))
+        counters[0] += pages - 1
+    if missing:
+        missing = torch.cat(missing)
+        misses[: len(missing)] = missing.int()
+        plan.num_misses[layer] = len(missing)
+
+
+def fetch_units(
+    host: torch.Tensor,
+    table: PageTable,
+    plan: WritePlan,
+    layer: int,
+    residency: Residency,
+    misses: torch.Tensor,
+    hot: torch.Tensor,
+    counters: torch.Tensor,
+) -> None:
+    heads, page_size = host.shape[1], host.shape[2]
+    units, now = table.units.view(-1), int(plan.clock)
+    for at in misses[: int(plan.num_misses[layer])].tolist():
+        unit = ~int(units[at])
+        first = ((unit * HASH & 0xFFFFFFFF) * residency.num_sets >> 32) * WAYS
+        ages = residency.last_use[first : first + WAYS]
+        if not len(ages) or int(ages.min()) >= now:
+            counters[2] += 1
+            continue
+        slot = first + int(ages.argmin())
+        residency.last_use[slot] = now
+        old = int(residency.slot_unit[slot])
+        if old >= 0 and int(residency.slot_of[old]) == slot:
+            residency.slot_of[old] = -1
+        residency.slot_unit[slot] = unit
+        residency.slot_of[unit] = slot
+        place = residency.first_unit + slot
+        block, head = divmod(unit, heads)
+        hot[place // heads, place % heads, :page_size] = host[block, head]
+        units[at] = place
+        counters[1] += 1
+
+
+def read_pages(
+    source: torch.Tensor, blocks: torch.Tensor, out: torch.Tensor, places: torch.Tensor, programs: int
+) -> None:
+    out[places.long()] = source[blocks.long(), :, : out.shape[2]]
+
+
+def _staged(plan: WritePlan):
+    """Yield (staged page, block, first row, end row)."""
+    count = int(plan.num_pages)
+    columns = (plan.blocks, plan.first_row, plan.end_row)
+    yield from zip(range(count), *(column[:count].tolist() for column in columns), strict=True)

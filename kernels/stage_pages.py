@@ -1,0 +1,65 @@
+"""stage_pages: what earlier steps wrote of the pages that this one goes on writing, from host to GPU.
+
+    hot[s, h, r]          = host[blocks[s], h, r]        for r < first_row[s]
+    hot[s, h, page_size:] = summaries[blocks[s], h]      if first_row[s] > 0
+
+Pages that begin in this step, as most do in prefill, cost nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_sparse.offload.transfer import WritePlan
+
+
+@triton.jit
+def _stage_pages(
+    host, summaries, hot, blocks, first_row, num_pages,
+    host_stride_b, host_stride_h, summary_stride_b, summary_stride_h, hot_stride_b, hot_stride_h,
+    CONTENT: tl.constexpr, BLOCK_C: tl.constexpr, PAGE: tl.constexpr, SUMMARY: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    page, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    if page >= tl.load(num_pages):
+        return
+    first = tl.load(first_row + page)
+    if first == 0:
+        return
+    block = tl.load(blocks + page).to(tl.int64)
+    rows, column = tl.arange(0, PAGE)[:, None], tl.arange(0, BLOCK_C)[None, :]
+    mask = (rows < first) & (column < CONTENT)
+    cells = rows * CONTENT + column
+    kv = tl.load(host + block * host_stride_b + head * host_stride_h + cells, mask=mask)
+    staged = hot + page * hot_stride_b + head * hot_stride_h
+    tl.store(staged + cells, kv, mask=mask)
+    cell = tl.arange(0, BLOCK_S)
+    summary = tl.load(summaries + block * summary_stride_b + head * summary_stride_h + cell, mask=cell < SUMMARY)
+    tl.store(staged + PAGE * CONTENT + cell, summary, mask=cell < SUMMARY)
+
+
+def stage_pages(
+    host: torch.Tensor, summaries: torch.Tensor, plan: WritePlan, num_tokens: int, hot: torch.Tensor
+) -> None:
+    """Copy the older rows of this step's pages, and the summaries of them, to their staging pages.
+
+    Args:
+        host: [num_blocks, kv_heads, page_size, 2 * head_dim], pinned.
+        summaries: [num_blocks, kv_heads, summary rows, 2 * head_dim].
+        plan: this step's pages.
+        num_tokens: tokens of the step, which bound its pages.
+        hot: [pages, kv_heads, page_size + summary rows, 2 * head_dim]; the first are staging pages.
+    """
+    _, kv_heads, page_size, content = host.shape
+    rows = summaries.shape[2]
+    assert host.stride(2) == hot.stride(2) == summaries.stride(2) == content
+    assert host.stride(3) == hot.stride(3) == summaries.stride(3) == 1 and hot.shape[2] == page_size + rows
+    most_pages = min(num_tokens, len(plan.blocks))
+    _stage_pages[(most_pages, kv_heads)](
+        host, summaries, hot, plan.blocks, plan.first_row, plan.num_pages,
+        host.stride(0), host.stride(1), summaries.stride(0), summaries.stride(1), hot.stride(0), hot.stride(1),
+        CONTENT=content, BLOCK_C=triton.next_power_of_2(content), PAGE=page_size, SUMMARY=rows * content,
+        BLOCK_S=triton.next_power_of_2(rows * content),
+    )  # fmt: skip

@@ -1,0 +1,79 @@
+"""write_through: a step's new rows to the host, and the summaries of their pages to vLLM's blocks.
+
+    host[blocks[s], h, r]   = hot[s, h, r]               for first_row[s] <= r < end_row[s]
+    summaries[blocks[s], h] = hot[s, h, page_size:]
+    slot of unit (blocks[s], h) = none
+
+A unit that a slot holds is a complete page; that its block is written again means that the block has a
+new owner, or that the end of a context was taken back.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_sparse.offload.residency import Residency
+from vllm_sparse.offload.transfer import WritePlan
+
+
+@triton.jit
+def _write_through(
+    hot, host, summaries, blocks, first_row, end_row, num_pages, slot_of, slot_unit, last_use,
+    hot_stride_b, hot_stride_h, host_stride_b, host_stride_h, summary_stride_b, summary_stride_h,
+    KV_HEADS: tl.constexpr, CONTENT: tl.constexpr, BLOCK_C: tl.constexpr, PAGE: tl.constexpr,
+    SUMMARY: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    page, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    if page >= tl.load(num_pages):
+        return
+    block = tl.load(blocks + page).to(tl.int64)
+    first, end = tl.load(first_row + page), tl.load(end_row + page)
+    rows, column = tl.arange(0, PAGE)[:, None], tl.arange(0, BLOCK_C)[None, :]
+    staged = hot + page * hot_stride_b + head * hot_stride_h
+    cells = rows * CONTENT + column
+    mask = (rows >= first) & (rows < end) & (column < CONTENT)
+    tl.store(host + block * host_stride_b + head * host_stride_h + cells, tl.load(staged + cells, mask=mask),
+             mask=mask)  # fmt: skip
+    cell = tl.arange(0, BLOCK_S)
+    summary = tl.load(staged + PAGE * CONTENT + cell, mask=cell < SUMMARY)
+    tl.store(summaries + block * summary_stride_b + head * summary_stride_h + cell, summary, mask=cell < SUMMARY)
+    unit = block * KV_HEADS + head
+    slot = tl.load(slot_of + unit)
+    if slot >= 0:
+        tl.store(slot_unit + slot, -1)
+        tl.store(last_use + slot, 0)
+        tl.store(slot_of + unit, -1)
+
+
+def write_through(
+    hot: torch.Tensor,
+    plan: WritePlan,
+    num_tokens: int,
+    host: torch.Tensor,
+    summaries: torch.Tensor,
+    residency: Residency,
+) -> None:
+    """Write what this step added to its staging pages to where it is kept.
+
+    Args:
+        hot: [pages, kv_heads, page_size + summary rows, 2 * head_dim]; the first are staging pages.
+        plan: this step's pages.
+        num_tokens: tokens of the step, which bound its pages.
+        host: [num_blocks, kv_heads, page_size, 2 * head_dim], pinned.
+        summaries: [num_blocks, kv_heads, summary rows, 2 * head_dim].
+        residency: the layer's; units that are written are forgotten.
+    """
+    _, kv_heads, page_size, content = host.shape
+    rows = summaries.shape[2]
+    assert host.stride(2) == hot.stride(2) == summaries.stride(2) == content == hot.shape[3]
+    assert host.stride(3) == hot.stride(3) == summaries.stride(3) == 1 and hot.shape[2] == page_size + rows
+    most_pages = min(num_tokens, len(plan.blocks))
+    _write_through[(most_pages, kv_heads)](
+        hot, host, summaries, plan.blocks, plan.first_row, plan.end_row, plan.num_pages,
+        residency.slot_of, residency.slot_unit, residency.last_use,
+        hot.stride(0), hot.stride(1), host.stride(0), host.stride(1), summaries.stride(0), summaries.stride(1),
+        KV_HEADS=kv_heads, CONTENT=content, BLOCK_C=triton.next_power_of_2(content), PAGE=page_size,
+        SUMMARY=rows * content, BLOCK_S=triton.next_power_of_2(rows * content),
+    )  # fmt: skip

@@ -1,0 +1,112 @@
+"""Random stores of offloaded pages that kernel and fault tests share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from cases import DEVICE, ON_GPU
+
+from vllm_sparse.offload.pool import view_from_device
+from vllm_sparse.offload.residency import Residency
+from vllm_sparse.offload.transfer import WritePlan
+from vllm_sparse.page_table import PageTable
+
+
+@dataclass
+class Store:
+    """One layer of a store: host pages with contents, poison elsewhere."""
+
+    host: torch.Tensor
+    hot: torch.Tensor
+    summaries: torch.Tensor
+    plan: WritePlan
+    residency: Residency
+    misses: torch.Tensor
+    counters: torch.Tensor
+    page_size: int
+    layer: int = 1
+
+    @property
+    def kv_heads(self) -> int:
+        return self.host.shape[1]
+
+    def contents(self, units: torch.Tensor) -> torch.Tensor:
+        """K and V of places in a page table: in the hot store, or, below 0, on the host."""
+        units = units.long()
+        hot, host = self.hot[:, :, : self.page_size].flatten(0, 1), self.host.flatten(0, 1)
+        return torch.where((units >= 0)[:, None, None], hot[units.clamp(min=0)], host[(~units).clamp(min=0)])
+
+
+def on_host(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` as the engine keeps host pages: pinned and seen from the GPU, or as it is on a CPU."""
+    return view_from_device(tensor.pin_memory()) if ON_GPU else tensor
+
+
+def make_store(
+    num_blocks: int,
+    kv_heads: int = 2,
+    head_dim: int = 32,
+    page_size: int = 16,
+    sets: int = 3,
+    staged: int = 12,
+    max_tokens: int = 256,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    summary_rows: int = 1,
+) -> Store:
+    generator = torch.Generator().manual_seed(seed)
+    host = torch.randn(num_blocks, kv_heads, page_size, 2 * head_dim, generator=generator).to(dtype)
+    pages = staged - (-16 * sets // kv_heads)
+    hot = torch.full((pages, kv_heads, page_size + summary_rows, 2 * head_dim), float("nan"), dtype=dtype)
+    summaries = torch.full((num_blocks, kv_heads, summary_rows, 2 * head_dim), float("nan"), dtype=dtype)
+    return Store(
+        host=on_host(host), hot=hot.to(DEVICE), summaries=summaries.to(DEVICE),
+        plan=WritePlan.empty(max_tokens, staged, 3, DEVICE),
+        residency=Residency.empty(num_blocks * kv_heads, 16 * sets, staged * kv_heads, DEVICE),
+        misses=torch.full((4096,), -7, dtype=torch.int32, device=DEVICE),
+        counters=torch.zeros(3, dtype=torch.int64, device=DEVICE), page_size=page_size,
+    )  # fmt: skip
+
+
+def chosen_pages(store: Store, rows: list[list[int]], width: int, last_tokens: int = 5) -> PageTable:
+    """A table of ``rows`` [request][blocks], the same for all heads; rows end in a page of ``last_tokens``."""
+    table = PageTable.empty(len(rows), store.kv_heads, width, DEVICE)
+    table.units.fill_(2**30)
+    for request, blocks in enumerate(rows):
+        for head in range(store.kv_heads):
+            row = request * store.kv_heads + head
+            units = torch.tensor(blocks, dtype=torch.int32, device=DEVICE) * store.kv_heads + head
+            table.units[row, : len(blocks)] = units
+            table.lengths[row] = max(0, (len(blocks) - 1) * store.page_size + last_tokens) if blocks else 0
+    return table
+
+
+def assert_consistent(store: Store) -> None:
+    """Every unit in the map lies in a slot of its own, with the host's contents."""
+    residency = store.residency
+    held = torch.nonzero(residency.slot_of >= 0).squeeze(1)
+    slots = residency.slot_of[held].long()
+    assert len(set(slots.tolist())) == len(slots), "two units in one slot"
+    assert torch.equal(residency.slot_unit[slots].long(), held)
+    found = store.contents(residency.first_unit + slots)
+    assert torch.equal(found, store.host.flatten(0, 1)[held])
+
+
+def copy_of(store: Store) -> Store:
+    """The same store in memory of its own, for a twin to work on."""
+
+    def clone(value):
+        if isinstance(value, torch.Tensor):
+            return value.clone()
+        if isinstance(value, WritePlan | Residency):
+            return type(value)(**{name: clone(field) for name, field in vars(value).items()})
+        return value
+
+    return Store(**{name: clone(value) for name, value in vars(store).items()})
+
+
+def tail_slots(blocks: list[int], rows: list[int], page_size: int) -> torch.Tensor:
+    """A decode step's slot mapping: one token per request; block -1: padding."""
+    slots = [block * page_size + row if block >= 0 else -1 for block, row in zip(blocks, rows, strict=True)]
+    return torch.tensor(slots, dtype=torch.int64, device=DEVICE)

@@ -1,0 +1,147 @@
+"""Offload on a GPU: pinned memory, CUDA graphs, both model runners, prefetch, no waiting for the device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import ON_GPU
+from test_gpu_engine import GRAPHS, LENGTHS, answer, assert_same, synchronising_lines  # noqa: F401
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not ON_GPU, reason="needs a CUDA GPU")]
+
+RESIDENT = {"budget_tokens": 512, "min_context_tokens": 1024, "dense_layers": 0}
+OFFLOAD = {**RESIDENT, "dense_layers": None, "offload": {"host_gib": 0.5}}
+FEW_SLOTS = {**OFFLOAD, "offload": {"host_gib": 0.5, "hot_fraction": 0.01}}
+NO_SLOTS = {**OFFLOAD, "offload": {"host_gib": 0.5, "hot_fraction": 0}}
+UNIT_BYTES = 16 * 2 * 64 * 4
+
+
+def store_of(llm):
+    worker = llm.llm_engine.model_executor.driver_worker.worker
+    layers = worker.vllm_config.compilation_config.static_forward_context.values()
+    return [layer.impl.offloaded for layer in layers if hasattr(layer, "impl")]
+
+
+def assert_store(llm) -> None:
+    """Slots hold what the pinned pool holds."""
+    torch.cuda.synchronize()
+    for part in store_of(llm):
+        residency, page_size = part.residency, part.host.shape[2]
+        held = torch.nonzero(residency.slot_of >= 0).squeeze(1)
+        slots = residency.slot_of[held].long()
+        assert len(slots.unique()) == len(slots)
+        assert torch.equal(residency.slot_unit[slots].long(), held)
+        hot = part.hot[:, :, :page_size].flatten(0, 1)[residency.first_unit + slots]
+        assert torch.equal(hot, part.host.flatten(0, 1)[held])
+
+
+@pytest.mark.parametrize("sparse", [OFFLOAD, FEW_SLOTS, NO_SLOTS], ids=["auto", "few_slots", "no_slots"])
+def test_tokens_are_those_of_resident_mode(answer, sparse):  # noqa: F811
+    from vllm_sparse import metrics
+
+    counts = {}
+
+    def see(llm):
+        counts.update(metrics.snapshot())
+        assert_store(llm)
+
+    found = answer(sparse=sparse, compilation_config=GRAPHS, see=see)
+    assert_same(found, answer(sparse=RESIDENT, compilation_config=GRAPHS))
+    assert counts["attended_tokens"] < 0.7 * counts["context_tokens"] and counts["unit_bytes"] == UNIT_BYTES
+    moved = counts["units_fetched"] + counts["units_in_place"]
+    assert 0 < moved <= counts["units_looked_up"]
+    assert (counts["units_in_place"] == counts["units_looked_up"]) == (sparse is NO_SLOTS)
+
+
+def test_graphs_replay_what_eager_computes(answer):  # noqa: F811
+    assert_same(answer(sparse=OFFLOAD, compilation_config=GRAPHS), answer(sparse=OFFLOAD))
+
+
+def test_piecewise_and_full_graphs_give_the_same(answer):  # noqa: F811
+    both = {"cudagraph_mode": "FULL_AND_PIECEWISE", "cudagraph_capture_sizes": [1, 2, 4, 8, 64, 512]}
+    assert_same(answer(sparse=OFFLOAD, compilation_config=both), answer(sparse=OFFLOAD))
+
+
+def test_model_runner_v2_answers_like_v1(answer, monkeypatch):  # noqa: F811
+    expected = answer(sparse=OFFLOAD, compilation_config=GRAPHS)
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    runner = []
+
+    def see(llm):
+        runner.append(type(llm.llm_engine.model_executor.driver_worker.worker.model_runner).__module__)
+
+    found = answer(sparse=OFFLOAD, compilation_config=GRAPHS, see=see)
+    assert "worker.gpu." in runner[0], f"ran {runner[0]}"
+    assert_same(found, expected)
+
+
+def test_sparse_prefill_is_that_of_resident_mode(answer):  # noqa: F811
+    prefill = {"prefill_policy": "vertical_slash", "min_prefill_tokens": 256, "prefill_coverage": 0,
+               "vertical_tokens": 128, "slash_tokens": 256}  # fmt: skip
+    assert_same(answer(sparse={**OFFLOAD, **prefill}), answer(sparse={**RESIDENT, **prefill}))
+
+
+def test_no_line_of_ours_waits_for_the_device(answer):  # noqa: F811
+    ours = []
+    answer(sparse=OFFLOAD, see=lambda llm: ours.extend(synchronising_lines(llm)))
+    assert not ours, ours[:3]
+
+
+def test_pinning_that_fails_half_way_gives_everything_back(monkeypatch):
+    """The third layer's memory cannot be pinned: a refusal with numbers, and none left pinned."""
+    from vllm_sparse.config import ConfigError
+    from vllm_sparse.offload import pool
+    from vllm_sparse.offload.sizing import CacheShape
+
+    pinned = []
+    pin, unpin = pool.pin, pool.unpin
+
+    def failing_pin(address, size):
+        if len(pinned) == 5:
+            raise RuntimeError("cudaHostRegister of 0.00 GiB: out of memory")
+        pin(address, size)
+        pinned.append(address)
+
+    def watched_unpin(address):
+        unpin(address)
+        pinned.remove(address)
+
+    monkeypatch.setattr(pool, "pin", failing_pin)
+    monkeypatch.setattr(pool, "unpin", watched_unpin)
+    monkeypatch.setattr(pool, "PIECE_BYTES", 1 << 20)
+    shape = CacheShape(4, 2, 64, 16, 4, 1)
+    with pytest.raises(ConfigError, match=r"sparse.offload.host_gib: .* could not be allocated and pinned"):
+        pool.HostPool(shape, 128, torch.float32, torch.device("cuda"))
+    assert not pinned
+    monkeypatch.undo()
+    again = pool.HostPool(shape, 128, torch.float32, torch.device("cuda"))
+    again.layers[3].fill_(2.0)
+    assert again.layers[3].is_cuda and again.layers[3].sum().item() == 2.0 * again.layers[3].numel()
+    again.close()
+
+
+def test_gather_from_pinned_memory_reaches_the_link(capsys):
+    """Not a benchmark: a fetch that crawls would mean pages are not mapped as meant."""
+    from offload_cases import chosen_pages, make_store, tail_slots
+    from vllm_sparse.kernels import launchers
+
+    store = make_store(16384, 8, 128, 16, sets=256, staged=2, dtype=torch.bfloat16, seed=1)
+    store.misses = torch.zeros(8 * 1024, dtype=torch.int32, device="cuda")
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    for _ in range(3):  # the first one compiles
+        before = store.counters[1].item()
+        blocks = torch.randperm(16000)[:512].tolist()
+        table = chosen_pages(store, [[*blocks, 16383]], 1024)
+        launchers.plan_writes(tail_slots([16383], [4], 16), 16, store.plan)
+        found = (store.plan, 1, store.residency, store.misses)
+        launchers.find_slots(table, 8, 16, *found, store.counters)
+        start.record()
+        launchers.fetch_units(store.host, table, *found, store.hot, store.counters)
+        end.record()
+        torch.cuda.synchronize()
+    moved = store.counters[1].item() - before
+    assert moved > 3000
+    rate = moved * 8192 / (start.elapsed_time(end) / 1e3) / 1e9
+    with capsys.disabled():
+        print(f"\nfetch_units: {moved} units of 8 KiB at {rate:.1f} GB/s")
+    assert rate > 5, "far below any link to host memory"

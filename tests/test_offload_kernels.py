@@ -1,0 +1,243 @@
+"""Offload kernels against their torch twins: on a GPU, or in Triton's interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import DEVICE, DTYPES, TOLERANCE, error
+from offload_cases import assert_consistent, chosen_pages, copy_of, make_store, tail_slots
+from vllm_sparse.kernels import reference
+
+pytest.importorskip("triton")
+from vllm_sparse.kernels import launchers, plan_writes
+
+from vllm_sparse.offload.residency import Residency
+
+# (kv_heads, head_dim, page_size)
+SHAPES = [(2, 32, 16), (1, 128, 16), (3, 96, 32), (2, 64, 64)]
+shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "kv{}_d{}_page{}".format(*shape))
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+
+
+def slots_of(parts: list, page_size: int) -> torch.Tensor:
+    """Slot mapping of [(blocks, first position, tokens)]; blocks None: padding."""
+    slots = []
+    for blocks, first, tokens in parts:
+        positions = torch.arange(first, first + tokens)
+        if blocks is None:
+            slots.append(torch.full((tokens,), -1))
+        else:
+            slots.append(torch.tensor(blocks)[positions // page_size] * page_size + positions % page_size)
+    return torch.cat(slots).to(torch.int64).to(DEVICE)
+
+
+def mixed_step(page_size: int) -> torch.Tensor:
+    """Decode rows, padding, a chunk from the middle of a page to that of another, one of whole pages."""
+    return slots_of(
+        [([5], 3, 1), ([9], page_size - 1, 1), (None, 0, 2), ([7, 2, 11], page_size // 2, 2 * page_size),
+         ([4, 8], 0, 2 * page_size), (None, 0, 3), ([3], 0, 1)],
+        page_size,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("block", [16, 1024])
+@pytest.mark.parametrize("page_size", [16, 64])
+def test_writes_are_planned_as_by_the_twin(page_size, block, monkeypatch):
+    """In one part, and in parts whose borders lie inside pages."""
+    monkeypatch.setattr(plan_writes, "BLOCK", block)
+    actual = make_store(16, page_size=page_size, max_tokens=400)
+    actual.plan.num_misses.fill_(9)
+    actual.plan.staged_slots.fill_(-9)
+    expected = copy_of(actual)
+    for slots in (mixed_step(page_size), slots_of([(None, 0, 4)], page_size), mixed_step(page_size)):
+        launchers.plan_writes(slots, page_size, actual.plan)
+        reference.plan_writes(slots, page_size, expected.plan)
+        for name, value in vars(actual.plan).items():
+            assert torch.equal(value, getattr(expected.plan, name)), name
+    assert actual.plan.clock.item() == 3 and actual.plan.num_pages.item() == 8
+
+
+@shapes
+@dtypes
+@pytest.mark.parametrize("summary_rows", [1, 2])
+def test_pages_are_staged_written_and_written_through_as_by_the_twin(shape, dtype, summary_rows):
+    kv_heads, head_dim, page_size = shape
+    actual = make_store(16, kv_heads, head_dim, page_size, dtype=dtype, max_tokens=400, summary_rows=summary_rows)
+    # Some of the blocks had owners whose units are in slots.
+    units = torch.arange(0, 16 * kv_heads, 3, device=DEVICE)
+    residency = actual.residency
+    residency.slot_of[units] = torch.arange(len(units), dtype=torch.int32, device=DEVICE)
+    residency.slot_unit[: len(units)] = units.int()
+    residency.last_use[: len(units)] = 1
+    expected = copy_of(actual)
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(2):
+        slots = mixed_step(page_size)
+        key, value = torch.randn(2, len(slots), kv_heads, head_dim, generator=generator).to(dtype).to(DEVICE)
+        for run, store in ((launchers, actual), (reference, expected)):
+            run.plan_writes(slots, page_size, store.plan)
+            run.stage_pages(store.host, store.summaries, store.plan, len(slots), store.hot)
+            staged = store.plan.staged_slots[: len(slots)]
+            reference.page_write(key, value, store.hot, staged, page_size, "key_range")
+            run.write_through(store.hot, store.plan, len(slots), store.host, store.summaries, store.residency)
+    assert torch.equal(actual.host, expected.host)
+    for name in ("hot", "summaries"):
+        ours, theirs = (getattr(store, name).contiguous().view(torch.int8) for store in (actual, expected))
+        assert torch.equal(ours, theirs), name
+    for name in ("slot_of", "slot_unit", "last_use"):
+        assert torch.equal(getattr(residency, name), getattr(expected.residency, name)), name
+    written = {5, 9, 7, 2, 11, 4, 8, 3}
+    for unit in units.tolist():
+        assert (residency.slot_of[unit].item() == -1) == (unit // kv_heads in written)
+    # The host now holds what was written, beside what was there.
+    assert torch.equal(
+        actual.host[4].transpose(0, 1)[:, :, :head_dim], key[len(key) - 4 - 2 * page_size :][:page_size]
+    )
+
+
+def decode(run, store, table, tails: list[int]) -> None:
+    slots = tail_slots(tails, [4] * len(tails), store.page_size)
+    run.plan_writes(slots, store.page_size, store.plan)
+    run.find_slots(
+        table,
+        store.kv_heads,
+        store.page_size,
+        store.plan,
+        store.layer,
+        store.residency,
+        store.misses,
+        store.counters,
+    )
+    run.fetch_units(
+        store.host, table, store.plan, store.layer, store.residency, store.misses, store.hot, store.counters
+    )
+
+
+@shapes
+@dtypes
+def test_chosen_units_are_found_or_fetched(shape, dtype):
+    """Steps of three requests, one of them padding; contents, maps and counts after each."""
+    kv_heads, head_dim, page_size = shape
+    store = make_store(40, kv_heads, head_dim, page_size, sets=4, dtype=dtype)
+    twin = copy_of(store)
+    generator = torch.Generator().manual_seed(1)
+    for step in range(6):
+        order = torch.randperm(38, generator=generator).tolist()
+        rows = [[*sorted(order[:5]), 38], [], [*sorted(order[4:9]), 39]]
+        tails = [38, -1, 39]
+        table, theirs = chosen_pages(store, rows, 130), chosen_pages(store, rows, 130)
+        wanted = table.units.clone()
+        decode(launchers, store, table, tails)
+        decode(reference, twin, theirs, tails)
+        assert_consistent(store)
+        assert_consistent(twin)
+        for row in range(3 * kv_heads):
+            request, head = divmod(row, kv_heads)
+            pages = len(rows[request])
+            if not pages:
+                assert torch.equal(table.units[row], wanted[row])
+                continue
+            found = table.units[row, : pages - 1]
+            assert torch.equal(store.contents(found), store.host.flatten(0, 1)[wanted[row, : pages - 1].long()])
+            staged = [0, None, 1][request]
+            assert table.units[row, pages - 1].item() == staged * kv_heads + head
+            assert (table.units[row, pages:] == 2**30).all()
+            held = store.residency.last_use[(found[found >= 0] - store.residency.first_unit).long()]
+            assert (held == step + 1).all()
+        assert store.counters[0].item() == twin.counters[0].item() == (step + 1) * 10 * kv_heads
+    assert store.counters[1] + store.counters[2] < store.counters[0], "nothing was ever found"
+    assert store.plan.num_misses[store.layer] < 10 * kv_heads
+    assert (store.plan.num_misses[[0, 2]] == 0).all()
+
+
+def test_a_unit_that_two_requests_share_is_found_by_both():
+    store = make_store(12, sets=2)
+    for _ in range(3):
+        table = chosen_pages(store, [[1, 2, 3, 10], [2, 3, 4, 11]], 8)
+        wanted = table.units.clone()
+        decode(launchers, store, table, [10, 11])
+        assert_consistent(store)
+        for row in range(4):
+            assert torch.equal(
+                store.contents(table.units[row, :3]), store.host.flatten(0, 1)[wanted[row, :3].long()]
+            )
+    assert store.plan.num_misses[store.layer] == 0
+
+
+@pytest.mark.parametrize("sets", [0, 1])
+def test_units_without_a_slot_are_left_on_the_host(sets):
+    store = make_store(40, kv_heads=1, sets=sets, staged=4)
+    table = chosen_pages(store, [[*range(30), 39]], 32)
+    decode(launchers, store, table, [39])
+    assert_consistent(store)
+    away = table.units[0, :30] < 0
+    assert away.sum() == 30 - 16 * sets == store.counters[2]
+    assert torch.equal(store.contents(table.units[0, :30]), store.host.flatten(0, 1)[:30])
+    # The next step does not need those that have slots, so the others take their places.
+    other = [unit for unit in range(30) if away[unit]][:8]
+    table = chosen_pages(store, [[*other, 39]], 32)
+    decode(launchers, store, table, [39])
+    assert ((table.units[0, :8] < 0).sum() == 0) == (sets > 0)
+    assert_consistent(store)
+
+
+def test_the_least_recently_used_slot_is_given_away():
+    store = make_store(64, kv_heads=1, sets=1, staged=2)
+    for pages in ([*range(16)], [*range(1, 16)], [20]):
+        decode(launchers, store, chosen_pages(store, [[*pages, 63]], 20), [63])
+    assert store.residency.slot_of[0] == -1 and store.residency.slot_of[20] >= 0
+    assert (store.residency.slot_of[1:16] >= 0).all()
+
+
+@dtypes
+@pytest.mark.parametrize("programs", [1, 5, 1000])
+def test_pages_are_read_side_by_side(dtype, programs):
+    source = torch.randn(9, 3, 17, 64, device=DEVICE).to(dtype)
+    blocks = torch.tensor([8, 0, 3, 3], dtype=torch.int32, device=DEVICE)
+    places = torch.tensor([5, 1, 0, 3], dtype=torch.int32, device=DEVICE)
+    out = torch.full((6, 3, 16, 64), 7.0, dtype=dtype, device=DEVICE)
+    expected = out.clone()
+    launchers.read_pages(source, blocks, out, places, programs)
+    reference.read_pages(source, blocks, expected, places, programs)
+    assert torch.equal(out, expected) and (out[[2, 4]] == 7).all() and torch.equal(out[5], source[8, :, :16])
+
+
+@dtypes
+def test_decode_attends_to_units_on_the_gpu_and_on_the_host_alike(dtype):
+    store = make_store(40, 2, 64, 16, dtype=dtype)
+    store.hot.copy_(torch.randn(store.hot.shape).to(dtype))
+    table = chosen_pages(store, [[*range(8)], [], [3, 4]], 12)
+    table.units[0, :4] = ~table.units[0, :4]
+    table.units[2:4] = 2**30
+    table.units[4, 0] = ~table.units[4, 0]
+    q = torch.randn(3, 6, 64, device=DEVICE).to(dtype)
+    out = torch.full_like(q, float("nan"))
+    launchers.sparse_decode(q, store.hot, table, 16, 0.125, out, store.host)
+    expected = torch.full_like(q, float("nan"))
+    reference.sparse_decode(q, store.hot, table, 16, 0.125, expected, store.host)
+    assert out[1].isnan().all()
+    assert error(out[[0, 2]], expected[[0, 2]]) < TOLERANCE[dtype]
+    # By hand: the first row of the first request.
+    k, v = store.contents(table.units[0, :8]).flatten(0, 1)[: 7 * 16 + 5].float().chunk(2, -1)
+    by_hand = ((q[0, :3].float() @ k.T * 0.125).softmax(-1) @ v).to(dtype)
+    assert error(expected[0, :3], by_hand) < TOLERANCE[dtype]
+
+
+def test_units_past_32_bit_offsets_are_reached():
+    """Host pages in memory of more than 2**31 elements, of which only those that are read are ever touched."""
+    kv_heads, page_size, content = 2, 16, 64
+    blocks = 2**31 // (kv_heads * page_size * content) + 2
+    host = torch.empty(blocks, kv_heads, page_size, content, dtype=torch.int8, device=DEVICE)
+    last = torch.arange(kv_heads * page_size * content, device=DEVICE).to(torch.int8).view(host.shape[1:])
+    host[blocks - 1] = last
+    out = torch.zeros(1, *host.shape[1:], dtype=torch.int8, device=DEVICE)
+    page = torch.tensor([blocks - 1], dtype=torch.int32, device=DEVICE)
+    launchers.read_pages(host, page, out, torch.zeros_like(page), 4)
+    assert torch.equal(out[0], last)
+    store = make_store(4, sets=1)
+    store.host, store.hot = host, store.hot.to(torch.int8)
+    store.residency = Residency.empty(blocks * kv_heads, 16, store.residency.first_unit, DEVICE)
+    table = chosen_pages(store, [[blocks - 1, 0]], 4)
+    decode(launchers, store, table, [0])
+    assert torch.equal(store.contents(table.units[:, 0]), last)
+    assert store.counters.tolist() == [kv_heads, kv_heads, 0]

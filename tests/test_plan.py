@@ -1,0 +1,101 @@
+"""`vllm-sparse plan` says what the engine then reports."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from tiny_engine import ENGINE, SPARSE, engine_core
+
+from vllm_sparse import cli
+from vllm_sparse.plan import OVERHEAD_GIB, tokens
+
+HOST_GIB = 0.05
+
+
+def plan(capsys, *arguments) -> str:
+    assert cli.main(["plan", *map(str, arguments)]) == 0
+    return capsys.readouterr().out
+
+
+def tokens_of(printed: str, mode: str) -> int:
+    return int(re.search(rf"^{mode} +([\d,]+) tokens", printed, re.MULTILINE)[1].replace(",", ""))
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("kv_mib", [32, 3], ids=["host_is_narrower", "gpu_is_narrower"])
+def test_plan_is_what_the_engine_reports(tiny, capsys, kv_mib):
+    printed = plan(
+        # CPUs capture no CUDA graphs, for which a plan counts batches of twice as many requests.
+        capsys, tiny.model(), "--gpu", 1, "--kv-gib", kv_mib / 1024, "--host", HOST_GIB, "--context", 1024,
+        "--max-num-seqs", ENGINE["max_num_seqs"] // 2, "--max-num-batched-tokens",
+        ENGINE["max_num_batched_tokens"], "--dtype", "float32", "--sparse", json.dumps(SPARSE),
+    )  # fmt: skip
+    settings = {"block_size": 16, "kv_cache_memory_bytes": kv_mib << 20}
+    modes = {
+        "stock": {"backend": "CPU_ATTN"},
+        "sparse, resident": {},
+        "sparse, offload": {"sparse": {"offload": {"host_gib": HOST_GIB}}},
+    }
+    reported = {}
+    for mode, changes in modes.items():
+        # The CPU's own backend takes blocks of 32 tokens at least.
+        blocks = {"block_size": 32} if mode == "stock" else {}
+        with tiny.start(**{**settings, **changes, **blocks}) as llm:
+            cache = engine_core(llm).vllm_config.cache_config
+            reported[mode] = cache.num_gpu_blocks * cache.block_size
+    planned = {mode: tokens_of(printed, mode) for mode in modes}
+    planned["stock"] = planned["stock"] // 32 * 32
+    assert planned == reported
+    assert reported["sparse, offload"] > reported["stock"] > reported["sparse, resident"]
+    assert ("the GPU cannot index more" in printed) == (kv_mib == 3)
+
+
+def test_llama_8b_by_hand(tmp_path, capsys):
+    from benchmarks.engine import LLAMA_8B
+
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
+    printed = plan(capsys, tmp_path, "--gpu", 80, "--host", 128, "--context", "128k", "--max-num-seqs", 8)
+    # 8,030,261,248 parameters of 2 bytes; K and V of a token take 32 layers * 8 heads * 512 bytes.
+    assert "weights              14.96 GiB, 32 layers, 8 KV heads" in printed
+    for_kv = 80 * 0.9 - 8030261248 * 2 / 2**30 - OVERHEAD_GIB
+    assert f"{for_kv:.2f} GiB of each of 1 GPU" in printed
+    assert tokens_of(printed, "stock") == int(for_kv * 2**30) // (16 * 131072) * 16
+    assert tokens_of(printed, "sparse, offload") == 1 << 20
+    assert "sparse, offload         1,048,576 tokens: 8 contexts of 131,072" in printed
+    two = plan(capsys, tmp_path, "--gpu", 80, "--host", 128, "--tensor-parallel-size", 2, "--max-num-seqs", 8)
+    assert tokens_of(two, "sparse, offload") == 1 << 20
+    assert tokens_of(two, "stock") > 2 * tokens_of(printed, "stock")
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--gpu", "8", "--host", "64"], "--gpu: of 8 GiB, 7.20 may be used, and the weights take 14.96"),
+        (["--gpu", "80", "--host", "64", "--block-size", "24"], "--block-size: 24"),
+        (["--gpu", "80", "--host", "64", "--tensor-parallel-size", "3"], "--tensor-parallel-size: 3"),
+        (["--gpu", "80", "--host", "64", "--sparse", '{"budget": 3}'], "unknown key 'budget'"),
+        (["--gpu", "80", "--host", "64", "--sparse", "{"], "--sparse: not valid JSON"),
+    ],
+)
+def test_wrong_arguments_are_refused_by_name(tmp_path, capsys, arguments, said):
+    from benchmarks.engine import LLAMA_8B
+
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
+    assert cli.main(["plan", str(tmp_path), *arguments]) == 1
+    assert said in capsys.readouterr().err
+    assert cli.main(["plan", str(tmp_path / "nothing"), "--gpu", "80", "--host", "1"]) == 1
+
+
+def test_a_host_too_small_for_one_context_is_said(tmp_path, capsys):
+    from benchmarks.engine import LLAMA_8B
+
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
+    printed = plan(capsys, tmp_path, "--gpu", 80, "--host", 8, "--context", "128k")
+    assert tokens_of(printed, "sparse, offload") == 0
+    assert "offload does not start" in printed and "16.002 GiB of host memory" in printed
+
+
+def test_tokens_are_written_as_in_batch_specs():
+    assert (tokens("131072"), tokens("128k"), tokens("1m")) == (131072, 131072, 1 << 20)

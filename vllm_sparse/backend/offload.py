@@ -1,0 +1,158 @@
+"""Offload inside vLLM: what its scheduler is told of memory, and when the store is built."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from vllm_sparse import metrics
+from vllm_sparse.backend import compat
+from vllm_sparse.config import ConfigError, SparseConfig
+from vllm_sparse.offload import sizing
+from vllm_sparse.offload.limits import read_limits, resolve_host_gib
+from vllm_sparse.offload.sizing import GIB, CacheShape, Split, StepLimits
+from vllm_sparse.offload.store import OffloadStore
+
+logger = logging.getLogger("vllm.vllm_sparse")
+
+
+def ranks_of_host(parallel_config: Any) -> int:
+    """Ranks that share the memory of one host."""
+    nodes = max(1, getattr(parallel_config, "nnodes", 1) or 1)
+    local = max(1, getattr(parallel_config, "data_parallel_size_local", 1) or 1)
+    return -(-parallel_config.world_size // nodes) * local
+
+
+def check(vllm_config: Any, config: SparseConfig) -> SparseConfig:
+    """``config`` with the host memory that it will take, checked before anything is built.
+
+    Raises:
+        ConfigError: offload does not go with the rest of ``vllm_config``, or the host has too little memory.
+    """
+    refused = {
+        "--speculative-config": vllm_config.speculative_config is not None and (
+            "drafts are verified densely, over whole contexts that are on the host"
+        ),
+        "--kv-transfer-config": vllm_config.kv_transfer_config is not None and (
+            "a KV connector sees the bytes on the GPU only, which are summaries"
+        ),
+        "--enable-sleep-mode": getattr(vllm_config.model_config, "enable_sleep_mode", False) and (
+            "it would discard summaries and hot units but not the host pool"
+        ),
+    }  # fmt: skip
+    for option, reason in refused.items():
+        if reason:
+            raise ConfigError(f"{option}: not supported with sparse.offload: {reason}; allowed with offload: none")
+    asked = config.offload.host_gib
+    host_gib = resolve_host_gib(asked, ranks_of_host(vllm_config.parallel_config), read_limits())
+    return config.with_offload(config.offload.with_host_gib(host_gib))
+
+
+def _config(worker: Any) -> SparseConfig | None:
+    """The config of a worker's engine where it asks for the sparse backend, with offload."""
+    if not compat.asks_for_sparse(worker.vllm_config):
+        return None
+    config = SparseConfig.from_vllm(worker.vllm_config)
+    return config if config.offload is not None else None
+
+
+def _shape(specs: dict[str, Any]) -> CacheShape:
+    """The cache of a worker's layers, all of which must offload.
+
+    Raises:
+        ConfigError: some layers keep their K and V on the GPU.
+    """
+    others = [name for name, spec in specs.items() if not getattr(spec, "on_host", False)]
+    if others:
+        raise ConfigError(
+            f"sparse.offload: {len(others)} of {len(specs)} layers of this model do not run sparse and cannot "
+            f"offload, such as {others[0]}; allowed: models whose attention layers are all full attention"
+        )
+    spec = next(iter(specs.values()))
+    if any(other != spec for other in specs.values()):
+        raise ConfigError("sparse.offload: layers of this model differ in KV heads, head size or dtype")
+    return CacheShape(
+        layers=len(specs),
+        kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_size,
+        page_size=spec.block_size,
+        item_bytes=spec.dtype.itemsize,
+        summary_rows=spec.summary_rows,
+    )
+
+
+def _limits(vllm_config: Any, config: SparseConfig, page_size: int) -> StepLimits:
+    scheduler = vllm_config.scheduler_config
+    captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+    max_len = vllm_config.model_config.max_model_len
+    max_pages = -(-max_len // page_size) + 1
+    return StepLimits(
+        max_num_reqs=max(scheduler.max_num_seqs, captured),
+        max_num_tokens=max(scheduler.max_num_batched_tokens, scheduler.max_num_seqs, captured),
+        max_context_tokens=max_len,
+        table_pages=min(config.table_pages(page_size), max_pages),
+    )
+
+
+def _host_bytes(vllm_config: Any, config: SparseConfig) -> int:
+    return int(config.offload.host_gib * GIB) // ranks_of_host(vllm_config.parallel_config)
+
+
+def available_memory(worker: Any, gpu_bytes: int) -> int:
+    """What vLLM is told it has for KV: summaries of as many pages as the host pool holds.
+
+    ``gpu_bytes`` is what it measured; the rest of it goes to the hot store. Passes through unless the
+    worker's layers offload.
+    """
+    config = _config(worker)
+    if config is None:
+        return gpu_bytes
+    shape = _shape(worker.get_kv_cache_spec())
+    limits = _limits(worker.vllm_config, config, shape.page_size)
+    split = sizing.split_memory(
+        shape, limits, gpu_bytes, _host_bytes(worker.vllm_config, config), config.offload.hot_fraction
+    )
+    worker.sparse_gpu_bytes = gpu_bytes
+    return split.num_blocks * shape.gpu_block_bytes
+
+
+def build_store(worker: Any, kv_cache_config: Any) -> None:
+    """Allocate the host pool and the hot store for the blocks that vLLM settled on, and give layers theirs."""
+    config = _config(worker)
+    if config is None:
+        return
+    specs = worker.get_kv_cache_spec()
+    shape, vllm_config = _shape(specs), worker.vllm_config
+    if len(kv_cache_config.kv_cache_groups) != 1:
+        raise ConfigError("sparse.offload: vLLM grouped this model's layers, which share one pool of blocks")
+    hashed = getattr(kv_cache_config, "hash_block_size", None)
+    if hashed not in (None, shape.page_size):
+        raise ConfigError(
+            f"sparse.offload: prefix caching in parts of blocks ({hashed} of {shape.page_size} tokens) copies "
+            f"blocks on the GPU only; allowed: a hash block size equal to --block-size"
+        )
+    limits = _limits(vllm_config, config, shape.page_size)
+    num_blocks = kv_cache_config.num_blocks
+    host_bytes = _host_bytes(vllm_config, config)
+    if num_blocks * shape.host_page_bytes > host_bytes:
+        raise ConfigError(
+            f"--num-gpu-blocks-override: {num_blocks} blocks need {num_blocks * shape.host_page_bytes / GIB:.3f} "
+            f"GiB of host memory per rank; sparse.offload.host_gib leaves {host_bytes / GIB:.3f}"
+        )
+    slots = sizing.slots_beside(num_blocks, shape, limits, worker.sparse_gpu_bytes, config.offload.hot_fraction)
+    split = Split(num_blocks, slots)
+    spec = next(iter(specs.values()))
+    store = OffloadStore(shape, limits, split, spec.dtype, torch.device(worker.device))
+    layers = vllm_config.compilation_config.static_forward_context
+    for name, offloaded in zip(specs, store.layers, strict=True):
+        layers[name].impl.offloaded = offloaded
+    metrics.track_hot_set(store.counters, shape.unit_bytes)
+    slots = split.slots_per_layer * shape.layers
+    logger.info(
+        "sparse attention: offload: %.2f GiB of host memory for %d tokens of context, hot set of %.2f GiB "
+        "(%.1f%% of it)",
+        store.pool.num_bytes / GIB, split.tokens(shape.page_size), slots * shape.slot_bytes / GIB,
+        100 * slots / (num_blocks * shape.layers * shape.kv_heads),
+    )  # fmt: skip

@@ -1,0 +1,51 @@
+"""What a user can choose of offload: the value of ``SparseConfig.offload``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class OffloadConfig:
+    """Where K and V live when the GPU holds an index of them and a hot set."""
+
+    host_gib: float | str = "auto"
+    """Pinned memory of one host for K and V, all its ranks together; ``auto``: three quarters of what is free."""
+    hot_fraction: float | str = "auto"
+    """Share of the GPU's KV memory for hot units, the rest for summaries; ``auto``: what the summaries of
+    the whole host pool leave, and at least a quarter."""
+
+    def __post_init__(self) -> None:
+        from vllm_sparse.config import ConfigError
+
+        for name, allowed, good in (
+            ("host_gib", "auto, or a number above 0", lambda x: x > 0),
+            ("hot_fraction", "auto, or a number from 0 to below 1", lambda x: 0 <= x < 1),
+        ):
+            value = getattr(self, name)
+            number = type(value) in (int, float) and good(value)
+            if value != "auto" and not number:
+                raise ConfigError(f"sparse.offload.{name}: {value!r}; allowed: {allowed}")
+
+    @classmethod
+    def from_mapping(cls, values: Any, source: str) -> OffloadConfig:
+        """Check and build from a JSON object; ``source`` names it in errors."""
+        from vllm_sparse.config import ConfigError, nearest
+
+        known = [field.name for field in fields(cls)]
+        if not isinstance(values, dict):
+            raise ConfigError(
+                f"{source}: sparse.offload: expected an object of {', '.join(known)}, got {values!r}. "
+                f'Example: {{"offload": {{"host_gib": 64}}}}'
+            )
+        for key in values:
+            if key not in known:
+                raise ConfigError(f"{source}: unknown key {key!r} in sparse.offload.{nearest(key, known)}")
+        return cls(**values)
+
+    def to_mapping(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def with_host_gib(self, host_gib: float) -> OffloadConfig:
+        return replace(self, host_gib=host_gib)

@@ -1,0 +1,118 @@
+"""How much memory this host can still give, checked before anything is built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from vllm_sparse.config import ConfigError
+from vllm_sparse.offload.sizing import GIB
+
+AUTO_SHARE = 0.75
+"""Of the free memory, with ``host_gib: auto``."""
+RESERVE_BYTES = GIB // 4
+"""Left to the rest of the process."""
+UNLIMITED = 1 << 60
+
+
+@dataclass(frozen=True)
+class HostLimits:
+    """Bytes that this process could still use."""
+
+    free_ram: int
+    container: int
+    """What the memory limit of the control group leaves; ``UNLIMITED`` without one."""
+    memlock: int
+    """Soft limit of locked memory; ``UNLIMITED`` without one. The NVIDIA driver does not count its pinned
+    pages in it on every system, so it is reported where pinning fails, and refuses nothing by itself."""
+
+    @property
+    def usable(self) -> int:
+        return max(0, min(self.free_ram, self.container) - RESERVE_BYTES)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.free_ram / GIB:.2f} GiB of RAM are free, the container's limit leaves {_gib(self.container)}, "
+            f"locked memory (ulimit -l) is limited to {_gib(self.memlock)}"
+        )
+
+
+def _gib(size: int) -> str:
+    return "any amount" if size >= UNLIMITED else f"{size / GIB:.2f} GiB"
+
+
+def read_limits(root: Path = Path("/")) -> HostLimits:
+    """The limits of this process; ``root`` stands in for the file system in tests."""
+    import resource
+
+    soft = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    return HostLimits(
+        free_ram=_free_ram(root / "proc/meminfo"),
+        container=_container(root),
+        memlock=UNLIMITED if soft == resource.RLIM_INFINITY else soft,
+    )
+
+
+def _free_ram(meminfo: Path) -> int:
+    for line in meminfo.read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise ConfigError(f"sparse.offload: {meminfo} does not say how much memory is available")
+
+
+def _container(root: Path) -> int:
+    """Memory that control groups leave: version 2, then 1; of the group and of all around it."""
+    left = UNLIMITED
+    groups = {line.split(":", 2)[1]: line.split(":", 2)[2] for line in _lines(root / "proc/self/cgroup")}
+    for controller, base, limit, usage, reclaimable in (
+        ("", "sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+        (
+            "memory",
+            "sys/fs/cgroup/memory",
+            "memory.limit_in_bytes",
+            "memory.usage_in_bytes",
+            "total_inactive_file",
+        ),
+    ):
+        if controller not in groups:
+            continue
+        folder = root / base
+        for part in ("", *Path(groups[controller]).parts):
+            # A container sees its own group as the root, whatever its path says.
+            folder = folder / part.strip("/")
+            maximum, used = _number(folder / limit), _number(folder / usage)
+            if maximum is None or used is None or maximum >= UNLIMITED:
+                continue
+            cache = 0
+            for line in _lines(folder / "memory.stat"):
+                name, _, value = line.partition(" ")
+                if name == reclaimable:
+                    cache = int(value)
+            left = min(left, max(0, maximum - used + cache))
+    return left
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.is_file() else []
+
+
+def _number(path: Path) -> int | None:
+    text = "".join(_lines(path)).strip()
+    return int(text) if text.isdigit() else None
+
+
+def check_host_memory(host_gib: float, ranks: int, limits: HostLimits) -> None:
+    """Raise :class:`ConfigError` where this host cannot hold the pools of its ``ranks``."""
+    if host_gib * GIB > limits.usable:
+        raise ConfigError(
+            f"sparse.offload.host_gib: {host_gib:g} GiB of pinned memory for the KV of {ranks} rank(s) on this "
+            f"host do not fit: {limits}. Allowed now: up to {limits.usable / GIB:.2f}, or auto"
+        )
+
+
+def resolve_host_gib(host_gib: float | str, ranks: int, limits: HostLimits) -> float:
+    """``host_gib`` as a number that this host can give to its ``ranks`` together."""
+    if host_gib == "auto":
+        return round(AUTO_SHARE * limits.usable / GIB, 3)
+    check_host_memory(host_gib, ranks, limits)
+    return float(host_gib)

@@ -1,0 +1,138 @@
+"""How host and GPU memory are shared out in offload mode: plain arithmetic, for the engine and for the planner."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vllm_sparse.config import ConfigError
+
+GIB = 1 << 30
+WAYS = 16
+"""Slots among which a unit can be placed (:mod:`vllm_sparse.kernels.find_slots`)."""
+LEAST_HOT_SHARE = 0.25
+"""Of the GPU's KV memory, with ``hot_fraction: auto``."""
+SLOT_STATE_BYTES = 8
+"""Per slot: the unit it holds and when it was last used."""
+MAP_BYTES = 4
+"""Per unit of the pool: the slot that holds it."""
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """The KV cache of one rank."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    page_size: int
+    item_bytes: int
+    summary_rows: int
+
+    @property
+    def row_bytes(self) -> int:
+        """K and V of one token and KV head."""
+        return 2 * self.head_dim * self.item_bytes
+
+    @property
+    def unit_bytes(self) -> int:
+        """K and V of a page of one KV head: what a decode step moves."""
+        return self.page_size * self.row_bytes
+
+    @property
+    def slot_bytes(self) -> int:
+        """GPU memory of a slot: a unit, and room for a summary, so that pages are written in slots too."""
+        return (self.page_size + self.summary_rows) * self.row_bytes
+
+    @property
+    def host_page_bytes(self) -> int:
+        """Host memory of a block: its K and V in all layers."""
+        return self.layers * self.kv_heads * self.unit_bytes
+
+    @property
+    def gpu_block_bytes(self) -> int:
+        """What vLLM allocates for a block on the GPU: its summaries in all layers."""
+        return self.layers * self.kv_heads * self.summary_rows * self.row_bytes
+
+    @property
+    def map_block_bytes(self) -> int:
+        """What residency needs for a block on the GPU."""
+        return self.layers * self.kv_heads * MAP_BYTES
+
+
+@dataclass(frozen=True)
+class StepLimits:
+    """Sizes of the largest step."""
+
+    max_num_reqs: int
+    max_num_tokens: int
+    max_context_tokens: int
+    table_pages: int
+    """Most pages attended per (request, KV head) in a decode step."""
+
+    def staged_pages(self, page_size: int) -> int:
+        """Most pages that one step writes to: two per request beside those that it fills."""
+        return min(self.max_num_tokens, self.max_num_tokens // page_size + 2 * self.max_num_reqs)
+
+    def context_pages(self, page_size: int) -> int:
+        return -(-self.max_context_tokens // page_size) + 1
+
+    def fixed_bytes(self, shape: CacheShape) -> int:
+        """GPU memory that does not grow with the pool: pages being written, two contexts of a layer, tables."""
+        staged = self.staged_pages(shape.page_size) * shape.kv_heads * shape.slot_bytes
+        contexts = 2 * self.context_pages(shape.page_size) * shape.kv_heads * shape.unit_bytes
+        tables = 2 * 4 * self.max_num_reqs * shape.kv_heads * self.table_pages
+        return staged + contexts + tables + 8 * self.max_num_tokens + 12 * self.staged_pages(shape.page_size)
+
+
+@dataclass(frozen=True)
+class Split:
+    """What a rank's memory holds."""
+
+    num_blocks: int
+    """vLLM's blocks, of which one is never used: pages of the host pool, with summaries on the GPU."""
+    slots_per_layer: int
+    """Units that the hot set holds of each layer."""
+
+    def tokens(self, page_size: int) -> int:
+        return self.num_blocks * page_size
+
+
+def slots_beside(
+    num_blocks: int, shape: CacheShape, limits: StepLimits, gpu_bytes: int, hot_fraction: float | str
+) -> int:
+    """Slots per layer in what the summaries of ``num_blocks`` leave of ``gpu_bytes``; a multiple of ``WAYS``."""
+    usable = gpu_bytes - limits.fixed_bytes(shape)
+    hot_bytes = usable - num_blocks * (shape.gpu_block_bytes + shape.map_block_bytes)
+    if hot_fraction != "auto":
+        hot_bytes = min(hot_bytes, int(usable * hot_fraction))
+    slots = max(0, hot_bytes) // (shape.layers * (shape.slot_bytes + SLOT_STATE_BYTES))
+    return min(slots, num_blocks * shape.kv_heads + WAYS - 1) // WAYS * WAYS
+
+
+def split_memory(
+    shape: CacheShape, limits: StepLimits, gpu_bytes: int, host_bytes: int, hot_fraction: float | str
+) -> Split:
+    """Share out ``gpu_bytes`` of the GPU's memory for KV and ``host_bytes`` of the host's, both of one rank.
+
+    Raises:
+        ConfigError: they do not hold one context of ``max_context_tokens``; says how much is missing.
+    """
+    block_bytes = shape.gpu_block_bytes + shape.map_block_bytes
+    usable = gpu_bytes - limits.fixed_bytes(shape)
+    share = LEAST_HOT_SHARE if hot_fraction == "auto" else hot_fraction
+    on_host = host_bytes // shape.host_page_bytes
+    on_gpu = max(0, int(usable * (1 - share))) // block_bytes
+    num_blocks = min(on_host, on_gpu)
+    needed = limits.context_pages(shape.page_size)
+    if num_blocks < needed:
+        fixed, summaries = limits.fixed_bytes(shape), needed * block_bytes
+        raise ConfigError(
+            f"sparse.offload: one context of --max-model-len {limits.max_context_tokens} needs "
+            f"{needed * shape.host_page_bytes / GIB:.3f} GiB of host memory and "
+            f"{(fixed + summaries / (1 - share)) / GIB:.3f} GiB of GPU memory per rank "
+            f"(buffers of a step {fixed / GIB:.3f} GiB, summaries of its pages "
+            f"{summaries / GIB:.3f} GiB, the rest hot units); there are {host_bytes / GIB:.3f} GiB of "
+            f"host memory and {gpu_bytes / GIB:.3f} GiB of GPU memory for KV. Lower --max-model-len or "
+            f"--max-num-batched-tokens, or raise sparse.offload.host_gib or --gpu-memory-utilization"
+        )
+    return Split(num_blocks, slots_beside(num_blocks, shape, limits, gpu_bytes, hot_fraction))

@@ -1,0 +1,103 @@
+"""OffloadStore: everything that a rank keeps of its KV cache beside vLLM's blocks, in offload mode."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from vllm_sparse import kernels
+from vllm_sparse.offload.context import ContextReader
+from vllm_sparse.offload.pool import HostPool
+from vllm_sparse.offload.residency import Residency
+from vllm_sparse.offload.sizing import CacheShape, Split, StepLimits
+from vllm_sparse.offload.transfer import WritePlan
+from vllm_sparse.page_table import PageTable
+
+
+class OffloadStore:
+    """The host pool, the hot store on the GPU, and what finds units in it.
+
+    The hot store is one tensor of pages like those of a resident cache. Its first pages are the ones that a
+    step writes to, shared by all layers; after them each layer has its slots. So ``page_write`` and every
+    engine work on it as they do on vLLM's own cache.
+    """
+
+    def __init__(
+        self, shape: CacheShape, limits: StepLimits, split: Split, dtype: torch.dtype, device: torch.device
+    ):
+        self.shape, self.num_blocks, self.slots_per_layer = shape, split.num_blocks, split.slots_per_layer
+        self.pool = HostPool(shape, split.num_blocks, dtype, device)
+        staged = limits.staged_pages(shape.page_size)
+        pages = staged - (-shape.layers * split.slots_per_layer // shape.kv_heads)
+        rows = shape.page_size + shape.summary_rows
+        self.hot = torch.zeros(pages, shape.kv_heads, rows, 2 * shape.head_dim, dtype=dtype, device=device)
+        self.plan = WritePlan.empty(limits.max_num_tokens, staged, shape.layers, device)
+        units = limits.max_num_reqs * shape.kv_heads * limits.table_pages
+        self.misses = torch.zeros(units, dtype=torch.int32, device=device)
+        self.counters = torch.zeros(3, dtype=torch.int64, device=device)
+        """Running totals of all layers: units looked for, fetched into slots, read from the host in place."""
+        self.contexts = ContextReader(limits.context_pages(shape.page_size), self.pool.layers, self.hot)
+        self.layers = [
+            OffloadedLayer(self, index, self.pool.layers[index], self._residency(index, staged, device))
+            for index in range(shape.layers)
+        ]
+
+    def _residency(self, layer: int, staged_pages: int, device: torch.device) -> Residency:
+        heads, slots = self.shape.kv_heads, self.slots_per_layer
+        return Residency.empty(self.num_blocks * heads, slots, staged_pages * heads + layer * slots, device)
+
+
+@dataclass
+class OffloadedLayer:
+    """One layer of the store."""
+
+    store: OffloadStore
+    index: int
+    host: torch.Tensor
+    """[num_blocks, kv_heads, page_size, 2 * head_dim]: K and V of all blocks."""
+    residency: Residency
+
+    @property
+    def hot(self) -> torch.Tensor:
+        return self.store.hot
+
+    def write(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        summaries: torch.Tensor,
+        summary: str,
+    ) -> None:
+        """Write K and V of new tokens through to the host, and the summaries of their pages.
+
+        Args:
+            key, value: [num_tokens, kv_heads, head_dim].
+            slot_mapping: int64 [num_tokens], ``block * page_size + row``; -1: not written.
+            summaries: [num_blocks, kv_heads, summary rows, 2 * head_dim], vLLM's cache of this layer.
+            summary: see :mod:`vllm_sparse.kernels.page_write`.
+        """
+        store, run, num_tokens = self.store, kernels.for_device(key.device), slot_mapping.shape[0]
+        if num_tokens == 0:
+            return
+        page_size = store.shape.page_size
+        if self.index == 0:
+            run.plan_writes(slot_mapping, page_size, store.plan)
+        run.stage_pages(self.host, summaries, store.plan, num_tokens, store.hot)
+        run.page_write(key, value, store.hot, store.plan.staged_slots[:num_tokens], page_size, summary)
+        run.write_through(store.hot, store.plan, num_tokens, self.host, summaries, self.residency)
+
+    def bring(self, table: PageTable) -> None:
+        """Turn the chosen units of ``table`` into places in the hot store, fetching those that it lacks.
+
+        A unit for which there is no slot becomes ``~unit``, for the engine to read on the host.
+        """
+        store, run = self.store, kernels.for_device(table.units.device)
+        run.find_slots(
+            table, store.shape.kv_heads, store.shape.page_size, store.plan, self.index, self.residency,
+            store.misses, store.counters,
+        )  # fmt: skip
+        run.fetch_units(
+            self.host, table, store.plan, self.index, self.residency, store.misses, store.hot, store.counters
+        )
