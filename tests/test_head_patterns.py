@@ -149,7 +149,8 @@ def test_the_driver_carries_patterns_to_workers_whatever_named_them(file, monkey
     vllm_config = SimpleNamespace(additional_config={"another plugin": 1}, model_config=model)
     settings = {**SLASH, "head_patterns": str(file), "budget_tokens": 512}
     monkeypatch.setenv(ENV_CONFIG, json.dumps(settings))
-    compat._carry_config(vllm_config, SparseConfig.from_vllm(vllm_config))
+    config = SparseConfig.from_vllm(vllm_config)
+    compat._carry(vllm_config, config, compat.with_patterns(vllm_config, config), "head_patterns")
     monkeypatch.delenv(ENV_CONFIG)
     file.unlink()
     carried = json.loads(json.dumps(vllm_config.additional_config))
