@@ -16,7 +16,7 @@ from vllm_sparse.offload.sizing import GIB, CacheShape, Split, StepLimits, split
 from vllm_sparse.offload.store import OffloadStore
 from vllm_sparse.page_table import PageTable
 
-PAGE, HEADS, HEAD_DIM, LAYERS = 16, 2, 8, 2
+PAGE, HEADS, HEAD_DIM, LAYERS = 16, 2, 16, 2
 SHAPE = CacheShape(LAYERS, HEADS, HEAD_DIM, PAGE, 4, 1)
 CPU = torch.device("cpu")
 
