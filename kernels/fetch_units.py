@@ -21,7 +21,7 @@ from vllm_sparse.offload.sizing import WAYS
 from vllm_sparse.offload.transfer import WritePlan
 from vllm_sparse.page_table import PageTable, units_per_block
 
-TUNING = {"programs_per_sm": 2, "num_warps": 4, "block": 4096}
+TUNING = {"programs_per_sm": 2, "block": 4096}
 
 
 @triton.jit(do_not_specialize=["layer", "num_sets"])
@@ -105,5 +105,8 @@ def fetch_units(
         host, hot, table.units, plan.clock, residency.slot_of, residency.slot_unit, residency.last_use,
         misses, plan.num_misses, counters, host.stride(1), hot.stride(1), residency.first_unit, layer,
         residency.num_sets, UNIT=unit, BLOCK=min(TUNING["block"], triton.next_power_of_2(unit)), WAYS=WAYS,
-        HASH=HASH, num_warps=TUNING["num_warps"],
+        HASH=HASH,
+        # One: warps that each read the ages of a set, while other programs claim its slots, would choose
+        # different ones.
+        num_warps=1,
     )  # fmt: skip

@@ -23,9 +23,10 @@ def _read_pages(
         block, place = tl.load(blocks + page).to(tl.int64), tl.load(places + page).to(tl.int64)
         unit = source + block * source_stride_b + head * source_stride_h
         target = out + place * out_stride_b + head * out_stride_h
-        for start in range(0, UNIT, BLOCK):
-            cells = start + tl.arange(0, BLOCK)
-            tl.store(target + cells, tl.load(unit + cells, mask=cells < UNIT), mask=cells < UNIT)
+        if place >= 0:
+            for start in range(0, UNIT, BLOCK):
+                cells = start + tl.arange(0, BLOCK)
+                tl.store(target + cells, tl.load(unit + cells, mask=cells < UNIT), mask=cells < UNIT)
         item += tl.num_programs(0)
 
 
@@ -38,7 +39,7 @@ def read_pages(
         source: [num_blocks, kv_heads, page_size or more rows, 2 * head_dim], on the GPU or pinned.
         blocks: int32 [num_pages], pages of ``source``.
         out: [pages, kv_heads, page_size, 2 * head_dim].
-        places: int32 [num_pages], pages of ``out``, all different.
+        places: int32 [num_pages], pages of ``out``, all different; -1 leaves a page out.
         programs: most programs that share the work.
     """
     kv_heads, page_size, content = out.shape[1:]

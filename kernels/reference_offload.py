@@ -124,7 +124,8 @@ def fetch_units(
 def read_pages(
     source: torch.Tensor, blocks: torch.Tensor, out: torch.Tensor, places: torch.Tensor, programs: int
 ) -> None:
-    out[places.long()] = source[blocks.long(), :, : out.shape[2]]
+    wanted = places >= 0
+    out[places[wanted].long()] = source[blocks[wanted].long(), :, : out.shape[2]]
 
 
 def _staged(plan: WritePlan):

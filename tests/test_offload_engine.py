@@ -148,8 +148,13 @@ def test_many_contexts_in_a_step_are_attended_in_parts(tiny, resident):
     assert any(len(parts) > 1 for parts in seen), "all contexts fitted one buffer"
 
 
-def test_contexts_read_ahead_are_complete(tiny, resident, monkeypatch):
-    """As on a GPU, whose second stream may read as soon as it is asked to: before the layer's own writes."""
+@pytest.mark.parametrize("batch", [prompts((700, 600, 500), seed=3), prompts((200, 210, 190), seed=4, shared=160)],
+                         ids=["apart", "shared"])  # fmt: skip
+def test_contexts_read_ahead_are_complete(tiny, resident, monkeypatch, batch):
+    """As on a GPU, whose second stream may read as soon as it is asked to: before the layer's own writes.
+
+    Of prompts that share a prefix in one step, the later ones hit blocks that this very step fills.
+    """
     from contextlib import nullcontext
 
     from vllm_sparse.offload.context import ContextReader
@@ -172,7 +177,6 @@ def test_contexts_read_ahead_are_complete(tiny, resident, monkeypatch):
         on_side.append(True)
         return nullcontext()
 
-    batch = prompts((700, 600, 500), seed=3)
     sparse = {**SPARSE_PREFILL, "prefill_policy": "a_shape", "min_prefill_tokens": 400}
     expected = resident(batch, 8, sparse=sparse, block_size=16)
     with tiny.start(sparse={**sparse, "offload": OFFLOAD}, block_size=16) as llm:

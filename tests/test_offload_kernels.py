@@ -193,8 +193,8 @@ def test_the_least_recently_used_slot_is_given_away():
 @pytest.mark.parametrize("programs", [1, 5, 1000])
 def test_pages_are_read_side_by_side(dtype, programs):
     source = torch.randn(9, 3, 17, 64, device=DEVICE).to(dtype)
-    blocks = torch.tensor([8, 0, 3, 3], dtype=torch.int32, device=DEVICE)
-    places = torch.tensor([5, 1, 0, 3], dtype=torch.int32, device=DEVICE)
+    blocks = torch.tensor([8, 0, 3, 6, 3], dtype=torch.int32, device=DEVICE)
+    places = torch.tensor([5, 1, 0, -1, 3], dtype=torch.int32, device=DEVICE)
     out = torch.full((6, 3, 16, 64), 7.0, dtype=dtype, device=DEVICE)
     expected = out.clone()
     launchers.read_pages(source, blocks, out, places, programs)

@@ -67,6 +67,7 @@ def context_runs(
     chunks = {chunk.request: chunk for chunk in sparse_chunks(common, num_decodes, config)}
     runs: list[ContextRun] = []
     together: list[_Context] = []
+    every: list[_Context] = []
 
     def add_dense_run() -> None:
         if together:
@@ -82,12 +83,14 @@ def context_runs(
         start, end, seq_len = starts[request], starts[request + 1], lens[request]
         if start == end:
             continue
+        seq_len = max(seq_len, end - start)  # dummy runs may carry no lengths
         old, pages = (seq_len - (end - start)) // page_size, -(-seq_len // page_size)
         place = together[-1].place + together[-1].num_pages if together else 0
         if together and (request in chunks or request > together[-1].request + 1 or place + pages > max_pages):
             add_dense_run()
             place = 0
         together.append(_Context(request, old, pages, staged, place))
+        every.append(together[-1])
         staged += pages - old
         if request in chunks:
             run = _run_of(together, slice(start, end), common.block_table_tensor)
@@ -95,7 +98,27 @@ def context_runs(
             runs.append(run)
             together.clear()
     add_dense_run()
+    if num_decodes + len(every) > 1:
+        written = _written_blocks(common, num_decodes, every, page_size)
+        for run in runs:
+            late = (run.old_blocks[:, None] == written).any(1)
+            run.late_places = torch.where(late, run.old_places, -1)
     return runs
+
+
+def _written_blocks(common, num_decodes: int, contexts: list[_Context], page_size: int) -> torch.Tensor:
+    """int32 [pages]: the blocks that this step's tokens go to."""
+    rows = [context.request for context in contexts for _ in range(context.old_pages, context.num_pages)]
+    pages = [page for context in contexts for page in range(context.old_pages, context.num_pages)]
+    rows, pages = _to_device(rows + pages, common.block_table_tensor.device).long().split(len(rows))
+    decodes = common.slot_mapping[:num_decodes] // page_size
+    return torch.cat([common.block_table_tensor[rows, pages], decodes.int()])
+
+
+def _to_device(values: list[int], device: torch.device) -> torch.Tensor:
+    """int32, without a wait."""
+    host = torch.tensor(values, dtype=torch.int32)
+    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
 
 
 def _run_of(contexts: list[_Context], tokens: slice, block_table: torch.Tensor) -> ContextRun:
@@ -109,9 +132,7 @@ def _run_of(contexts: list[_Context], tokens: slice, block_table: torch.Tensor) 
         new += range(context.staged, context.staged + context.num_pages - context.old_pages)
         new_places += range(border, end)
     places = [context.place for context in contexts]
-    host = torch.tensor(rows + old + old_places + new + new_places + places, dtype=torch.int32)
-    if block_table.is_cuda:
-        host = host.pin_memory().to(block_table.device, non_blocking=True)
+    host = _to_device(rows + old + old_places + new + new_places + places, block_table.device)
     sizes = [len(part) for part in (rows, old, old_places, new, new_places, places)]
     rows, old, old_places, new, new_places, places = host.split(sizes)
     pages = torch.arange(max(context.num_pages for context in contexts), dtype=torch.int32, device=host.device)
@@ -121,6 +142,7 @@ def _run_of(contexts: list[_Context], tokens: slice, block_table: torch.Tensor) 
         block_table=places[:, None] + pages,
         old_blocks=block_table[rows.long(), old.long()],
         old_places=old_places,
+        late_places=None,
         new_pages=new,
         new_places=new_places,
     )

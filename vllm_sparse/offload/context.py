@@ -26,6 +26,9 @@ class ContextRun:
     """int32 [old pages]: blocks that earlier steps filled, to be read from the host."""
     old_places: torch.Tensor
     """int32 [old pages]: pages of the buffer that they go to."""
+    late_places: torch.Tensor | None
+    """``old_places`` of blocks that this very step writes, else -1: prefix hits on requests that run beside. None
+    where no others run."""
     new_pages: torch.Tensor
     """int32 [new pages]: staging pages that this step writes to."""
     new_places: torch.Tensor
@@ -61,10 +64,13 @@ class ContextReader:
             runs: all of the step.
         """
         run, buffer = runs[index], self.buffers[self.turn]
-        if self._is_ahead(layer, run):
+        if self._ahead is not None:
             torch.cuda.current_stream().wait_stream(self.stream)
-        else:
+        if not self._is_ahead(layer, run):
             self._read_old(layer, run, buffer)
+        elif run.late_places is not None:
+            # What was read ahead was read before this layer's writes.
+            self.kernels.read_pages(self.hosts[layer], run.old_blocks, buffer, run.late_places, LINK_PROGRAMS)
         self._ahead = None
         following = (layer, index + 1) if index + 1 < len(runs) else (layer + 1, 0)
         self.turn = 1 - self.turn

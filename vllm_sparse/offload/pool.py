@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import mmap
 import weakref
 from collections.abc import Callable
@@ -12,6 +13,8 @@ import torch
 from vllm_sparse.config import ConfigError
 from vllm_sparse.offload.limits import read_limits
 from vllm_sparse.offload.sizing import GIB, CacheShape
+
+logger = logging.getLogger("vllm.vllm_sparse")
 
 PIECE_BYTES = GIB
 """Memory is pinned in pieces, so that a failure is met early and says how far it came."""
@@ -74,7 +77,10 @@ class HostPool:
 
 def _give_back(pinned: list[int], memory: list[mmap.mmap]) -> None:
     for address in pinned:
-        unpin(address)
+        try:
+            unpin(address)
+        except RuntimeError as error:  # the others are still to be given back
+            logger.warning("sparse attention: %s", error)
     pinned.clear()
     memory.clear()
 
