@@ -266,7 +266,8 @@ def chosen_pages(layer: Layer, policy: str, budget: int, seq_lens, scale, scored
     plan = DecodePlan.empty(queries, seq_lens.device)
     table = PageTable.empty(queries, kv_heads, budget // PAGE, seq_lens.device)
     block_table = torch.arange(pages, dtype=torch.int32).expand(queries, pages)
-    reference.plan_decode(seq_lens.int(), plan, table, PAGE, budget // PAGE, 0, queries * pages, False)
+    always = config.sink_pages(PAGE), config.window_tokens
+    reference.plan_decode(seq_lens.int(), plan, table, PAGE, budget // PAGE, 0, queries * pages, False, *always)
     if scored is None:
         rows = PAGE + summary_rows(run.summary, PAGE, head_dim, 4)
         kv = torch.zeros(pages, kv_heads, rows, 2 * head_dim)
@@ -276,9 +277,7 @@ def chosen_pages(layer: Layer, policy: str, budget: int, seq_lens, scale, scored
         run.score(layer.query, kv, block_table, plan, PAGE, scale, scores)
         scored = kv, scores
     kv, scores = scored
-    reference.select_pages(
-        scores, block_table, plan, kv, PAGE, budget // PAGE, config.sink_pages(PAGE), config.window_tokens, table
-    )
+    reference.select_pages(scores, block_table, plan, kv, PAGE, budget // PAGE, *always, table)
     chosen = torch.zeros(queries * kv_heads, pages, dtype=torch.bool)
     for row, length in enumerate(table.lengths.tolist()):
         chosen[row, table.units[row, : -(-length // PAGE)].long() // units_per_block(kv)] = True

@@ -25,10 +25,11 @@ def tokens_of(printed: str, mode: str) -> int:
 
 @pytest.mark.engine
 @pytest.mark.parametrize("kv_mib", [32, 3], ids=["host_is_narrower", "gpu_is_narrower"])
-def test_plan_is_what_the_engine_reports(tiny, capsys, kv_mib):
+def test_plan_is_what_the_engine_reports(tiny, capfd, kv_mib):
+    # capfd, for vLLM 0.27 asks standard output for its file descriptor.
     printed = plan(
         # CPUs capture no CUDA graphs, for which a plan counts batches of twice as many requests.
-        capsys, tiny.model(), "--gpu", 1, "--kv-gib", kv_mib / 1024, "--host", HOST_GIB, "--context", 1024,
+        capfd, tiny.model(), "--gpu", 1, "--kv-gib", kv_mib / 1024, "--host", HOST_GIB, "--context", 1024,
         "--max-num-seqs", ENGINE["max_num_seqs"] // 2, "--max-num-batched-tokens",
         ENGINE["max_num_batched_tokens"], "--dtype", "float32", "--sparse", json.dumps(SPARSE),
     )  # fmt: skip
