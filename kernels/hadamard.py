@@ -14,6 +14,7 @@ import triton.language as tl
 @triton.jit
 def hadamard(x, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """Transform float32 ``x`` [ROWS, WIDTH] along its rows, without the factor; WIDTH is a power of two."""
+    tl.static_assert(WIDTH <= 256)
     # Sums of neighbours to the front and differences to the back, as often as a width can be halved.
     for i in tl.static_range(8):
         if WIDTH >> i > 1:

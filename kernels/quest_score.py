@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from vllm_sparse.kernels.launch import num_multiprocessors
 from vllm_sparse.kernels.store_scores import store_chunk, store_scores
+from vllm_sparse.kernels.two_digits import two_digits
 
 from vllm_sparse.decode_plan import NOT_LISTED, WORK_COLUMNS, DecodePlan
 from vllm_sparse.page_scores import CHUNK_PAGES, PageScores
@@ -23,15 +24,6 @@ from vllm_sparse.page_scores import CHUNK_PAGES, PageScores
 TUNING = {"waves": 8, "num_warps": 2, "num_stages": 2}
 ROWS = 128
 """Entries of the work list read at a time in the search for a program's first row."""
-
-
-@triton.jit
-def _two_digits(x, steps):
-    """``x`` [dims, group] as ``steps * (digit 0 + digit 1 / 128)``: int8 [dims, 2 * group]."""
-    x = x / steps[None, :]
-    high = tl.floor(x + 0.5)
-    low = tl.floor((x - high) * 128 + 0.5)
-    return tl.join(high.to(tl.int8), low.to(tl.int8)).reshape(x.shape[0], 2 * x.shape[1])
 
 
 @triton.jit
@@ -100,7 +92,7 @@ def _quest_score(
                         mask=(group < GROUP)[None, :] & (dims < HEAD_DIM)[:, None], other=0.0)  # fmt: skip
         query = query.to(tl.float32)
         steps = tl.maximum(tl.max(tl.abs(query), axis=0) / 127, 1e-30)
-        signed, sizes = _two_digits(query, steps), _two_digits(tl.abs(query), steps)
+        signed, sizes = two_digits(query, steps), two_digits(tl.abs(query), steps)
         steps *= scale
         block_row = block_table + request.to(tl.int64) * table_stride
         last = end - begin

@@ -18,6 +18,7 @@ import triton.language as tl
 from vllm_sparse.kernels.hadamard import hadamard
 from vllm_sparse.kernels.launch import num_multiprocessors
 from vllm_sparse.kernels.store_scores import store_chunk, store_scores
+from vllm_sparse.kernels.two_digits import two_digits
 
 from vllm_sparse.decode_plan import NOT_LISTED, WORK_COLUMNS, DecodePlan
 from vllm_sparse.page_scores import CHUNK_PAGES, PageScores
@@ -27,15 +28,6 @@ TUNING = {"waves": 4, "step_bytes": 20480, "num_warps": 2, "num_stages": 3}
 """``step_bytes``: of sketches that a program has in flight per stage."""
 ROWS = 128
 """Entries of the work list read at a time in the search for a program's first row."""
-
-
-@triton.jit
-def _two_digits(x, steps):
-    """``x`` [dims, group] as ``steps * (digit 0 + digit 1 / 128)``: int8 [dims, 2 * group]."""
-    x = x / steps[None, :]
-    high = tl.floor(x + 0.5)
-    low = tl.floor((x - high) * 128 + 0.5)
-    return tl.join(high.to(tl.int8), low.to(tl.int8)).reshape(x.shape[0], 2 * x.shape[1])
 
 
 @triton.jit
@@ -103,7 +95,7 @@ def _sketch_score(
                         mask=(group < GROUP)[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)  # fmt: skip
         query = tl.trans(hadamard(query.to(tl.float32), GROUP_PAD, WIDTH) * (WIDTH**-0.5))
         steps = tl.maximum(tl.max(tl.abs(query), axis=0) / 127, 1e-30)
-        digits = _two_digits(query, steps)
+        digits = two_digits(query, steps)
         # Logits to base 2, per unit of what _products returns.
         steps *= scale * (1.4426950408889634 / 128)
         offsets = tl.sum(query, axis=0) * scale * 1.4426950408889634

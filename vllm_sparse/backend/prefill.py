@@ -98,7 +98,7 @@ def context_runs(
             runs.append(run)
             together.clear()
     add_dense_run()
-    if num_decodes + len(every) > 1:
+    if runs and num_decodes + len(every) > 1:  # else nothing is hit that others write
         written = _written_blocks(common, num_decodes, every, page_size)
         for run in runs:
             late = (run.old_blocks[:, None] == written).any(1)
