@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ from vllm_sparse import cli
 from vllm_sparse.config import ConfigError
 from vllm_sparse.eval import ruler
 from vllm_sparse.eval.recall import RecallProbe
-from vllm_sparse.eval.rows import Rows
+from vllm_sparse.eval.rows import Rows, commit
 from vllm_sparse.eval.samples import TEXT, Samples
 from vllm_sparse.eval.settings import Setting, by_summary, grid
 from vllm_sparse.eval.summary import Summary, table
@@ -294,6 +295,27 @@ def test_the_page_holds_the_table_and_every_plot_and_nothing_from_elsewhere(tmp_
     assert "http" not in page and "src='data:" in page
     report.write(tmp_path / "page.html", Summary([row("dense", None, "vt", score=0.5)]))
     assert (tmp_path / "page.html").read_text().count("<img") == 0, "nothing to compare"
+
+
+def test_rows_name_the_commit_of_a_checkout_and_none_of_a_plain_install(tmp_path):
+    def git(*words: str) -> str:
+        who = ("-c", "user.name=test", "-c", "user.email=test@example.org")
+        command = ["git", *who, "-C", str(tmp_path), *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    source = tmp_path / "vllm_sparse" / "module.py"
+    source.parent.mkdir()
+    source.write_text("1")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "first")
+    head = git("rev-parse", "--short", "HEAD")
+    (tmp_path / "results").write_text("not of the package")
+    assert commit(tmp_path) == head
+    source.write_text("2")
+    assert commit(tmp_path) == f"{head}+"
+    assert commit(source.parent) is None  # a place inside a checkout of something else
+    assert commit(tmp_path / "missing") is None
 
 
 def test_a_line_cut_off_is_measured_again_and_other_files_are_refused(tmp_path, capsys):

@@ -161,6 +161,8 @@ class Run:
         import torch
 
         self.args, self.settings, self.text, self.rows = args, settings, text, rows
+        # Asked for once: whoever commits during the run changes nothing of what runs.
+        self.environment = environment()
         path = Path(args.model)
         self.common = {
             "model": path.resolve().name if path.exists() else args.model,
@@ -234,7 +236,7 @@ class Run:
             found = engine.run(setting, batch, self.args.recall_every)
             dense = dense or found
             rows = [
-                {**environment(), **key, **self._measured(sample, index, found, dense)}
+                {**self.environment, **key, **self._measured(sample, index, found, dense)}
                 for index, (sample, key) in enumerate(zip(batch, keys, strict=True))
                 if new[index]
             ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,26 @@ KEY = (
 """What a measurement depends on; a row with the same is not measured again."""
 
 
+def commit(root: Path) -> str | None:
+    """Of the checkout at ``root``, with ``+`` where its package differs from it; None for a plain install, also
+    inside a checkout of something else."""
+
+    def git(*words: str) -> subprocess.CompletedProcess:
+        return subprocess.run(["git", "-C", root, *words], capture_output=True, text=True)
+
+    try:
+        top = git("rev-parse", "--show-toplevel")
+        head = git("rev-parse", "--short", "HEAD")
+        if top.returncode or head.returncode or Path(top.stdout.rstrip("\n")) != root.resolve():
+            return None
+        changed = git("diff", "--quiet", "HEAD", "--", "vllm_sparse", "kernels").returncode
+        return head.stdout.strip() + ("+" if changed else "")
+    except OSError:
+        return None
+
+
 def environment() -> dict[str, Any]:
-    """Versions and date, which a row records beside its key."""
+    """Versions, commit and date, which a row records beside its key."""
     import torch
     import vllm
 
@@ -28,6 +47,7 @@ def environment() -> dict[str, Any]:
         "vllm": vllm.__version__,
         "torch": torch.__version__,
         "vllm_sparse": vllm_sparse.__version__,
+        "commit": commit(Path(vllm_sparse.__file__).parent.parent),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
     }
 
