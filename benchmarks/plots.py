@@ -250,9 +250,10 @@ def prefill_quality() -> None:
 
 
 def decode_quality() -> None:
-    """What decode budgets cost a small model, from the rows of ``vllm-sparse eval``."""
-    lines = (RESULTS / "eval.jsonl").read_text().splitlines()
-    text_by_budget(Summary([json.loads(line) for line in lines])).savefig(DOCS / "decode_quality.png", dpi=120)
+    """What decode budgets cost a small model, from the rows of ``vllm-sparse eval`` with dense prefill."""
+    rows = [json.loads(line) for line in (RESULTS / "eval.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row["prefill_policy"] == "dense" and not row["sparse"]]
+    text_by_budget(Summary(rows)).savefig(DOCS / "decode_quality.png", dpi=120)
 
 
 if __name__ == "__main__":

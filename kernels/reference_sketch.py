@@ -69,9 +69,11 @@ def sketched_keys(kv: torch.Tensor, page_size: int, summary: str) -> tuple[torch
     def part(start: int, end: int, dtype: torch.dtype) -> torch.Tensor:
         return sketches[..., start:end].contiguous().view(dtype).float()
 
-    packed = sketches[..., : layout.mean].int().unflatten(-1, (layout.planes, 1, -1)) + 128
-    shift = layout.bits * torch.arange(fields, device=kv.device)
-    level = ((packed >> shift[:, None]) % levels).flatten(3, 4) - (levels - 1) / 2
+    # As bytes, and masked: evaluations on a CPU spend most of their time here.
+    packed = sketches[..., : layout.mean].contiguous().view(torch.uint8) ^ 128
+    packed = packed.unflatten(-1, (layout.planes, 1, -1))
+    shift = layout.bits * torch.arange(fields, dtype=torch.uint8, device=kv.device)
+    level = ((packed >> shift[:, None]) & levels - 1).flatten(3, 4) - (levels - 1) / 2
     mean = part(layout.mean, layout.scales, torch.int8)
     scale = part(layout.scales, layout.mean_scale, torch.bfloat16)
     mean_scale = part(layout.mean_scale, layout.mean_scale + 4, torch.float32)

@@ -204,6 +204,8 @@ def test_the_grid_is_dense_each_choice_alone_and_all_pairs():
         assert {DECODE_POLICIES[s.policy].summary for s in group} <= {kind, "none"}
     assert len(grid(["quest", "quest"], [256, 256], ["dense"], [], {})) == 2
     assert by_summary(grid(["oracle"], [256], ["dense"], [], {}))["none"][1].policy == "oracle"
+    offloaded = grid(["quest"], [256], ["dense", "a_shape"], [], {"offload": {"host_gib": 1}})
+    assert offloaded == [Setting("quest", 256), Setting("quest", 256, "a_shape")]
 
 
 @pytest.mark.parametrize("policy", ["random", "oracle"])
@@ -348,6 +350,7 @@ WRONG = {
     "score": (["--score-tokens", "0"], ["--score-tokens: 0", "1 or more"]),
     "sparse": (["--sparse", '{"sink": 1}'], ["unknown key 'sink'", "sink_tokens"]),
     "compared": (["--sparse", '{"budget_tokens": 512}'], ["--sparse: budget_tokens is what is compared"]),
+    "offload": (["--sparse", '{"offload": {}}'], ["--tasks: text", "offload refuses", "niah_single"]),
     "folder": (["--out", str(DOCUMENT.parent)], ["--out: ", "the path of a file"]),
     "text": (["--text", "/nowhere"], ["--text: '/nowhere'", "a UTF-8 file"]),
 }

@@ -133,8 +133,12 @@ def _checked(args: argparse.Namespace) -> list[Setting]:
     for name in ("chunk", "batch"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ConfigError(f"--{name}: {getattr(args, name)}; allowed: 1 or more")
-    settings = grid(args.policies, args.budgets, args.prefill_policies, args.coverages, args.sparse)
-    return settings
+    if TEXT in args.tasks and args.sparse.get("offload") is not None:
+        raise ConfigError(
+            f"--tasks: {TEXT} is compared with dense decode, which offload refuses; allowed with offload in "
+            f"--sparse: {', '.join(task for task in TASKS if task != TEXT)}"
+        )
+    return grid(args.policies, args.budgets, args.prefill_policies, args.coverages, args.sparse)
 
 
 def _settle(args: argparse.Namespace, settings: list[Setting], model: Any) -> None:

@@ -58,7 +58,7 @@ def _table(summary: Summary) -> str:
 
 
 def _lengths(summary: Summary) -> str:
-    tasks = [row["task"] for row in summary.rows if setting_of(row).is_dense]
+    tasks = [row["task"] for row in summary.rows if setting_of(row) == summary.settings[0]]
     counts = ", ".join(f"{task}: {tasks.count(task)}" for task in summary.tasks)
     lengths = ", ".join(f"{length:,}" for length in summary.lengths)
     return f"<p><small>Means over {lengths} tokens; samples of each setting: {counts}.</small></p>"

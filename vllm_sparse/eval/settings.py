@@ -51,6 +51,8 @@ def grid(
 ) -> list[Setting]:
     """Dense first, then every decode and every prefill choice alone, and all pairs of them.
 
+    Where ``common`` offloads there is no dense decode.
+
     Raises:
         ConfigError: a choice cannot be served, or none is sparse.
     """
@@ -69,9 +71,11 @@ def grid(
         prefills += [{"prefill_policy": policy, "coverage": c} for c in (coverages if sized else [None])]
     # Each once, however often it was named.
     settings = list(dict.fromkeys(Setting(**decode, **prefill) for prefill in prefills for decode in decodes))
+    if common.get("offload") is not None:
+        settings = [setting for setting in settings if setting.policy != "dense"]
     for setting in settings:
         SparseConfig.from_mapping(setting.mapping(common), "--sparse")
-    if len(settings) == 1:
+    if all(setting.is_dense for setting in settings):
         raise ConfigError(
             f"--policies, --prefill-policies: only dense; allowed beside it: "
             f"{', '.join(name for name in DECODE_POLICIES if name != 'dense')} (decode), "
