@@ -479,3 +479,26 @@ def test_eval_of_models_with_few_sparse_layers_or_none(tiny, case, monkeypatch, 
     assert part["layers"] == [1, 2, 3, 4] and part["recall"] == [[1.0, 1.0]] * 4
     assert 0.1 < part["attended"] < 0.25 and full["attended"] == 1
     assert part["kl"] > full["kl"] < 1e-5 and full["loss"] == pytest.approx(dense["loss"], abs=1e-3)
+
+
+@pytest.mark.engine
+def test_answers_with_offload_are_those_of_resident_pages(tiny, monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    text, out = tmp_path / "text.txt", tmp_path / "eval.jsonl"
+    text.write_text(running_text(400))
+    for sparse in ({"dense_layers": 0}, {"offload": {"host_gib": 0.25}}):
+        options = [
+            "eval", str(tiny.model(seed=1)), "--text", str(text), "--dtype", "float32", "--block-size", "16",
+            "--chunk", "256", "--sparse", json.dumps(sparse), "--budgets", "128,256", "--policies", "midbound",
+            "--lengths", "700", "--needles", "2", "--tasks", "niah_single", "--out", str(out),
+        ]  # fmt: skip
+        assert cli.main(options) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    resident, offloaded = (
+        [row for row in rows if ("offload" in row["sparse"]) == offload and row["policy"] == "midbound"]
+        for offload in (False, True)
+    )
+    assert len(resident) == len(offloaded) == 4 and len(rows) == 10
+    same = ("budget", "seed", "attended", "answer", "score")
+    assert [[row[name] for name in same] for row in resident] == [[row[name] for name in same] for row in offloaded]
