@@ -500,5 +500,5 @@ def test_answers_with_offload_are_those_of_resident_pages(tiny, monkeypatch, tmp
         for offload in (False, True)
     )
     assert len(resident) == len(offloaded) == 4 and len(rows) == 10
-    same = ("budget", "seed", "attended", "answer", "score")
-    assert [[row[name] for name in same] for row in resident] == [[row[name] for name in same] for row in offloaded]
+    for name in ("budget", "seed", "attended", "answer", "score"):
+        assert [row[name] for row in resident] == [row[name] for row in offloaded], name
