@@ -144,8 +144,9 @@ def settings_of(args, mode: str) -> dict:
 
 def row_of(args, mode: str, result: dict, spec: str, times: dict) -> dict:
     batch = parse(spec) if spec else []
+    shape = args.model or shape_name("llama-8b", args.layers)
     return result.get("environment", {}) | {
-        "shape": args.model or shape_name("llama-8b", args.layers), "mode": mode, "tp": args.tp, "batch_spec": spec,
+        "shape": shape, "mode": mode, "tp": args.tp, "batch_spec": spec,
         "batch": len(batch), "context": max((r.context_tokens for r in batch), default=None),
         "gpu_gib": gpu_gib(args, mode) or None, "host_gib": args.host_gib if mode == "offload" else None,
         "backend": args.baseline if mode == "stock" else "sparse",
