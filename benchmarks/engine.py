@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 from benchmarks import results
-from benchmarks.batch_spec import parse
+from benchmarks.batch_spec import max_num_seqs, parse
 
 LLAMA_8B = dict(
     architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=128256,
@@ -138,7 +138,7 @@ def measure(args) -> dict:
     start = time.perf_counter()
     llm = LLM(
         model, load_format=weights, skip_tokenizer_init=True, attention_backend=args.worker,
-        max_model_len=longest + 256, max_num_seqs=max(map(len, batches.values())),
+        max_model_len=longest + 256, max_num_seqs=max_num_seqs(batches.values()),
         gpu_memory_utilization=args.gpu_memory, enable_prefix_caching=False, disable_log_stats=True,
         enforce_eager=args.eager, tensor_parallel_size=args.tp,
         distributed_executor_backend=args.executor,
