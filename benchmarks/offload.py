@@ -22,13 +22,12 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 from benchmarks import results
 from benchmarks.batch_spec import max_num_seqs, parse
-from benchmarks.engine import LLAMA_8B, shape_name
+from benchmarks.engine import model_of, shape_name
 from vllm_sparse.config import SparseConfig
 
 MODES = ("stock", "resident", "offload")
@@ -203,8 +202,7 @@ def measure(args) -> dict:
     longest = max(r.context_tokens + output_tokens(args, batch) for batch in batches.values() for r in batch)
     model, weights = args.model, "auto"
     if not model:
-        model, weights = tempfile.mkdtemp(), "dummy"
-        Path(model, "config.json").write_text(json.dumps(LLAMA_8B | {"num_hidden_layers": args.layers}))
+        model, weights = str(model_of("llama-8b", args.layers)), "dummy"
     more = {}
     if args.batched_tokens:
         more["max_num_batched_tokens"] = args.batched_tokens
