@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 _GROUP = re.compile(r"(\d+)?q(\d+)(k?)s(\d+)(k?|m?)")
@@ -26,3 +27,9 @@ def parse(spec: str) -> list[Request]:
         request = Request(int(query) * scale[query_k], int(context) * scale[unit])
         requests += [request] * int(count or 1)
     return requests
+
+
+def max_num_seqs(batches: Iterable[list[Request]]) -> int:
+    """Most requests of a batch, up to a size that vLLM captures a CUDA graph for: 1, 2, 4, then eights."""
+    most = max(map(len, batches))
+    return 1 << (most - 1).bit_length() if most <= 4 else -(-most // 8) * 8

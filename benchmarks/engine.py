@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 from benchmarks import results
-from benchmarks.batch_spec import parse
+from benchmarks.batch_spec import max_num_seqs, parse
 
 LLAMA_8B = dict(
     architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=128256,
@@ -108,6 +108,15 @@ def shape_name(shape: str, layers: int | None) -> str:
     return name + (f" with {layers} layers" if layers not in (None, config["num_hidden_layers"]) else "")
 
 
+def model_of(shape: str, layers: int | None) -> Path:
+    """A directory with the config of a shape, always the same one: vLLM caches compiled kernels by its path."""
+    folder = Path(tempfile.gettempdir(), "vllm-sparse-shapes", f"{shape}-{layers or 'all'}")
+    folder.mkdir(parents=True, exist_ok=True)
+    config = SHAPES[shape][1] | ({"num_hidden_layers": layers} if layers else {})
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
 def run_worker(backend: str) -> dict:
     """Measure one backend in a process of its own; its log goes to stderr."""
     command = [sys.executable, "-m", "benchmarks.engine", "--worker", backend, *sys.argv[1:]]
@@ -131,14 +140,12 @@ def measure(args) -> dict:
     longest = max(r.context_tokens for batch in batches.values() for r in batch)
     model, weights = args.model, "auto"
     if not model:
-        model, weights = tempfile.mkdtemp(), "dummy"
-        layers = {"num_hidden_layers": args.layers} if args.layers else {}
-        Path(model, "config.json").write_text(json.dumps(SHAPES[args.shape][1] | layers))
+        model, weights = str(model_of(args.shape, args.layers)), "dummy"
     sparse = args.worker == "sparse"
     start = time.perf_counter()
     llm = LLM(
         model, load_format=weights, skip_tokenizer_init=True, attention_backend=args.worker,
-        max_model_len=longest + 256, max_num_seqs=max(map(len, batches.values())),
+        max_model_len=longest + 256, max_num_seqs=max_num_seqs(batches.values()),
         gpu_memory_utilization=args.gpu_memory, enable_prefix_caching=False, disable_log_stats=True,
         enforce_eager=args.eager, tensor_parallel_size=args.tp,
         distributed_executor_backend=args.executor,

@@ -22,13 +22,13 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 from benchmarks import results
-from benchmarks.batch_spec import parse
-from benchmarks.engine import LLAMA_8B, shape_name
+from benchmarks.batch_spec import max_num_seqs, parse
+from benchmarks.engine import model_of, shape_name
+from vllm_sparse.config import SparseConfig
 
 MODES = ("stock", "resident", "offload")
 COUNTS = ("units_looked_up", "units_fetched", "units_in_place", "decode_steps")
@@ -88,7 +88,8 @@ def main() -> None:
                 f"{spec:>10} {mode:>9} {times['tpot_ms']:8.3f} ms {times['tokens_per_s']:9.1f} "
                 f"{times['ttft_ms'] / 1e3:8.2f} s {hit:>9} {times['host_mib_per_step'] or 0:14.2f}"
             )
-            rows.append(row_of(args, mode, result, spec, times) | {"bench": "offload"})
+            stock = found.get("stock", {}).get(spec) or {}
+            rows.append(row_of(args, mode, result, spec, times) | {"bench": "offload"} | compared(times, stock))
     for mode, result in found.items():
         if result["started"]:
             print(f"{mode}: {result['capacity_tokens']} tokens of KV, engine start {result['start_s']} s")
@@ -144,14 +145,26 @@ def settings_of(args, mode: str) -> dict:
 
 def row_of(args, mode: str, result: dict, spec: str, times: dict) -> dict:
     batch = parse(spec) if spec else []
-    return result.get("environment", {}) | {
-        "shape": args.model or shape_name(args.layers), "mode": mode, "tp": args.tp, "batch_spec": spec,
+    shape = args.model or shape_name("llama-8b", args.layers)
+    config = SparseConfig.from_mapping(settings_of(args, "resident"), "--sparse")
+    policy = {} if mode == "stock" else {"policy": config.decode_policy, "budget": config.budget_tokens}
+    return result.get("environment", {}) | policy | {
+        "shape": shape, "mode": mode, "tp": args.tp, "batch_spec": spec,
         "batch": len(batch), "context": max((r.context_tokens for r in batch), default=None),
         "gpu_gib": gpu_gib(args, mode) or None, "host_gib": args.host_gib if mode == "offload" else None,
         "backend": args.baseline if mode == "stock" else "sparse",
         "sparse": None if mode == "stock" else settings_of(args, mode), "eager": args.eager,
         "started": result["started"], "reason": result.get("reason"),
         "capacity_tokens": result.get("capacity_tokens"), "start_s": result.get("start_s"), **times,
+    }  # fmt: skip
+
+
+def compared(times: dict, stock: dict) -> dict:
+    """Against stock in the same run, where it ran: time per token, and tokens of all requests per second."""
+    baseline = stock.get("tpot_ms")
+    return {
+        "sparse_ms": times["tpot_ms"], "baseline_ms": baseline,
+        "speedup": round(baseline / times["tpot_ms"], 3) if baseline else None,
     }  # fmt: skip
 
 
@@ -189,8 +202,7 @@ def measure(args) -> dict:
     longest = max(r.context_tokens + output_tokens(args, batch) for batch in batches.values() for r in batch)
     model, weights = args.model, "auto"
     if not model:
-        model, weights = tempfile.mkdtemp(), "dummy"
-        Path(model, "config.json").write_text(json.dumps(LLAMA_8B | {"num_hidden_layers": args.layers}))
+        model, weights = str(model_of("llama-8b", args.layers)), "dummy"
     more = {}
     if args.batched_tokens:
         more["max_num_batched_tokens"] = args.batched_tokens
@@ -200,7 +212,7 @@ def measure(args) -> dict:
     llm = LLM(
         model, load_format=weights, skip_tokenizer_init=True,
         attention_backend=args.baseline if mode == "stock" else "sparse",
-        max_model_len=longest, max_num_seqs=max(map(len, batches.values())),
+        max_model_len=longest, max_num_seqs=max_num_seqs(batches.values()),
         gpu_memory_utilization=share_of_gpu(gpu_gib(args, mode)), enable_prefix_caching=False,
         disable_log_stats=True, enforce_eager=args.eager, tensor_parallel_size=args.tp, **more,
     )  # fmt: skip

@@ -35,3 +35,11 @@ def tiny(tmp_path_factory):
 
     register()
     return TinyEngines(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(autouse=True)
+def gpu_memory_for_others():
+    """What torch keeps of a large test would be missing where drivers load kernels and map host memory."""
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -221,3 +223,27 @@ def test_wrong_prompts_are_refused_and_the_engine_still_serves(tiny):
 def test_page_size_defaults_to_32_on_a_cpu(tiny):
     with tiny.start(block_size=None) as llm:
         assert {layer.impl.page_size for layer in attention_layers(llm).values()} == {32}
+
+
+@pytest.mark.parametrize("most, said", [(6, "more than 4 requests .* take 4 or 8"), (4, ""), (8, ""), (99, "")])
+def test_batches_that_no_graph_holds_are_warned_of(most, said, caplog, monkeypatch):
+    from vllm_sparse.backend.workspace import warn_of_batches_without_graphs
+
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    warn_of_batches_without_graphs([1, 2, 4, 8], most)
+    warn_of_batches_without_graphs([], most)
+    assert bool(said) == bool(caplog.messages)
+    assert not said or re.search(said, caplog.text)
+
+
+def test_benchmarks_admit_as_many_requests_as_a_graph_holds():
+    from benchmarks.batch_spec import max_num_seqs, parse
+
+    assert [max_num_seqs([parse(f"{n}q1s8k"), parse("1q1s8k")]) for n in (1, 3, 4, 6, 8, 33)] == [
+        1,
+        4,
+        4,
+        8,
+        8,
+        40,
+    ]

@@ -302,6 +302,23 @@ def test_what_offload_cannot_serve_is_refused(tiny, settings, said):
         assert words in message
 
 
+def test_memory_that_the_engine_took_is_not_looked_for_again(tiny, monkeypatch):
+    """A server's engine process has its config checked once more when everything is allocated."""
+    from vllm_sparse.backend import offload
+    from vllm_sparse.config import ConfigError
+    from vllm_sparse.offload.limits import HostLimits
+
+    with tiny.start(sparse={"offload": OFFLOAD}) as llm:
+        config = llm.llm_engine.vllm_config
+        monkeypatch.setattr(offload, "read_limits", lambda: HostLimits(0, 0, 0))
+        before = dict(config.additional_config)
+        config.__post_init__()
+        assert config.additional_config == before
+        config.additional_config["sparse"]["offload"]["host_gib"] *= 2
+        with pytest.raises(ConfigError, match="do not fit"):
+            config.__post_init__()
+
+
 @pytest.mark.parametrize(
     "case, said",
     [

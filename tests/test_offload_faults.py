@@ -124,7 +124,7 @@ def test_pinning_that_fails_half_way_gives_everything_back(monkeypatch):
 
 
 def test_memory_that_is_not_given_is_refused(monkeypatch):
-    def no_memory(*_):
+    def no_memory(*_, **__):
         raise OSError(12, "Cannot allocate memory")
 
     monkeypatch.setattr(pool.mmap, "mmap", no_memory)

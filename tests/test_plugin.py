@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import subprocess
 import sys
 import textwrap
 from importlib.metadata import entry_points
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,6 +39,19 @@ def run_python(code: str, *arguments: str, **environment: str) -> str:
 def test_entry_point_is_registered():
     (entry,) = [e for e in entry_points(group="vllm.general_plugins") if e.name == "sparse"]
     assert entry.load() is register
+
+
+def test_a_plain_install_has_every_package():
+    """Tests import from the source tree, where a package that pyproject.toml forgets is found all the same."""
+    root = Path(__file__).parents[1]
+    listed = set(re.findall(r'^    "([\w.]+)",$', (root / "pyproject.toml").read_text(), re.MULTILINE))
+    folders = {
+        path.parent
+        for top in ("vllm_sparse", "kernels", "plugin_entrypoints")
+        for path in (root / top).rglob("*.py")
+    }
+    names = {".".join(folder.relative_to(root).parts) for folder in folders}
+    assert {name if name.startswith("vllm_sparse") else f"vllm_sparse.{name}" for name in names} <= listed
 
 
 def test_register_is_reentrant():

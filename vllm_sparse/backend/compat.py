@@ -149,7 +149,9 @@ def _check_config(original, vllm_config) -> None:
     if config.offload is not None:
         from vllm_sparse.backend import offload
 
-        _carry(vllm_config, config, offload.check(vllm_config, config), "offload")
+        found = offload.check(vllm_config, config)
+        _carry(vllm_config, config, found, "offload")
+        vllm_config.additional_config[offload.ADMITTED] = found.offload.host_gib
 
 
 def with_patterns(vllm_config, config):

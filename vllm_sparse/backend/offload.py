@@ -17,6 +17,9 @@ from vllm_sparse.offload.store import OffloadStore
 
 logger = logging.getLogger("vllm.vllm_sparse")
 
+ADMITTED = "sparse_host_gib_admitted"
+"""Beside ``sparse`` in vLLM's config: the host memory that was found free before the engine took it."""
+
 
 def ranks_of_host(parallel_config: Any) -> int:
     """Ranks that share the memory of one host."""
@@ -46,6 +49,8 @@ def check(vllm_config: Any, config: SparseConfig) -> SparseConfig:
         if reason:
             raise ConfigError(f"{option}: not supported with sparse.offload: {reason}; allowed with offload: none")
     asked = config.offload.host_gib
+    if (vllm_config.additional_config or {}).get(ADMITTED) == asked:
+        return config  # vLLM checks its config again once the engine has taken its memory
     host_gib = resolve_host_gib(asked, ranks_of_host(vllm_config.parallel_config), read_limits())
     return config.with_offload(config.offload.with_host_gib(host_gib))
 

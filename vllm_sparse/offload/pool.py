@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import mmap
+import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import torch
+from tqdm import tqdm
 
 from vllm_sparse.config import ConfigError
 from vllm_sparse.offload.limits import read_limits
@@ -18,6 +21,10 @@ logger = logging.getLogger("vllm.vllm_sparse")
 
 PIECE_BYTES = GIB
 """Memory is pinned in pieces, so that a failure is met early and says how far it came."""
+LINUX_PAGE = 4096
+MOST_THREADS = 16
+QUIET_BYTES = 8 * GIB
+"""Less than this is pinned in a few seconds, without a progress bar."""
 
 
 class HostPool:
@@ -42,28 +49,42 @@ class HostPool:
         total = size * shape.layers
         try:
             for _ in range(shape.layers):
-                memory = mmap.mmap(-1, size)
-                self._memory.append(memory)
-                with suppress(OSError):  # advice, which some kernels do not take: pinning is only slower
-                    memory.madvise(mmap.MADV_HUGEPAGE)
-                host = torch.frombuffer(memory, dtype=dtype).view(self.pages)
-                if device.type != "cpu":
-                    self._pin(host.data_ptr(), size, pin)
-                    host = view_from_device(host)
-                self.layers.append(host)
+                self._memory.append(_anonymous_memory(size))
+            hosts = [torch.frombuffer(memory, dtype=dtype).view(self.pages) for memory in self._memory]
+            if device.type != "cpu":
+                self._pin_all(hosts, pin)
+                hosts = [view_from_device(host) for host in hosts]
+            self.layers.extend(hosts)
         except (OSError, RuntimeError) as error:
-            pinned = len(self.layers) * size
+            pinned = len(self._pinned) * min(PIECE_BYTES, size)
             self.close()
             raise ConfigError(
                 f"sparse.offload.host_gib: the host pool of this rank, {total / GIB:.2f} GiB, could not be "
-                f"allocated and pinned: {error}, after {pinned / GIB:.2f} GiB; {read_limits()}. "
+                f"allocated and pinned: {error}, after about {pinned / GIB:.2f} GiB; {read_limits()}. "
                 f"Lower sparse.offload.host_gib"
             ) from error
 
-    def _pin(self, address: int, size: int, pin_piece: Callable[[int, int], None]) -> None:
-        for start in range(0, size, PIECE_BYTES):
-            pin_piece(address + start, min(PIECE_BYTES, size - start))
-            self._pinned.append(address + start)
+    def _pin_all(self, hosts: list[torch.Tensor], pin_piece: Callable[[int, int], None]) -> None:
+        """Pin every tensor, while threads before it make the system find the pages: it does so one at a time.
+
+        Seen on a host of 125 GiB: pinning 108 GiB that nobody had touched took 60 s.
+        """
+        pieces = [piece for host in hosts for piece in _pieces(host)]
+        total = sum(len(piece) for piece in pieces)
+        threads = min(MOST_THREADS, len(os.sched_getaffinity(0)))
+        bar = tqdm(
+            total=total, desc="Pinning host memory", unit="B", unit_scale=True, unit_divisor=1024,
+            disable=total < QUIET_BYTES,
+        )  # fmt: skip
+        with bar, ThreadPoolExecutor(threads) as pool:
+            try:
+                for piece in pool.map(_touch, pieces):
+                    pin_piece(piece.data_ptr(), len(piece))
+                    self._pinned.append(piece.data_ptr())
+                    bar.update(len(piece))
+            except RuntimeError:
+                pool.shutdown(cancel_futures=True)
+                raise
 
     @property
     def num_bytes(self) -> int:
@@ -73,6 +94,27 @@ class HostPool:
         """Unpin and forget; tensors that were taken from here must not be used any more."""
         self.layers.clear()
         _give_back(self._pinned, self._memory)
+
+
+def _anonymous_memory(size: int) -> mmap.mmap:
+    """Private, for only such memory comes in huge pages wherever a program may ask for them.
+
+    No child inherits it: a fork would have to copy what is pinned.
+    """
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    for advice in (mmap.MADV_HUGEPAGE, mmap.MADV_DONTFORK):
+        with suppress(OSError):  # advice, which some kernels do not take: pinning is only slower
+            memory.madvise(advice)
+    return memory
+
+
+def _pieces(host: torch.Tensor) -> Iterator[torch.Tensor]:
+    return iter(host.view(-1).view(torch.uint8).split(PIECE_BYTES))
+
+
+def _touch(piece: torch.Tensor) -> torch.Tensor:
+    piece[::LINUX_PAGE].zero_()
+    return piece
 
 
 def _give_back(pinned: list[int], memory: list[mmap.mmap]) -> None:
