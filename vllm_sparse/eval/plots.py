@@ -8,7 +8,9 @@ from vllm_sparse.eval.samples import TEXT
 from vllm_sparse.eval.settings import Setting
 from vllm_sparse.eval.summary import Summary
 
-COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2")
+COLORS = (
+    "#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2", "#bcbd22", "#000000",
+)  # fmt: skip
 DENSE_COLOR = "#8a8f98"
 MAX_PANELS = 12
 
