@@ -228,7 +228,7 @@ def prefill_quality() -> None:
     policy = default.prefill_policy if default.prefill_policy != "dense" else "vertical_slash"
     rows = read("prefill_quality", "prefill_quality")
     rows = [row for row in rows if row["split"] == "report" and row["density"] is not None]
-    rows = fullest(rows, ("shape", "gpu", "context", "chunk"), ("policy", "sparse"))
+    rows = fullest(rows, ("shape", "gpu", "context", "chunk", "needles"), ("policy", "sparse"))
     times = [row for row in read("prefill", "prefill_attention") if row["kernel"] == "fa3"]
     times = fullest(times, ("gpu", "shape", "batch_spec"), ("policy", "sparse"))
     figure, (quality, speed) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
