@@ -88,7 +88,7 @@ def main() -> None:
                 f"{spec:>10} {mode:>9} {times['tpot_ms']:8.3f} ms {times['tokens_per_s']:9.1f} "
                 f"{times['ttft_ms'] / 1e3:8.2f} s {hit:>9} {times['host_mib_per_step'] or 0:14.2f}"
             )
-            stock = found.get("stock", {}).get(spec) or {}
+            stock = found.get("stock", {}).get(spec) if mode != "stock" else None
             rows.append(row_of(args, mode, result, spec, times) | {"bench": "offload"} | compared(times, stock))
     for mode, result in found.items():
         if result["started"]:
@@ -159,13 +159,12 @@ def row_of(args, mode: str, result: dict, spec: str, times: dict) -> dict:
     }  # fmt: skip
 
 
-def compared(times: dict, stock: dict) -> dict:
-    """Against stock in the same run, where it ran: time per token, and tokens of all requests per second."""
-    baseline = stock.get("tpot_ms")
-    return {
-        "sparse_ms": times["tpot_ms"], "baseline_ms": baseline,
-        "speedup": round(baseline / times["tpot_ms"], 3) if baseline else None,
-    }  # fmt: skip
+def compared(times: dict, stock: dict | None) -> dict:
+    """Time per token beside that of stock in the same run; nothing where stock did not run the batch."""
+    if not stock:
+        return {}
+    baseline, sparse = stock["tpot_ms"], times["tpot_ms"]
+    return {"baseline_ms": baseline, "sparse_ms": sparse, "speedup": round(baseline / sparse, 3)}
 
 
 def run_worker(mode: str) -> dict:

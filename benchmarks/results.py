@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import datetime
 import json
-import subprocess
 from pathlib import Path
+
+from vllm_sparse.eval import rows
 
 RESULTS = Path(__file__).parent / "results"
 
 
 def commit() -> str:
     """The measured commit: what the file ``COMMIT`` beside a copy of the sources says, else git's, with
-    ``+`` where files differ from it."""
-    file = Path(__file__).parent.parent / "COMMIT"
-    if file.exists():
-        return file.read_text().strip()
-    try:
-        head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-        dirty = subprocess.run(["git", "diff", "--quiet", "HEAD"]).returncode
-        return head.stdout.strip() + ("+" if dirty else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+    ``+`` where the package differs from it."""
+    root = Path(__file__).parent.parent
+    file = root / "COMMIT"
+    return file.read_text().strip() if file.exists() else rows.commit(root) or "unknown"
 
 
 def environment() -> dict:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import re
 import subprocess
 import sys
 import textwrap
@@ -12,6 +11,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
+import tomllib
 import torch
 
 pytest.importorskip("vllm")
@@ -44,14 +44,15 @@ def test_entry_point_is_registered():
 def test_a_plain_install_has_every_package():
     """Tests import from the source tree, where a package that pyproject.toml forgets is found all the same."""
     root = Path(__file__).parents[1]
-    listed = set(re.findall(r'^    "([\w.]+)",$', (root / "pyproject.toml").read_text(), re.MULTILINE))
+    listed = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     folders = {
         path.parent
         for top in ("vllm_sparse", "kernels", "plugin_entrypoints")
         for path in (root / top).rglob("*.py")
     }
     names = {".".join(folder.relative_to(root).parts) for folder in folders}
-    assert {name if name.startswith("vllm_sparse") else f"vllm_sparse.{name}" for name in names} <= listed
+    installed = {name if name.startswith("vllm_sparse") else f"vllm_sparse.{name}" for name in names}
+    assert installed == set(listed)
 
 
 def test_register_is_reentrant():

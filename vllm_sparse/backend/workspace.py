@@ -89,22 +89,4 @@ class Workspace:
         if workspace.prefill is not None:
             mib += workspace.prefill.num_bytes / 2**20
         logger.info("sparse attention: workspace of %.0f MiB for up to %d requests", mib, max_num_reqs)
-        warn_of_batches_without_graphs(
-            vllm_config.compilation_config.cudagraph_capture_sizes or [], vllm_config.scheduler_config.max_num_seqs
-        )
         return workspace
-
-
-def warn_of_batches_without_graphs(captured: list[int], max_num_seqs: int) -> None:
-    """vLLM pads a decode batch to the next captured size, but to none above ``max_num_seqs``.
-
-    Seen on an H100: six requests, at a maximum of six, took 25 ms a step, launched kernel by kernel.
-    """
-    below = max((size for size in captured if size <= max_num_seqs), default=0)
-    above = min((size for size in captured if size > max_num_seqs), default=0)
-    if 0 < below < max_num_seqs < above:
-        logger.warning(
-            "sparse attention: decode batches of more than %d requests run without a full CUDA graph, which is "
-            "slow: --max-num-seqs %d is none of the captured sizes; take %d or %d",
-            below, max_num_seqs, below, above,
-        )  # fmt: skip
