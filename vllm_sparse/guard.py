@@ -41,7 +41,9 @@ class Guard:
     _logged: float = 0.0
 
     def __post_init__(self) -> None:
-        self._copied = torch.zeros(self.sums.shape, dtype=torch.float64, pin_memory=self.sums.is_cuda)
+        # vLLM builds its layers with the GPU as default device.
+        on_gpu = self.sums.device.type != "cpu"
+        self._copied = torch.zeros(self.sums.shape, dtype=torch.float64, device="cpu", pin_memory=on_gpu)
 
     @classmethod
     def allocate(cls, every: int, layers: int, q_heads: int, kv_heads: int, device: torch.device) -> Guard:

@@ -59,7 +59,7 @@ class Counters:
     def __init__(self, counters: torch.Tensor):
         self.counters = counters
         on_gpu = counters.device.type != "cpu"
-        self._copied = torch.zeros(len(counters), dtype=torch.int64, pin_memory=on_gpu)
+        self._copied = torch.zeros(len(counters), dtype=torch.int64, device="cpu", pin_memory=on_gpu)
         self._forget_reports()
 
     def _log(self, *totals: int) -> None:
