@@ -36,7 +36,7 @@ TUNING = {
     "heads": BUNDLE_HEADS,
     "block_tokens": 64,
     "tile_bytes": 16384,
-    "num_warps": 8,
+    "num_warps": 4,
     "num_stages": 2,
     "fold_tiles": 16,
 }

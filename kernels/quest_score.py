@@ -21,7 +21,7 @@ from vllm_sparse.kernels.two_digits import two_digits
 from vllm_sparse.decode_plan import NOT_LISTED, WORK_COLUMNS, DecodePlan
 from vllm_sparse.page_scores import CHUNK_PAGES, PageScores
 
-TUNING = {"waves": 8, "num_warps": 2, "num_stages": 2}
+TUNING = {"waves": 4, "num_warps": 2, "num_stages": 2}
 ROWS = 128
 """Entries of the work list read at a time in the search for a program's first row."""
 
@@ -90,15 +90,19 @@ def _quest_score(
         num_pages = (seq_len + PAGE - 1) // PAGE
         query = tl.load(q + request.to(tl.int64) * q_stride_r + heads[None, :] * q_stride_h + dims[:, None],
                         mask=(group < GROUP)[None, :] & (dims < HEAD_DIM)[:, None], other=0.0)  # fmt: skip
-        query = query.to(tl.float32)
-        steps = tl.maximum(tl.max(tl.abs(query), axis=0) / 127, 1e-30)
-        signed, sizes = two_digits(query, steps), two_digits(tl.abs(query), steps)
-        steps *= scale
+        signed = tl.zeros([BLOCK_D, 2 * GROUP_PAD], tl.int8)
+        sizes, steps = signed, tl.zeros([GROUP_PAD], tl.float32)
         block_row = block_table + request.to(tl.int64) * table_stride
         last = end - begin
         pages = (chunk - begin) * CHUNK + lanes
         c_words, w_words = _scale_words(words, block_row, pages, pages < num_pages, block_words, HEAD_DIM // 4)
         for of_row in range(chunk - begin, last):
+            if of_row == chunk - begin:
+                # Here, where the first loads of the loop are on their way.
+                floats = query.to(tl.float32)
+                steps = tl.maximum(tl.max(tl.abs(floats), axis=0) / 127, 1e-30)
+                signed, sizes = two_digits(floats, steps), two_digits(tl.abs(floats), steps)
+                steps *= scale
             pages = of_row * CHUNK + lanes
             live = pages < num_pages
             blocks = tl.load(block_row + pages, mask=live, other=0).to(tl.int64) * kv_stride_b

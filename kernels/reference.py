@@ -35,7 +35,7 @@ from vllm_sparse.decode_plan import NOT_LISTED, DecodePlan
 from vllm_sparse.guard import Guard
 from vllm_sparse.page_scores import CHUNK_PAGES, PageScores
 from vllm_sparse.page_table import PageTable, single_head_pages, units_per_block
-from vllm_sparse.summaries import SKETCH_BITS, SketchLayout
+from vllm_sparse.summaries import SKETCH_BITS, TILE_TOKENS, SketchLayout
 
 SCALE_BITS, SCALE_LEVELS, SMALLEST_SCALE = 16, 125.9, 1e-7
 
@@ -179,7 +179,8 @@ def sketch_score(
         logits = heads @ keys.flatten(1, 2).transpose(1, 2)
         lost = layout.noise * scales[:, blocks].flatten(1).square()[:, None]
         logits += lost * heads.square().sum(-1, keepdim=True) / 2
-        _store_masses(scores, request, offset, logits, seq_len, page_size)
+        # Keys that a tile still lacks have a scale of 0: they count as its mean.
+        _store_masses(scores, request, offset, logits, -(-seq_len // TILE_TOKENS) * TILE_TOKENS, page_size)
 
 
 def page_mass(

@@ -4,7 +4,8 @@
 
 with the keys and their scales that :mod:`vllm_sparse.kernels.sketch_write` has stored. The second term is what
 the exponential of a logit gains on average by what its code has lost, a variance of ``noise * scale_t^2`` in
-each channel (:mod:`vllm_sparse.summaries`): without it pages of widely spread keys rank too low.
+each channel (:mod:`vllm_sparse.summaries`): without it pages of widely spread keys rank too low. Keys that a
+request's last page still lacks count as the mean of those it has: that page is attended whatever its score.
 
 The query is rotated as the keys are and quantised in two int8 digits to base 128; bytes of the sketch, masked to
 one key's field, are int8 operands of matrix products: to unpack a code is one bitwise operation on four channels.
@@ -24,10 +25,13 @@ from vllm_sparse.decode_plan import NOT_LISTED, WORK_COLUMNS, DecodePlan
 from vllm_sparse.page_scores import CHUNK_PAGES, PageScores
 from vllm_sparse.summaries import TILE_TOKENS, SketchLayout
 
-TUNING = {"waves": 4, "step_bytes": 20480, "num_warps": 2, "num_stages": 3}
+TUNING = {"waves": 4, "step_bytes": 40960, "num_warps": 2, "num_stages": 3}
 """``step_bytes``: of sketches that a program has in flight per stage."""
 ROWS = 128
 """Entries of the work list read at a time in the search for a program's first row."""
+LARGEST = 120.0
+"""Powers of two that a residual adds to a logit at most, well inside float32: no running maximum is needed, as
+the residuals of a tile add up to nothing, so that its largest logit is not far below that of its mean."""
 
 
 @triton.jit
@@ -39,9 +43,9 @@ def _products(rows, digits):
 
 
 @triton.jit
-def _logits(packed, digits, steps, offsets, gains, scale_bits, remaining, TOKEN: tl.constexpr, FIELD: tl.constexpr,
-            BITS: tl.constexpr):  # fmt: skip
-    """Logits of residuals of token ``TOKEN``, in field ``FIELD`` of ``packed``: float32 [pages, group]."""
+def _weights(packed, digits, steps, offsets, gains, scale_bits, FIELD: tl.constexpr, BITS: tl.constexpr,
+             LARGEST: tl.constexpr):  # fmt: skip
+    """2 to the power of what residuals in field ``FIELD`` of ``packed`` add to logits: float32 [pages, group]."""
     scale = scale_bits.to(tl.float32, bitcast=True)
     LEVELS: tl.constexpr = 1 << BITS
     IS_LAST: tl.constexpr = FIELD == 8 // BITS - 1
@@ -52,7 +56,7 @@ def _logits(packed, digits, steps, offsets, gains, scale_bits, remaining, TOKEN:
     field = packed & tl.full([1, 1], MASK, tl.int8)
     level = _products(field, digits) * (steps * WEIGHT)[None, :] + (offsets * CENTRE)[None, :]
     logit = (level + scale[:, None] * gains[None, :]) * scale[:, None]
-    return tl.where((remaining > TOKEN)[:, None], logit, float("-inf"))
+    return tl.exp2(tl.minimum(logit, LARGEST))
 
 
 @triton.jit(do_not_specialize=["num_reqs", "noise"])
@@ -63,6 +67,7 @@ def _sketch_score(
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
     BITS: tl.constexpr, TILE_BYTES: tl.constexpr, TILE: tl.constexpr, PAGE: tl.constexpr, PAGES: tl.constexpr,
     CHUNK: tl.constexpr, ROWS: tl.constexpr, NOT_LISTED: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+    LARGEST: tl.constexpr,
 ):  # fmt: skip
     PLANES: tl.constexpr = TILE * BITS // 8
     FIELDS: tl.constexpr = 8 // BITS
@@ -116,35 +121,22 @@ def _sketch_score(
             cells = kv_bytes + start[:, None] + dims[None, :]
             words = kv_words + start // 4 + (PLANES + 1) * WIDTH // 4
             mean = tl.load(cells + PLANES * WIDTH, mask=live[:, None], other=0)
-            remaining = seq_len - (pages * PAGE + tile * TILE)
-            # A tile past the end was never written: its mean is taken as 0.
-            mean_scale = tl.load(words + TILE // 2, mask=remaining > 0, other=0).to(tl.float32, bitcast=True)
+            # A tile past the end was never written: nothing of it is read.
+            written = live & (pages * PAGE + tile * TILE < seq_len)
+            mean_scale = tl.load(words + TILE // 2, mask=written, other=0).to(tl.float32, bitcast=True)
             centre = _products(mean, digits) * steps[None, :] * mean_scale[:, None]
-            sketch_top = tl.full([PAGES, GROUP_PAD], float("-inf"), tl.float32)
-            sketch_sum = tl.zeros([PAGES, GROUP_PAD], tl.float32)
+            total_weight = tl.zeros([PAGES, GROUP_PAD], tl.float32)
             for plane in tl.static_range(PLANES):
                 packed = tl.load(cells + plane * WIDTH, mask=live[:, None], other=0)
-                for quarter in tl.static_range(FIELDS // 4):
-                    first = words + (plane * FIELDS + quarter * 4) // 2
-                    pair, next_pair = tl.load(first, mask=live, other=0), tl.load(first + 1, mask=live, other=0)
-                    x_0 = _logits(packed, digits, steps, offsets, gains, pair << 16, remaining,
-                                  plane * FIELDS + quarter * 4, quarter * 4, BITS)  # fmt: skip
-                    x_1 = _logits(packed, digits, steps, offsets, gains, pair & -65536, remaining,
-                                  plane * FIELDS + quarter * 4 + 1, quarter * 4 + 1, BITS)  # fmt: skip
-                    x_2 = _logits(packed, digits, steps, offsets, gains, next_pair << 16, remaining,
-                                  plane * FIELDS + quarter * 4 + 2, quarter * 4 + 2, BITS)  # fmt: skip
-                    x_3 = _logits(packed, digits, steps, offsets, gains, next_pair & -65536, remaining,
-                                  plane * FIELDS + quarter * 4 + 3, quarter * 4 + 3, BITS)  # fmt: skip
-                    largest = tl.maximum(tl.maximum(x_0, x_1), tl.maximum(x_2, x_3))
-                    new_top = tl.maximum(sketch_top, largest)
-                    # Of a tile past the end no token is left: then nothing is added to nothing.
-                    zero = tl.where(new_top == float("-inf"), 0.0, new_top)
-                    sketch_sum *= tl.exp2(sketch_top - zero)
-                    sketch_sum += tl.exp2(x_0 - zero) + tl.exp2(x_1 - zero)
-                    sketch_sum += tl.exp2(x_2 - zero) + tl.exp2(x_3 - zero)
-                    sketch_top = new_top
-            mass = centre + sketch_top + tl.log2(sketch_sum)
+                for pair in tl.static_range(FIELDS // 2):
+                    two = tl.load(words + (plane * FIELDS) // 2 + pair, mask=written, other=0)
+                    total_weight += _weights(packed, digits, steps, offsets, gains, two << 16, 2 * pair, BITS,
+                                             LARGEST)  # fmt: skip
+                    total_weight += _weights(packed, digits, steps, offsets, gains, two & -65536, 2 * pair + 1,
+                                             BITS, LARGEST)  # fmt: skip
+            mass = centre + tl.log2(total_weight)
             if TILES > 1:
+                mass = tl.where(written[:, None], mass, float("-inf"))
                 page_top = tl.where(tile == 0, float("-inf"), page_top)
                 page_sum = tl.where(tile == 0, 0.0, page_sum)
                 new_top = tl.maximum(page_top, mass)
@@ -199,6 +191,6 @@ def sketch_score(
         GROUP=group, GROUP_PAD=max(4, triton.next_power_of_2(group)), HEAD_DIM=head_dim, WIDTH=layout.width,
         BITS=layout.bits, TILE_BYTES=layout.tile_bytes, TILE=TILE_TOKENS, PAGE=page_size, PAGES=pages,
         CHUNK=CHUNK_PAGES, ROWS=ROWS, NOT_LISTED=NOT_LISTED, COLUMNS=WORK_COLUMNS,
-        STAGES=TUNING["num_stages"],
+        STAGES=TUNING["num_stages"], LARGEST=LARGEST,
         num_warps=TUNING["num_warps"],
     )  # fmt: skip
