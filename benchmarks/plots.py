@@ -260,7 +260,7 @@ def prefill_quality() -> None:
     quality.set_xlabel(about, fontsize=8)
     title = f"Perplexity of {rows[0]['shape']}, {rows[0]['context']:,} tokens"
     quality.set_title(title, fontsize=10)
-    quality.legend(frameon=False, fontsize=8)
+    quality.legend(frameon=False, fontsize=8, loc="upper right")
     speed.plot([0, 1], [0, 100], color=STOCK, linewidth=4, alpha=0.3, zorder=0)
     speed.axhline(100, color=STOCK, linewidth=1)
     speed.set_ylim(0)

@@ -4,7 +4,8 @@
     score[h, b, p] = log sum_{r in b} sum_{j in p} softmax_j L[r, j]
 
 Rows r are 16 queries of a block, columns j are 16 keys; j is seen where its first key is no later than
-r's last query, and of its keys those up to the block's end.
+r's last query, and of its keys those up to the end of the chunk. A program holds the rows of several blocks: read
+for one block alone, keys would take longer to read than to multiply.
 Xu et al., "XAttention: Block Sparse Attention with Antidiagonal Scoring", arXiv 2503.16428,
 with stride 16.
 """
@@ -19,11 +20,14 @@ from vllm_sparse.query_blocks import BLOCK_TOKENS, QueryBlocks
 
 STRIDE = 16
 LOG2_E = 1.4426950408889634
+BLOCK_ROWS = BLOCK_TOKENS // STRIDE
+TUNING = {"row_bytes": 32768, "column_bytes": 16384, "num_warps": 8, "num_stages": 3}
+"""``row_bytes``, ``column_bytes``: of queries and keys that a matrix product takes."""
 
 
 @triton.jit
 def _strided_logits(
-    q, kv_head_base, block_table, columns, q_stride_t, q_row, num_tokens, in_block, first_position, end_position,
+    q, kv_head_base, block_table, columns, q_stride_t, q_row, num_tokens, first_position, end_position,
     kv_stride_b, kv_stride_r, scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, STRIDE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_J: tl.constexpr, PRECISION: tl.constexpr,
@@ -35,7 +39,7 @@ def _strided_logits(
     for s in range(STRIDE):
         token = q_row + STRIDE - 1 - s
         query = tl.load(q + token.to(tl.int64)[:, None] * q_stride_t + dims[None, :],
-                        mask=(in_block & (token < num_tokens))[:, None] & in_head[None, :], other=0.0)  # fmt: skip
+                        mask=(token < num_tokens)[:, None] & in_head[None, :], other=0.0)  # fmt: skip
         key = columns * STRIDE + s
         known = key < end_position
         block = tl.load(block_table + key // PAGE, mask=known, other=0).to(tl.int64)
@@ -43,7 +47,7 @@ def _strided_logits(
         k = tl.load(cells[None, :] + dims[:, None], mask=known[None, :] & in_head[:, None], other=0.0)
         logits = tl.dot(query, k, logits, input_precision=PRECISION)
     last = tl.minimum(q_row + STRIDE, num_tokens) - 1 + first_position
-    seen = in_block[:, None] & (columns[None, :] * STRIDE <= last[:, None])
+    seen = (q_row < num_tokens)[:, None] & (columns[None, :] * STRIDE <= last[:, None])
     return tl.where(seen, logits * scale_log2, float("-inf"))
 
 
@@ -52,25 +56,23 @@ def _antidiagonal_score(
     q, kv, block_table, scores, q_stride_t, q_stride_h, kv_stride_b, kv_stride_h, kv_stride_r, score_stride,
     scale_log2, first_position, num_tokens, num_blocks, num_pages,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK_J: tl.constexpr,
+    STRIDE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_J: tl.constexpr,
     PAGES_J: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0)
-    head, block = row // num_blocks, row % num_blocks
-    start = block * BLOCK_TOKENS
-    end_position = first_position + tl.minimum(start + BLOCK_TOKENS, num_tokens)
-    r = tl.arange(0, ROWS)
-    q_row = start + r * STRIDE
-    in_block = (r * STRIDE < BLOCK_TOKENS) & (q_row < num_tokens)
+    ROWS: tl.constexpr = BLOCKS * BLOCK_ROWS
+    head, first_block = tl.program_id(1), tl.program_id(0) * BLOCKS
+    q_row = (first_block * BLOCK_ROWS + tl.arange(0, ROWS)) * STRIDE
+    end_position = first_position + num_tokens
+    seen_position = first_position + tl.minimum((first_block + BLOCKS) * BLOCK_ROWS * STRIDE, num_tokens)
     queries = q + head * q_stride_h
     base = kv + (head // GROUP).to(tl.int64) * kv_stride_h
-    tiles = ((end_position - 1) // STRIDE + BLOCK_J) // BLOCK_J
+    tiles = ((seen_position - 1) // STRIDE + BLOCK_J) // BLOCK_J
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     for tile in range(0, tiles):
         logits = _strided_logits(
             queries, base, block_table, tile * BLOCK_J + tl.arange(0, BLOCK_J), q_stride_t, q_row, num_tokens,
-            in_block, first_position, end_position, kv_stride_b, kv_stride_r, scale_log2,
+            first_position, end_position, kv_stride_b, kv_stride_r, scale_log2,
             HEAD_DIM, BLOCK_D, PAGE, STRIDE, ROWS, BLOCK_J, PRECISION,
         )  # fmt: skip
         new_top = tl.maximum(top, tl.max(logits, axis=1))
@@ -81,14 +83,15 @@ def _antidiagonal_score(
     for tile in range(0, tiles):
         logits = _strided_logits(
             queries, base, block_table, tile * BLOCK_J + tl.arange(0, BLOCK_J), q_stride_t, q_row, num_tokens,
-            in_block, first_position, end_position, kv_stride_b, kv_stride_r, scale_log2,
+            first_position, end_position, kv_stride_b, kv_stride_r, scale_log2,
             HEAD_DIM, BLOCK_D, PAGE, STRIDE, ROWS, BLOCK_J, PRECISION,
         )  # fmt: skip
-        mass = tl.sum(tl.exp2(logits - lse[:, None]), axis=0)
-        mass = tl.sum(tl.reshape(mass, [PAGES_J, BLOCK_J // PAGES_J]), axis=1)
-        pages = tile * PAGES_J + tl.arange(0, PAGES_J)
-        tl.store(scores + row.to(tl.int64) * score_stride + pages, tl.log(tl.maximum(mass, 1e-30)),
-                 mask=pages < num_pages)  # fmt: skip
+        mass = tl.reshape(tl.exp2(logits - lse[:, None]), [BLOCKS, BLOCK_ROWS, BLOCK_J])
+        mass = tl.sum(tl.reshape(tl.sum(mass, axis=1), [BLOCKS, PAGES_J, BLOCK_J // PAGES_J]), axis=2)
+        block, page = first_block + tl.arange(0, BLOCKS), tile * PAGES_J + tl.arange(0, PAGES_J)
+        row = (head * num_blocks + block).to(tl.int64)
+        tl.store(scores + row[:, None] * score_stride + page[None, :], tl.log(tl.maximum(mass, 1e-30)),
+                 mask=(block < num_blocks)[:, None] & (page < num_pages)[None, :])  # fmt: skip
 
 
 def antidiagonal_score(
@@ -105,11 +108,14 @@ def antidiagonal_score(
     rows, num_pages = scores.shape
     assert rows == q_heads * blocks.num_blocks and num_pages == blocks.num_pages(page_size)
     assert q.stride(2) == kv.stride(3) == scores.stride(1) == 1
-    block_j = max(32, page_size // STRIDE)
-    _antidiagonal_score[(rows,)](
+    block_d = triton.next_power_of_2(head_dim)
+    query_rows, columns = (TUNING[name] // (block_d * q.element_size()) for name in ("row_bytes", "column_bytes"))
+    block_j = max(min(columns, 64), page_size // STRIDE)
+    num_blocks = min(max(2, query_rows // BLOCK_ROWS), 16, triton.next_power_of_2(max(2, blocks.num_blocks)))
+    _antidiagonal_score[(triton.cdiv(blocks.num_blocks, num_blocks), q_heads)](
         q, kv, block_table, scores, q.stride(0), q.stride(1), kv.stride(0), kv.stride(1), kv.stride(2),
         scores.stride(0), scale * LOG2_E / STRIDE, blocks.first_position, num_tokens, blocks.num_blocks, num_pages,
-        GROUP=q_heads // kv.shape[1], HEAD_DIM=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), PAGE=page_size,
-        BLOCK_TOKENS=BLOCK_TOKENS, STRIDE=STRIDE, ROWS=16, BLOCK_J=block_j,
-        PAGES_J=block_j * STRIDE // page_size, PRECISION="ieee", num_warps=4,
+        GROUP=q_heads // kv.shape[1], HEAD_DIM=head_dim, BLOCK_D=block_d, PAGE=page_size, STRIDE=STRIDE,
+        BLOCK_ROWS=BLOCK_ROWS, BLOCKS=num_blocks, BLOCK_J=block_j, PAGES_J=block_j * STRIDE // page_size,
+        PRECISION="ieee", num_warps=TUNING["num_warps"], num_stages=TUNING["num_stages"],
     )  # fmt: skip

@@ -211,11 +211,9 @@ def antidiagonal_score(
 ) -> None:
     stride, q_heads = 16, q.shape[1]
     keys = _context_keys(kv, block_table, blocks, page_size).float().flatten(1, 2)
+    columns = keys.unflatten(1, (-1, stride)).flatten(2).repeat_interleave(q_heads // kv.shape[1], 0)
     out = scores.view(q_heads, blocks.num_blocks, -1)
     for block, part in enumerate(blocks.split(1)):
-        seen_keys = keys.clone()
-        seen_keys[:, part.end_position :] = 0
-        columns = seen_keys.unflatten(1, (-1, stride)).flatten(2).repeat_interleave(q_heads // kv.shape[1], 0)
         query = q[block * BLOCK_TOKENS :][: part.num_tokens].float()
         query = torch.nn.functional.pad(query, (0, 0, 0, 0, 0, -part.num_tokens % stride))
         rows = query.transpose(0, 1).unflatten(1, (-1, stride)).flip(2).flatten(2)

@@ -29,7 +29,7 @@ from vllm_sparse.probe import probe_groups, probe_page, probe_parts, probe_queri
 from vllm_sparse.query_blocks import BLOCK_TOKENS, QueryBlocks
 
 pytest.importorskip("triton")
-from vllm_sparse.kernels import launchers
+from vllm_sparse.kernels import antidiagonal_score, launchers
 
 # (first position, tokens): chunks that begin and end inside pages, and blocks that no page border meets.
 CHUNKS = [(0, 129), (0, 64), (37, 200), (333, 130), (256, 256), (190, 77), (500, 12)]
@@ -457,6 +457,14 @@ def test_pattern_distance_of_what_is_equal_and_of_what_has_nothing_in_common(run
     for threshold, expected in ((1e-3, [1, 0, 0]), (0.832, [1, 0, 1]), (0.833, [1, 1, 1])):
         run.pattern_distance(mass, scores, chunk, 16, threshold, flags)
         assert flags.tolist() == expected, "farthest is the root of log 2, 0.8326"
+
+
+def test_antidiagonal_scores_of_more_blocks_than_a_program_holds(monkeypatch):
+    monkeypatch.setitem(antidiagonal_score.TUNING, "row_bytes", 1)  # two blocks each
+    case = make_chunk(75, 4 * BLOCK_TOKENS + 9, 1, 2, 32, 32)
+    assert case.blocks.num_blocks == 5
+    name = "antidiagonal_score"
+    assert error(score(launchers, case, name), score(reference, case, name)) < 1e-4
 
 
 @BOTH
