@@ -143,6 +143,13 @@ def test_policies_that_look_at_keys_reach_everything(policy):
     assert sparse_of(case, policy, None).pages_in_reach(case.blocks) is None
 
 
+def test_a_shape_at_default_sizes_reads_little_of_a_long_context():
+    case, config = make_chunk(0, 16, 1, 2, 32, 16), SparseConfig()
+    sizes = {"vertical_tokens": config.vertical_tokens, "slash_tokens": config.slash_tokens}
+    reached = sparse_of(case, "a_shape", None, **sizes).pages_in_reach(QueryBlocks(0, 0, 8192, 122_880))
+    assert reached.tolist() == [*range(64), *range(7552, 7680)]
+
+
 def test_random_pages_too_many_to_draw_on_the_host_are_all_in_reach():
     case = make_chunk(0, 16, 1, 2, 32, 16)
     chunk = QueryBlocks(0, 0, 8192, 122_880)
