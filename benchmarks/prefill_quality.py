@@ -36,8 +36,8 @@ PROMPT_TOKENS = 100
 ANSWER_TOKENS = 12
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args(description: str | None = __doc__) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("settings", nargs="*", type=json.loads, help="sparse settings as JSON; default: a grid")
     parser.add_argument("--model", choices=("smollm2", "gemma3"), default="smollm2")
     parser.add_argument("--split", choices=FIRST_SEED, default="report")
@@ -55,18 +55,10 @@ def main() -> None:
     args = parse_args()
     import torch
 
-    variables = {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_FLASHINFER_SAMPLER": "0", "HF_HUB_OFFLINE": "1",
-    }  # fmt: skip
-    if not torch.cuda.is_available():
-        variables |= {"VLLM_CPU_CI_ENV": "1", "TORCHDYNAMO_DISABLE": "1"}
-    os.environ.update(variables)
+    os.environ.update(variables(gpu=torch.cuda.is_available()))
     from transformers import AutoTokenizer
 
-    from benchmarks import gemma
-    from vllm_sparse.demo import smollm2
-
-    model = {"smollm2": smollm2, "gemma3": gemma}[args.model].prepare()
+    model = prepared(args.model)
     tokenizer = AutoTokenizer.from_pretrained(model)
     texts, needles = passages(tokenizer, args), needle_prompts(tokenizer, args)
     engine = Engine(model, args)
@@ -98,6 +90,20 @@ def main() -> None:
             f"{row['needles_lost']:>5} {time.perf_counter() - start:5.0f}s {shown}",
             flush=True,
         )
+
+
+def prepared(name: str) -> Path:
+    """Where ``--model`` lies, fetched if need be."""
+    from benchmarks import gemma
+    from vllm_sparse.demo import smollm2
+
+    return {"smollm2": smollm2, "gemma3": gemma}[name].prepare()
+
+
+def variables(gpu: bool) -> dict[str, str]:
+    """Environment of an engine in this process."""
+    both = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_FLASHINFER_SAMPLER": "0", "HF_HUB_OFFLINE": "1"}
+    return both if gpu else both | {"VLLM_CPU_CI_ENV": "1", "TORCHDYNAMO_DISABLE": "1"}
 
 
 def resolved(settings: dict) -> dict:
@@ -169,7 +175,8 @@ class Found:
 class Engine:
     """One vLLM engine that runs all settings."""
 
-    def __init__(self, model: Path, args):
+    def __init__(self, model: Path, args, sparse: dict | None = None):
+        """``sparse``: settings other than :data:`COMMON` that cannot change once it runs."""
         import torch
         from vllm import LLM
         from vllm_sparse.plugin_entrypoints import register
@@ -177,7 +184,7 @@ class Engine:
         from vllm_sparse import metrics
 
         register()
-        self.switch, self.metrics = PolicySwitch(), metrics
+        self.switch, self.metrics, sparse = PolicySwitch(), metrics, {**COMMON, **(sparse or {})}
         self.dtype = "bfloat16" if torch.cuda.is_available() else "float32"
         with self.switch.watching():
             self.llm = LLM(
@@ -185,9 +192,9 @@ class Engine:
                 max_num_seqs=4, max_num_batched_tokens=args.chunk, block_size=args.page_size, enforce_eager=True,
                 skip_tokenizer_init=True, enable_prefix_caching=False, kv_cache_memory_bytes=2 << 30,
                 gpu_memory_utilization=0.5, disable_log_stats=True, attention_backend="sparse",
-                additional_config={"sparse": {**COMMON, "prefill_policy": "vertical_slash"}},
+                additional_config={"sparse": {**sparse, "prefill_policy": "vertical_slash"}},
             )  # fmt: skip
-        self.switch.to({**COMMON, "prefill_policy": "dense"})
+        self.switch.to({**sparse, "prefill_policy": "dense"})
         self.kernel = type(self.switch.layers[-1].prefill_engine).__module__.rpartition(".")[2]
 
     def measure(self, settings: dict, texts, needles, tokenizer) -> Found:

@@ -15,4 +15,5 @@ def hash_uniform(length, head, page):
     x = ((x ^ (x >> 16)) * 0x85EBCA6B) & cut
     x = ((x ^ (x >> 13)) * 0xC2B2AE35) & cut
     x = x ^ (x >> 16)
-    return (x >> 8).to(tl.float32) / 16777216.0
+    # Exact, as a division by the approximate instruction need not be: the host draws the same pages.
+    return (x >> 8).to(tl.float32) * (1.0 / 16777216.0)

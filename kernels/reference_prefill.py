@@ -315,14 +315,27 @@ def sparse_prefill(
 def hash_uniform(length, head: torch.Tensor, page: torch.Tensor) -> torch.Tensor:
     """Uniform float32 in [0, 1), a pure function of its arguments (the Triton kernels have the same).
 
-    A 32-bit finaliser (murmur3) over a mix of a length, a query head and a page index.
+    A 32-bit finaliser (murmur3) over a mix of a length, a query head and a page index. In int32, which wraps:
+    the host draws by it too.
     """
-    mask = 0xFFFFFFFF
-    x = (page * 0x9E3779B1 + head * 0x85EBCA77 + length * 0xC2B2AE3D) & mask
-    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & mask
-    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & mask
-    x = x ^ (x >> 16)
-    return (x >> 8).float() / (1 << 24)
+    length = torch.as_tensor(length, device=page.device)
+    x = length.int() * _signed(0xC2B2AE3D) + head.int() * _signed(0x85EBCA77) + page.int() * _signed(0x9E3779B1)
+    x ^= _shifted(x, 16)
+    x *= _signed(0x85EBCA6B)
+    x ^= _shifted(x, 13)
+    x *= _signed(0xC2B2AE35)
+    x ^= _shifted(x, 16)
+    return _shifted(x, 8).float().div_(1 << 24)
+
+
+def _signed(x: int) -> int:
+    """The int32 of the same bits."""
+    return x - (x >> 31 << 32)
+
+
+def _shifted(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """int32 to the right, with zeros for a sign."""
+    return (x >> bits).bitwise_and_((1 << 32 - bits) - 1)
 
 
 def _wide(x: torch.Tensor) -> torch.dtype:

@@ -111,15 +111,72 @@ def test_size_of_the_hot_set_changes_traffic_only(tiny, resident, hot):
 SPARSE_PREFILL = {"min_prefill_tokens": 128, "prefill_coverage": 0, "vertical_tokens": 32, "slash_tokens": 64}
 
 
-@pytest.mark.parametrize("policy", ["vertical_slash", "a_shape"])
-def test_sparse_prefill_reads_the_same_pages(tiny, resident, policy):
-    sparse = {**SPARSE_PREFILL, "prefill_policy": policy}
+@pytest.fixture
+def chunk_reads(monkeypatch):
+    """(pages read, pages that earlier steps filled) of each layer's chunks, read into a buffer of NaN."""
+    from vllm_sparse.offload.context import ContextReader
+
+    seen, read = [], ContextReader._read_old
+
+    def watched(self, layer, run, buffer):
+        buffer.fill_(float("nan"))
+        read(self, layer, run, buffer)
+        if run.chunk is not None:
+            seen.append((len(run.old_blocks), run.chunk.first_position // buffer.shape[2]))
+
+    monkeypatch.setattr(ContextReader, "_read_old", watched)
+    return seen
+
+
+@pytest.mark.parametrize(
+    "policy, slash_tokens",
+    [
+        ("vertical_slash", 64),
+        ("a_shape", 64),
+        ("strided", 320),
+        ("dilated", 64),
+        ("longformer", 64),
+        ("bigbird", 16),
+    ],
+)
+def test_sparse_prefill_attends_to_the_same_pages(tiny, resident, chunk_reads, policy, slash_tokens):
+    """Of a context it reads all if it looks at keys to choose, else only the pages that are attended to."""
+    sparse = {**SPARSE_PREFILL, "prefill_policy": policy, "slash_tokens": slash_tokens}
     expected = resident(sparse=sparse, block_size=16)
     with tiny.start(sparse={**sparse, "offload": OFFLOAD}, block_size=16) as llm:
         assert tokens(llm, MIXED, 24) == expected
         counts = metrics.snapshot()
         assert_store(llm)
     assert 0 < counts["prefill_attended_pairs"] < counts["prefill_causal_pairs"]
+    read, filled = (sum(column) for column in zip(*chunk_reads, strict=True))
+    assert read == filled > 0 if policy == "vertical_slash" else 0 < read < 0.9 * filled
+
+
+def test_empty_rows_beside_decodes_change_nothing(tiny, resident, monkeypatch):
+    """Rows of no tokens before and after a step's prefill rows; their lengths and pages are of no one."""
+    from vllm_sparse.backend import prefill
+
+    steps, runs_of = [], prefill.context_runs
+
+    def with_empty_rows(common, num_decodes, *args):
+        steps.append((num_decodes, common.num_reqs))
+        for row in (common.num_reqs, num_decodes):
+            table = common.block_table_tensor
+            changes = {"block_table_tensor": torch.cat([table[:row], torch.ones_like(table[:1]), table[row:]])}
+            for name in ("seq_lens", "seq_lens_cpu_upper_bound", "query_start_loc", "query_start_loc_cpu"):
+                values = getattr(common, name)
+                new = values[row : row + 1] if "start" in name else values.new_tensor([333])
+                changes[name] = torch.cat([values[:row], new, values[row:]])
+            common = common.replace(num_reqs=common.num_reqs + 1, **changes)
+        return runs_of(common, num_decodes, *args)
+
+    sparse = {**SPARSE_PREFILL, "prefill_policy": "a_shape", "min_prefill_tokens": 400}
+    expected = resident(sparse=sparse, block_size=16)
+    with tiny.start(sparse={**sparse, "offload": OFFLOAD}, block_size=16) as llm:
+        monkeypatch.setattr(prefill, "context_runs", with_empty_rows)
+        assert tokens(llm, MIXED, 24) == expected
+        assert_store(llm)
+    assert any(decodes and requests > decodes for decodes, requests in steps), "no step had both kinds of row"
 
 
 def test_many_contexts_in_a_step_are_attended_in_parts(tiny, resident):

@@ -89,12 +89,27 @@ def test_limits_of_the_host_and_its_containers(tmp_path):
 def test_host_memory_of_all_ranks_together_must_be_free():
     found = HostLimits(free_ram=10 * GIB, container=UNLIMITED, memlock=1 << 16)
     assert resolve_host_gib(9, 2, found) == 9
-    assert 6 < resolve_host_gib("auto", 2, found) < 7.5
+    assert resolve_host_gib("auto", 2, found) == 7
     with pytest.raises(ConfigError, match=r"host_gib: 11 GiB .* 2 rank.* 10.00 GiB of RAM .* up to 9.75"):
         resolve_host_gib(11, 2, found)
     small = HostLimits(free_ram=10 * GIB, container=3 * GIB, memlock=UNLIMITED)
     with pytest.raises(ConfigError, match=r"the container's limit leaves 3.00 GiB"):
         resolve_host_gib(9, 1, small)
+
+
+def test_auto_is_the_same_number_where_free_memory_varies_a_little():
+    def auto(free_gib: float, container_gib: float | None = None) -> float:
+        container = UNLIMITED if container_gib is None else int(container_gib * GIB)
+        return resolve_host_gib("auto", 1, HostLimits(int(free_gib * GIB), container, UNLIMITED))
+
+    assert {auto(free) for free in (118.3, 119, 120.7, 122)} == {88}
+    assert {auto(free) for free in (1960, 1991.4, 2013)} == {1408}
+    assert {auto(2013, limit) for limit in (15.1, 15.6, 16)} == {11}
+    for hundredths in range(26, 5000, 7):  # down to a hundredth of a GiB beside the reserve
+        most = 0.75 * (int(hundredths * GIB / 100) - GIB // 4) / GIB
+        assert 8 / 9 * most < auto(hundredths / 100) <= most
+    with pytest.raises(ConfigError, match=r"auto finds no memory that is free: 0.25 GiB of RAM"):
+        auto(0.25)
 
 
 def test_pinning_that_fails_half_way_gives_everything_back(monkeypatch):

@@ -17,6 +17,8 @@ from vllm_sparse.query_blocks import QueryBlocks
 
 CHOOSING = [name for name in PREFILL_POLICIES if name != "dense"]
 ESTIMATING = ["vertical_slash", "block_sparse", "xattention", "flex_prefill"]
+FIXED = {name: {"slash_tokens": 800} if name == "strided" else {} for name in CHOOSING if name not in ESTIMATING}
+"""Policies by position alone, and sizes at which chunks of a few blocks leave pages out."""
 policies = pytest.mark.parametrize("policy", CHOOSING)
 SIZES = {"prefill_coverage": 0, "vertical_tokens": 48, "slash_tokens": 64}
 
@@ -43,14 +45,18 @@ def policy_of(config: SparseConfig, case):
     return get_prefill_policy(config, case.page_size, patterns)
 
 
-def attend(case, policy: str, **settings):
-    """Output, and bool [q_heads, num_tokens, context tokens] of what was attended."""
+def sparse_of(case, policy: str, engine, **settings) -> SparsePrefill:
     config = SparseConfig(prefill_policy=policy, sink_tokens=16, window_tokens=32, **{**SIZES, **settings})
-    engine = Recording(case)
-    sparse = SparsePrefill(
+    return SparsePrefill(
         policy_of(config, case), engine, case.buffers, config.sink_pages(case.page_size), config.window_tokens,
         case.scale,
     )  # fmt: skip
+
+
+def attend(case, policy: str, **settings):
+    """Output, and bool [q_heads, num_tokens, context tokens] of what was attended."""
+    engine = Recording(case)
+    sparse = sparse_of(case, policy, engine, **settings)
     poison(case.buffers)
     out = torch.full_like(case.q, float("nan"))
     sparse.attend(case.q, case.kv, case.block_table[None], case.blocks, out)
@@ -115,6 +121,66 @@ def test_kernels_choose_what_the_twins_choose(policy, monkeypatch):
     out, mask = attend(case, policy)
     assert torch.equal(mask, expected_mask)
     assert error(out, expected) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("policy", FIXED)
+@pytest.mark.parametrize("chunk", [(1904, 136), (1500, 520), (333, 129), (15, 300)], ids=str)
+@pytest.mark.parametrize(("page_size", "q_heads"), [(16, 1), (16, 4), (64, 3)])
+def test_pages_in_reach_are_those_that_a_chunk_attends(policy, chunk, page_size, q_heads):
+    case = make_chunk(*chunk, 1, q_heads, 32, page_size)
+    _, mask = attend(case, policy, **FIXED[policy])
+    before = case.blocks.first_position // page_size
+    attended = mask.any(0).any(0)[: before * page_size].view(before, page_size).any(1)
+    reached = sparse_of(case, policy, None, **FIXED[policy]).pages_in_reach(case.blocks)
+    assert reached.tolist() == attended.nonzero().squeeze(1).tolist()
+    if chunk[0] > 1000 and page_size == 16 and (policy != "bigbird" or q_heads == 1):
+        assert 0 < len(reached) < before
+
+
+@pytest.mark.parametrize("policy", ESTIMATING)
+def test_policies_that_look_at_keys_reach_everything(policy):
+    case = make_chunk(700, 300, 1, 2, 32, 16)
+    assert sparse_of(case, policy, None).pages_in_reach(case.blocks) is None
+
+
+def test_a_shape_at_default_sizes_reads_little_of_a_long_context():
+    case, config = make_chunk(0, 16, 1, 2, 32, 16), SparseConfig()
+    sizes = {"vertical_tokens": config.vertical_tokens, "slash_tokens": config.slash_tokens}
+    reached = sparse_of(case, "a_shape", None, **sizes).pages_in_reach(QueryBlocks(0, 0, 8192, 122_880))
+    assert reached.tolist() == [*range(64), *range(7552, 7680)]
+
+
+def test_random_pages_too_many_to_draw_on_the_host_are_all_in_reach():
+    case = make_chunk(0, 16, 1, 2, 32, 16)
+    chunk = QueryBlocks(0, 0, 8192, 122_880)
+    for slash_tokens, left_out in ((0, True), (16, False)):
+        reached = sparse_of(case, "bigbird", None, slash_tokens=slash_tokens).pages_in_reach(chunk)
+        assert (len(reached) < 10) == left_out and (len(reached) == 7680) != left_out
+
+
+@pytest.mark.parametrize("policy", FIXED)
+@pytest.mark.parametrize("runs", ["twins", "kernels"])
+def test_what_is_out_of_reach_never_reaches_an_output(policy, runs, monkeypatch):
+    """With offload the buffer holds anything there: neither K nor V of it may be looked at."""
+    engine = TorchEngine()
+    if runs == "kernels":
+        pytest.importorskip("triton")
+        from vllm_sparse.kernels import launchers
+
+        from vllm_sparse.engines.triton import TritonEngine
+
+        monkeypatch.setattr(kernels, "for_device", lambda device: launchers)
+        engine = TritonEngine()
+    case = make_chunk(1500, 270, 1, 3, 32, 16, seed=6)
+    sparse = sparse_of(case, policy, engine, **FIXED[policy])
+    outs = [torch.full_like(case.q, float("nan")) for _ in range(2)]
+    sparse.attend(case.q, case.kv, case.block_table[None], case.blocks, outs[0])
+    unread = torch.ones(case.blocks.first_position // 16, dtype=torch.bool)
+    unread[sparse.pages_in_reach(case.blocks).long()] = False
+    assert unread.any()
+    case.kv[case.block_table[: len(unread)][unread.to(DEVICE)].long()] = float("nan")
+    sparse.attend(case.q, case.kv, case.block_table[None], case.blocks, outs[1])
+    assert torch.equal(*outs) and not outs[0].isnan().any()
 
 
 @policies

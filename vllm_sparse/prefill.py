@@ -63,6 +63,19 @@ class SparsePrefill:
         self.attend(q, kv, block_table, chunk, torch.empty_like(q))
         self.buffers.counters.zero_()
 
+    def pages_in_reach(self, chunk: QueryBlocks) -> torch.Tensor | None:
+        """Pages before ``chunk`` that :meth:`attend` may read, whatever they hold: int32, ascending, on the CPU.
+
+        None: any. Only pages that are complete before the chunk count.
+        """
+        reached = self.policy.pages_in_reach(chunk, self.buffers.q_heads)
+        if reached is None:
+            return None
+        window_start = max(0, chunk.first_position + 1 - max(1, self.window_tokens)) // self.buffers.page_size
+        reached[: self.sink_pages] = True
+        reached[window_start:] = True
+        return reached.nonzero().squeeze(1).int()
+
     def attend(
         self,
         q: torch.Tensor,

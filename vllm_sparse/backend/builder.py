@@ -44,7 +44,7 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
             number = re.search(r"\.(\d+)\.", name)
             impl.bind(int(number[1]) if number else position, self.page_size)
         self.selects = any(impl.dense_reason is None for impl in impls)
-        impl = impls[0]
+        self.first_layer = impl = impls[0]
         if self.selects and vllm_config.speculative_config is None:
             compilation = vllm_config.compilation_config
             captured = (
@@ -118,8 +118,9 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
             metadata.dense_all = self.dense.build("all", common, fast_build)
         if num_prefills and offloads:
             metadata.runs = prefill.context_runs(
-                common, num_decodes, self.config, self.page_size, workspace.max_pages, self.dense
-            )
+                common, num_decodes, self.config, self.page_size, workspace.max_pages, self.dense,
+                self.first_layer.prefill,
+            )  # fmt: skip
             if self.prefill_tracker is not None and any(run.chunk is not None for run in metadata.runs):
                 self.prefill_tracker.step()
         elif num_prefills:

@@ -9,7 +9,7 @@ import torch
 from vllm_sparse.backend import compat, dense
 from vllm_sparse.config import SparseConfig
 from vllm_sparse.offload.context import ContextRun
-from vllm_sparse.prefill import plan_chunks
+from vllm_sparse.prefill import SparsePrefill, plan_chunks
 from vllm_sparse.query_blocks import QueryBlocks
 
 
@@ -50,12 +50,22 @@ class _Context:
     """Staging page of its first new page."""
     place: int
     """Page of the buffer at which it starts."""
+    read: torch.Tensor
+    """int32: those of its old pages that its queries may attend to."""
 
 
 def context_runs(
-    common, num_decodes: int, config: SparseConfig, page_size: int, max_pages: int, builder: dense.DenseBuilder
+    common,
+    num_decodes: int,
+    config: SparseConfig,
+    page_size: int,
+    max_pages: int,
+    builder: dense.DenseBuilder,
+    sparse: SparsePrefill | None,
 ) -> list[ContextRun]:
     """Prefill rows of a step in offload mode, in parts whose contexts fit a buffer of ``max_pages``.
+
+    Dense rows read all old pages, chunks those that ``sparse``, which attends them, may attend to.
 
     vLLM's bound on a length is exact, as there are no drafts. Dummy runs carry none, and may wait for the
     device. Staging pages are counted as :mod:`vllm_sparse.kernels.plan_writes` does: one per decode row,
@@ -89,7 +99,10 @@ def context_runs(
         if together and (request in chunks or request > together[-1].request + 1 or place + pages > max_pages):
             add_dense_run()
             place = 0
-        together.append(_Context(request, old, pages, staged, place))
+        read = sparse.pages_in_reach(chunks[request]) if request in chunks else None
+        if read is None:
+            read = torch.arange(old, dtype=torch.int32, device="cpu")
+        together.append(_Context(request, old, pages, staged, place, read))
         every.append(together[-1])
         staged += pages - old
         if request in chunks:
@@ -110,31 +123,29 @@ def _written_blocks(common, num_decodes: int, contexts: list[_Context], page_siz
     """int32 [pages]: the blocks that this step's tokens go to."""
     rows = [context.request for context in contexts for _ in range(context.old_pages, context.num_pages)]
     pages = [page for context in contexts for page in range(context.old_pages, context.num_pages)]
-    rows, pages = _to_device(rows + pages, common.block_table_tensor.device).long().split(len(rows))
+    both = torch.tensor([rows, pages], dtype=torch.int32, device="cpu")
+    rows, pages = _to_device(both, common.block_table_tensor.device).long()
     decodes = common.slot_mapping[:num_decodes] // page_size
     return torch.cat([common.block_table_tensor[rows, pages], decodes.int()])
 
 
-def _to_device(values: list[int], device: torch.device) -> torch.Tensor:
-    """int32, without a wait."""
-    host = torch.tensor(values, dtype=torch.int32)
+def _to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """``host`` without a wait."""
     return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
 
 
 def _run_of(contexts: list[_Context], tokens: slice, block_table: torch.Tensor) -> ContextRun:
     """Where everything comes from and goes to, in one copy to the device."""
-    rows, old, old_places, new, new_places = [], [], [], [], []
+    parts: list[list[torch.Tensor]] = []
     for context in contexts:
-        border, end = context.place + context.old_pages, context.place + context.num_pages
-        rows += [context.request] * context.old_pages
-        old += range(context.old_pages)
-        old_places += range(context.place, border)
-        new += range(context.staged, context.staged + context.num_pages - context.old_pages)
-        new_places += range(border, end)
-    places = [context.place for context in contexts]
-    host = _to_device(rows + old + old_places + new + new_places + places, block_table.device)
-    sizes = [len(part) for part in (rows, old, old_places, new, new_places, places)]
-    rows, old, old_places, new, new_places, places = host.split(sizes)
+        new = torch.arange(context.old_pages, context.num_pages, dtype=torch.int32, device="cpu")
+        parts.append([
+            torch.full_like(context.read, context.request), context.read, context.read + context.place,
+            new - context.old_pages + context.staged, new + context.place, new.new_tensor([context.place]),
+        ])  # fmt: skip
+    whole = [torch.cat(part) for part in zip(*parts, strict=True)]
+    host = _to_device(torch.cat(whole), block_table.device)
+    rows, old, old_places, new, new_places, places = host.split([len(part) for part in whole])
     pages = torch.arange(max(context.num_pages for context in contexts), dtype=torch.int32, device=host.device)
     return ContextRun(
         tokens=tokens,

@@ -11,7 +11,8 @@ class OffloadConfig:
     """Where K and V live when the GPU holds an index of them and a hot set."""
 
     host_gib: float | str = "auto"
-    """Pinned memory of one host for K and V, all its ranks together; ``auto``: three quarters of what is free."""
+    """Pinned memory of one host for K and V, all its ranks together; ``auto``: three quarters of what is free,
+    rounded down by up to a ninth, so that the number mostly repeats and vLLM's compile cache stays warm."""
     hot_fraction: float | str = "auto"
     """Share of the GPU's KV memory for hot units, the rest for summaries; ``auto``: what the summaries of
     the whole host pool leave, and at least a quarter."""

@@ -23,7 +23,8 @@ class ContextRun:
     block_table: torch.Tensor
     """int32 [requests, pages]: pages of the buffer."""
     old_blocks: torch.Tensor
-    """int32 [old pages]: blocks that earlier steps filled, to be read from the host."""
+    """int32 [old pages]: blocks that earlier steps filled, to be read from the host. In place of those that no
+    query of the run can attend to, which are not among them, the buffer holds anything."""
     old_places: torch.Tensor
     """int32 [old pages]: pages of the buffer that they go to."""
     late_places: torch.Tensor | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from vllm_sparse.config import ConfigError
 from vllm_sparse.offload.sizing import GIB
 
 AUTO_SHARE = 0.75
-"""Of the free memory, with ``host_gib: auto``."""
+"""Of the free memory, with ``host_gib: auto``; then rounded down, see :func:`_round_down`."""
 RESERVE_BYTES = GIB // 4
 """Left to the rest of the process."""
 UNLIMITED = 1 << 60
@@ -110,9 +111,21 @@ def check_host_memory(host_gib: float, ranks: int, limits: HostLimits) -> None:
         )
 
 
+def _round_down(gib: float) -> float:
+    """``gib`` cut to eight to fifteen steps of a power of two: by a ninth at most, on hosts of any size."""
+    step = 2.0 ** math.floor(math.log2(gib / 8))
+    return gib // step * step
+
+
 def resolve_host_gib(host_gib: float | str, ranks: int, limits: HostLimits) -> float:
-    """``host_gib`` as a number that this host can give to its ``ranks`` together."""
+    """``host_gib`` as a number that this host can give to its ``ranks`` together.
+
+    ``auto`` is rounded down, so that starts on the same host mostly find the same number although its free
+    memory varies: it is part of the config, by whose hash vLLM finds what it compiled before.
+    """
     if host_gib == "auto":
-        return round(AUTO_SHARE * limits.usable / GIB, 3)
+        if limits.usable == 0:
+            raise ConfigError(f"sparse.offload.host_gib: auto finds no memory that is free: {limits}")
+        return _round_down(AUTO_SHARE * limits.usable / GIB)
     check_host_memory(host_gib, ranks, limits)
     return float(host_gib)

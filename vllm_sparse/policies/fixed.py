@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from abc import abstractmethod
 
+import torch
+
 from vllm_sparse import kernels
 from vllm_sparse.fixed_pattern import FixedPattern
+from vllm_sparse.kernels.reference_prefill import hash_uniform
 from vllm_sparse.policies.prefill_base import PrefillPolicy
+from vllm_sparse.query_blocks import BLOCK_TOKENS, QueryBlocks
+
+MOST_HASHES = 1 << 17
+"""For random pages of a chunk, about a millisecond of the host; where it takes more, all pages count as drawn."""
+HASHES_AT_ONCE = 1 << 15
 
 
 class FixedPolicy(PrefillPolicy):
@@ -16,6 +24,59 @@ class FixedPolicy(PrefillPolicy):
     def pattern(self, vertical_tokens: int, slash_tokens: int) -> FixedPattern:
         """The pattern for tokens kept wherever the query is, and tokens kept by their distance."""
 
+    def pages_in_reach(self, chunk, q_heads):
+        """The union of :mod:`vllm_sparse.kernels.fixed_pattern` over heads and blocks, without their product."""
+        pattern = self.pattern(self.config.vertical_tokens, self.config.slash_tokens)
+        size = self.page_size
+        page = torch.arange(max(0, chunk.first_position) // size, dtype=torch.int32, device="cpu")
+        first_token = page * size
+        reached = first_token < pattern.initial_tokens
+        # Of all blocks the first one is nearest to a page.
+        nearest = chunk.first_position + 1 - size - first_token
+        if pattern.dilation == 1 or pattern.dilated_heads > 1:
+            reached |= nearest < pattern.recent_tokens
+        if pattern.dilation > 1 and q_heads >= pattern.dilated_heads:
+            for place, start in self._dilated_starts(chunk, pattern.dilation).items():
+                behind = start - chunk.first_position
+                near = nearest + behind < pattern.recent_tokens * pattern.dilation
+                reached |= near & (page % pattern.dilation == place)
+        if pattern.stride_tokens:
+            # Distances of a block begin where those of the block before it end.
+            farthest = chunk.end_position - 1 - first_token
+            reached |= farthest // pattern.stride_tokens * pattern.stride_tokens >= nearest
+        if pattern.random_tokens:
+            random_pages = -(-pattern.random_tokens // size)
+            undrawn = _undrawn(page[~reached], random_pages, chunk, size, q_heads)
+            reached.fill_(True)[undrawn.long()] = False
+        return reached
+
+    def _dilated_starts(self, chunk: QueryBlocks, dilation: int) -> dict[int, int]:
+        """Start of the first block that keeps pages at each place among ``dilation`` pages."""
+        starts: dict[int, int] = {}
+        for block in chunk.split(1):
+            starts.setdefault((block.end_position - 1) // self.page_size % dilation, block.first_position)
+        return starts
+
     def choose(self, q, kv, block_table, blocks, scale, buffers, keep):
         pattern = self.pattern(self.config.vertical_tokens, self.config.slash_tokens)
         kernels.for_device(q.device).fixed_pattern(pattern, blocks, self.page_size, keep)
+
+
+def _undrawn(
+    pages: torch.Tensor, random_pages: int, chunk: QueryBlocks, page_size: int, q_heads: int
+) -> torch.Tensor:
+    """Those of ``pages`` that no (query head, block) of the chunk draws; none where telling takes too long."""
+    start = torch.arange(chunk.num_blocks, dtype=torch.int32, device="cpu") * BLOCK_TOKENS + chunk.first_position
+    seen_pages = ((start + BLOCK_TOKENS).clamp(max=chunk.end_position) - 1) // page_size + 1
+    head = torch.arange(q_heads, dtype=torch.int32, device="cpu")
+    rows = torch.stack([start.repeat(q_heads), head.repeat_interleave(len(start)), seen_pages.repeat(q_heads)])
+    share = min(1.0, random_pages / int(seen_pages[-1]))
+    # Every row draws its share of the pages that are left.
+    if len(pages) * (1 - (1 - share) ** rows.shape[1]) / share > MOST_HASHES:
+        return pages[:0]
+    while rows.shape[1] and len(pages):
+        start, head, seen_pages = rows[:, : max(1, HASHES_AT_ONCE // len(pages)), None]
+        draws = hash_uniform(start, head, pages).mul_(seen_pages)
+        pages = pages[draws.amin(0) >= random_pages]
+        rows = rows[:, len(start) :]
+    return pages

@@ -23,6 +23,21 @@ class PrefillPolicy(ABC):
         """``patterns``: sizes of the layer's query heads, for policies that differ by head."""
         self.config, self.page_size, self.patterns = config, page_size, patterns
 
+    def pages_in_reach(self, chunk: QueryBlocks, q_heads: int) -> torch.Tensor | None:
+        """Pages before ``chunk`` that some (query head, block) of it may keep, or None: any of them.
+
+        For policies that never look at a key: with offload no other page of the context is read from the host.
+        Called once per step, on the host. Sinks and window need not be named.
+
+        Args:
+            chunk: all of the request's queries in this step.
+            q_heads: query heads of this rank.
+
+        Returns:
+            bool [pages that are complete before the chunk], on the CPU.
+        """
+        return None
+
     def estimate(
         self,
         q: torch.Tensor,
