@@ -13,27 +13,35 @@ from pathlib import Path
 from typing import Any
 
 import vllm_sparse
-from vllm_sparse import commands, pattern_table
-from vllm_sparse.config import ConfigError, SparseConfig
+from vllm_sparse import budget_table, commands, pattern_table
+from vllm_sparse.config import PAGE_SIZES, ConfigError, SparseConfig
 from vllm_sparse.pattern_table import HeadPattern
+from vllm_sparse.tune.budgets import LARGEST_SHARE, PageMasses
 from vllm_sparse.tune.search import CANDIDATES, Measurement
 
 DEFAULT_TOKENS, DEFAULT_CHUNK = 32768, 8192
+DEFAULT_TOLERANCE = 0.05
 
 
 def add_command(subparsers) -> None:
     parser = subparsers.add_parser(
         "tune",
-        help="find the prefill pattern of each query head of a model",
+        help="find the prefill pattern of each query head of a model, or the decode budget of each KV head",
         description="Find the prefill pattern of each query head of a model, on a sample text, and leave them "
-        "where prefill_policy=vertical_slash looks for them. An interrupted run continues when it is repeated.",
+        "where prefill_policy=vertical_slash looks for them; with --decode the share of budget_tokens of each KV "
+        "head, where head_budgets=auto looks for it. An interrupted run continues when it is repeated.",
     )
     parser.set_defaults(run=run)
     commands.add_model_options(parser)
     parser.add_argument("--tokens", type=int, help="tokens of a passage; default: 32768, or what the model takes")
     parser.add_argument("--passages", type=int, default=4, help="slices of the text that are measured")
-    parser.add_argument("--tolerance", type=float, default=0.05, help="relative error of a head's output")
-    parser.add_argument("--out", type=Path, help="default: where serving looks for this model's patterns")
+    parser.add_argument("--tolerance", type=float, help="relative error of a head's output; default: 0.05")
+    parser.add_argument(
+        "--decode", action="store_true", help="find budgets, on the half of the text that eval spares"
+    )
+    parser.add_argument("--budget-tokens", type=int, help="their mean; default: 2048, or a quarter of a passage")
+    parser.add_argument("--dense-layers", type=int, help="first layers that have none; default: 2, as served")
+    parser.add_argument("--out", type=Path, help="default: where serving looks for this model's file")
     parser.add_argument("--chunk", type=int, help="tokens of a step, best as served; default: 8192")
     parser.add_argument("--min-prefill-tokens", type=int, help="contexts from here on count; default: as served")
 
@@ -44,23 +52,39 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ConfigError: an argument that cannot be used; names it, its value and what is allowed.
     """
+    for name in ("tolerance",) if args.decode else ("budget_tokens", "dense_layers"):
+        if getattr(args, name) is not None:
+            option, where = f"--{name.replace('_', '-')}", "without" if args.decode else "with"
+            raise ConfigError(f"{option}: {getattr(args, name)}; allowed {where} --decode only")
+    if args.tolerance is None:
+        args.tolerance = DEFAULT_TOLERANCE
     if not args.tolerance >= 0:
         raise ConfigError(f"--tolerance: {args.tolerance}; allowed: 0 or more")
     if args.passages < 1:
         raise ConfigError(f"--passages: {args.passages}; allowed: 1 or more")
     commands.stay_in_process()
     text = commands.sample_text(args.text)
+    if args.decode:
+        text = commands.half_of(text, "dev")
     model = commands.model_config(args)
     shape = {
         "num_layers": model.hf_text_config.num_hidden_layers,
         "q_heads": model.hf_text_config.num_attention_heads,
     }
     settings = _settings(args, model.max_model_len, text)
-    out = args.out or pattern_table.default_path(args.model)
+    out = args.out or (budget_table if args.decode else pattern_table).default_path(args.model)
     commands.check_writable(out)
-    partial = Partial(out.with_name(f"{out.name}.partial"), {"model": args.model, **shape, **settings})
+    candidates = [asdict(candidate) for candidate in CANDIDATES]
+    tried = {} if args.decode else {"candidates": candidates}
+    partial = Partial(out.with_name(f"{out.name}.partial"), {"model": args.model, **shape, **settings, **tried})
+    start = ("tune_start", candidates)
+    if args.decode:
+        start = ("tune_start_decode", int(LARGEST_SHARE * settings["budget_tokens"]))
     if len(partial.passages) < args.passages:
-        _measure(args, settings, shape["q_heads"], text, partial)
+        _measure(args, settings, start, text, partial)
+    if args.decode:
+        _leave_budgets(args, settings, shape["num_layers"], model.get_total_num_kv_heads(), partial, out)
+        return
     found = Measurement.total([Measurement.of_workers(p, shape["q_heads"]) for p in partial.passages])
     choices = found.choose(args.tolerance)
     table = found.table(choices, shape["num_layers"])
@@ -79,8 +103,8 @@ def _settings(args: argparse.Namespace, max_model_len: int, text: str) -> dict[s
     served = SparseConfig()
     # A sample shorter than what is sparse by default would measure nothing.
     shortest = min(served.min_prefill_tokens, tokens // 4)
-    if args.block_size is not None:
-        served.check_page_size(args.block_size)
+    page_size = args.block_size or PAGE_SIZES[0]
+    served.check_page_size(page_size)
     settings = {
         "tokens": tokens,
         "passages": args.passages,
@@ -92,7 +116,13 @@ def _settings(args: argparse.Namespace, max_model_len: int, text: str) -> dict[s
         "dtype": args.dtype,
         "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
     }
+    limits = []
+    if args.decode:
+        budget = min(served.budget_tokens, tokens // 4) if args.budget_tokens is None else args.budget_tokens
+        settings["budget_tokens"] = budget
+        limits = [("budget_tokens", served.least_pages(page_size) * page_size, int((tokens - 1) // LARGEST_SHARE))]
     for option, least, limit in (
+        *limits,
         ("tokens", 256, most),
         ("chunk", 256, tokens),
         ("min_prefill_tokens", 0, tokens - 1),
@@ -107,7 +137,6 @@ class Partial:
     """Passages that were measured, on disk: each is there as soon as it is finished."""
 
     def __init__(self, path: Path, arguments: dict):
-        arguments = {**arguments, "candidates": [asdict(candidate) for candidate in CANDIDATES]}
         self.path, self.arguments, self.passages = path, arguments, []
         if not path.exists():
             return
@@ -129,19 +158,21 @@ class Partial:
         pattern_table.write_json(self.path, {"arguments": self.arguments, "passages": self.passages})
 
 
-def _measure(args: argparse.Namespace, settings: dict, q_heads: int, text: str, partial: Partial) -> None:
+def _measure(args: argparse.Namespace, settings: dict, start: tuple, text: str, partial: Partial) -> None:
+    """``start``: the method of :class:`vllm_sparse.tune.worker.TuneWorker` to call first, and its argument."""
     from vllm_sparse.demo.packages import progress
 
     with _engine(args, settings) as llm:
         samples = _passages(llm.get_tokenizer(), text, settings)
-        llm.collective_rpc("tune_start", args=([asdict(candidate) for candidate in CANDIDATES],))
+        llm.collective_rpc(start[0], args=start[1:])
+        counted = "queries" if args.decode else "causal_pairs"
         chunks = -(-settings["tokens"] // settings["chunk"])
         done = len(partial.passages)
         with progress("measuring", chunks * len(samples), initial=chunks * done, unit="chunk") as bar:
             for number in range(done, len(samples)):
                 _prefill(llm, samples[number], number, bar, chunks)
                 workers = llm.collective_rpc("tune_take")
-                if not any(sums["causal_pairs"] for worker in workers for sums in worker["layers"].values()):
+                if not any(sums[counted] for worker in workers for sums in worker["layers"].values()):
                     raise ConfigError(
                         f"{args.model}: no chunk of this model ran sparse; the log says why. Allowed: models with "
                         f"full-attention layers, --tokens and --chunk that leave chunks past --min-prefill-tokens"
@@ -197,6 +228,33 @@ def _prefill(llm, tokens: list[int], number: int, bar, chunks: int) -> None:
         engine.step()
         bar.update(min(1, end - bar.n))
     bar.update(end - bar.n)
+
+
+def _leave_budgets(
+    args: argparse.Namespace, settings: dict, num_layers: int, kv_heads: int, partial: Partial, out: Path
+) -> None:
+    """Choose budgets, write the file and print what they hold."""
+    served = SparseConfig()
+    dense_layers = served.dense_layers if args.dense_layers is None else args.dense_layers
+    found = PageMasses.of_passages(partial.passages, kv_heads)
+    if not 0 <= dense_layers <= max(found.layers):
+        raise ConfigError(f"--dense-layers: {dense_layers}; allowed for this model: 0 to {max(found.layers)}")
+    found, page_size = found.from_layer(dense_layers), found.page_size
+    budget = settings["budget_tokens"] // page_size
+    pages = found.choose(budget, served.least_pages(page_size))
+    budget_table.write(
+        out, found.table(pages, num_layers), kv_heads, model=args.model, vllm_sparse=vllm_sparse.__version__,
+        settings=settings, page_size=page_size, sample_tokens=args.passages * settings["tokens"],
+    )  # fmt: skip
+    partial.path.unlink()
+    print(f"\n{'tokens of a head':18} least  mean  most   attention that the best pages hold (mean, least head)")
+    for name, chosen in (("the same", pages.new_full(pages.shape, budget)), ("tuned", pages)):
+        sizes = (chosen.min().item(), chosen.double().mean().item(), chosen.max().item())
+        held = found.held(chosen)
+        numbers = " ".join(f"{size * page_size:5.0f}" for size in sizes)
+        print(f"{name:18} {numbers}   {held.mean():.4f} {held.min():.4f}")
+    print(f"\nOf layers {dense_layers} to {max(found.layers)}, on the text that budgets were chosen on.")
+    print(f"Budgets are in {out}")
 
 
 def _print_summary(found: Measurement, choices, tolerance: float, out: Path) -> None:
