@@ -28,8 +28,8 @@ def add_command(subparsers) -> None:
         "tune",
         help="find the prefill pattern of each query head of a model, or the decode budget of each KV head",
         description="Find the prefill pattern of each query head of a model, on a sample text, and leave them "
-        "where prefill_policy=vertical_slash looks for them; with --decode the share of budget_tokens of each KV "
-        "head, where head_budgets=auto looks for it. An interrupted run continues when it is repeated.",
+        "where prefill_policy=vertical_slash looks for them; or, with --decode, the share of budget_tokens of "
+        "each KV head, where head_budgets=auto looks for it. An interrupted run continues when it is repeated.",
     )
     parser.set_defaults(run=run)
     commands.add_model_options(parser)
@@ -67,33 +67,50 @@ def run(args: argparse.Namespace) -> None:
     if args.decode:
         text = commands.half_of(text, "dev")
     model = commands.model_config(args)
-    shape = {
-        "num_layers": model.hf_text_config.num_hidden_layers,
-        "q_heads": model.hf_text_config.num_attention_heads,
-    }
+    num_layers = model.hf_text_config.num_hidden_layers
+    if args.decode and not 0 <= (args.dense_layers or 0) < num_layers:
+        raise ConfigError(f"--dense-layers: {args.dense_layers}; allowed for this model: 0 to {num_layers - 1}")
     settings = _settings(args, model.max_model_len, text)
     out = args.out or (budget_table if args.decode else pattern_table).default_path(args.model)
     commands.check_writable(out)
+    found = {"vllm_sparse": vllm_sparse.__version__, "sample_tokens": args.passages * settings["tokens"]}
+    find = _find_budgets if args.decode else _find_patterns
+    find(args, settings, text, model, out, {"model": args.model, "settings": settings, **found})
+
+
+def _find_patterns(args: argparse.Namespace, settings: dict, text: str, model, out: Path, about: dict) -> None:
+    num_layers, q_heads = model.hf_text_config.num_hidden_layers, model.hf_text_config.num_attention_heads
     candidates = [asdict(candidate) for candidate in CANDIDATES]
-    tried = {} if args.decode else {"candidates": candidates}
-    partial = Partial(out.with_name(f"{out.name}.partial"), {"model": args.model, **shape, **settings, **tried})
-    start = ("tune_start", candidates)
-    if args.decode:
-        start = ("tune_start_decode", int(LARGEST_SHARE * settings["budget_tokens"]))
-    if len(partial.passages) < args.passages:
-        _measure(args, settings, start, text, partial)
-    if args.decode:
-        _leave_budgets(args, settings, shape["num_layers"], model.get_total_num_kv_heads(), partial, out)
-        return
-    found = Measurement.total([Measurement.of_workers(p, shape["q_heads"]) for p in partial.passages])
+    of = {"model": args.model, "num_layers": num_layers, "q_heads": q_heads}
+    partial = Partial(_partial_path(out), {**of, **settings, "candidates": candidates})
+    _measure(args, settings, ("tune_start", candidates), "causal_pairs", text, partial)
+    found = Measurement.total([Measurement.of_workers(p, q_heads) for p in partial.passages])
     choices = found.choose(args.tolerance)
-    table = found.table(choices, shape["num_layers"])
-    pattern_table.write(
-        out, table, shape["q_heads"], model=args.model, vllm_sparse=vllm_sparse.__version__, settings=settings,
-        sample_tokens=args.passages * settings["tokens"], tolerance=args.tolerance,
-    )  # fmt: skip
+    pattern_table.write(out, found.table(choices, num_layers), q_heads, **about, tolerance=args.tolerance)
     partial.path.unlink()
     _print_summary(found, choices, args.tolerance, out)
+
+
+def _find_budgets(args: argparse.Namespace, settings: dict, text: str, model, out: Path, about: dict) -> None:
+    num_layers, kv_heads = model.hf_text_config.num_hidden_layers, model.get_total_num_kv_heads()
+    of = {"model": args.model, "num_layers": num_layers, "kv_heads": kv_heads}
+    partial = Partial(_partial_path(out), {**of, **settings})
+    most_tokens = int(LARGEST_SHARE * settings["budget_tokens"])
+    _measure(args, settings, ("tune_start_decode", most_tokens), "queries", text, partial)
+    served = SparseConfig()
+    dense_layers = served.dense_layers if args.dense_layers is None else args.dense_layers
+    found = PageMasses.of_passages(partial.passages, kv_heads).from_layer(dense_layers)
+    if not found.layers:
+        raise ConfigError(f"--dense-layers: {dense_layers} leaves no layer that runs sparse; allowed: fewer")
+    budget_pages = settings["budget_tokens"] // found.page_size
+    pages = found.choose(budget_pages, served.least_pages(found.page_size))
+    budget_table.write(out, found.table(pages, num_layers), kv_heads, **about, page_size=found.page_size)
+    partial.path.unlink()
+    _print_budgets(found, pages, budget_pages, out)
+
+
+def _partial_path(out: Path) -> Path:
+    return out.with_name(f"{out.name}.partial")
 
 
 def _settings(args: argparse.Namespace, max_model_len: int, text: str) -> dict[str, Any]:
@@ -116,17 +133,13 @@ def _settings(args: argparse.Namespace, max_model_len: int, text: str) -> dict[s
         "dtype": args.dtype,
         "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
     }
-    limits = []
+    limits = [("tokens", 256, most), ("chunk", 256, tokens), ("min_prefill_tokens", 0, tokens - 1)]
     if args.decode:
         budget = min(served.budget_tokens, tokens // 4) if args.budget_tokens is None else args.budget_tokens
         settings["budget_tokens"] = budget
-        limits = [("budget_tokens", served.least_pages(page_size) * page_size, int((tokens - 1) // LARGEST_SHARE))]
-    for option, least, limit in (
-        *limits,
-        ("tokens", 256, most),
-        ("chunk", 256, tokens),
-        ("min_prefill_tokens", 0, tokens - 1),
-    ):
+        largest = int((tokens - 1) // LARGEST_SHARE)
+        limits.append(("budget_tokens", served.least_pages(page_size) * page_size, largest))
+    for option, least, limit in limits:
         if not least <= settings[option] <= limit:
             name = option.replace("_", "-")
             raise ConfigError(f"--{name}: {settings[option]}; allowed for this model: {least} to {limit}")
@@ -158,14 +171,22 @@ class Partial:
         pattern_table.write_json(self.path, {"arguments": self.arguments, "passages": self.passages})
 
 
-def _measure(args: argparse.Namespace, settings: dict, start: tuple, text: str, partial: Partial) -> None:
-    """``start``: the method of :class:`vllm_sparse.tune.worker.TuneWorker` to call first, and its argument."""
+def _measure(
+    args: argparse.Namespace, settings: dict, start: tuple, counted: str, text: str, partial: Partial
+) -> None:
+    """Measure the passages that ``partial`` lacks.
+
+    Args:
+        start: the method of :class:`vllm_sparse.tune.worker.TuneWorker` to call first, and its argument.
+        counted: what a layer that was measured has a number of.
+    """
+    if len(partial.passages) >= settings["passages"]:
+        return
     from vllm_sparse.demo.packages import progress
 
     with _engine(args, settings) as llm:
         samples = _passages(llm.get_tokenizer(), text, settings)
         llm.collective_rpc(start[0], args=start[1:])
-        counted = "queries" if args.decode else "causal_pairs"
         chunks = -(-settings["tokens"] // settings["chunk"])
         done = len(partial.passages)
         with progress("measuring", chunks * len(samples), initial=chunks * done, unit="chunk") as bar:
@@ -230,30 +251,14 @@ def _prefill(llm, tokens: list[int], number: int, bar, chunks: int) -> None:
     bar.update(end - bar.n)
 
 
-def _leave_budgets(
-    args: argparse.Namespace, settings: dict, num_layers: int, kv_heads: int, partial: Partial, out: Path
-) -> None:
-    """Choose budgets, write the file and print what they hold."""
-    served = SparseConfig()
-    dense_layers = served.dense_layers if args.dense_layers is None else args.dense_layers
-    found = PageMasses.of_passages(partial.passages, kv_heads)
-    if not 0 <= dense_layers <= max(found.layers):
-        raise ConfigError(f"--dense-layers: {dense_layers}; allowed for this model: 0 to {max(found.layers)}")
-    found, page_size = found.from_layer(dense_layers), found.page_size
-    budget = settings["budget_tokens"] // page_size
-    pages = found.choose(budget, served.least_pages(page_size))
-    budget_table.write(
-        out, found.table(pages, num_layers), kv_heads, model=args.model, vllm_sparse=vllm_sparse.__version__,
-        settings=settings, page_size=page_size, sample_tokens=args.passages * settings["tokens"],
-    )  # fmt: skip
-    partial.path.unlink()
-    print(f"\n{'tokens of a head':18} least  mean  most   attention that the best pages hold (mean, least head)")
-    for name, chosen in (("the same", pages.new_full(pages.shape, budget)), ("tuned", pages)):
+def _print_budgets(found: PageMasses, pages, budget_pages: int, out: Path) -> None:
+    print(f"\n{'tokens of a head':16} {'least':>6} {'mean':>6} {'most':>6}   held by best pages: mean, least head")
+    for name, chosen in (("the same", pages.new_full(pages.shape, budget_pages)), ("tuned", pages)):
         sizes = (chosen.min().item(), chosen.double().mean().item(), chosen.max().item())
+        least, mean, most = (f"{size * found.page_size:6.0f}" for size in sizes)
         held = found.held(chosen)
-        numbers = " ".join(f"{size * page_size:5.0f}" for size in sizes)
-        print(f"{name:18} {numbers}   {held.mean():.4f} {held.min():.4f}")
-    print(f"\nOf layers {dense_layers} to {max(found.layers)}, on the text that budgets were chosen on.")
+        print(f"{name:16} {least} {mean} {most}   {held.mean():.4f} {held.min():.4f}")
+    print(f"\nOf layers {found.layers[0]} to {found.layers[-1]}, on the text that budgets were chosen on.")
     print(f"Budgets are in {out}")
 
 
