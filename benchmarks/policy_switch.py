@@ -56,7 +56,7 @@ class PolicySwitch:
         if not self._builders:
             raise ValueError("no layer of this engine is sparse, or it did not start inside watching()")
         config = SparseConfig.from_mapping(settings, "settings")
-        config = compat.with_patterns(self._builders[0].vllm_config, config)
+        config = compat.with_tables(self._builders[0].vllm_config, config)
         for builder in self._builders:
             for key in SETTLED_AT_START:
                 value, started = getattr(config, key), getattr(builder.config, key)

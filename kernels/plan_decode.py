@@ -6,7 +6,8 @@
     length_r = seq_len_r - max(pages_r - budget, 0) * page_size   of a scored row
 
 Rows that are not scored attend to every page: through the page table, or through the dense
-backend where ``short_rows_dense`` says that one runs beside it in this step.
+backend where ``short_rows_dense`` says that one runs beside it in this step. Where heads have budgets of
+their own, ``select_pages`` writes the lengths of scored rows anew.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from vllm_sparse.page_table import PageTable
 @triton.jit(do_not_specialize=["num_reqs", "capacity"])
 def _plan_decode(
     seq_lens, table_seq_lens, dense_seq_lens, score_offsets, work, totals, counters, lengths,
-    num_reqs, budget_pages, min_context, capacity, sink_pages, window_tokens,
+    num_reqs, budget_pages, largest_pages, min_context, capacity, sink_pages, window_tokens,
     KV_HEADS: tl.constexpr, PAGE: tl.constexpr, CHUNK: tl.constexpr, SEGMENT: tl.constexpr, ALONE: tl.constexpr,
     COLUMNS: tl.constexpr, NOT_LISTED: tl.constexpr, SHORT_DENSE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -32,7 +33,7 @@ def _plan_decode(
     mask = rows < num_reqs
     seq_len = tl.load(seq_lens + rows, mask=mask, other=0).to(tl.int64)
     pages = (seq_len + PAGE - 1) // PAGE
-    wanted = (seq_len > min_context) & (pages > budget_pages)
+    wanted = (seq_len > min_context) & (pages > (budget_pages if largest_pages is None else largest_pages))
     claimed = tl.where(wanted, pages, 0)
     offset = tl.cumsum(claimed, axis=0) - claimed
     scored = wanted & (offset + pages <= capacity)
@@ -84,6 +85,7 @@ def plan_decode(
     short_rows_dense: bool,
     sink_pages: int,
     window_tokens: int,
+    largest_pages: int | None = None,
 ) -> None:
     """Fill ``plan`` and ``table.lengths`` for this step.
 
@@ -95,6 +97,8 @@ def plan_decode(
         capacity_pages: columns of the score buffer.
         short_rows_dense: rows that need no scoring go to the dense backend, not the page table.
         sink_pages, window_tokens: as ``select_pages`` will get them; together fewer pages than the budget.
+        largest_pages: the largest budget, where heads have their own: rows of up to so many pages attend to all.
+            ``budget_pages`` is then their mean, by which attended tokens are counted.
     """
     num_reqs = seq_lens.shape[0]
     if num_reqs == 0:
@@ -102,7 +106,7 @@ def plan_decode(
     _plan_decode[(1,)](
         seq_lens, plan.table_seq_lens, plan.dense_seq_lens, plan.score_offsets,
         plan.work, plan.totals, plan.counters, table.lengths,
-        num_reqs, budget_pages, min_context_tokens, capacity_pages, sink_pages, window_tokens,
+        num_reqs, budget_pages, largest_pages, min_context_tokens, capacity_pages, sink_pages, window_tokens,
         KV_HEADS=table.lengths.shape[0] // num_reqs, PAGE=page_size, CHUNK=CHUNK_PAGES,
         SEGMENT=plan.segment_pages, ALONE=plan.alone_pages, COLUMNS=WORK_COLUMNS, NOT_LISTED=NOT_LISTED,
         SHORT_DENSE=short_rows_dense, BLOCK=max(1024, triton.next_power_of_2(num_reqs)),

@@ -106,10 +106,11 @@ def plan_decode(
     short_rows_dense: bool,
     sink_pages: int,
     window_tokens: int,
+    largest_pages: int | None = None,
 ) -> None:
     lens = seq_lens.long()
     pages = -(-lens // page_size)
-    scored = (lens > min_context_tokens) & (pages > budget_pages)
+    scored = (lens > min_context_tokens) & (pages > (budget_pages if largest_pages is None else largest_pages))
     offsets = torch.cumsum(torch.where(scored, pages, 0), 0) - torch.where(scored, pages, 0)
     fits = offsets + pages <= capacity_pages
     dense = torch.where(scored, ~fits, torch.full_like(scored, short_rows_dense))
@@ -223,6 +224,7 @@ def select_pages(
     window_tokens: int,
     table: PageTable,
     coverage: float = 0.0,
+    head_pages: torch.Tensor | None = None,
 ) -> None:
     kv_heads = kv.shape[1]
     group = scores.q_heads // kv_heads
@@ -244,6 +246,10 @@ def select_pages(
             chosen = order[:, :budget_pages].sort(dim=-1).values
             if coverage:
                 _stop_at_coverage(mass, forced, chosen, coverage * group, request, seq_len, page_size, table)
+            if head_pages is not None:
+                for head, count in enumerate(head_pages.tolist()):
+                    chosen[head, :count] = order[head, :count].sort().values
+                    table.lengths[request * kv_heads + head] = seq_len - (pages - count) * page_size
         rows = slice(request * kv_heads, (request + 1) * kv_heads)
         units = block_table[request, chosen].long() * units_per_block(kv) + heads
         table.units[rows, : chosen.shape[1]] = units.int()

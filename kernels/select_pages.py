@@ -8,7 +8,7 @@ head outvotes the others by scale. Pages that are always chosen are not ranked. 
 over the masses' integer images finds the last that fits the budget, and a prefix sum writes the kept
 ones in ascending order: selection is exact. Rows of more than one segment keep a budget of candidates
 per segment; the program that ends last merges them. With a ``coverage`` rows end before their budget:
-:mod:`vllm_sparse.kernels.stop_at_coverage`.
+:mod:`vllm_sparse.kernels.stop_at_coverage`. With ``head_pages`` each KV head has a budget of its own.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def _merge_segments(
 @triton.jit(do_not_specialize=["num_reqs", "segments"])
 def _select_pages(
     values, chunk_lse, block_table, work, totals, arrivals, units, keys_of_units, candidate_keys, candidate_units,
-    score_stride, chunk_stride, table_stride, units_stride, units_per_block,
+    head_pages, lengths, score_stride, chunk_stride, table_stride, units_stride, units_per_block,
     budget, sink_pages, window_tokens, segments, num_reqs,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, KV_HEADS: tl.constexpr, PAGE: tl.constexpr,
     SEGMENT: tl.constexpr, SMALL: tl.constexpr, ALONE: tl.constexpr, FORCED_PAD: tl.constexpr,
@@ -199,7 +199,8 @@ def _select_pages(
             end = window_start(seq_len, window_tokens, PAGE)
             ranked = end - sink_pages
             chosen_units, chosen_keys = unit_row + sink_pages, key_row + sink_pages
-            quota = budget - sink_pages - (num_pages - end)
+            pages_of_head = budget if head_pages is None else tl.load(head_pages + head)
+            quota = pages_of_head - sink_pages - (num_pages - end)
             # The pages that are not ranked: loaded here and stored at the end, so that nothing waits for them.
             lane = tl.arange(0, FORCED_PAD)
             forced = tl.where(lane < sink_pages, lane, end + lane - sink_pages)
@@ -244,6 +245,8 @@ def _select_pages(
                                         CANDIDATES, KEEP_KEYS)  # fmt: skip
             place = tl.where(lane < sink_pages, lane, lane + quota)
             tl.store(unit_row + place, forced_blocks * units_per_block + head, mask=is_forced)
+            if head_pages is not None:
+                tl.store(lengths + row, seq_len - (num_pages - pages_of_head) * PAGE, mask=segment == 0)
             if KEEP_KEYS:
                 keys = _page_keys(values, chunk_lse, score_stride, chunk_stride, offset, request, head, forced,
                                   is_forced, num_pages, GROUP, GROUP_PAD, CHUNK, CHUNK_BLOCK)  # fmt: skip
@@ -262,6 +265,7 @@ def select_pages(
     window_tokens: int,
     table: PageTable,
     coverage: float = 0.0,
+    head_pages: torch.Tensor | None = None,
 ) -> None:
     """Fill the units of a decode step: chosen pages of scored rows, every page of short ones.
 
@@ -271,11 +275,13 @@ def select_pages(
         plan: this step's routing.
         kv: [num_blocks, kv_heads, rows, 2 * head_dim]; only its shape and strides are read.
         page_size: tokens per page.
-        budget_pages: pages kept of a scored row.
+        budget_pages: pages kept of a scored row; with ``head_pages`` the most of any.
         sink_pages, window_tokens: first pages and last tokens that are always kept.
         table: [num_reqs * kv_heads] rows; ``plan_decode`` has filled its lengths.
         coverage: share of a row's estimated attention at which it ends before its budget; its length then
             tells how many pages it has. 0: every scored row takes its budget.
+        head_pages: int32 [kv_heads], pages kept of a scored row of each KV head, at most ``budget_pages``; their
+            lengths are then written here. None: ``budget_pages`` for all. Not together with ``coverage``.
     """
     num_reqs, max_pages = block_table.shape
     kv_heads = kv.shape[1]
@@ -292,11 +298,13 @@ def select_pages(
     candidate_keys = torch.empty(shape, dtype=torch.uint32, device=kv.device)
     candidate_units = torch.empty(shape, dtype=torch.int32, device=kv.device)
     keep_keys = coverage > 0
+    assert head_pages is None or (head_pages.shape == (kv_heads,) and not keep_keys)
     chosen_keys = torch.empty((rows, budget_pages) if keep_keys else (1, 1), dtype=torch.uint32, device=kv.device)
     programs = PROGRAMS_PER_SM * num_multiprocessors(kv.device)
     _select_pages[(min(programs, rows * segments),)](
         scores.values, scores.chunk_lse, block_table, plan.work, plan.totals, scores.arrivals,
         table.units, chosen_keys, candidate_keys, candidate_units,
+        head_pages, None if head_pages is None else table.lengths,
         scores.values.stride(0), scores.chunk_lse.stride(0), block_table.stride(0), table.units.stride(0),
         units_per_block(kv), budget_pages, sink_pages, window_tokens, segments, num_reqs,
         GROUP=group, GROUP_PAD=triton.next_power_of_2(group), KV_HEADS=kv_heads, PAGE=page_size,

@@ -79,7 +79,10 @@ def compile_all(capability: int) -> None:
             slots = torch.arange(3)
             key = torch.zeros(3, kv_heads, head_dim, dtype=dtype)
             launchers.page_write(key, key, case.kv, slots, page_size, "key_range")
-            launchers.plan_decode(case.seq_lens, case.plan, case.table, page_size, 4, 64, 100, True, 1, 20)
+            for largest in (None, 8):
+                launchers.plan_decode(
+                    case.seq_lens, case.plan, case.table, page_size, 4, 64, 100, True, 1, 20, largest
+                )
             pages = (case.q, case.kv, case.block_table, case.plan, page_size, case.scale, case.scores)
             launchers.quest_score(*pages)
             launchers.page_mass(*pages)
@@ -91,6 +94,7 @@ def compile_all(capability: int) -> None:
                 chosen = (case.scores, table, case.plan, case.kv, page_size, 128, 1, 20, case.table)
                 launchers.select_pages(*chosen)
             launchers.select_pages(*chosen, 0.9)
+            launchers.select_pages(*chosen, 0.0, torch.full((kv_heads,), 96, dtype=torch.int32))
             guard = Guard.allocate(10, 1, kv_heads * group, kv_heads, torch.device("cpu"))
             launchers.guard_mass(*pages[:4], case.table, page_size, case.scale, guard, 0)
             launchers.sparse_decode(case.q, case.kv, case.table, page_size, case.scale, case.q)

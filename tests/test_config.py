@@ -49,6 +49,8 @@ WRONG = {
         {"head_patterns": {"candidates": [], "patterns": [[0]]}},
         ["sparse.head_patterns", "has the pattern 0"],
     ),
+    "number_for_budgets": ({"head_budgets": 2}, ["sparse.head_budgets", "a string", "2"]),
+    "wrong_budgets": ({"head_budgets": {"shares": [[0]]}}, ["sparse.head_budgets", "has the share 0"]),
     "not_an_object": (["quest"], ["expected a JSON object", "['quest']"]),
 }
 wrong = pytest.mark.parametrize("case", WRONG)
@@ -106,7 +108,7 @@ def test_the_driver_carries_what_a_file_says_to_workers_that_lack_it(monkeypatch
     monkeypatch.setenv(ENV_CONFIG, str(path))
     vllm_config = SimpleNamespace(additional_config={"another plugin": 1}, model_config=None)
     config = SparseConfig.from_vllm(vllm_config)
-    compat._carry(vllm_config, config, compat.with_patterns(vllm_config, config), "head_patterns")
+    compat._carry(vllm_config, config, compat.with_tables(vllm_config, config), "head_patterns")
     monkeypatch.delenv(ENV_CONFIG)
     carried = json.loads(json.dumps(vllm_config.additional_config))
     assert of_engine(carried) == SparseConfig(budget_tokens=768)

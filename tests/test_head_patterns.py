@@ -150,7 +150,7 @@ def test_the_driver_carries_patterns_to_workers_whatever_named_them(file, monkey
     settings = {**SLASH, "head_patterns": str(file), "budget_tokens": 512}
     monkeypatch.setenv(ENV_CONFIG, json.dumps(settings))
     config = SparseConfig.from_vllm(vllm_config)
-    compat._carry(vllm_config, config, compat.with_patterns(vllm_config, config), "head_patterns")
+    compat._carry(vllm_config, config, compat.with_tables(vllm_config, config), "head_patterns")
     monkeypatch.delenv(ENV_CONFIG)
     file.unlink()
     carried = json.loads(json.dumps(vllm_config.additional_config))

@@ -113,7 +113,8 @@ def test_key_range_holds_every_key(dtype, keys):
 
 @pytest.mark.parametrize("short_rows_dense", [False, True])
 @pytest.mark.parametrize("capacity", [10**6, 30, 5])
-def test_plan_decode_matches_twin(short_rows_dense, capacity):
+@pytest.mark.parametrize("largest", [None, 8])
+def test_plan_decode_matches_twin(short_rows_dense, capacity, largest):
     seq_lens = torch.tensor([0, 1, 64, 65, 96, 97, 400, 0, 129, 5000], dtype=torch.int32, device=DEVICE)
     expected, actual = DecodePlan.empty(10, DEVICE, 16), DecodePlan.empty(10, DEVICE, 16)
     tables = [PageTable.empty(10, 3, 8, DEVICE) for _ in range(2)]
@@ -123,7 +124,7 @@ def test_plan_decode_matches_twin(short_rows_dense, capacity):
     ):
         table.lengths.fill_(-1)
         for _ in range(2):
-            run(seq_lens, plan, table, 16, 4, 96, capacity, short_rows_dense, 1, 20)
+            run(seq_lens, plan, table, 16, 4, 96, capacity, short_rows_dense, 1, 20, largest)
     for name in ("table_seq_lens", "dense_seq_lens", "score_offsets", "totals", "counters"):
         assert torch.equal(getattr(actual, name), getattr(expected, name)), name
     assert torch.equal(tables[0].lengths, tables[1].lengths)
@@ -133,6 +134,7 @@ def test_plan_decode_matches_twin(short_rows_dense, capacity):
     assert sorted(actual.work[:in_table, 0].tolist()) == actual.table_seq_lens.nonzero().squeeze(1).tolist()
     total = actual.table_seq_lens + actual.dense_seq_lens
     assert torch.equal(total, seq_lens), "a row was lost or is attended twice"
+    assert (actual.score_offsets[5] >= 0) == (capacity > 5 and largest is None), "7 pages"
 
 
 @shapes
@@ -262,6 +264,52 @@ def test_rows_that_stop_at_a_coverage_match_twin(segment, small, coverage, monke
             assert held >= coverage - 1e-5 or pages == 30, "stopped short of the coverage"
             shortened += pages < 30
     assert shortened or coverage > 0.3
+
+
+@pytest.mark.parametrize("segment, small", [(256, 256), (256, 16), (32, 16)],
+                         ids=["small", "one_segment", "merged_segments"])  # fmt: skip
+@pytest.mark.parametrize("shape", [(3, 3, 64, 16), (5, 1, 32, 16), (2, 7, 64, 32)], ids=shape_id)
+def test_heads_with_budgets_of_their_own_match_twin(shape, segment, small, monkeypatch):
+    monkeypatch.setattr(select_pages, "SMALL_PAGES", small)
+    case = case_of(shape, lengths=[*LENGTHS, 1500, 2111], segment_pages=segment, budget_pages=30)
+    page, kv_heads = case.page_size, case.kv_heads
+    random_scores(case)
+    asked = [4, 30, 11, 5, 17][:kv_heads]
+    head_pages = torch.tensor(asked, dtype=torch.int32, device=DEVICE)
+    args = (case.scores, case.block_table, case.plan, case.kv, page, 30, 1, 20, case.table, 0.0)
+    found = []
+    for run in (reference.select_pages, launchers.select_pages, launchers.select_pages):
+        # What an earlier layer left in rows that are chosen; the others are the plan's.
+        scored = (case.plan.score_offsets >= 0).repeat_interleave(kv_heads)
+        case.table.lengths[scored] = -1
+        case.table.units.fill_(2**30)
+        run(*args, head_pages)
+        found.append((case.table.units.clone(), case.table.lengths.clone()))
+    assert not case.scores.arrivals.any() and int(case.plan.totals[0]) >= 2
+    (twin_units, twin_lengths), *mine = found
+    for units, lengths in mine:
+        assert torch.equal(lengths, twin_lengths)
+        for row, length in enumerate(lengths.tolist()):
+            request, head = divmod(row, kv_heads)
+            seq_len, pages = int(case.seq_lens[request]), -(-length // page)
+            all_pages = -(-seq_len // page)
+            assert pages == (min(all_pages, asked[head]) if all_pages > 30 else all_pages)
+            assert length == seq_len - (all_pages - pages) * page
+            assert torch.equal(units[row, :pages], twin_units[row, :pages])
+
+
+def test_equal_budgets_of_heads_choose_what_one_budget_chooses():
+    case = make([1500, 33, 2111], budget_pages=30)
+    random_scores(case)
+    args = (case.scores, case.block_table, case.plan, case.kv, 16, 30, 1, 20, case.table)
+    for run in (reference.select_pages, launchers.select_pages):
+        run(*args)
+        units, lengths = case.table.units.clone(), case.table.lengths.clone()
+        case.table.units.fill_(2**30)
+        run(*args, 0.0, torch.full((2,), 30, dtype=torch.int32, device=DEVICE))
+        assert torch.equal(case.table.lengths, lengths)
+        for row, length in enumerate(lengths.tolist()):
+            assert torch.equal(case.table.units[row, : -(-length // 16)], units[row, : -(-length // 16)])
 
 
 @pytest.mark.parametrize("tokens, budget, expected", [(128 << 10, 128, 2048), (1 << 20, 128, 4096),

@@ -12,13 +12,14 @@ from prefill_cases import attention_weights, causal_mask, make_chunk, masked_att
 from test_prefill_policies import attend
 from tiny_engine import attention_layers, prompts, tokens
 
-from vllm_sparse import cli, metrics, pattern_table
+from vllm_sparse import budget_table, cli, metrics, pattern_table
 from vllm_sparse.config import SparseConfig
 from vllm_sparse.engines.torch import TorchEngine
 from vllm_sparse.head_patterns import HeadPatterns
 from vllm_sparse.pattern_table import HeadPattern
 from vllm_sparse.policies import get_prefill_policy
 from vllm_sparse.prefill import SparsePrefill
+from vllm_sparse.tune.budgets import QUERIES, MeasuredDecode, PageMasses
 from vllm_sparse.tune.measure import MeasuredPrefill
 from vllm_sparse.tune.search import CANDIDATES, Measurement
 
@@ -158,6 +159,105 @@ def test_a_partial_result_of_other_arguments_is_left_and_said(tmp_path, capsys):
     assert "starting afresh" in capsys.readouterr().out
 
 
+def best_held(case, query: int, head: int, pages: int) -> float:
+    """Attention on a query's sink page, the pages of its last 20 tokens and its best others, so many in all."""
+    weights = attention_weights(case).unflatten(0, (case.kv.shape[1], -1)).mean(1)
+    seq_len = case.blocks.first_position + query + 1
+    mass = [part.sum().item() for part in weights[head, query, :seq_len].split(16)]
+    always = [0, *range((seq_len - 20) // 16, len(mass))]
+    others = sorted((mass[page] for page in range(len(mass)) if page not in always), reverse=True)
+    return sum(mass[page] for page in always) + sum(others[: pages - len(always)])
+
+
+def test_queries_of_a_chunk_measure_what_the_best_pages_of_each_kv_head_hold():
+    case = make_chunk(150, 300, 3, 2, 32, 16)
+    config = SparseConfig(prefill_policy="vertical_slash")
+    policy = get_prefill_policy(config, 16, HeadPatterns.uniform(config, case.q_heads, 16, DEVICE))
+    layer = SparsePrefill(policy, TorchEngine(), case.buffers, 1, 20, case.scale)
+    measured = MeasuredDecode.around(layer, 3, 300)
+    assert measured.most_pages == 18
+    out = torch.full_like(case.q, float("nan"))
+    measured.attend(case.q, case.kv, case.block_table[None], case.blocks, out)
+    assert error(out, masked_attention(case, causal_mask(case).expand(case.q_heads, -1, -1))) < 1e-5
+    # Contexts of up to 18 pages are not measured.
+    queries = [300 * (n + 1) // QUERIES - 1 for n in range(QUERIES)]
+    queries = [query for query in queries if 150 + query + 1 > 18 * 16]
+    found = measured.take()
+    assert found["queries"] == len(queries) > 20 and found["page_size"] == 16
+    held = torch.tensor(found["mass"]).cumsum(1)
+    for head, pages in ((0, 4), (1, 5), (2, 11), (2, 18)):
+        expected = sum(best_held(case, query, head, pages) for query in queries)
+        assert held[head, pages - 1].item() == pytest.approx(expected, rel=1e-4)
+    assert measured.take() == {"mass": [[0.0] * 18] * 3, "queries": 0, "page_size": 16}
+
+
+def masses(rank: int, **layers) -> dict:
+    rows = {name[1:]: {"mass": mass, "queries": 2, "page_size": 16} for name, mass in layers.items()}
+    return {"rank": rank, "layers": rows}
+
+
+def test_budgets_go_to_the_heads_whose_next_page_holds_most():
+    steep, flat = [4.0, 2.0, 0.2, 0.1, 0.0, 0.0], [1.0, 1.0, 0.9, 0.8, 0.7, 0.6]
+    # One layer is split, one is not.
+    workers = [masses(1, _3=[flat], _4=[steep, flat]), masses(0, _3=[steep], _4=[steep, flat])]
+    found = PageMasses.of_passages([workers, json.loads(json.dumps(workers))], 2)
+    assert found.layers == [3, 4] and found.page_size == 16
+    assert torch.equal(found.mass, torch.tensor([[steep, flat]] * 2, dtype=torch.float64) / 2)
+    pages = found.choose(3, 1)
+    assert pages.tolist() == [[2, 4], [2, 4]]
+    assert found.held(pages).tolist() == [[3.0, 1.85]] * 2
+    assert found.choose(3, 3).tolist() == [[3, 3], [3, 3]], "nothing to give"
+    assert found.table(pages, 6).shares == (None, None, None, (0.6667, 1.3333), (0.6667, 1.3333), None)
+    assert found.from_layer(4).table(pages[1:], 5).shares == (None,) * 4 + ((0.6667, 1.3333),)
+    # Fewer heads than ranks: neighbours measured the same head.
+    ranks = [masses(rank, _0=[[steep, flat][rank // 2]]) for rank in range(4)]
+    assert torch.equal(PageMasses.of_passages([ranks], 2).mass[0], found.mass[0])
+
+
+@pytest.mark.engine
+def test_tune_leaves_budgets_that_serving_takes_and_continues_where_it_was_interrupted(tiny, monkeypatch, capfd):
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    from vllm_sparse.tune import command
+
+    model = tiny.model(seed=2)
+    options = ["tune", str(model), "--decode", "--text", str(TEXT), "--tokens", "900", "--chunk", "300",
+               "--passages", "2", "--block-size", "16", "--budget-tokens", "400"]  # fmt: skip
+    place = model / budget_table.FILE_NAME
+    partial = place.with_name(f"{place.name}.partial")
+    prefill, seen = command._prefill, []
+
+    def interrupted(llm, sample, number, *others):
+        if number and not seen[1:]:
+            seen.append("interrupted")
+            raise KeyboardInterrupt
+        prefill(llm, sample, number, *others)
+        seen.append(sample)
+
+    monkeypatch.setattr(command, "_prefill", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cli.main(options)
+    measured = json.loads(partial.read_text())["passages"]
+    assert len(measured) == 1 and not place.exists()
+    assert cli.main([*options, "--dense-layers", "1"]) == 0
+    assert seen[1] == "interrupted" and len(seen) == 3 and not partial.exists()
+    said = capfd.readouterr().out
+    assert "continuing there" in said and f"Budgets are in {place}" in said
+    # So many of the 64 in the last chunk have contexts of more than 800 tokens.
+    assert {layer["queries"] for worker in measured[0] for layer in worker["layers"].values()} == {22}
+    shares = json.loads(place.read_text())["shares"]
+    assert shares[0] is None and len(shares) == 3
+    given = [share for row in shares[1:] for share in row]
+    assert sum(given) == pytest.approx(len(given), abs=0.01) and len(set(given)) > 1
+    assert min(given) >= 0.25 and max(given) <= 2
+    served = {"head_budgets": "auto", "budget_tokens": 128, "dense_layers": 1}
+    with tiny.start(model, served, block_size=16) as llm:
+        tokens(llm, prompts((900,)), 4)
+        pages = [layer.impl.head_pages.tolist() for layer in attention_layers(llm).values()]
+    expected = [[max(5, round(8 * share)) for share in row] for row in shares[1:]]
+    assert pages[1:] == expected
+    place.unlink()
+
+
 # Options, and what the refusal must say.
 WRONG = {
     "too_long": (["--tokens", "5000"], ["--tokens: 5000", "256 to 4095"]),
@@ -171,6 +271,10 @@ WRONG = {
     "folder": (["--out", str(TEXT.parent)], [f"--out: {TEXT.parent}", "the path of a file"]),
     "no_such_place": (["--out", str(TEXT / "x.json")], [f"--out: {TEXT / 'x.json'}", "cannot be written"]),
     "page_size": (["--block-size", "48"], ["48", "16, 32, 64"]),
+    "budget": (["--decode", "--tokens", "600", "--budget-tokens", "300"], ["--budget-tokens: 300", "80 to 299"]),
+    "budget_of_prefill": (["--budget-tokens", "300"], ["--budget-tokens: 300", "with --decode only"]),
+    "tolerance_of_decode": (["--decode", "--tolerance", "0.1"], ["--tolerance: 0.1", "without --decode only"]),
+    "dense_layers": (["--decode", "--dense-layers", "3"], ["--dense-layers: 3", "0 to 2"]),
     "no_text": (["--text", "/nowhere"], ["--text: '/nowhere'", "a UTF-8 file"]),
 }
 

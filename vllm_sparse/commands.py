@@ -69,6 +69,12 @@ def sample_text(path: Path | None) -> str:
         ) from None
 
 
+def half_of(text: str, split: str) -> str:
+    """The first half of a text for ``dev``, on which settings may be chosen, else the second."""
+    middle = text.find("\n", len(text) // 2) + 1 or len(text) // 2
+    return text[:middle] if split == "dev" else text[middle:]
+
+
 def check_writable(out: Path) -> None:
     """Refuse now what could not be written after minutes of measuring."""
     if out.is_dir() or not out.name:

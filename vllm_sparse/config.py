@@ -18,9 +18,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from vllm_sparse import pattern_table
+from vllm_sparse import budget_table, pattern_table
+from vllm_sparse.budget_table import BudgetTable
 from vllm_sparse.offload.config import OffloadConfig
-from vllm_sparse.pattern_table import HeadPattern, PatternError, PatternTable
+from vllm_sparse.pattern_table import HeadPattern, PatternTable, TableError
 
 logger = logging.getLogger("vllm.vllm_sparse")
 
@@ -29,6 +30,8 @@ PATTERN_POLICY = "vertical_slash"
 """The prefill policy that reads ``head_patterns``."""
 DENSE_LAYERS = 2
 """Default of ``dense_layers`` where all pages are on the GPU."""
+TABLES = {"head_patterns": PatternTable, "head_budgets": BudgetTable}
+"""Keys that name a file, which the driver reads; workers get what it holds."""
 OFFLOAD_ENGINES = ("auto", "triton", "torch")
 """Values of ``engine`` that attend over units on the GPU and on the host alike."""
 PAGE_SIZES = (16, 32, 64, 128, 256)
@@ -47,6 +50,9 @@ class SparseConfig:
     """Which pages a decode step attends to: a name of :mod:`vllm_sparse.policies`."""
     budget_tokens: int = 2048
     """Tokens attended in a decode step, sinks and window included; rounded down to whole pages."""
+    head_budgets: str | BudgetTable = "none"
+    """Shares of the budget for each KV head, 1 in the mean: ``none``, the same for all; a file of
+    ``vllm-sparse tune --decode``; or ``auto``, the model's file if there is one."""
     decode_coverage: float = 0.95
     """Share of the estimated attention at which a row of ``twilight`` ends before its budget."""
     sink_tokens: int = 16
@@ -92,7 +98,7 @@ class SparseConfig:
             if field.name == "dense_layers":
                 default = DENSE_LAYERS
             expected = type(default)
-            if field.name == "head_patterns" and isinstance(value, PatternTable):
+            if isinstance(value, TABLES.get(field.name, ())):
                 continue
             if type(value) is not expected and not (expected is float and type(value) is int):
                 raise ConfigError(
@@ -109,12 +115,9 @@ class SparseConfig:
             if getattr(self, name) < 0:
                 raise ConfigError(f"sparse.{name}: {getattr(self, name)} is negative; allowed: 0 or more")
         if self.prefill_policy != PATTERN_POLICY and self.head_patterns not in ("auto", "none"):
-            given = (
-                "a table of patterns" if isinstance(self.head_patterns, PatternTable) else repr(self.head_patterns)
-            )
             raise ConfigError(
-                f"sparse.head_patterns: {given} is for prefill_policy={PATTERN_POLICY!r} and would not be read by "
-                f"{self.prefill_policy!r}; allowed with it: auto, none"
+                f"sparse.head_patterns: {_shown(self.head_patterns)} is for prefill_policy={PATTERN_POLICY!r} and "
+                f"would not be read by {self.prefill_policy!r}; allowed with it: auto, none"
             )
         if self.budget_tokens < 1:
             raise ConfigError(f"sparse.budget_tokens: {self.budget_tokens}; allowed: at least one page")
@@ -127,6 +130,11 @@ class SparseConfig:
             )
         if not 0 < self.decode_coverage <= 1:
             raise ConfigError(f"sparse.decode_coverage: {self.decode_coverage}; allowed: above 0, up to 1")
+        if self.head_budgets != "none" and DECODE_POLICIES[self.decode_policy].adaptive:
+            raise ConfigError(
+                f"sparse.head_budgets: {_shown(self.head_budgets)} with decode_policy={self.decode_policy!r}, "
+                f"whose rows end where decode_coverage says; allowed with it: none"
+            )
         if self.offload is not None:
             self._check_offload()
         # Whatever the page size, a smaller budget could not hold what is always attended.
@@ -166,11 +174,12 @@ class SparseConfig:
         for key in values:
             if key not in known:
                 raise ConfigError(f"{source}: unknown key {key!r}.{nearest(key, known)}")
-        if isinstance(values.get("head_patterns"), dict):
-            try:
-                values = {**values, "head_patterns": PatternTable.from_mapping(values["head_patterns"])}
-            except PatternError as error:
-                raise ConfigError(f"{source}: sparse.head_patterns: the object given {error}") from None
+        for key, table in TABLES.items():
+            if isinstance(values.get(key), dict):
+                try:
+                    values = {**values, key: table.from_mapping(values[key])}
+                except TableError as error:
+                    raise ConfigError(f"{source}: sparse.{key}: the object given {error}") from None
         if values.get("offload") is not None:
             values = {**values, "offload": OffloadConfig.from_mapping(values["offload"], source)}
         return cls(**values)
@@ -178,8 +187,9 @@ class SparseConfig:
     def to_mapping(self) -> dict[str, Any]:
         """What :meth:`from_mapping` reads, as plain JSON."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        if isinstance(self.head_patterns, PatternTable):
-            values["head_patterns"] = self.head_patterns.to_mapping()
+        for key, table in TABLES.items():
+            if isinstance(values[key], table):
+                values[key] = values[key].to_mapping()
         if self.offload is not None:
             values["offload"] = self.offload.to_mapping()
         return values
@@ -201,18 +211,38 @@ class SparseConfig:
         asked = self.head_patterns
         if self.prefill_policy != PATTERN_POLICY or asked == "none" or isinstance(asked, PatternTable):
             return self
-        path = pattern_table.default_path(model) if asked == "auto" else Path(os.path.expanduser(asked))
-        if asked == "auto" and not os.path.exists(path):  # as here, which takes a forbidden place for none
+        path = _table_path(asked, pattern_table.default_path(model))
+        if path is None:
             return replace(self, head_patterns="none")
         try:
             table = pattern_table.read(path, num_layers, q_heads)
-        except PatternError as error:
-            raise ConfigError(
-                f"sparse.head_patterns: {asked!r}: {path} {error}. Allowed: auto, none, or a file that "
-                f"`vllm-sparse tune {model} --out {path}` writes anew"
-            ) from None
+        except TableError as error:
+            raise _stale("head_patterns", asked, path, error, f"tune {model}") from None
         logger.info("sparse attention: prefill patterns for each head from %s", path)
         return replace(self, head_patterns=table)
+
+    def with_budgets(self, model: str, num_layers: int, kv_heads: int) -> SparseConfig:
+        """This config with the budgets that ``head_budgets`` names for a model, or with ``none``.
+
+        Raises:
+            ConfigError: the file is not one of this model.
+        """
+        asked = self.head_budgets
+        if self.decode_policy == "dense" or asked == "none" or isinstance(asked, BudgetTable):
+            return self
+        path = _table_path(asked, default := budget_table.default_path(model))
+        if path is None:
+            logger.info("sparse attention: the same decode budget for all heads: there is no %s", default)
+            return replace(self, head_budgets="none")
+        try:
+            table = budget_table.read(path, num_layers, kv_heads)
+        except TableError as error:
+            raise _stale("head_budgets", asked, path, error, f"tune {model} --decode") from None
+        table = table.scaled(self.dense_layers)
+        logger.info(
+            "sparse attention: decode budgets for each head from %s, up to %.2f times", path, table.largest
+        )
+        return replace(self, head_budgets=table)
 
     def with_offload(self, offload: OffloadConfig) -> SparseConfig:
         return replace(self, offload=offload)
@@ -227,12 +257,32 @@ class SparseConfig:
     def budget_pages(self, page_size: int) -> int:
         return self.budget_tokens // page_size
 
+    def head_pages(self, page_size: int, layer: int, rank: int, ranks: int, kv_heads: int) -> list[int]:
+        """Budgets of a layer's KV heads on a tensor-parallel rank, where ``head_budgets`` is a table."""
+        shares = self.head_budgets.of_layer(layer, rank, ranks, kv_heads)
+        return [self._pages_of_share(share, page_size) for share in shares or (1.0,) * kv_heads]
+
+    def _pages_of_share(self, share: float, page_size: int) -> int:
+        return max(round(share * self.budget_pages(page_size)), self.least_pages(page_size))
+
+    def largest_pages(self, page_size: int) -> int:
+        """The largest budget of any head: what tables are sized for."""
+        table = self.head_budgets
+        share = table.largest if isinstance(table, BudgetTable) else 1.0
+        return self._pages_of_share(share, page_size)
+
+    def least_pages(self, page_size: int) -> int:
+        """Sinks, window and one page to choose."""
+        # A window of w tokens can straddle one page border more than it fills.
+        window_pages = -(-self.window_tokens // page_size) + 1
+        return self.sink_pages(page_size) + window_pages + 1
+
     def sink_pages(self, page_size: int) -> int:
         return -(-self.sink_tokens // page_size)
 
     def table_pages(self, page_size: int) -> int:
         """Most pages a row of the decode page table can hold: a budget, or a whole short context."""
-        return max(self.budget_pages(page_size), -(-self.min_context_tokens // page_size))
+        return max(self.largest_pages(page_size), -(-self.min_context_tokens // page_size))
 
     def check_page_size(self, page_size: int) -> None:
         """Raise :class:`ConfigError` where pages of ``page_size`` tokens cannot serve this config."""
@@ -241,9 +291,7 @@ class SparseConfig:
                 f"--block-size: {page_size} is not a page size of the sparse backend; "
                 f"allowed: {', '.join(map(str, PAGE_SIZES))}"
             )
-        # A window of w tokens can straddle one page border more than it fills.
-        window_pages = -(-self.window_tokens // page_size) + 1
-        needed = (self.sink_pages(page_size) + window_pages + 1) * page_size
+        needed = self.least_pages(page_size) * page_size
         if self.budget_tokens < needed:
             raise ConfigError(
                 f"sparse.budget_tokens: {self.budget_tokens} is too small for pages of {page_size} tokens: "
@@ -255,8 +303,27 @@ class SparseConfig:
 _NAMES = {int: "a whole number", float: "a number", str: "a string"}
 
 
+def _shown(value: Any) -> str:
+    return repr(value) if isinstance(value, str) else "a table"
+
+
+def _table_path(asked: str, default: Path) -> Path | None:
+    """The file that a key of :data:`TABLES` names; None: ``auto``, and there is none."""
+    if asked != "auto":
+        return Path(os.path.expanduser(asked))
+    return default if os.path.exists(default) else None  # as here, which takes a forbidden place for none
+
+
+def _stale(key: str, asked: str, path: Path, error: TableError, command: str) -> ConfigError:
+    return ConfigError(
+        f"sparse.{key}: {asked!r}: {path} {error}. Allowed: auto, none, or a file that "
+        f"`vllm-sparse {command} --out {path}` writes anew"
+    )
+
+
 def nearest(word: str, known: list[str]) -> str:
-    match = difflib.get_close_matches(word, known, n=1)
+    begun = [name for name in known if word and name.startswith(word)]
+    match = begun or difflib.get_close_matches(word, known, n=1)
     hint = f" Did you mean {match[0]!r}?" if match else ""
     return f"{hint} Allowed: {', '.join(known)}"
 

@@ -14,8 +14,8 @@ FILE_NAME = "vllm_sparse_patterns.json"
 _SNAPSHOT = re.compile(r"models--([^/]+)/snapshots/")
 
 
-class PatternError(ValueError):
-    """A file or object that holds no patterns for this model; the message says why."""
+class TableError(ValueError):
+    """A file or object that holds nothing for this model's heads; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,11 @@ class HeadPattern:
     def from_mapping(cls, values: Any) -> HeadPattern:
         known = [field.name for field in fields(cls)]
         if not isinstance(values, dict) or set(values) != set(known):
-            raise PatternError(f"has the candidate {values!r}, not an object of {', '.join(known)}")
+            raise TableError(f"has the candidate {values!r}, not an object of {', '.join(known)}")
         sizes, share = [values[name] for name in known[:-1]], values["coverage"]
         whole = all(type(n) is int and 0 <= n < 2**31 for n in sizes)
         if not whole or type(share) not in (int, float) or not 0 <= share <= 1:
-            raise PatternError(f"has the candidate {values!r}; allowed: tokens from 0 on, a coverage of 0 to 1")
+            raise TableError(f"has the candidate {values!r}; allowed: tokens from 0 on, a coverage of 0 to 1")
         return cls(*sizes, float(share))
 
 
@@ -59,14 +59,14 @@ class PatternTable:
     def from_mapping(cls, values: Any) -> PatternTable:
         """Check and build a table from ``{"candidates": [...], "patterns": [...]}``; other keys are not read."""
         if not isinstance(values, dict) or not isinstance(values.get("candidates"), list):
-            raise PatternError("has no list of 'candidates'")
+            raise TableError("has no list of 'candidates'")
         candidates = tuple(map(HeadPattern.from_mapping, values["candidates"]))
         rows = values.get("patterns")
         if not isinstance(rows, list) or not all(row is None or isinstance(row, list) for row in rows):
-            raise PatternError("has no list of 'patterns' for each layer")
+            raise TableError("has no list of 'patterns' for each layer")
         for choice in (choice for row in rows for choice in row or ()):
             if type(choice) is not int or not 0 <= choice < len(candidates):
-                raise PatternError(f"has the pattern {choice!r}; allowed: 0 to {len(candidates) - 1}")
+                raise TableError(f"has the pattern {choice!r}; allowed: 0 to {len(candidates) - 1}")
         return cls(candidates, tuple(None if row is None else tuple(row) for row in rows))
 
     def to_mapping(self) -> dict:
@@ -87,37 +87,46 @@ class PatternTable:
         return [self.candidates[choice] for choice in row[first : first + q_heads]]
 
 
-def default_path(model: str) -> Path:
+def default_path(model: str, file_name: str = FILE_NAME, folder: str = "patterns") -> Path:
     """Where the patterns of a model directory or of a hub name lie unless somebody says otherwise."""
     # Offline, vLLM replaces a hub name by the place of its snapshot.
     snapshot = _SNAPSHOT.search(model)
     if snapshot is None and os.path.isdir(model):
-        return Path(model) / FILE_NAME
+        return Path(model) / file_name
     name = snapshot[1] if snapshot else model.replace("/", "--")
     root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # a user may have no home
-    return Path(root) / "vllm-sparse" / "patterns" / f"{name}.json"
+    return Path(root) / "vllm-sparse" / folder / f"{name}.json"
+
+
+def read_json(path: Path, **wanted: int) -> dict:
+    """The object in ``path``, in which each key of ``wanted`` has its value.
+
+    Raises:
+        TableError: it is not there, or another one; says which value was wrong.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except OSError as error:
+        raise TableError(f"cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise TableError(f"is not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise TableError("is not a JSON object")
+    for key, value in wanted.items():
+        if content.get(key) != value:
+            raise TableError(f"has {key} {content.get(key)!r}, this needs {value}")
+    return content
 
 
 def read(path: Path, num_layers: int, q_heads: int) -> PatternTable:
     """The patterns in ``path`` for a model of ``num_layers`` layers and ``q_heads`` query heads.
 
     Raises:
-        PatternError: they are no patterns, or those of another model; says which value was wrong.
+        TableError: they are no patterns, or those of another model; says which value was wrong.
     """
-    try:
-        content = json.loads(path.read_text())
-    except OSError as error:
-        raise PatternError(f"cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise PatternError(f"is not JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise PatternError("is not a JSON object")
-    for key, wanted in (("format", FORMAT), ("num_layers", num_layers), ("q_heads", q_heads)):
-        if content.get(key) != wanted:
-            raise PatternError(f"has {key} {content.get(key)!r}, this needs {wanted}")
-    table = PatternTable.from_mapping(content)
+    table = PatternTable.from_mapping(read_json(path, format=FORMAT, num_layers=num_layers, q_heads=q_heads))
     if len(table.choices) != num_layers or any(row is not None and len(row) != q_heads for row in table.choices):
-        raise PatternError(f"does not have {num_layers} rows of {q_heads} patterns")
+        raise TableError(f"does not have {num_layers} rows of {q_heads} patterns")
     return table
 
 

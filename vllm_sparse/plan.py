@@ -165,6 +165,7 @@ def run(args: argparse.Namespace) -> None:
     model, ranks = read_model(args.model, args.dtype, args.trust_remote_code), args.tensor_parallel_size
     if ranks < 1 or (model.kv_heads % ranks and ranks % model.kv_heads):
         raise ConfigError(f"--tensor-parallel-size: {ranks} does not divide {model.kv_heads} KV heads")
+    config = config.with_budgets(args.model, model.layers, model.kv_heads)
     usable = args.gpu * args.gpu_memory_utilization
     kv_gib = args.kv_gib
     if kv_gib is None:

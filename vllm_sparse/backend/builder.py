@@ -139,12 +139,14 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
                 # Dense rows would read all of their contexts from the host: only those that cannot be scored.
                 short_rows_dense = False
                 dense_beside = num_decodes * workspace.max_pages > workspace.scores.capacity_pages
+            budget_pages = self.config.budget_pages(self.page_size)
+            largest_pages = self.config.largest_pages(self.page_size)
             kernels.for_device(self.device).plan_decode(
-                common.seq_lens[:num_decodes], plan, metadata.table, self.page_size,
-                self.config.budget_pages(self.page_size),
+                common.seq_lens[:num_decodes], plan, metadata.table, self.page_size, budget_pages,
                 self.config.min_context_tokens if selects_decode else NEVER,
                 workspace.scores.capacity_pages, short_rows_dense,
                 self.config.sink_pages(self.page_size), self.config.window_tokens,
+                largest_pages if largest_pages > budget_pages else None,
             )  # fmt: skip
             if dense_beside:
                 decodes = common if not num_prefills else dense.decode_rows(common, num_decodes, num_decode_tokens)

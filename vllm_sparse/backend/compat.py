@@ -116,10 +116,12 @@ def _check_config(original, vllm_config) -> None:
         return
     from vllm.platforms import current_platform
 
-    from vllm_sparse.config import ConfigError, SparseConfig
+    from vllm_sparse.config import TABLES, ConfigError, SparseConfig
 
     config = SparseConfig.from_vllm(vllm_config)
-    _carry(vllm_config, config, with_patterns(vllm_config, config), "head_patterns")
+    found = with_tables(vllm_config, config)
+    read = (key for key in TABLES if getattr(found, key) is not getattr(config, key))
+    _carry(vllm_config, config, found, next(read, ""))
     cache = vllm_config.cache_config
     if cache is None:
         return
@@ -154,19 +156,22 @@ def _check_config(original, vllm_config) -> None:
         vllm_config.additional_config[offload.ADMITTED] = found.offload.host_gib
 
 
-def with_patterns(vllm_config, config):
-    """``config`` with the patterns that its ``head_patterns`` names for the engine's model."""
+def with_tables(vllm_config, config):
+    """``config`` with the patterns and budgets that it names for the heads of the engine's model."""
     model = vllm_config.model_config
     if model is None:
         return config
     layers, heads = (getattr(model.hf_text_config, f"num_{of}", 0) for of in ("hidden_layers", "attention_heads"))
-    return config.with_patterns(model.model, layers, heads)
+    config = config.with_patterns(model.model, layers, heads)
+    if config.head_budgets == "none":
+        return config
+    return config.with_budgets(model.model, layers, model.get_total_num_kv_heads())
 
 
 def _carry(vllm_config, config, found, key: str) -> None:
     """Put the settings into vLLM's config, which it takes to every worker: other nodes have other files.
 
-    So a path in ``VLLM_SPARSE_CONFIG`` or in ``head_patterns`` is read on the driver alone.
+    So a path in ``VLLM_SPARSE_CONFIG`` or in :data:`vllm_sparse.config.TABLES` is read on the driver alone.
     """
     additional = vllm_config.additional_config or {}
     if isinstance(additional, dict):

@@ -15,6 +15,7 @@ from vllm_sparse.backend import dense
 from vllm_sparse.backend.backend import SparseBackend
 from vllm_sparse.backend.metadata import SparseMetadata
 from vllm_sparse.backend.workspace import Workspace
+from vllm_sparse.budget_table import BudgetTable
 from vllm_sparse.config import ConfigError, SparseConfig
 from vllm_sparse.engines import OFFLOAD_ORDER, PREFILL_ORDER, choose_engine
 from vllm_sparse.engines.base import AttentionShape
@@ -108,9 +109,7 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
         """Settle what is known only once the KV cache is planned; called by the metadata builder."""
         self.layer_index, self.page_size = layer_index, page_size
         self.kernels = kernels.for_device(self.device)
-        self.budget_pages = self.config.budget_pages(page_size)
-        self.sink_pages = self.config.sink_pages(page_size)
-        self.coverage = self.config.decode_coverage if self.policy.adaptive else 0.0
+        self.bind_budget()
         if self.dense_reason is None and layer_index < self.config.dense_layers:
             self.dense_reason = f"dense_layers={self.config.dense_layers}"
         shape = AttentionShape(
@@ -129,6 +128,18 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
             metrics.count_sparse_layer()
         else:
             metrics.count_dense_layer(self.dense_reason)
+
+    def bind_budget(self) -> None:
+        """Settle what selection keeps, from config and policy."""
+        config = self.config
+        self.budget_pages = config.largest_pages(self.page_size)
+        self.sink_pages = config.sink_pages(self.page_size)
+        self.coverage = config.decode_coverage if self.policy.adaptive else 0.0
+        self.head_pages = None
+        if isinstance(config.head_budgets, BudgetTable):
+            rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+            pages = config.head_pages(self.page_size, self.layer_index, rank, ranks, self.num_kv_heads)
+            self.head_pages = torch.tensor(pages, dtype=torch.int32, device=self.device)
 
     def bind_prefill(self, buffers: PrefillBuffers | None) -> None:
         """Settle how sparse chunks are attended; None where prefill is dense."""
@@ -219,6 +230,7 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
         self.kernels.select_pages(
             md.scores, block_table, md.plan, kv_cache, self.page_size,
             self.budget_pages, self.sink_pages, self.config.window_tokens, md.table, self.coverage,
+            self.head_pages,
         )  # fmt: skip
         if md.guard is not None and self.layer_index < len(md.guard.sums):
             self.kernels.guard_mass(
@@ -251,6 +263,7 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
         self.kernels.select_pages(
             md.scores, block_table, md.plan, offloaded.host, self.page_size,
             self.budget_pages, self.sink_pages, self.config.window_tokens, md.table, self.coverage,
+            self.head_pages,
         )  # fmt: skip
         offloaded.bring(md.table)
         self.engine.attend(query, offloaded.hot, md.table, self.page_size, self.scale, out, offloaded.host)

@@ -68,7 +68,7 @@ class Workspace:
         capacity = max(16 * max_pages, SCORE_BYTES // (4 * q_heads))
         capacity = min(capacity, max_num_reqs * max_pages)
         # A budget of the whole context, and dense decode, choose from nothing.
-        chosen = 1 if config.decode_policy == "dense" else config.budget_pages(page_size)
+        chosen = 1 if config.decode_policy == "dense" else config.largest_pages(page_size)
         segment = segment_pages(max_pages, chosen if chosen < max_pages else 1)
         workspace = cls(
             plan=DecodePlan.empty(max_num_reqs, device, segment),

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from vllm_sparse import commands
 from vllm_sparse.config import ConfigError
 from vllm_sparse.eval import ruler
 
@@ -38,8 +39,7 @@ class Samples:
 
     def __init__(self, tokenizer: Any, text: str, split: str, passages: int, score_tokens: int, needles: int):
         self.tokenizer, self.split = tokenizer, split
-        middle = text.find("\n", len(text) // 2) + 1 or len(text) // 2
-        self.text = text[:middle] if split == "dev" else text[middle:]
+        self.text = commands.half_of(text, split)
         self.passages, self.score_tokens, self.needles = passages, score_tokens, needles
 
     def make(self, task: str, length: int, seed: int) -> Sample:

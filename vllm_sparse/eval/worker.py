@@ -22,7 +22,7 @@ class EvalWorker:
     def eval_switch(self, settings: dict, summary: str, recall_every: int) -> None:
         """Attend by ``settings`` from the next step on, as if the engine had started with them."""
         config = SparseConfig.from_mapping(settings, "settings")
-        config = compat.with_patterns(self.vllm_config, config)
+        config = compat.with_tables(self.vllm_config, config)
         for builder in self._builders():
             config.check_page_size(builder.page_size)
             builder.config = config
@@ -32,14 +32,12 @@ class EvalWorker:
             policy = get_decode_policy(config.decode_policy)
             if policy.summary == "none":
                 policy.summary = summary  # pages stay what other settings find in the prefix cache
-            impl.coverage = config.decode_coverage if policy.adaptive else 0.0
-            impl.budget_pages = config.budget_pages(impl.page_size)
-            impl.sink_pages = config.sink_pages(impl.page_size)
             probe = getattr(impl, "recall_probe", None)
             if probe is None:
                 probe = impl.recall_probe = RecallProbe(impl, exact)
                 impl.engine = probe.engine
             impl.policy = probe.watch(policy, recall_every)
+            impl.bind_budget()
             if impl.prefill is not None:
                 impl.bind_prefill(impl.prefill.buffers)
 

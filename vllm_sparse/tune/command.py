@@ -13,27 +13,35 @@ from pathlib import Path
 from typing import Any
 
 import vllm_sparse
-from vllm_sparse import commands, pattern_table
-from vllm_sparse.config import ConfigError, SparseConfig
+from vllm_sparse import budget_table, commands, pattern_table
+from vllm_sparse.config import PAGE_SIZES, ConfigError, SparseConfig
 from vllm_sparse.pattern_table import HeadPattern
+from vllm_sparse.tune.budgets import LARGEST_SHARE, PageMasses
 from vllm_sparse.tune.search import CANDIDATES, Measurement
 
 DEFAULT_TOKENS, DEFAULT_CHUNK = 32768, 8192
+DEFAULT_TOLERANCE = 0.05
 
 
 def add_command(subparsers) -> None:
     parser = subparsers.add_parser(
         "tune",
-        help="find the prefill pattern of each query head of a model",
+        help="find the prefill pattern of each query head of a model, or the decode budget of each KV head",
         description="Find the prefill pattern of each query head of a model, on a sample text, and leave them "
-        "where prefill_policy=vertical_slash looks for them. An interrupted run continues when it is repeated.",
+        "where prefill_policy=vertical_slash looks for them; or, with --decode, the share of budget_tokens of "
+        "each KV head, where head_budgets=auto looks for it. An interrupted run continues when it is repeated.",
     )
     parser.set_defaults(run=run)
     commands.add_model_options(parser)
     parser.add_argument("--tokens", type=int, help="tokens of a passage; default: 32768, or what the model takes")
     parser.add_argument("--passages", type=int, default=4, help="slices of the text that are measured")
-    parser.add_argument("--tolerance", type=float, default=0.05, help="relative error of a head's output")
-    parser.add_argument("--out", type=Path, help="default: where serving looks for this model's patterns")
+    parser.add_argument("--tolerance", type=float, help="relative error of a head's output; default: 0.05")
+    parser.add_argument(
+        "--decode", action="store_true", help="find budgets, on the half of the text that eval spares"
+    )
+    parser.add_argument("--budget-tokens", type=int, help="their mean; default: 2048, or a quarter of a passage")
+    parser.add_argument("--dense-layers", type=int, help="first layers that have none; default: 2, as served")
+    parser.add_argument("--out", type=Path, help="default: where serving looks for this model's file")
     parser.add_argument("--chunk", type=int, help="tokens of a step, best as served; default: 8192")
     parser.add_argument("--min-prefill-tokens", type=int, help="contexts from here on count; default: as served")
 
@@ -44,32 +52,65 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ConfigError: an argument that cannot be used; names it, its value and what is allowed.
     """
+    for name in ("tolerance",) if args.decode else ("budget_tokens", "dense_layers"):
+        if getattr(args, name) is not None:
+            option, where = f"--{name.replace('_', '-')}", "without" if args.decode else "with"
+            raise ConfigError(f"{option}: {getattr(args, name)}; allowed {where} --decode only")
+    if args.tolerance is None:
+        args.tolerance = DEFAULT_TOLERANCE
     if not args.tolerance >= 0:
         raise ConfigError(f"--tolerance: {args.tolerance}; allowed: 0 or more")
     if args.passages < 1:
         raise ConfigError(f"--passages: {args.passages}; allowed: 1 or more")
     commands.stay_in_process()
     text = commands.sample_text(args.text)
+    if args.decode:
+        text = commands.half_of(text, "dev")
     model = commands.model_config(args)
-    shape = {
-        "num_layers": model.hf_text_config.num_hidden_layers,
-        "q_heads": model.hf_text_config.num_attention_heads,
-    }
+    num_layers = model.hf_text_config.num_hidden_layers
+    if args.decode and not 0 <= (args.dense_layers or 0) < num_layers:
+        raise ConfigError(f"--dense-layers: {args.dense_layers}; allowed for this model: 0 to {num_layers - 1}")
     settings = _settings(args, model.max_model_len, text)
-    out = args.out or pattern_table.default_path(args.model)
+    out = args.out or (budget_table if args.decode else pattern_table).default_path(args.model)
     commands.check_writable(out)
-    partial = Partial(out.with_name(f"{out.name}.partial"), {"model": args.model, **shape, **settings})
-    if len(partial.passages) < args.passages:
-        _measure(args, settings, shape["q_heads"], text, partial)
-    found = Measurement.total([Measurement.of_workers(p, shape["q_heads"]) for p in partial.passages])
+    found = {"vllm_sparse": vllm_sparse.__version__, "sample_tokens": args.passages * settings["tokens"]}
+    find = _find_budgets if args.decode else _find_patterns
+    find(args, settings, text, model, out, {"model": args.model, "settings": settings, **found})
+
+
+def _find_patterns(args: argparse.Namespace, settings: dict, text: str, model, out: Path, about: dict) -> None:
+    num_layers, q_heads = model.hf_text_config.num_hidden_layers, model.hf_text_config.num_attention_heads
+    candidates = [asdict(candidate) for candidate in CANDIDATES]
+    of = {"model": args.model, "num_layers": num_layers, "q_heads": q_heads}
+    partial = Partial(_partial_path(out), {**of, **settings, "candidates": candidates})
+    _measure(args, settings, ("tune_start", candidates), "causal_pairs", text, partial)
+    found = Measurement.total([Measurement.of_workers(p, q_heads) for p in partial.passages])
     choices = found.choose(args.tolerance)
-    table = found.table(choices, shape["num_layers"])
-    pattern_table.write(
-        out, table, shape["q_heads"], model=args.model, vllm_sparse=vllm_sparse.__version__, settings=settings,
-        sample_tokens=args.passages * settings["tokens"], tolerance=args.tolerance,
-    )  # fmt: skip
+    pattern_table.write(out, found.table(choices, num_layers), q_heads, **about, tolerance=args.tolerance)
     partial.path.unlink()
     _print_summary(found, choices, args.tolerance, out)
+
+
+def _find_budgets(args: argparse.Namespace, settings: dict, text: str, model, out: Path, about: dict) -> None:
+    num_layers, kv_heads = model.hf_text_config.num_hidden_layers, model.get_total_num_kv_heads()
+    of = {"model": args.model, "num_layers": num_layers, "kv_heads": kv_heads}
+    partial = Partial(_partial_path(out), {**of, **settings})
+    most_tokens = int(LARGEST_SHARE * settings["budget_tokens"])
+    _measure(args, settings, ("tune_start_decode", most_tokens), "queries", text, partial)
+    served = SparseConfig()
+    dense_layers = served.dense_layers if args.dense_layers is None else args.dense_layers
+    found = PageMasses.of_passages(partial.passages, kv_heads).from_layer(dense_layers)
+    if not found.layers:
+        raise ConfigError(f"--dense-layers: {dense_layers} leaves no layer that runs sparse; allowed: fewer")
+    budget_pages = settings["budget_tokens"] // found.page_size
+    pages = found.choose(budget_pages, served.least_pages(found.page_size))
+    budget_table.write(out, found.table(pages, num_layers), kv_heads, **about, page_size=found.page_size)
+    partial.path.unlink()
+    _print_budgets(found, pages, budget_pages, out)
+
+
+def _partial_path(out: Path) -> Path:
+    return out.with_name(f"{out.name}.partial")
 
 
 def _settings(args: argparse.Namespace, max_model_len: int, text: str) -> dict[str, Any]:
@@ -79,8 +120,8 @@ def _settings(args: argparse.Namespace, max_model_len: int, text: str) -> dict[s
     served = SparseConfig()
     # A sample shorter than what is sparse by default would measure nothing.
     shortest = min(served.min_prefill_tokens, tokens // 4)
-    if args.block_size is not None:
-        served.check_page_size(args.block_size)
+    page_size = args.block_size or PAGE_SIZES[0]
+    served.check_page_size(page_size)
     settings = {
         "tokens": tokens,
         "passages": args.passages,
@@ -92,11 +133,13 @@ def _settings(args: argparse.Namespace, max_model_len: int, text: str) -> dict[s
         "dtype": args.dtype,
         "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
     }
-    for option, least, limit in (
-        ("tokens", 256, most),
-        ("chunk", 256, tokens),
-        ("min_prefill_tokens", 0, tokens - 1),
-    ):
+    limits = [("tokens", 256, most), ("chunk", 256, tokens), ("min_prefill_tokens", 0, tokens - 1)]
+    if args.decode:
+        budget = min(served.budget_tokens, tokens // 4) if args.budget_tokens is None else args.budget_tokens
+        settings["budget_tokens"] = budget
+        largest = int((tokens - 1) // LARGEST_SHARE)
+        limits.append(("budget_tokens", served.least_pages(page_size) * page_size, largest))
+    for option, least, limit in limits:
         if not least <= settings[option] <= limit:
             name = option.replace("_", "-")
             raise ConfigError(f"--{name}: {settings[option]}; allowed for this model: {least} to {limit}")
@@ -107,7 +150,6 @@ class Partial:
     """Passages that were measured, on disk: each is there as soon as it is finished."""
 
     def __init__(self, path: Path, arguments: dict):
-        arguments = {**arguments, "candidates": [asdict(candidate) for candidate in CANDIDATES]}
         self.path, self.arguments, self.passages = path, arguments, []
         if not path.exists():
             return
@@ -129,19 +171,29 @@ class Partial:
         pattern_table.write_json(self.path, {"arguments": self.arguments, "passages": self.passages})
 
 
-def _measure(args: argparse.Namespace, settings: dict, q_heads: int, text: str, partial: Partial) -> None:
+def _measure(
+    args: argparse.Namespace, settings: dict, start: tuple, counted: str, text: str, partial: Partial
+) -> None:
+    """Measure the passages that ``partial`` lacks.
+
+    Args:
+        start: the method of :class:`vllm_sparse.tune.worker.TuneWorker` to call first, and its argument.
+        counted: what a layer that was measured has a number of.
+    """
+    if len(partial.passages) >= settings["passages"]:
+        return
     from vllm_sparse.demo.packages import progress
 
     with _engine(args, settings) as llm:
         samples = _passages(llm.get_tokenizer(), text, settings)
-        llm.collective_rpc("tune_start", args=([asdict(candidate) for candidate in CANDIDATES],))
+        llm.collective_rpc(start[0], args=start[1:])
         chunks = -(-settings["tokens"] // settings["chunk"])
         done = len(partial.passages)
         with progress("measuring", chunks * len(samples), initial=chunks * done, unit="chunk") as bar:
             for number in range(done, len(samples)):
                 _prefill(llm, samples[number], number, bar, chunks)
                 workers = llm.collective_rpc("tune_take")
-                if not any(sums["causal_pairs"] for worker in workers for sums in worker["layers"].values()):
+                if not any(sums[counted] for worker in workers for sums in worker["layers"].values()):
                     raise ConfigError(
                         f"{args.model}: no chunk of this model ran sparse; the log says why. Allowed: models with "
                         f"full-attention layers, --tokens and --chunk that leave chunks past --min-prefill-tokens"
@@ -197,6 +249,17 @@ def _prefill(llm, tokens: list[int], number: int, bar, chunks: int) -> None:
         engine.step()
         bar.update(min(1, end - bar.n))
     bar.update(end - bar.n)
+
+
+def _print_budgets(found: PageMasses, pages, budget_pages: int, out: Path) -> None:
+    print(f"\n{'tokens of a head':16} {'least':>6} {'mean':>6} {'most':>6}   held by best pages: mean, least head")
+    for name, chosen in (("the same", pages.new_full(pages.shape, budget_pages)), ("tuned", pages)):
+        sizes = (chosen.min().item(), chosen.double().mean().item(), chosen.max().item())
+        least, mean, most = (f"{size * found.page_size:6.0f}" for size in sizes)
+        held = found.held(chosen)
+        print(f"{name:16} {least} {mean} {most}   {held.mean():.4f} {held.min():.4f}")
+    print(f"\nOf layers {found.layers[0]} to {found.layers[-1]}, on the text that budgets were chosen on.")
+    print(f"Budgets are in {out}")
 
 
 def _print_summary(found: Measurement, choices, tolerance: float, out: Path) -> None:

@@ -81,6 +81,13 @@ class MeasuredPrefill(SparsePrefill):
         self.pairs = torch.zeros(shape, dtype=torch.int64, device=device)
         self.causal_pairs = 0
 
+    def take(self) -> dict:
+        """The sums since the last time, as plain data; waits for the device."""
+        found = {name: getattr(self, name).tolist() for name in ("error", "norm", "pairs")}
+        found["causal_pairs"] = self.causal_pairs
+        self.reset()
+        return found
+
     def attend(self, q, kv, block_table, chunk, out):
         tokens = chunk.tokens()
         self.policy.patterns, self.engine.pairs = self.everything, None

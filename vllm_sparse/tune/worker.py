@@ -5,6 +5,7 @@ from __future__ import annotations
 from vllm.distributed import get_tensor_model_parallel_rank
 
 from vllm_sparse.pattern_table import HeadPattern
+from vllm_sparse.tune.budgets import MeasuredDecode
 from vllm_sparse.tune.measure import MeasuredPrefill
 
 
@@ -14,21 +15,20 @@ class TuneWorker:
     def tune_start(self, candidates: list[dict]) -> None:
         """Measure the prefill of all sparse layers from now on; ``candidates`` are fields of patterns."""
         patterns = [HeadPattern(**fields) for fields in candidates]
+        self._watch(lambda impl: MeasuredPrefill.around(impl.prefill, patterns))
+
+    def tune_start_decode(self, most_tokens: int) -> None:
+        """Measure what decode budgets up to ``most_tokens`` would hold in all sparse layers from now on."""
+        self._watch(lambda impl: MeasuredDecode.around(impl.prefill, impl.num_kv_heads, most_tokens))
+
+    def _watch(self, around) -> None:
         self._tuned = {}
         for layer in self.vllm_config.compilation_config.static_forward_context.values():
             impl = getattr(layer, "impl", None)
             if getattr(impl, "prefill", None) is not None and impl.dense_reason is None:
-                impl.prefill = self._tuned[impl.layer_index] = MeasuredPrefill.around(impl.prefill, patterns)
+                impl.prefill = self._tuned[impl.layer_index] = around(impl)
 
     def tune_take(self) -> dict:
         """The sums of this worker's layers since it was last asked; waits for the device."""
-        layers = {}
-        for index, measured in self._tuned.items():
-            layers[str(index)] = {
-                "error": measured.error.tolist(),
-                "norm": measured.norm.tolist(),
-                "pairs": measured.pairs.tolist(),
-                "causal_pairs": measured.causal_pairs,
-            }
-            measured.reset()
+        layers = {str(index): measured.take() for index, measured in self._tuned.items()}
         return {"rank": get_tensor_model_parallel_rank(), "layers": layers}
