@@ -91,18 +91,19 @@ def compile_all(capability: int) -> None:
             launchers.page_mass(*pages)
             launchers.recency_score(case.block_table, case.plan, page_size, case.scores)
             launchers.random_score(case.block_table, case.plan, page_size, case.scores)
-            for max_pages in (8, 8200, 70000):
-                case.plan.segment_pages = segment_pages(max_pages, 128)
-                table = case.block_table[:, :1].expand(-1, max_pages)
-                chosen = (case.scores, table, case.plan, case.kv, page_size, 128, 1, 20, case.table)
-                launchers.select_pages(*chosen)
-            launchers.select_pages(*chosen, 0.9)
-            launchers.select_pages(*chosen, 0.0, torch.full((kv_heads,), 96, dtype=torch.int32))
+            if dtype is torch.bfloat16:  # selection sees float32 scores, whatever the cache holds
+                for max_pages in (8, 8200, 70000):
+                    case.plan.segment_pages = segment_pages(max_pages, 128)
+                    table = case.block_table[:, :1].expand(-1, max_pages)
+                    chosen = (case.scores, table, case.plan, case.kv, page_size, 128, 1, 20, case.table)
+                    launchers.select_pages(*chosen)
+                launchers.select_pages(*chosen, 0.9)
+                launchers.select_pages(*chosen, 0.0, torch.full((kv_heads,), 96, dtype=torch.int32))
             guard = Guard.allocate(10, 1, kv_heads * group, kv_heads, torch.device("cpu"))
             launchers.guard_mass(*pages[:4], case.table, page_size, case.scale, guard, 0)
             launchers.sparse_decode(case.q, case.kv, case.table, page_size, case.scale, case.q)
             compile_offload(make_store(8, kv_heads, head_dim, page_size, dtype=dtype), case)
-            for summary in SKETCH_BITS:
+            for summary in SKETCH_BITS if dtype is not torch.float16 else ():  # sketches are bytes
                 case = make(
                     [300, 5], kv_heads, group, head_dim, page_size, 4, dtype=dtype, device=torch.device("cpu"),
                     summary=summary,
