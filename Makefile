@@ -4,15 +4,24 @@ OLDEST := .venv/vllm-0.27
 NEWEST := .venv/vllm-0.32
 ENVIRONMENTS := tests/environments
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-engine test-rest lint clean
 .DELETE_ON_ERROR:
 
 demo: $(NEWEST)/ready
 	$(NEWEST)/bin/python -m vllm_sparse.demo
 
+# Side by side, as most tests use one core; what the second says follows at its end.
 test: $(NEWEST)/ready $(OLDEST)/ready
-	$(NEWEST)/bin/python -m pytest
+	$(MAKE) -j2 test-engine test-rest
+
+test-engine:
+	$(NEWEST)/bin/python -m pytest -m engine
 	$(OLDEST)/bin/python -m pytest -m engine
+
+test-rest:
+	@echo "tests without an engine run beside, into .venv/test-rest.log"
+	@$(NEWEST)/bin/python -m pytest -m "not engine" > .venv/test-rest.log 2>&1; status=$$?; \
+	cat .venv/test-rest.log; exit $$status
 
 lint: $(NEWEST)/ready
 	$(NEWEST)/bin/ruff check .
