@@ -14,11 +14,11 @@ demo: $(NEWEST)/ready
 test: $(NEWEST)/ready $(OLDEST)/ready
 	$(MAKE) -j2 test-engine test-rest
 
-test-engine:
+test-engine: $(NEWEST)/ready $(OLDEST)/ready
 	$(NEWEST)/bin/python -m pytest -m engine
 	$(OLDEST)/bin/python -m pytest -m engine
 
-test-rest:
+test-rest: $(NEWEST)/ready
 	@echo "tests without an engine run beside, into .venv/test-rest.log"
 	@$(NEWEST)/bin/python -m pytest -m "not engine" > .venv/test-rest.log 2>&1; status=$$?; \
 	cat .venv/test-rest.log; exit $$status

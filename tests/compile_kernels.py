@@ -146,6 +146,11 @@ def compile_prefill(case) -> None:
     launchers.pooled_score(*scored, buffers.pooled, scores)
     launchers.pooled_score(*scored, buffers.pooled, scores, buffers.query_aware)
     launchers.antidiagonal_score(*scored, scores)
+    # So many blocks that a program holds as many as it can.
+    many = make_chunk(0, 2048, case.kv.shape[1], case.group, case.q.shape[2], page_size, case.kv.dtype)
+    launchers.antidiagonal_score(
+        many.q, many.kv, many.block_table, many.blocks, page_size, many.scale, many.buffers.scores(many.blocks)
+    )
     pooled = buffers.masses[0, :, : case.num_pages]
     launchers.pattern_distance(mass, pooled, blocks, page_size, 0.1, buffers.query_aware)
     for heads in (None, buffers.query_aware):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from types import SimpleNamespace
 
@@ -98,7 +99,13 @@ def test_auto_takes_the_models_file_where_there_is_one_and_none_is_the_default(f
     file.rename(tmp_path / budget_table.FILE_NAME)
     assert with_file("auto", str(tmp_path), dense_layers=0).head_budgets == TABLE
     assert SparseConfig().with_budgets(str(tmp_path), 99, 99) == SparseConfig()
-    assert with_file("/nowhere", decode_policy="dense").head_budgets == "/nowhere", "nothing would read it"
+
+
+def test_dense_decode_reads_no_budgets_and_says_so(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    with caplog.at_level("INFO", logger="vllm.vllm_sparse"):
+        assert with_file("/nowhere", decode_policy="dense").head_budgets == "/nowhere"
+    assert "head_budgets is not read" in caplog.text
 
 
 @pytest.mark.parametrize("given", ["auto", "budgets.json", TABLE], ids=["auto", "path", "table"])

@@ -88,6 +88,22 @@ def test_the_first_candidate_is_what_heads_have_without_tuning():
     assert CANDIDATES[0] == SparseConfig().uniform_pattern and len(set(CANDIDATES)) == len(CANDIDATES)
 
 
+def interrupt_the_second_passage(monkeypatch) -> list[int]:
+    """Numbers of the passages that runs of the command measure; the second is interrupted the first time."""
+    from vllm_sparse.tune import command
+
+    measured, prefill, waiting = [], command._prefill, [KeyboardInterrupt]
+
+    def interrupted(llm, sample, number, *others):
+        if number and waiting:
+            raise waiting.pop()
+        prefill(llm, sample, number, *others)
+        measured.append(number)
+
+    monkeypatch.setattr(command, "_prefill", interrupted)
+    return measured
+
+
 @pytest.mark.engine
 def test_tune_leaves_patterns_that_serving_takes_and_continues_where_it_was_interrupted(tiny, monkeypatch, capfd):
     # capfd, for vLLM 0.27 asks standard output for its file descriptor.
@@ -99,15 +115,7 @@ def test_tune_leaves_patterns_that_serving_takes_and_continues_where_it_was_inte
                "--dtype", "float32"]  # fmt: skip
     place = model / pattern_table.FILE_NAME
     partial = place.with_name(f"{place.name}.partial")
-    passages, prefill = [], command._prefill
-
-    def interrupted(llm, sample, number, *others):
-        if passages and number:
-            raise KeyboardInterrupt
-        prefill(llm, sample, number, *others)
-        passages.append(number)
-
-    monkeypatch.setattr(command, "_prefill", interrupted)
+    passages = interrupt_the_second_passage(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         cli.main(options)
     assert passages == [0] and not place.exists()
@@ -119,9 +127,8 @@ def test_tune_leaves_patterns_that_serving_takes_and_continues_where_it_was_inte
         add(self, workers)
 
     monkeypatch.setattr(command.Partial, "add", spied)
-    passages.clear()
     assert cli.main(options) == 0
-    assert passages == [1] and len(first) == len(taken) == 1, "the first passage was measured again"
+    assert passages == [0, 1] and len(first) == len(taken) == 1, "the first passage was measured again"
     assert first[0] != taken[0], "both passages are the same"
     assert not partial.exists()
     said = capfd.readouterr().out
@@ -217,29 +224,18 @@ def test_budgets_go_to_the_heads_whose_next_page_holds_most():
 @pytest.mark.engine
 def test_tune_leaves_budgets_that_serving_takes_and_continues_where_it_was_interrupted(tiny, monkeypatch, capfd):
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-    from vllm_sparse.tune import command
-
     model = tiny.model(seed=2)
     options = ["tune", str(model), "--decode", "--text", str(TEXT), "--tokens", "900", "--chunk", "300",
                "--passages", "2", "--block-size", "16", "--budget-tokens", "400"]  # fmt: skip
     place = model / budget_table.FILE_NAME
     partial = place.with_name(f"{place.name}.partial")
-    prefill, seen = command._prefill, []
-
-    def interrupted(llm, sample, number, *others):
-        if number and not seen[1:]:
-            seen.append("interrupted")
-            raise KeyboardInterrupt
-        prefill(llm, sample, number, *others)
-        seen.append(sample)
-
-    monkeypatch.setattr(command, "_prefill", interrupted)
+    passages = interrupt_the_second_passage(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         cli.main(options)
     measured = json.loads(partial.read_text())["passages"]
     assert len(measured) == 1 and not place.exists()
     assert cli.main([*options, "--dense-layers", "1"]) == 0
-    assert seen[1] == "interrupted" and len(seen) == 3 and not partial.exists()
+    assert passages == [0, 1] and not partial.exists()
     said = capfd.readouterr().out
     assert "continuing there" in said and f"Budgets are in {place}" in said
     # So many of the 64 in the last chunk have contexts of more than 800 tokens.

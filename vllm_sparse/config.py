@@ -228,7 +228,10 @@ class SparseConfig:
             ConfigError: the file is not one of this model.
         """
         asked = self.head_budgets
-        if self.decode_policy == "dense" or asked == "none" or isinstance(asked, BudgetTable):
+        if asked == "none" or isinstance(asked, BudgetTable):
+            return self
+        if self.decode_policy == "dense":
+            logger.info("sparse attention: head_budgets is not read: decode_policy=dense attends to every page")
             return self
         path = _table_path(asked, default := budget_table.default_path(model))
         if path is None:
