@@ -125,6 +125,23 @@ def test_sketches_of_odd_keys_are_finite(summary, keys):
 
 
 @summaries
+@pytest.mark.parametrize("size", [30, 1e4])
+def test_a_key_far_from_the_others_wins_and_stays_finite(summary, size):
+    """Past what float32 can add to a page's centre it counts as much as that allows."""
+    case = make([160], 2, 3, 64, 16, 8, summary=summary, seed=3)
+    block = int(case.block_table[0, 3])
+    heads = case.q[0].view(2, 3, 64)
+    key = torch.randn(16, 2, 64, device=DEVICE)
+    key[5] = heads[:, 0] * size
+    reference.page_write(key, key, case.kv, torch.arange(block * 16, block * 16 + 16, device=DEVICE), 16, summary)
+    found = poisoned_scores(6, case.scores.capacity_pages, 1, DEVICE)
+    launchers.sketch_score(case.q, case.kv, case.block_table, case.plan, 16, case.scale, found, summary)
+    scores = found.values[:, :10]
+    assert scores.isfinite().all() and found.chunk_lse[:, 0].isfinite().all()
+    assert scores.view(2, 3, 10)[:, 0].argmax(-1).tolist() == [3, 3]
+
+
+@summaries
 def test_a_page_is_read_up_to_the_end_of_its_request_only(summary):
     """What a reused block holds past the end, sketches of other tiles included, does not count."""
     case = make([161, 64], 2, 3, 64, 32, 2, summary=summary, seed=1)
