@@ -70,43 +70,42 @@ def _page_write(
     page = block.to(tl.int64) * kv_stride_b + head.to(tl.int64) * kv_stride_h
     tl.store(kv + page + row * kv_stride_r + dims, k, mask=in_head)
     tl.store(kv + page + row * kv_stride_r + HEAD_DIM + dims, v, mask=in_head)
-    if TILE == 0:
-        return
-    if (before < 0) | (before // TILE != slot // TILE):
-        first = slot % TILE
-        rows = tl.arange(0, TILE)
-        old = rows < first
-        # Row r of the tile is token + r - first of the batch, if that token is of this tile.
-        source = token + rows - first
-        fresh = tl.load(slots + source, mask=~old & (source < num_tokens), other=-1) == slot - first + rows
-        # Older rows come from the page, new ones from the batch: other programs write those just now.
-        cells = tl.where(old[:, None], kv + page + (row - first + rows)[:, None] * kv_stride_r,
-                         key + source.to(tl.int64)[:, None] * key_stride_t + head * key_stride_h)  # fmt: skip
-        mask = (old | fresh)[:, None] & in_head[None, :]
-        keys = tl.load(cells + dims[None, :], mask=mask, other=0.0).to(tl.float32)
-        summary = page + PAGE * kv_stride_r
-        if SKETCH_BITS:
-            sketch = summary * ITEM_BYTES + row // TILE * TILE_BYTES
-            write_sketch(kv_bytes + sketch, kv_words + sketch // 4, keys, old | fresh,
-                         SKETCH_BITS, BLOCK_D, TILE, STEP, SMALLEST)  # fmt: skip
-            return
-        low = tl.where(in_head, tl.min(tl.where(mask, keys, float("inf")), axis=0), 0.0)
-        high = tl.where(in_head, tl.max(tl.where(mask, keys, float("-inf")), axis=0), 0.0)
-        centre = low + (high - low) * 0.5
-        carries = dims < SCALE_BITS
-        place = tl.minimum(dims, SCALE_BITS - 1)
-        c_bits = _scale_bits(tl.max(tl.abs(centre), axis=0), LEVELS, SMALLEST)
-        c_scale, bit = _as_float(c_bits), ((c_bits >> place) & 1).to(tl.float32)
-        x = centre / c_scale
-        c = tl.where(carries, 2 * tl.floor((x - bit) * 0.5 + 0.5) + bit, tl.floor(x + 0.5))
-        half = tl.maximum(high - c * c_scale, c * c_scale - low)
-        w_bits = _scale_bits(tl.max(half, axis=0), LEVELS, SMALLEST)
-        bit = ((w_bits >> place) & 1).to(tl.float32)
-        x = half / _as_float(w_bits)
-        w = tl.where(carries, 2 * tl.ceil((x - bit) * 0.5) + bit, tl.ceil(x))
-        cells = kv_bytes + summary * ITEM_BYTES + dims
-        tl.store(cells, c.to(tl.int8), mask=in_head)
-        tl.store(cells + HEAD_DIM, w.to(tl.int8), mask=in_head)
+    if TILE > 0:  # no early return: Triton 3.6 compiles what follows it all the same
+        if (before < 0) | (before // TILE != slot // TILE):
+            first = slot % TILE
+            rows = tl.arange(0, TILE)
+            old = rows < first
+            # Row r of the tile is token + r - first of the batch, if that token is of this tile.
+            source = token + rows - first
+            fresh = tl.load(slots + source, mask=~old & (source < num_tokens), other=-1) == slot - first + rows
+            # Older rows come from the page, new ones from the batch: other programs write those just now.
+            cells = tl.where(old[:, None], kv + page + (row - first + rows)[:, None] * kv_stride_r,
+                             key + source.to(tl.int64)[:, None] * key_stride_t + head * key_stride_h)  # fmt: skip
+            mask = (old | fresh)[:, None] & in_head[None, :]
+            keys = tl.load(cells + dims[None, :], mask=mask, other=0.0).to(tl.float32)
+            summary = page + PAGE * kv_stride_r
+            if SKETCH_BITS:
+                sketch = summary * ITEM_BYTES + row // TILE * TILE_BYTES
+                write_sketch(kv_bytes + sketch, kv_words + sketch // 4, keys, old | fresh,
+                             SKETCH_BITS, BLOCK_D, TILE, STEP, SMALLEST)  # fmt: skip
+                return
+            low = tl.where(in_head, tl.min(tl.where(mask, keys, float("inf")), axis=0), 0.0)
+            high = tl.where(in_head, tl.max(tl.where(mask, keys, float("-inf")), axis=0), 0.0)
+            centre = low + (high - low) * 0.5
+            carries = dims < SCALE_BITS
+            place = tl.minimum(dims, SCALE_BITS - 1)
+            c_bits = _scale_bits(tl.max(tl.abs(centre), axis=0), LEVELS, SMALLEST)
+            c_scale, bit = _as_float(c_bits), ((c_bits >> place) & 1).to(tl.float32)
+            x = centre / c_scale
+            c = tl.where(carries, 2 * tl.floor((x - bit) * 0.5 + 0.5) + bit, tl.floor(x + 0.5))
+            half = tl.maximum(high - c * c_scale, c * c_scale - low)
+            w_bits = _scale_bits(tl.max(half, axis=0), LEVELS, SMALLEST)
+            bit = ((w_bits >> place) & 1).to(tl.float32)
+            x = half / _as_float(w_bits)
+            w = tl.where(carries, 2 * tl.ceil((x - bit) * 0.5) + bit, tl.ceil(x))
+            cells = kv_bytes + summary * ITEM_BYTES + dims
+            tl.store(cells, c.to(tl.int8), mask=in_head)
+            tl.store(cells + HEAD_DIM, w.to(tl.int8), mask=in_head)
 
 
 def page_write(
