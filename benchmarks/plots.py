@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -12,7 +13,9 @@ import matplotlib.pyplot as plt
 
 from benchmarks.results import RESULTS
 from vllm_sparse.config import SparseConfig
-from vllm_sparse.eval.plots import text_by_budget
+from vllm_sparse.eval import report
+from vllm_sparse.eval.samples import TEXT
+from vllm_sparse.eval.settings import Setting
 from vllm_sparse.eval.summary import Summary
 from vllm_sparse.policies.fixed import FixedPolicy
 from vllm_sparse.policies.registry import DECODE_POLICIES, PREFILL_POLICIES
@@ -124,7 +127,7 @@ def offload() -> None:
     axes.set_ylabel("tokens per second")
     axes.set_xlabel(caption(rows[-1]), fontsize=8)
     axes.set_title(
-        f"Decode of the {rows[0]['shape']} shape with offload (grey: stock in 72 GiB, same run)", fontsize=10
+        f"Decode of the {rows[0]['shape']} shape with offload (grey: stock in the same run)", fontsize=10
     )
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(DOCS / "offload.png", dpi=160)
@@ -274,10 +277,64 @@ def prefill_quality() -> None:
 
 
 def decode_quality() -> None:
-    """What decode budgets cost a small model, from the rows of ``vllm-sparse eval`` with dense prefill."""
-    rows = [json.loads(line) for line in (RESULTS / "eval.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if row["prefill_policy"] == "dense" and not row["sparse"]]
-    text_by_budget(Summary(rows)).savefig(DOCS / "decode_quality.png", dpi=120)
+    """What decode budgets cost two small models: answers found, divergence and loss, from ``vllm-sparse eval``."""
+    rows = evaluation()
+    figure, axes = plt.subplots(2, 3, figsize=(11, 6), layout="constrained")
+    for panels, model in zip(axes, dict.fromkeys(row["model"] for row in rows), strict=True):
+        own = [row for row in rows if row["model"] == model]
+        found = Summary([row for row in own if row["length"] == max(r["length"] for r in own)])
+        needles = [task for task in found.tasks if task.startswith("niah")]
+        quantities = (
+            (f"needles found, %: mean of {len(needles)} tasks", needles, "score", 100),
+            ("KL to dense, nats", [TEXT], "kl", 1),
+            ("loss less dense loss, nats", [TEXT], "excess", 1),
+        )
+        for place, (title, tasks, name, scale) in zip(panels, quantities, strict=True):
+            for index, policy in enumerate(name for name in DECODE_POLICIES if name not in ("dense", "random")):
+                points = [
+                    (setting.budget, scale * sum(values) / len(values))
+                    for setting in found.settings
+                    if setting.policy == policy
+                    and None not in (values := [found.mean(setting, task, name) for task in tasks])
+                ]
+                if points:
+                    heavy = {"linewidth": 2.5} if policy in ("sketch", "sketch2") else {"linewidth": 1}
+                    style = "--" if policy == "oracle" else "-"
+                    place.plot(
+                        *zip(*points, strict=True), style, marker=".", color=f"C{index}", label=policy, **heavy
+                    )
+            if name == "score":
+                dense = [found.mean(Setting(), task, name) for task in tasks]
+                place.axhline(scale * sum(dense) / len(dense), color=STOCK, label="dense")
+                place.set_ylim(0, 100)
+            if name == "kl":
+                place.set_yscale("log")
+            budgets = sorted({setting.budget for setting in found.settings if setting.budget})
+            place.set_xscale("log", base=2)
+            place.set_xticks(budgets, [f"{budget:,}" for budget in budgets])
+            place.set_title(f"{title}\n{model}, {found.lengths[0]:,} tokens", fontsize=9)
+            place.spines[["top", "right"]].set_visible(False)
+    axes[0][0].legend(frameon=False, fontsize=7)
+    about = caption(rows[0] | {"gpu": rows[0]["device"]})
+    figure.supxlabel(f"budget, tokens per KV head; dense prefill; {about}", fontsize=8)
+    figure.savefig(DOCS / "decode_quality.png", dpi=120)
+
+
+def quality_pages() -> None:
+    """The page of ``vllm-sparse eval`` for each model."""
+    rows = evaluation()
+    for model in dict.fromkeys(row["model"] for row in rows):
+        report.write(DOCS / f"quality_{model}.html", Summary([row for row in rows if row["model"] == model]))
+
+
+def evaluation() -> list[dict]:
+    """Rows of ``vllm-sparse eval`` on a GPU, of decode policies alone."""
+    with gzip.open(RESULTS / "eval_h100.jsonl.gz", "rt") as file:
+        rows = [json.loads(line) for line in file]
+    chunk = max(row["chunk"] for row in rows)
+    return [
+        row for row in rows if row["prefill_policy"] == "dense" and not row["sparse"] and row["chunk"] == chunk
+    ]
 
 
 if __name__ == "__main__":
@@ -290,3 +347,4 @@ if __name__ == "__main__":
     prefill_time()
     prefill_quality()
     decode_quality()
+    quality_pages()
