@@ -13,7 +13,7 @@ class Midbound(DecodePolicy):
 
     Quest's bound assumes a key that is extreme in every channel at once; no page holds one, and the
     excess differs from page to page; this counts half of it, from the same bytes. The half was chosen
-    on one prompt of one model, see README. Summary from Tang et al., arXiv 2406.10774.
+    on one prompt of one model. Summary from Tang et al., arXiv 2406.10774.
     """
 
     summary = "key_range"
