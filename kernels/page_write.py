@@ -70,7 +70,7 @@ def _page_write(
     page = block.to(tl.int64) * kv_stride_b + head.to(tl.int64) * kv_stride_h
     tl.store(kv + page + row * kv_stride_r + dims, k, mask=in_head)
     tl.store(kv + page + row * kv_stride_r + HEAD_DIM + dims, v, mask=in_head)
-    if TILE > 0:  # no early return: Triton 3.6 compiles what follows it all the same
+    if TILE > 0:  # noqa: SIM102  no early return: Triton 3.6 compiles what follows it all the same
         if (before < 0) | (before // TILE != slot // TILE):
             first = slot % TILE
             rows = tl.arange(0, TILE)

@@ -81,7 +81,8 @@ def compile_all(capability: int) -> None:
             case = make([300, 5], kv_heads, group, head_dim, page_size, 4, dtype=dtype, device=torch.device("cpu"))
             slots = torch.arange(3)
             key = torch.zeros(3, kv_heads, head_dim, dtype=dtype)
-            launchers.page_write(key, key, case.kv, slots, page_size, "key_range")
+            for summary in ("none", "key_range"):
+                launchers.page_write(key, key, case.kv, slots, page_size, summary)
             for largest in (None, 8):
                 launchers.plan_decode(
                     case.seq_lens, case.plan, case.table, page_size, 4, 64, 100, True, 1, 20, largest

@@ -351,6 +351,7 @@ WRONG = {
     "sparse": (["--sparse", '{"sink": 1}'], ["unknown key 'sink'", "sink_tokens"]),
     "compared": (["--sparse", '{"budget_tokens": 512}'], ["--sparse: budget_tokens is what is compared"]),
     "offload": (["--sparse", '{"offload": {}}'], ["--tasks: text", "offload refuses", "niah_single"]),
+    "no memory": (["--gpu-memory-utilization", "0"], ["--gpu-memory-utilization: 0", "up to 1"]),
     "folder": (["--out", str(DOCUMENT.parent)], ["--out: ", "the path of a file"]),
     "text": (["--text", "/nowhere"], ["--text: '/nowhere'", "a UTF-8 file"]),
 }

@@ -66,6 +66,7 @@ def add_command(subparsers) -> None:
     option("--out", "results; the page is beside them; default: eval.jsonl", Path, default=Path("eval.jsonl"))
     option("--chunk", "tokens of a step of prefill; default: 8192, on a CPU 2048")
     option("--batch", "samples at a time; default: 8, on a CPU 1")
+    option("--gpu-memory-utilization", "as for `vllm serve`; default: 0.8", float, default=0.8)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -133,6 +134,8 @@ def _checked(args: argparse.Namespace) -> list[Setting]:
     for name in ("chunk", "batch"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ConfigError(f"--{name}: {getattr(args, name)}; allowed: 1 or more")
+    if not 0 < args.gpu_memory_utilization <= 1:
+        raise ConfigError(f"--gpu-memory-utilization: {args.gpu_memory_utilization}; allowed: above 0, up to 1")
     if TEXT in args.tasks and args.sparse.get("offload") is not None:
         raise ConfigError(
             f"--tasks: {TEXT} is compared with dense decode, which offload refuses; allowed with offload in "

@@ -76,7 +76,8 @@ class EvalEngine:
             max_model_len=max(args.lengths), max_num_batched_tokens=args.chunk, max_num_seqs=args.batch,
             block_size=args.block_size, enable_prefix_caching=True, enforce_eager=True, async_scheduling=False,
             max_logprobs=TOP_TOKENS, logits_processors=["vllm_sparse.eval.force:ForcedTokens"],
-            worker_extension_cls="vllm_sparse.eval.worker.EvalWorker", gpu_memory_utilization=0.8,
+            worker_extension_cls="vllm_sparse.eval.worker.EvalWorker",
+            gpu_memory_utilization=args.gpu_memory_utilization,
             generation_config="vllm", disable_log_stats=True,
         )  # fmt: skip
         try:
