@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from vllm_sparse.kernels.e4m3 import codes_of, from_e4m3, largest
+from vllm_sparse.kernels.e4m3 import codes_of, from_e4m3, powers_256_of
 from vllm_sparse.kernels.launch import num_multiprocessors
 
 from vllm_sparse.offload.residency import HASH, Residency
@@ -29,7 +29,7 @@ TUNING = {"programs_per_sm": 2, "block": 4096}
 def _fetch_units(
     host, exponents, hot, units, clock, slot_of, slot_unit, last_use, misses, num_misses, counters,
     host_stride_u, hot_stride_u, first_unit, layer, num_sets,
-    UNIT: tl.constexpr, HEAD_DIM: tl.constexpr, MOST: tl.constexpr, BLOCK: tl.constexpr, WAYS: tl.constexpr, HASH: tl.constexpr,
+    UNIT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, WAYS: tl.constexpr, HASH: tl.constexpr,
 ):  # fmt: skip
     count = tl.load(num_misses + layer)
     item = tl.program_id(0)
@@ -67,8 +67,8 @@ def _fetch_units(
                 cells = start + tl.arange(0, BLOCK)
                 kv = tl.load(source + cells, mask=cells < UNIT)
                 if exponents is not None:
-                    exponent = tl.load(exponents + 2 * unit.to(tl.int64) + (cells // HEAD_DIM) % 2)
-                    kv = from_e4m3(kv, exponent, MOST)
+                    powers = powers_256_of(exponents, unit.to(tl.int64), (cells // HEAD_DIM) % 2 == 1)
+                    kv = from_e4m3(kv, powers)
                 tl.store(target + cells, kv.to(hot.dtype.element_ty), mask=cells < UNIT)
             tl.store(units + at, first_unit + slot)
             fetched += 1
@@ -111,8 +111,8 @@ def fetch_units(
     _fetch_units[(programs,)](
         codes_of(host, exponents), exponents, hot, table.units, plan.clock, residency.slot_of, residency.slot_unit, residency.last_use,
         misses, plan.num_misses, counters, host.stride(1), hot.stride(1), residency.first_unit, layer,
-        residency.num_sets, UNIT=unit, HEAD_DIM=content // 2, MOST=largest(hot.dtype),
-        BLOCK=min(TUNING["block"], triton.next_power_of_2(unit)), WAYS=WAYS, HASH=HASH,
+        residency.num_sets, UNIT=unit, HEAD_DIM=content // 2, BLOCK=min(TUNING["block"], triton.next_power_of_2(unit)), WAYS=WAYS,
+        HASH=HASH,
         # One: warps that each read the ages of a set, while other programs claim its slots, would choose
         # different ones.
         num_warps=1,

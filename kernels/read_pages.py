@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from vllm_sparse.kernels.e4m3 import codes_of, from_e4m3, largest
+from vllm_sparse.kernels.e4m3 import codes_of, from_e4m3, powers_256_of
 
 TUNING = {"num_warps": 8, "block": 4096}
 
@@ -16,7 +16,7 @@ TUNING = {"num_warps": 8, "block": 4096}
 @triton.jit(do_not_specialize=["num_units"])
 def _read_pages(
     source, exponents, blocks, out, places, source_stride_b, source_stride_h, out_stride_b, out_stride_h, num_units,
-    KV_HEADS: tl.constexpr, UNIT: tl.constexpr, HEAD_DIM: tl.constexpr, MOST: tl.constexpr, BLOCK: tl.constexpr,
+    KV_HEADS: tl.constexpr, UNIT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     item = tl.program_id(0)
     while item < num_units:
@@ -29,8 +29,8 @@ def _read_pages(
                 cells = start + tl.arange(0, BLOCK)
                 kv = tl.load(unit + cells, mask=cells < UNIT)
                 if exponents is not None:
-                    exponent = tl.load(exponents + 2 * (block * KV_HEADS + head) + (cells // HEAD_DIM) % 2)
-                    kv = from_e4m3(kv, exponent, MOST)
+                    powers = powers_256_of(exponents, block * KV_HEADS + head, (cells // HEAD_DIM) % 2 == 1)
+                    kv = from_e4m3(kv, powers)
                 tl.store(target + cells, kv.to(out.dtype.element_ty), mask=cells < UNIT)
         item += tl.num_programs(0)
 
@@ -64,6 +64,5 @@ def read_pages(
     _read_pages[(min(programs, num_units),)](
         codes_of(source, exponents), exponents, blocks, out, places,
         source.stride(0), source.stride(1), out.stride(0), out.stride(1), num_units,
-        KV_HEADS=kv_heads, UNIT=unit, HEAD_DIM=content // 2, MOST=largest(out.dtype),
-        BLOCK=min(TUNING["block"], triton.next_power_of_2(unit)), num_warps=TUNING["num_warps"],
+        KV_HEADS=kv_heads, UNIT=unit, HEAD_DIM=content // 2, BLOCK=min(TUNING["block"], triton.next_power_of_2(unit)), num_warps=TUNING["num_warps"],
     )  # fmt: skip

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from vllm_sparse.kernels.e4m3 import codes_of, from_e4m3, largest
+from vllm_sparse.kernels.e4m3 import codes_of, from_e4m3, power_256_of
 from vllm_sparse.kernels.launch import num_multiprocessors
 
 from vllm_sparse.page_table import PageTable
@@ -33,7 +33,7 @@ def _attend_split(
     out_stride_r, out_stride_h, scale_log2, splits,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
-    ALONE: tl.constexpr, ON_HOST: tl.constexpr, MOST: tl.constexpr, PRECISION: tl.constexpr,
+    ALONE: tl.constexpr, ON_HOST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     row, split = tl.program_id(0), tl.program_id(1)
     request, head = row // KV_HEADS, row % KV_HEADS
@@ -72,8 +72,8 @@ def _attend_split(
         if exponents is not None:
             if some_coded:
                 code = tl.load(away[None, :] + dims[:, None], mask=coded[None, :] & in_head[:, None], other=0)
-                exponent = tl.load(exponents + 2 * ~unit, mask=coded, other=0)[None, :]
-                k = tl.where(coded[None, :], from_e4m3(code, exponent, MOST).to(k.dtype), k)
+                power = power_256_of(tl.load(exponents + 2 * ~unit, mask=coded, other=0))[None, :]
+                k = tl.where(coded[None, :], from_e4m3(code, power).to(k.dtype), k)
         logits = tl.dot(query, k, input_precision=PRECISION) * scale_log2
         logits = tl.where(live[None, :], logits, float("-inf"))
         v = tl.load(cells[:, None] + HEAD_DIM + dims[None, :], mask=here[:, None] & in_head[None, :], other=0.0)
@@ -81,8 +81,8 @@ def _attend_split(
             if some_coded:
                 code = tl.load(away[:, None] + HEAD_DIM + dims[None, :], mask=coded[:, None] & in_head[None, :],
                                other=0)  # fmt: skip
-                exponent = tl.load(exponents + 2 * ~unit + 1, mask=coded, other=0)[:, None]
-                v = tl.where(coded[:, None], from_e4m3(code, exponent, MOST).to(v.dtype), v)
+                power = power_256_of(tl.load(exponents + 2 * ~unit + 1, mask=coded, other=0))[:, None]
+                v = tl.where(coded[:, None], from_e4m3(code, power).to(v.dtype), v)
         new_top = tl.maximum(top, tl.max(logits, axis=1))
         weights = tl.exp2(logits - new_top[:, None])
         fade = tl.exp2(top - new_top)
@@ -165,8 +165,8 @@ def sparse_decode(
         table.units.stride(0), out.stride(0), out.stride(1), scale * LOG2_E, splits,
         KV_HEADS=kv_heads, GROUP=group, GROUP_PAD=max(16, triton.next_power_of_2(group)),
         HEAD_DIM=head_dim, BLOCK_D=block_d, PAGE=page_size, BLOCK_N=block_n, ALONE=splits == 1,
-        ON_HOST=host is not None, MOST=largest(kv.dtype), PRECISION="ieee", num_warps=TUNING["num_warps"],
-        num_stages=TUNING["num_stages"],
+        ON_HOST=host is not None, PRECISION="ieee", num_warps=TUNING["num_warps"],
+        num_stages=2 if exponents is not None else TUNING["num_stages"],
     )  # fmt: skip
     if splits > 1:
         _add_splits[(rows, group)](

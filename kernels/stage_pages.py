@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from vllm_sparse.kernels.e4m3 import codes_of, from_e4m3, largest
+from vllm_sparse.kernels.e4m3 import codes_of, from_e4m3, powers_256_of, warps_for
 
 from vllm_sparse.offload.transfer import WritePlan
 
@@ -21,7 +21,7 @@ def _stage_pages(
     host, exponents, summaries, hot, blocks, first_row, num_pages,
     host_stride_b, host_stride_h, summary_stride_b, summary_stride_h, hot_stride_b, hot_stride_h,
     KV_HEADS: tl.constexpr, CONTENT: tl.constexpr, BLOCK_C: tl.constexpr, PAGE: tl.constexpr,
-    SUMMARY: tl.constexpr, BLOCK_S: tl.constexpr, MOST: tl.constexpr,
+    SUMMARY: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     page, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     if page >= tl.load(num_pages):
@@ -36,8 +36,7 @@ def _stage_pages(
     kv = tl.load(host + block * host_stride_b + head * host_stride_h + cells, mask=mask)
     staged = hot + page * hot_stride_b + head * hot_stride_h
     if exponents is not None:
-        exponent = tl.load(exponents + 2 * (block * KV_HEADS + head) + (column >= CONTENT // 2))
-        kv = from_e4m3(kv, exponent, MOST)
+        kv = from_e4m3(kv, powers_256_of(exponents, block * KV_HEADS + head, column >= CONTENT // 2))
     tl.store(staged + cells, kv.to(hot.dtype.element_ty), mask=mask)
     cell = tl.arange(0, BLOCK_S)
     summary = tl.load(summaries + block * summary_stride_b + head * summary_stride_h + cell, mask=cell < SUMMARY)
@@ -71,5 +70,6 @@ def stage_pages(
         codes_of(host, exponents), exponents, summaries, hot, plan.blocks, plan.first_row, plan.num_pages,
         host.stride(0), host.stride(1), summaries.stride(0), summaries.stride(1), hot.stride(0), hot.stride(1),
         KV_HEADS=kv_heads, CONTENT=content, BLOCK_C=triton.next_power_of_2(content), PAGE=page_size,
-        SUMMARY=rows * content, BLOCK_S=triton.next_power_of_2(rows * content), MOST=largest(hot.dtype),
+        SUMMARY=rows * content, BLOCK_S=triton.next_power_of_2(rows * content),
+        num_warps=4 if exponents is None else warps_for(page_size * content),
     )  # fmt: skip

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from vllm_sparse.kernels.e4m3 import codes_of, exponent_of, to_e4m3
+from vllm_sparse.kernels.e4m3 import codes_of, exponent_of, largest_coded, to_e4m3, warps_for
 
 from vllm_sparse.offload.residency import Residency
 from vllm_sparse.offload.transfer import WritePlan
@@ -26,7 +26,7 @@ def _write_through(
     hot, host, exponents, summaries, blocks, first_row, end_row, num_pages, slot_of, slot_unit, last_use,
     hot_stride_b, hot_stride_h, host_stride_b, host_stride_h, summary_stride_b, summary_stride_h,
     KV_HEADS: tl.constexpr, CONTENT: tl.constexpr, BLOCK_C: tl.constexpr, PAGE: tl.constexpr,
-    SUMMARY: tl.constexpr, BLOCK_S: tl.constexpr,
+    SUMMARY: tl.constexpr, BLOCK_S: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
     page, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     if page >= tl.load(num_pages):
@@ -44,7 +44,9 @@ def _write_through(
         tl.store(target, tl.load(staged + cells, mask=mask), mask=mask)
     else:
         kv, in_key = tl.load(staged + cells, mask=mask, other=0.0).to(tl.float32), column < CONTENT // 2
-        size = tl.where(tl.abs(kv) < float("inf"), tl.abs(kv), 0.0)
+        held = tl.minimum(tl.maximum(kv, -MOST), MOST)
+        kv = tl.where(tl.abs(kv) < float("inf"), held, float("nan"))
+        size = tl.where(kv == kv, tl.abs(kv), 0.0)
         of_key = exponent_of(tl.max(tl.where(in_key, size, 0.0)))
         of_value = exponent_of(tl.max(tl.where(in_key, 0.0, size)))
         kept = exponents + 2 * unit
@@ -94,5 +96,6 @@ def write_through(
         residency.slot_of, residency.slot_unit, residency.last_use,
         hot.stride(0), hot.stride(1), host.stride(0), host.stride(1), summaries.stride(0), summaries.stride(1),
         KV_HEADS=kv_heads, CONTENT=content, BLOCK_C=triton.next_power_of_2(content), PAGE=page_size,
-        SUMMARY=rows * content, BLOCK_S=triton.next_power_of_2(rows * content),
+        SUMMARY=rows * content, BLOCK_S=triton.next_power_of_2(rows * content), MOST=largest_coded(hot.dtype),
+        num_warps=4 if exponents is None else warps_for(page_size * content),
     )  # fmt: skip

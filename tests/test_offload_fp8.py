@@ -120,11 +120,11 @@ def test_extremes_are_coded_as_by_the_twin(name):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_every_code_is_read_as_torch_reads_it(dtype):
-    """Each exponent of the dtype and one beyond, whose largest codes are held to its largest number."""
+    """At exponents that the dtype reaches, and some beyond, where large codes are infinite."""
     pytest.importorskip("triton")
     from vllm_sparse.kernels import launchers
 
-    stored = torch.tensor([1, 8, 100, 119, 127, 135, 136] + [200, 247] * (dtype == torch.float32), device=DEVICE)
+    stored = torch.tensor([1, 8, 100, 119, 127, 135, 136] + [200, 246] * (dtype == torch.float32), device=DEVICE)
     codes = torch.arange(256, device=DEVICE).to(torch.uint8).view(1, 1, 16, 16).repeat(len(stored), 1, 1, 1)
     exponents = torch.stack([stored, stored], -1).to(torch.uint8)[:, None]
     blocks = torch.arange(len(stored), dtype=torch.int32, device=DEVICE)
@@ -132,10 +132,7 @@ def test_every_code_is_read_as_torch_reads_it(dtype):
     host = codes.view(torch.float8_e4m3fn)
     launchers.read_pages(host, blocks, out, blocks, 3, exponents)
     expected = (codes.view(torch.float8_e4m3fn).double() * 2.0 ** (stored.double() - 127)[:, None, None, None]).cpu()
-    limit = torch.finfo(dtype).max
-    torch.testing.assert_close(
-        out.cpu(), expected.clamp(-limit, limit).to(dtype), rtol=0, atol=0, equal_nan=True
-    )
+    torch.testing.assert_close(out.cpu(), expected.to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
 def test_attention_over_coded_pages_is_close():
