@@ -109,10 +109,10 @@ def fetch_units(
     unit = page_size * content
     programs = min(most, TUNING["programs_per_sm"] * num_multiprocessors(hot.device))
     _fetch_units[(programs,)](
-        codes_of(host, exponents), exponents, hot, table.units, plan.clock, residency.slot_of, residency.slot_unit, residency.last_use,
-        misses, plan.num_misses, counters, host.stride(1), hot.stride(1), residency.first_unit, layer,
-        residency.num_sets, UNIT=unit, HEAD_DIM=content // 2, BLOCK=min(TUNING["block"], triton.next_power_of_2(unit)), WAYS=WAYS,
-        HASH=HASH,
+        codes_of(host, exponents), exponents, hot, table.units, plan.clock, residency.slot_of,
+        residency.slot_unit, residency.last_use, misses, plan.num_misses, counters, host.stride(1), hot.stride(1),
+        residency.first_unit, layer, residency.num_sets, UNIT=unit, HEAD_DIM=content // 2,
+        BLOCK=min(TUNING["block"], triton.next_power_of_2(unit)), WAYS=WAYS, HASH=HASH,
         # One: warps that each read the ages of a set, while other programs claim its slots, would choose
         # different ones.
         num_warps=1,

@@ -15,8 +15,8 @@ TUNING = {"num_warps": 8, "block": 4096}
 
 @triton.jit(do_not_specialize=["num_units"])
 def _read_pages(
-    source, exponents, blocks, out, places, source_stride_b, source_stride_h, out_stride_b, out_stride_h, num_units,
-    KV_HEADS: tl.constexpr, UNIT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
+    source, exponents, blocks, out, places, source_stride_b, source_stride_h, out_stride_b, out_stride_h,
+    num_units, KV_HEADS: tl.constexpr, UNIT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     item = tl.program_id(0)
     while item < num_units:
@@ -64,5 +64,6 @@ def read_pages(
     _read_pages[(min(programs, num_units),)](
         codes_of(source, exponents), exponents, blocks, out, places,
         source.stride(0), source.stride(1), out.stride(0), out.stride(1), num_units,
-        KV_HEADS=kv_heads, UNIT=unit, HEAD_DIM=content // 2, BLOCK=min(TUNING["block"], triton.next_power_of_2(unit)), num_warps=TUNING["num_warps"],
+        KV_HEADS=kv_heads, UNIT=unit, HEAD_DIM=content // 2,
+        BLOCK=min(TUNING["block"], triton.next_power_of_2(unit)), num_warps=TUNING["num_warps"],
     )  # fmt: skip

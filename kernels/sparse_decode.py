@@ -69,7 +69,7 @@ def _attend_split(
                 coded, here = live & (unit < 0), live & (unit >= 0)
                 some_coded = tl.max(coded.to(tl.int32), axis=0) > 0
         k = tl.load(cells[None, :] + dims[:, None], mask=here[None, :] & in_head[:, None], other=0.0)
-        if exponents is not None:
+        if exponents is not None:  # noqa: SIM102  settled when the kernel is compiled
             if some_coded:
                 code = tl.load(away[None, :] + dims[:, None], mask=coded[None, :] & in_head[:, None], other=0)
                 power = power_256_of(tl.load(exponents + 2 * ~unit, mask=coded, other=0))[None, :]
@@ -77,7 +77,7 @@ def _attend_split(
         logits = tl.dot(query, k, input_precision=PRECISION) * scale_log2
         logits = tl.where(live[None, :], logits, float("-inf"))
         v = tl.load(cells[:, None] + HEAD_DIM + dims[None, :], mask=here[:, None] & in_head[None, :], other=0.0)
-        if exponents is not None:
+        if exponents is not None:  # noqa: SIM102  settled when the kernel is compiled
             if some_coded:
                 code = tl.load(away[:, None] + HEAD_DIM + dims[None, :], mask=coded[:, None] & in_head[None, :],
                                other=0)  # fmt: skip

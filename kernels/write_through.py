@@ -92,8 +92,8 @@ def write_through(
     assert host.stride(3) == hot.stride(3) == summaries.stride(3) == 1 and hot.shape[2] == page_size + rows
     most_pages = min(num_tokens, len(plan.blocks))
     _write_through[(most_pages, kv_heads)](
-        hot, codes_of(host, exponents), exponents, summaries, plan.blocks, plan.first_row, plan.end_row, plan.num_pages,
-        residency.slot_of, residency.slot_unit, residency.last_use,
+        hot, codes_of(host, exponents), exponents, summaries, plan.blocks, plan.first_row, plan.end_row,
+        plan.num_pages, residency.slot_of, residency.slot_unit, residency.last_use,
         hot.stride(0), hot.stride(1), host.stride(0), host.stride(1), summaries.stride(0), summaries.stride(1),
         KV_HEADS=kv_heads, CONTENT=content, BLOCK_C=triton.next_power_of_2(content), PAGE=page_size,
         SUMMARY=rows * content, BLOCK_S=triton.next_power_of_2(rows * content), MOST=largest_coded(hot.dtype),

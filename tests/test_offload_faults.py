@@ -24,7 +24,10 @@ CPU = torch.device("cpu")
 
 # Settings of offload, and what the refusal must say.
 WRONG = {
-    "not_an_object": ({"offload": 64}, ["sparse.offload", "an object of host_gib, hot_fraction, host_dtype", "64"]),
+    "not_an_object": (
+        {"offload": 64},
+        ["sparse.offload", "an object of host_gib, hot_fraction, host_dtype", "64"],
+    ),
     "unknown_key": ({"offload": {"host_gb": 64}}, ["'host_gb' in sparse.offload", "Did you mean 'host_gib'?"]),
     "no_memory": ({"offload": {"host_gib": 0}}, ["sparse.offload.host_gib: 0", "above 0"]),
     "text": ({"offload": {"host_gib": "64"}}, ["sparse.offload.host_gib: '64'", "auto"]),

@@ -131,7 +131,9 @@ def test_every_code_is_read_as_torch_reads_it(dtype):
     out = torch.full(codes.shape, 7.0, dtype=dtype, device=DEVICE)
     host = codes.view(torch.float8_e4m3fn)
     launchers.read_pages(host, blocks, out, blocks, 3, exponents)
-    expected = (codes.view(torch.float8_e4m3fn).double() * 2.0 ** (stored.double() - 127)[:, None, None, None]).cpu()
+    expected = (
+        codes.view(torch.float8_e4m3fn).double() * 2.0 ** (stored.double() - 127)[:, None, None, None]
+    ).cpu()
     torch.testing.assert_close(out.cpu(), expected.to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
@@ -185,20 +187,6 @@ def test_the_planner_counts_twice_the_tokens(tmp_path, capsys):
     setting = ("--sparse", '{"offload": {"host_dtype": "fp8"}}')
     assert planned(capsys, tmp_path, *setting) == coded
     assert planned(capsys, tmp_path, *setting, "--host-dtype", "auto") == plain
-
-
-@pytest.fixture
-def codable(monkeypatch):
-    """K and V are rounded to eighths up to 15/8 before they are cached: e4m3 holds these exactly."""
-    from vllm_sparse.backend.impl import SparseImpl
-
-    update = SparseImpl.do_kv_cache_update
-
-    def rounded(self, layer, key, value, kv_cache, slot_mapping):
-        key, value = (torch.round(8 * x).clamp(-15, 15) / 8 for x in (key, value))
-        update(self, layer, key, value, kv_cache, slot_mapping)
-
-    monkeypatch.setattr(SparseImpl, "do_kv_cache_update", rounded)
 
 
 def answer(tiny, batch=MIXED, max_tokens=24, **settings) -> list[list[int]]:

@@ -133,7 +133,9 @@ def add_command(commands) -> None:
     parser.add_argument("model", metavar="MODEL", help="a directory or a hub name, as for `vllm serve`")
     parser.add_argument("--gpu", type=float, required=True, help="memory of each GPU, GiB")
     parser.add_argument("--host", type=float, required=True, help="host memory for K and V, GiB, of all ranks")
-    parser.add_argument("--host-dtype", choices=HOST_DTYPES, help="how the host stores them; default: as --sparse says")
+    parser.add_argument(
+        "--host-dtype", choices=HOST_DTYPES, help="how the host stores them; default: as --sparse says"
+    )
     parser.add_argument("--context", type=tokens, default=tokens("128k"), help="--max-model-len, such as 128k")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
     parser.add_argument("--kv-gib", type=float, help="GPU memory for KV as vLLM logs it; default: estimated")
@@ -222,7 +224,8 @@ def print_plan(args: argparse.Namespace, model: Model, plan: Plan, limits: StepL
     ranks = args.tensor_parallel_size
     host = split.num_blocks * shape.host_page_bytes * ranks / GIB
     print(
-        f"with offload         {host:.2f} GiB of the host hold K and V{' in fp8' if shape.in_fp8 else ''}; each GPU holds "
+        f"with offload         {host:.2f} GiB of the host hold K and V{' in fp8' if shape.in_fp8 else ''}; "
+        f"each GPU holds "
         f"{split.num_blocks * shape.gpu_block_bytes / GIB:.2f} GiB of summaries, "
         f"{split.slots_per_layer * shape.layers * shape.slot_bytes / GIB:.2f} GiB of hot units "
         f"({100 * plan.hot_share:.1f}% of all), {limits.fixed_bytes(shape) / GIB:.2f} GiB of buffers"

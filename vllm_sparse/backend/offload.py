@@ -159,6 +159,6 @@ def build_store(worker: Any, kv_cache_config: Any) -> None:
     logger.info(
         "sparse attention: offload: %.2f GiB of host memory%s for %d tokens of context, hot set of %.2f GiB "
         "(%.1f%% of it)",
-        store.pool.num_bytes / GIB, " in fp8" if shape.in_fp8 else "", split.tokens(shape.page_size), slots * shape.slot_bytes / GIB,
-        100 * slots / (num_blocks * shape.layers * shape.kv_heads),
+        store.pool.num_bytes / GIB, " in fp8" if shape.in_fp8 else "", split.tokens(shape.page_size),
+        slots * shape.slot_bytes / GIB, 100 * slots / (num_blocks * shape.layers * shape.kv_heads),
     )  # fmt: skip

@@ -42,9 +42,7 @@ class OffloadStore:
             torch.zeros(units, dtype=torch.uint8, device=device) if shape.in_fp8 else None
             for _ in range(shape.layers)
         ]
-        self.contexts = ContextReader(
-            limits.context_pages(shape.page_size), self.pool.layers, self.hot, exponents
-        )
+        self.contexts = ContextReader(limits.context_pages(shape.page_size), self.pool.layers, self.hot, exponents)
         self.layers = [
             OffloadedLayer(
                 self, index, self.pool.layers[index], self._residency(index, staged, device), exponents[index]
@@ -97,9 +95,7 @@ class OffloadedLayer:
             run.plan_writes(slot_mapping, page_size, store.plan)
         run.stage_pages(self.host, summaries, store.plan, num_tokens, store.hot, self.exponents)
         run.page_write(key, value, store.hot, store.plan.staged_slots[:num_tokens], page_size, summary)
-        run.write_through(
-            store.hot, store.plan, num_tokens, self.host, summaries, self.residency, self.exponents
-        )
+        run.write_through(store.hot, store.plan, num_tokens, self.host, summaries, self.residency, self.exponents)
 
     def bring(self, table: PageTable) -> None:
         """Turn the chosen units of ``table`` into places in the hot store, fetching those that it lacks.
