@@ -4,6 +4,7 @@
     python -m benchmarks.offload --gpu-gib 24 --host-gib 20 --modes stock 1q1s128k
     python -m benchmarks.offload --host-gib 110 --modes stock,offload 3q1s128k 6q1s128k
     python -m benchmarks.offload --gpu-gib 72 --host-gib 20 --modes resident,offload 1q1s128k
+    python -m benchmarks.offload --gpu-gib 24 --host-gib 20 --host-dtype fp8 --modes offload 1q1s128k
     python -m benchmarks.offload --host-gib 98 --modes offload --sparse '{"prefill_policy": "vertical_slash",
         "prefill_coverage": 0, "slash_tokens": 512}' 1q1s768k
 
@@ -29,6 +30,7 @@ from benchmarks import results
 from benchmarks.batch_spec import max_num_seqs, parse
 from benchmarks.engine import model_of, shape_name
 from vllm_sparse.config import SparseConfig
+from vllm_sparse.offload.config import HOST_DTYPES
 
 MODES = ("stock", "resident", "offload")
 COUNTS = ("units_looked_up", "units_fetched", "units_in_place", "decode_steps")
@@ -45,6 +47,9 @@ def parse_args(argv=None):
     parser.add_argument("--gpu-gib", type=float, default=0.0, help="GPU memory in all; default: 90 %% of the GPU")
     parser.add_argument("--stock-gpu-gib", type=float, default=0.0, help="the same of stock; default: --gpu-gib")
     parser.add_argument("--host-gib", type=float, default=20.0, help="pinned host memory of offload")
+    parser.add_argument(
+        "--host-dtype", default="auto", choices=HOST_DTYPES, help="how offload stores K and V there"
+    )
     parser.add_argument("--hot-fraction", type=float, default=None, help="default: auto")
     parser.add_argument("--sparse", default="{}", help="sparse settings of resident and offload as JSON")
     parser.add_argument("--baseline", default="FLASH_ATTN", help="stock attention backend")
@@ -139,7 +144,7 @@ def settings_of(args, mode: str) -> dict:
     settings = {"dense_layers": 0, **json.loads(args.sparse)}
     if mode == "offload":
         hot = {} if args.hot_fraction is None else {"hot_fraction": args.hot_fraction}
-        settings["offload"] = {"host_gib": args.host_gib, **hot}
+        settings["offload"] = {"host_gib": args.host_gib, "host_dtype": args.host_dtype, **hot}
     return settings
 
 
@@ -152,6 +157,7 @@ def row_of(args, mode: str, result: dict, spec: str, times: dict) -> dict:
         "shape": shape, "mode": mode, "tp": args.tp, "batch_spec": spec,
         "batch": len(batch), "context": max((r.context_tokens for r in batch), default=None),
         "gpu_gib": gpu_gib(args, mode) or None, "host_gib": args.host_gib if mode == "offload" else None,
+        "host_dtype": args.host_dtype if mode == "offload" else None,
         "backend": args.baseline if mode == "stock" else "sparse",
         "sparse": None if mode == "stock" else settings_of(args, mode), "eager": args.eager,
         "started": result["started"], "reason": result.get("reason"),

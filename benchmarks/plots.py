@@ -111,7 +111,8 @@ def tensor_parallel() -> None:
 
 def offload() -> None:
     """Decode throughput with K and V in CPU memory, beside stock vLLM where it ran in the same run."""
-    latest = {(row["mode"], row["batch_spec"], row["gpu_gib"]): row for row in read("offload", "offload")}
+    plain = [row for row in read("offload", "offload") if row.get("host_dtype") != "fp8"]
+    latest = {(row["mode"], row["batch_spec"], row["gpu_gib"]): row for row in plain}
     rows = [row for row in latest.values() if row["mode"] == "offload"]
     rows.sort(key=lambda row: (row["batch"], row["context"], row["gpu_gib"] or 999))
     figure, axes = plt.subplots(figsize=(8, 3.2), layout="constrained")

@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from vllm_sparse.kernels.e4m3 import codes_of, from_e4m3, powers_256_of
 from vllm_sparse.kernels.launch import num_multiprocessors
 
 from vllm_sparse.offload.residency import HASH, Residency
@@ -26,9 +27,9 @@ TUNING = {"programs_per_sm": 2, "block": 4096}
 
 @triton.jit(do_not_specialize=["layer", "num_sets"])
 def _fetch_units(
-    host, hot, units, clock, slot_of, slot_unit, last_use, misses, num_misses, counters,
+    host, exponents, hot, units, clock, slot_of, slot_unit, last_use, misses, num_misses, counters,
     host_stride_u, hot_stride_u, first_unit, layer, num_sets,
-    UNIT: tl.constexpr, BLOCK: tl.constexpr, WAYS: tl.constexpr, HASH: tl.constexpr,
+    UNIT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, WAYS: tl.constexpr, HASH: tl.constexpr,
 ):  # fmt: skip
     count = tl.load(num_misses + layer)
     item = tl.program_id(0)
@@ -64,7 +65,11 @@ def _fetch_units(
             target = hot + (first_unit + slot).to(tl.int64) * hot_stride_u
             for start in range(0, UNIT, BLOCK):
                 cells = start + tl.arange(0, BLOCK)
-                tl.store(target + cells, tl.load(source + cells, mask=cells < UNIT), mask=cells < UNIT)
+                kv = tl.load(source + cells, mask=cells < UNIT)
+                if exponents is not None:
+                    powers = powers_256_of(exponents, unit.to(tl.int64), (cells // HEAD_DIM) % 2 == 1)
+                    kv = from_e4m3(kv, powers)
+                tl.store(target + cells, kv.to(hot.dtype.element_ty), mask=cells < UNIT)
             tl.store(units + at, first_unit + slot)
             fetched += 1
         else:
@@ -83,6 +88,7 @@ def fetch_units(
     misses: torch.Tensor,
     hot: torch.Tensor,
     counters: torch.Tensor,
+    exponents: torch.Tensor | None = None,
 ) -> None:
     """Fetch what :mod:`vllm_sparse.kernels.find_slots` found missing, and put its place into the table.
 
@@ -92,6 +98,7 @@ def fetch_units(
         plan, layer, residency, misses: as given to it.
         hot: [pages, kv_heads, page_size + summary rows, 2 * head_dim].
         counters: int64 [3]: units fetched and units left on the host are added to the second and third.
+        exponents: uint8 [num_blocks, kv_heads, 2], where ``host`` is e4m3 (:mod:`vllm_sparse.kernels.e4m3`).
     """
     _, kv_heads, page_size, content = host.shape
     assert host.stride(2) == hot.stride(2) == content and host.stride(3) == hot.stride(3) == 1
@@ -102,10 +109,10 @@ def fetch_units(
     unit = page_size * content
     programs = min(most, TUNING["programs_per_sm"] * num_multiprocessors(hot.device))
     _fetch_units[(programs,)](
-        host, hot, table.units, plan.clock, residency.slot_of, residency.slot_unit, residency.last_use,
-        misses, plan.num_misses, counters, host.stride(1), hot.stride(1), residency.first_unit, layer,
-        residency.num_sets, UNIT=unit, BLOCK=min(TUNING["block"], triton.next_power_of_2(unit)), WAYS=WAYS,
-        HASH=HASH,
+        codes_of(host, exponents), exponents, hot, table.units, plan.clock, residency.slot_of,
+        residency.slot_unit, residency.last_use, misses, plan.num_misses, counters, host.stride(1), hot.stride(1),
+        residency.first_unit, layer, residency.num_sets, UNIT=unit, HEAD_DIM=content // 2,
+        BLOCK=min(TUNING["block"], triton.next_power_of_2(unit)), WAYS=WAYS, HASH=HASH,
         # One: warps that each read the ages of a set, while other programs claim its slots, would choose
         # different ones.
         num_warps=1,

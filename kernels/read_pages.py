@@ -8,14 +8,15 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from vllm_sparse.kernels.e4m3 import codes_of, from_e4m3, powers_256_of
 
 TUNING = {"num_warps": 8, "block": 4096}
 
 
 @triton.jit(do_not_specialize=["num_units"])
 def _read_pages(
-    source, blocks, out, places, source_stride_b, source_stride_h, out_stride_b, out_stride_h, num_units,
-    KV_HEADS: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
+    source, exponents, blocks, out, places, source_stride_b, source_stride_h, out_stride_b, out_stride_h,
+    num_units, KV_HEADS: tl.constexpr, UNIT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     item = tl.program_id(0)
     while item < num_units:
@@ -26,12 +27,21 @@ def _read_pages(
         if place >= 0:
             for start in range(0, UNIT, BLOCK):
                 cells = start + tl.arange(0, BLOCK)
-                tl.store(target + cells, tl.load(unit + cells, mask=cells < UNIT), mask=cells < UNIT)
+                kv = tl.load(unit + cells, mask=cells < UNIT)
+                if exponents is not None:
+                    powers = powers_256_of(exponents, block * KV_HEADS + head, (cells // HEAD_DIM) % 2 == 1)
+                    kv = from_e4m3(kv, powers)
+                tl.store(target + cells, kv.to(out.dtype.element_ty), mask=cells < UNIT)
         item += tl.num_programs(0)
 
 
 def read_pages(
-    source: torch.Tensor, blocks: torch.Tensor, out: torch.Tensor, places: torch.Tensor, programs: int
+    source: torch.Tensor,
+    blocks: torch.Tensor,
+    out: torch.Tensor,
+    places: torch.Tensor,
+    programs: int,
+    exponents: torch.Tensor | None = None,
 ) -> None:
     """Copy K and V of whole pages.
 
@@ -41,6 +51,7 @@ def read_pages(
         out: [pages, kv_heads, page_size, 2 * head_dim].
         places: int32 [num_pages], pages of ``out``, all different; -1 leaves a page out.
         programs: most programs that share the work.
+        exponents: uint8 [num_blocks, kv_heads, 2], where ``source`` is e4m3 (:mod:`vllm_sparse.kernels.e4m3`).
     """
     kv_heads, page_size, content = out.shape[1:]
     num_units = blocks.shape[0] * kv_heads
@@ -51,7 +62,8 @@ def read_pages(
         return
     unit = page_size * content
     _read_pages[(min(programs, num_units),)](
-        source, blocks, out, places, source.stride(0), source.stride(1), out.stride(0), out.stride(1), num_units,
-        KV_HEADS=kv_heads, UNIT=unit, BLOCK=min(TUNING["block"], triton.next_power_of_2(unit)),
-        num_warps=TUNING["num_warps"],
+        codes_of(source, exponents), exponents, blocks, out, places,
+        source.stride(0), source.stride(1), out.stride(0), out.stride(1), num_units,
+        KV_HEADS=kv_heads, UNIT=unit, HEAD_DIM=content // 2,
+        BLOCK=min(TUNING["block"], triton.next_power_of_2(unit)), num_warps=TUNING["num_warps"],
     )  # fmt: skip

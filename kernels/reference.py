@@ -11,6 +11,7 @@ import torch
 from vllm_sparse.kernels.reference_offload import (  # noqa: F401
     fetch_units,
     find_slots,
+    kept,
     plan_writes,
     read_pages,
     stage_pages,
@@ -276,18 +277,19 @@ def sparse_decode(
     scale: float,
     out: torch.Tensor,
     host: torch.Tensor | None = None,
+    exponents: torch.Tensor | None = None,
 ) -> None:
     kv_heads, group = kv.shape[1], q.shape[1] // kv.shape[1]
     keys, values = single_head_pages(kv, page_size)
-    on_host = None if host is None else single_head_pages(host, page_size)
     for row, length in enumerate(table.lengths.tolist()):
         if length == 0:
             continue
         units = table.units[row, : -(-length // page_size)].long()
         k, v = (x[units.clamp(min=0)] for x in (keys, values))
-        if on_host is not None:
-            away = units < 0
-            k[away], v[away] = (x[~units[away]] for x in on_host)
+        if host is not None:
+            away, by_unit = units < 0, None if exponents is None else exponents.flatten(0, 1)
+            found = kept(host.flatten(0, 1), by_unit, ~units[away], kv.dtype)
+            k[away], v[away] = found[:, :page_size, None].chunk(2, -1)
         k, v = (x.flatten(0, 2)[:length].float() for x in (k, v))
         request, head = divmod(row, kv_heads)
         span = slice(head * group, (head + 1) * group)

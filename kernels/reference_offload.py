@@ -29,10 +29,15 @@ def plan_writes(slot_mapping: torch.Tensor, page_size: int, plan: WritePlan) -> 
 
 
 def stage_pages(
-    host: torch.Tensor, summaries: torch.Tensor, plan: WritePlan, num_tokens: int, hot: torch.Tensor
+    host: torch.Tensor,
+    summaries: torch.Tensor,
+    plan: WritePlan,
+    num_tokens: int,
+    hot: torch.Tensor,
+    exponents: torch.Tensor | None = None,
 ) -> None:
     for page, block, first, _ in _staged(plan):
-        hot[page, :, :first] = host[block, :, :first]
+        hot[page, :, :first] = kept(host, exponents, block, hot.dtype)[:, :first]
         if first:
             hot[page, :, host.shape[2] :] = summaries[block]
 
@@ -44,10 +49,14 @@ def write_through(
     host: torch.Tensor,
     summaries: torch.Tensor,
     residency: Residency,
+    exponents: torch.Tensor | None = None,
 ) -> None:
     heads, page_size = host.shape[1], host.shape[2]
     for page, block, first, end in _staged(plan):
-        host[block, :, first:end] = hot[page, :, first:end]
+        if exponents is None:
+            host[block, :, first:end] = hot[page, :, first:end]
+        else:
+            host[block, :, :end], exponents[block] = to_e4m3(hot[page, :, :end])
         summaries[block] = hot[page, :, page_size:]
         units = slice(block * heads, (block + 1) * heads)
         slots = residency.slot_of[units].long()
@@ -97,6 +106,7 @@ def fetch_units(
     misses: torch.Tensor,
     hot: torch.Tensor,
     counters: torch.Tensor,
+    exponents: torch.Tensor | None = None,
 ) -> None:
     heads, page_size = host.shape[1], host.shape[2]
     units, now = table.units.view(-1), int(plan.clock)
@@ -116,16 +126,46 @@ def fetch_units(
         residency.slot_of[unit] = slot
         place = residency.first_unit + slot
         block, head = divmod(unit, heads)
-        hot[place // heads, place % heads, :page_size] = host[block, head]
+        hot[place // heads, place % heads, :page_size] = kept(host, exponents, block, hot.dtype)[head]
         units[at] = place
         counters[1] += 1
 
 
 def read_pages(
-    source: torch.Tensor, blocks: torch.Tensor, out: torch.Tensor, places: torch.Tensor, programs: int
+    source: torch.Tensor,
+    blocks: torch.Tensor,
+    out: torch.Tensor,
+    places: torch.Tensor,
+    programs: int,
+    exponents: torch.Tensor | None = None,
 ) -> None:
     wanted = places >= 0
-    out[places[wanted].long()] = source[blocks[wanted].long(), :, : out.shape[2]]
+    out[places[wanted].long()] = kept(source, exponents, blocks[wanted].long(), out.dtype)[:, :, : out.shape[2]]
+
+
+def kept(host: torch.Tensor, exponents: torch.Tensor | None, index, dtype: torch.dtype) -> torch.Tensor:
+    """``host[index]`` as the GPU sees it; ``index`` chooses blocks, and perhaps heads."""
+    return host[index] if exponents is None else from_e4m3(host[index], exponents[index], dtype)
+
+
+def to_e4m3(kv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``kv`` [..., rows, 2 * head_dim] as codes and exponents [..., 2]; see :mod:`vllm_sparse.kernels.e4m3`."""
+    most_coded = 61440 if kv.dtype is torch.float16 else 448 * 2.0**119
+    parts = kv.float().unflatten(-1, (2, -1))
+    finite, parts = parts.isfinite(), parts.clamp(-most_coded, most_coded)
+    most = torch.where(finite, parts.abs(), 0).amax((-3, -1))
+    mantissa, exponent = torch.frexp(most)
+    exponents = torch.where(most > 0, exponent - 9 + (mantissa > 0.875) + 127, 1).clamp(min=1).to(torch.uint8)
+    scaled = parts / _power_of(exponents)
+    return torch.where(finite, scaled, float("nan")).flatten(-2).to(torch.float8_e4m3fn), exponents
+
+
+def from_e4m3(codes: torch.Tensor, exponents: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return (codes.float().unflatten(-1, (2, -1)) * _power_of(exponents)).flatten(-2).to(dtype)
+
+
+def _power_of(exponents: torch.Tensor) -> torch.Tensor:
+    return (exponents.int() << 23).view(torch.float32)[..., None, :, None]
 
 
 def _staged(plan: WritePlan):

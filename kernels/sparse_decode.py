@@ -2,7 +2,7 @@
 
     out[r, h] = softmax(scale * q[r, h] . K[chosen]) V[chosen]
 
-A chosen unit below 0 is unit ``~unit`` of a second cache, in pinned host memory, read in place.
+A chosen unit below 0 is unit ``~unit`` of a second cache, in pinned host memory, read in place; it may hold e4m3.
 
 Flash-decoding: programs share the pages of a row, each keeps a running softmax, and a second
 kernel adds their parts. Dao et al., FlashAttention-2 (arXiv 2307.08691); split-K: "Flash-Decoding
@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from vllm_sparse.kernels.e4m3 import codes_of, from_e4m3, power_256_of
 from vllm_sparse.kernels.launch import num_multiprocessors
 
 from vllm_sparse.page_table import PageTable
@@ -27,7 +28,7 @@ TUNING = {"block_tokens": 64, "waves": 4, "num_warps": 2, "num_stages": 3, "add_
 
 @triton.jit(do_not_specialize=["splits"])
 def _attend_split(
-    q, kv, host, units, lengths, out, part_out, part_lse,
+    q, kv, host, exponents, units, lengths, out, part_out, part_lse,
     q_stride_r, q_stride_h, unit_stride, kv_stride_r, host_unit_stride, host_stride_r, units_stride,
     out_stride_r, out_stride_h, scale_log2, splits,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
@@ -59,13 +60,29 @@ def _attend_split(
         live = tokens < length
         unit = tl.load(unit_row + tokens // PAGE, mask=live, other=0).to(tl.int64)
         cells = kv + unit * unit_stride + (tokens % PAGE) * kv_stride_r
+        here = live
         if ON_HOST:
             away = host + ~unit * host_unit_stride + (tokens % PAGE) * host_stride_r
-            cells = tl.where(unit < 0, away, cells)
-        k = tl.load(cells[None, :] + dims[:, None], mask=live[None, :] & in_head[:, None], other=0.0)
+            if exponents is None:
+                cells = tl.where(unit < 0, away, cells)
+            else:
+                coded, here = live & (unit < 0), live & (unit >= 0)
+                some_coded = tl.max(coded.to(tl.int32), axis=0) > 0
+        k = tl.load(cells[None, :] + dims[:, None], mask=here[None, :] & in_head[:, None], other=0.0)
+        if exponents is not None:  # noqa: SIM102  settled when the kernel is compiled
+            if some_coded:
+                code = tl.load(away[None, :] + dims[:, None], mask=coded[None, :] & in_head[:, None], other=0)
+                power = power_256_of(tl.load(exponents + 2 * ~unit, mask=coded, other=0))[None, :]
+                k = tl.where(coded[None, :], from_e4m3(code, power).to(k.dtype), k)
         logits = tl.dot(query, k, input_precision=PRECISION) * scale_log2
         logits = tl.where(live[None, :], logits, float("-inf"))
-        v = tl.load(cells[:, None] + HEAD_DIM + dims[None, :], mask=live[:, None] & in_head[None, :], other=0.0)
+        v = tl.load(cells[:, None] + HEAD_DIM + dims[None, :], mask=here[:, None] & in_head[None, :], other=0.0)
+        if exponents is not None:  # noqa: SIM102  settled when the kernel is compiled
+            if some_coded:
+                code = tl.load(away[:, None] + HEAD_DIM + dims[None, :], mask=coded[:, None] & in_head[None, :],
+                               other=0)  # fmt: skip
+                power = power_256_of(tl.load(exponents + 2 * ~unit + 1, mask=coded, other=0))[:, None]
+                v = tl.where(coded[:, None], from_e4m3(code, power).to(v.dtype), v)
         new_top = tl.maximum(top, tl.max(logits, axis=1))
         weights = tl.exp2(logits - new_top[:, None])
         fade = tl.exp2(top - new_top)
@@ -122,6 +139,7 @@ def sparse_decode(
     scale: float,
     out: torch.Tensor,
     host: torch.Tensor | None = None,
+    exponents: torch.Tensor | None = None,
 ) -> None:
     """Attend over chosen pages; arguments as in :meth:`vllm_sparse.engines.base.Engine.attend`.
 
@@ -139,16 +157,16 @@ def sparse_decode(
     if splits > 1:
         part_out = torch.empty((rows, splits, group, block_d), dtype=torch.float32, device=q.device)
         part_lse = torch.empty((rows, splits, group), dtype=torch.float32, device=q.device)
-    second = kv if host is None else host
+    second = kv if host is None else codes_of(host, exponents)
     assert second.stride(3) == 1
     _attend_split[(rows, splits)](
-        q, kv, second, table.units, table.lengths, out, part_out, part_lse,
+        q, kv, second, exponents, table.units, table.lengths, out, part_out, part_lse,
         q.stride(0), q.stride(1), kv.stride(1), kv.stride(2), second.stride(1), second.stride(2),
         table.units.stride(0), out.stride(0), out.stride(1), scale * LOG2_E, splits,
         KV_HEADS=kv_heads, GROUP=group, GROUP_PAD=max(16, triton.next_power_of_2(group)),
         HEAD_DIM=head_dim, BLOCK_D=block_d, PAGE=page_size, BLOCK_N=block_n, ALONE=splits == 1,
         ON_HOST=host is not None, PRECISION="ieee", num_warps=TUNING["num_warps"],
-        num_stages=TUNING["num_stages"],
+        num_stages=2 if exponents is not None else TUNING["num_stages"],
     )  # fmt: skip
     if splits > 1:
         _add_splits[(rows, group)](

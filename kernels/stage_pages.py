@@ -11,16 +11,17 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from vllm_sparse.kernels.e4m3 import codes_of, from_e4m3, powers_256_of, warps_for
 
 from vllm_sparse.offload.transfer import WritePlan
 
 
 @triton.jit
 def _stage_pages(
-    host, summaries, hot, blocks, first_row, num_pages,
+    host, exponents, summaries, hot, blocks, first_row, num_pages,
     host_stride_b, host_stride_h, summary_stride_b, summary_stride_h, hot_stride_b, hot_stride_h,
-    CONTENT: tl.constexpr, BLOCK_C: tl.constexpr, PAGE: tl.constexpr, SUMMARY: tl.constexpr,
-    BLOCK_S: tl.constexpr,
+    KV_HEADS: tl.constexpr, CONTENT: tl.constexpr, BLOCK_C: tl.constexpr, PAGE: tl.constexpr,
+    SUMMARY: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     page, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     if page >= tl.load(num_pages):
@@ -34,14 +35,21 @@ def _stage_pages(
     cells = rows * CONTENT + column
     kv = tl.load(host + block * host_stride_b + head * host_stride_h + cells, mask=mask)
     staged = hot + page * hot_stride_b + head * hot_stride_h
-    tl.store(staged + cells, kv, mask=mask)
+    if exponents is not None:
+        kv = from_e4m3(kv, powers_256_of(exponents, block * KV_HEADS + head, column >= CONTENT // 2))
+    tl.store(staged + cells, kv.to(hot.dtype.element_ty), mask=mask)
     cell = tl.arange(0, BLOCK_S)
     summary = tl.load(summaries + block * summary_stride_b + head * summary_stride_h + cell, mask=cell < SUMMARY)
     tl.store(staged + PAGE * CONTENT + cell, summary, mask=cell < SUMMARY)
 
 
 def stage_pages(
-    host: torch.Tensor, summaries: torch.Tensor, plan: WritePlan, num_tokens: int, hot: torch.Tensor
+    host: torch.Tensor,
+    summaries: torch.Tensor,
+    plan: WritePlan,
+    num_tokens: int,
+    hot: torch.Tensor,
+    exponents: torch.Tensor | None = None,
 ) -> None:
     """Copy the older rows of this step's pages, and the summaries of them, to their staging pages.
 
@@ -51,6 +59,7 @@ def stage_pages(
         plan: this step's pages.
         num_tokens: tokens of the step, which bound its pages.
         hot: [pages, kv_heads, page_size + summary rows, 2 * head_dim]; the first are staging pages.
+        exponents: uint8 [num_blocks, kv_heads, 2], where ``host`` is e4m3 (:mod:`vllm_sparse.kernels.e4m3`).
     """
     _, kv_heads, page_size, content = host.shape
     rows = summaries.shape[2]
@@ -58,8 +67,9 @@ def stage_pages(
     assert host.stride(3) == hot.stride(3) == summaries.stride(3) == 1 and hot.shape[2] == page_size + rows
     most_pages = min(num_tokens, len(plan.blocks))
     _stage_pages[(most_pages, kv_heads)](
-        host, summaries, hot, plan.blocks, plan.first_row, plan.num_pages,
+        codes_of(host, exponents), exponents, summaries, hot, plan.blocks, plan.first_row, plan.num_pages,
         host.stride(0), host.stride(1), summaries.stride(0), summaries.stride(1), hot.stride(0), hot.stride(1),
-        CONTENT=content, BLOCK_C=triton.next_power_of_2(content), PAGE=page_size, SUMMARY=rows * content,
-        BLOCK_S=triton.next_power_of_2(rows * content),
+        KV_HEADS=kv_heads, CONTENT=content, BLOCK_C=triton.next_power_of_2(content), PAGE=page_size,
+        SUMMARY=rows * content, BLOCK_S=triton.next_power_of_2(rows * content),
+        num_warps=4 if exponents is None else warps_for(page_size * content),
     )  # fmt: skip

@@ -4,6 +4,8 @@
     summaries[blocks[s], h] = hot[s, h, page_size:]
     slot of unit (blocks[s], h) = none
 
+Where the host holds e4m3, all rows before ``end_row`` are written anew if the unit's exponents change.
+
 A unit that a slot holds is a complete page; that its block is written again means that the block has a
 new owner, or that the end of a context was taken back.
 """
@@ -13,6 +15,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from vllm_sparse.kernels.e4m3 import codes_of, exponent_of, largest_coded, to_e4m3, warps_for
 
 from vllm_sparse.offload.residency import Residency
 from vllm_sparse.offload.transfer import WritePlan
@@ -20,10 +23,10 @@ from vllm_sparse.offload.transfer import WritePlan
 
 @triton.jit
 def _write_through(
-    hot, host, summaries, blocks, first_row, end_row, num_pages, slot_of, slot_unit, last_use,
+    hot, host, exponents, summaries, blocks, first_row, end_row, num_pages, slot_of, slot_unit, last_use,
     hot_stride_b, hot_stride_h, host_stride_b, host_stride_h, summary_stride_b, summary_stride_h,
     KV_HEADS: tl.constexpr, CONTENT: tl.constexpr, BLOCK_C: tl.constexpr, PAGE: tl.constexpr,
-    SUMMARY: tl.constexpr, BLOCK_S: tl.constexpr,
+    SUMMARY: tl.constexpr, BLOCK_S: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
     page, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     if page >= tl.load(num_pages):
@@ -33,13 +36,29 @@ def _write_through(
     rows, column = tl.arange(0, PAGE)[:, None], tl.arange(0, BLOCK_C)[None, :]
     staged = hot + page * hot_stride_b + head * hot_stride_h
     cells = rows * CONTENT + column
-    mask = (rows >= first) & (rows < end) & (column < CONTENT)
-    tl.store(host + block * host_stride_b + head * host_stride_h + cells, tl.load(staged + cells, mask=mask),
-             mask=mask)  # fmt: skip
+    target = host + block * host_stride_b + head * host_stride_h + cells
+    unit = block * KV_HEADS + head
+    mask = (rows < end) & (column < CONTENT)
+    if exponents is None:
+        mask &= rows >= first
+        tl.store(target, tl.load(staged + cells, mask=mask), mask=mask)
+    else:
+        kv, in_key = tl.load(staged + cells, mask=mask, other=0.0).to(tl.float32), column < CONTENT // 2
+        held = tl.minimum(tl.maximum(kv, -MOST), MOST)
+        kv = tl.where(tl.abs(kv) < float("inf"), held, float("nan"))
+        size = tl.where(kv == kv, tl.abs(kv), 0.0)
+        of_key = exponent_of(tl.max(tl.where(in_key, size, 0.0)))
+        of_value = exponent_of(tl.max(tl.where(in_key, 0.0, size)))
+        kept = exponents + 2 * unit
+        fits = (tl.load(kept) == of_key) & (tl.load(kept + 1) == of_value)
+        mask &= rows >= tl.where(fits, first, 0)
+        tl.store(target, to_e4m3(kv, tl.where(in_key, of_key, of_value)), mask=mask)
+        tl.debug_barrier()  # every warp has seen the exponents that were kept
+        tl.store(kept, of_key.to(tl.uint8))
+        tl.store(kept + 1, of_value.to(tl.uint8))
     cell = tl.arange(0, BLOCK_S)
     summary = tl.load(staged + PAGE * CONTENT + cell, mask=cell < SUMMARY)
     tl.store(summaries + block * summary_stride_b + head * summary_stride_h + cell, summary, mask=cell < SUMMARY)
-    unit = block * KV_HEADS + head
     slot = tl.load(slot_of + unit)
     if slot >= 0:
         tl.store(slot_unit + slot, -1)
@@ -54,6 +73,7 @@ def write_through(
     host: torch.Tensor,
     summaries: torch.Tensor,
     residency: Residency,
+    exponents: torch.Tensor | None = None,
 ) -> None:
     """Write what this step added to its staging pages to where it is kept.
 
@@ -64,6 +84,7 @@ def write_through(
         host: [num_blocks, kv_heads, page_size, 2 * head_dim], pinned.
         summaries: [num_blocks, kv_heads, summary rows, 2 * head_dim].
         residency: the layer's; units that are written are forgotten.
+        exponents: uint8 [num_blocks, kv_heads, 2], where ``host`` is e4m3 (:mod:`vllm_sparse.kernels.e4m3`).
     """
     _, kv_heads, page_size, content = host.shape
     rows = summaries.shape[2]
@@ -71,9 +92,10 @@ def write_through(
     assert host.stride(3) == hot.stride(3) == summaries.stride(3) == 1 and hot.shape[2] == page_size + rows
     most_pages = min(num_tokens, len(plan.blocks))
     _write_through[(most_pages, kv_heads)](
-        hot, host, summaries, plan.blocks, plan.first_row, plan.end_row, plan.num_pages,
-        residency.slot_of, residency.slot_unit, residency.last_use,
+        hot, codes_of(host, exponents), exponents, summaries, plan.blocks, plan.first_row, plan.end_row,
+        plan.num_pages, residency.slot_of, residency.slot_unit, residency.last_use,
         hot.stride(0), hot.stride(1), host.stride(0), host.stride(1), summaries.stride(0), summaries.stride(1),
         KV_HEADS=kv_heads, CONTENT=content, BLOCK_C=triton.next_power_of_2(content), PAGE=page_size,
-        SUMMARY=rows * content, BLOCK_S=triton.next_power_of_2(rows * content),
+        SUMMARY=rows * content, BLOCK_S=triton.next_power_of_2(rows * content), MOST=largest_coded(hot.dtype),
+        num_warps=4 if exponents is None else warps_for(page_size * content),
     )  # fmt: skip

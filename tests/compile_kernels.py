@@ -103,7 +103,8 @@ def compile_all(capability: int) -> None:
             guard = Guard.allocate(10, 1, kv_heads * group, kv_heads, torch.device("cpu"))
             launchers.guard_mass(*pages[:4], case.table, page_size, case.scale, guard, 0)
             launchers.sparse_decode(case.q, case.kv, case.table, page_size, case.scale, case.q)
-            compile_offload(make_store(8, kv_heads, head_dim, page_size, dtype=dtype), case)
+            for fp8 in (False, True):
+                compile_offload(make_store(8, kv_heads, head_dim, page_size, dtype=dtype, fp8=fp8), case)
             for summary in SKETCH_BITS if dtype is not torch.float16 else ():  # sketches are bytes
                 case = make(
                     [300, 5], kv_heads, group, head_dim, page_size, 4, dtype=dtype, device=torch.device("cpu"),
@@ -119,13 +120,16 @@ def compile_all(capability: int) -> None:
 def compile_offload(store, case) -> None:
     plan, residency, page_size, table = store.plan, store.residency, store.page_size, case.table
     launchers.plan_writes(torch.arange(40), page_size, plan)
-    launchers.stage_pages(store.host, store.summaries, plan, 40, store.hot)
-    launchers.write_through(store.hot, plan, 40, store.host, store.summaries, residency)
+    exponents = store.exponents
+    launchers.stage_pages(store.host, store.summaries, plan, 40, store.hot, exponents)
+    launchers.write_through(store.hot, plan, 40, store.host, store.summaries, residency, exponents)
     launchers.find_slots(table, store.kv_heads, page_size, plan, 1, residency, store.misses, store.counters)
-    launchers.fetch_units(store.host, table, plan, 1, residency, store.misses, store.hot, store.counters)
-    launchers.sparse_decode(case.q, store.hot, table, page_size, case.scale, case.q, store.host)
+    misses = (residency, store.misses, store.hot, store.counters)
+    launchers.fetch_units(store.host, table, plan, 1, *misses, exponents)
+    launchers.sparse_decode(case.q, store.hot, table, page_size, case.scale, case.q, store.host, exponents)
     pages = torch.arange(4, dtype=torch.int32)
-    launchers.read_pages(store.host, pages, torch.empty_like(store.host), pages, 32)
+    out = torch.empty(store.host.shape, dtype=store.hot.dtype)
+    launchers.read_pages(store.host, pages, out, pages, 32, exponents)
 
 
 def compile_prefill(case) -> None:

@@ -37,6 +37,20 @@ def tiny(tmp_path_factory):
     return TinyEngines(tmp_path_factory.mktemp("models"))
 
 
+@pytest.fixture
+def codable(monkeypatch):
+    """K and V are rounded to eighths up to 15/8 before they are cached: e4m3 holds these exactly."""
+    from vllm_sparse.backend.impl import SparseImpl
+
+    update = SparseImpl.do_kv_cache_update
+
+    def rounded(self, layer, key, value, kv_cache, slot_mapping):
+        key, value = (torch.round(8 * x).clamp(-15, 15) / 8 for x in (key, value))
+        update(self, layer, key, value, kv_cache, slot_mapping)
+
+    monkeypatch.setattr(SparseImpl, "do_kv_cache_update", rounded)
+
+
 @pytest.fixture(autouse=True)
 def gpu_memory_for_others():
     """What torch keeps of a large test would be missing where drivers load kernels and map host memory."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from cases import DEVICE, ON_GPU
+from vllm_sparse.kernels.reference_offload import kept, to_e4m3
 
 from vllm_sparse.offload.pool import view_from_device
 from vllm_sparse.offload.residency import Residency
@@ -26,6 +27,7 @@ class Store:
     counters: torch.Tensor
     page_size: int
     layer: int = 1
+    exponents: torch.Tensor | None = None
 
     @property
     def kv_heads(self) -> int:
@@ -33,9 +35,14 @@ class Store:
 
     def contents(self, units: torch.Tensor) -> torch.Tensor:
         """K and V of places in a page table: in the hot store, or, below 0, on the host."""
-        units = units.long()
-        hot, host = self.hot[:, :, : self.page_size].flatten(0, 1), self.host.flatten(0, 1)
-        return torch.where((units >= 0)[:, None, None], hot[units.clamp(min=0)], host[(~units).clamp(min=0)])
+        units, hot = units.long(), self.hot[:, :, : self.page_size].flatten(0, 1)
+        host = self.on_host((~units).clamp(min=0))
+        return torch.where((units >= 0)[:, None, None], hot[units.clamp(min=0)], host)
+
+    def on_host(self, units: torch.Tensor) -> torch.Tensor:
+        """K and V of units as the host holds them, in the dtype of the hot store."""
+        by_unit = None if self.exponents is None else self.exponents.flatten(0, 1)
+        return kept(self.host.flatten(0, 1), by_unit, units.long(), self.hot.dtype)
 
 
 def on_host(tensor: torch.Tensor) -> torch.Tensor:
@@ -54,9 +61,15 @@ def make_store(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     summary_rows: int = 1,
+    fp8: bool = False,
 ) -> Store:
     generator = torch.Generator().manual_seed(seed)
     host = torch.randn(num_blocks, kv_heads, page_size, 2 * head_dim, generator=generator).to(dtype)
+    exponents = None
+    if fp8:  # units of very different sizes
+        host *= 2.0 ** torch.randint(-12, 12, (num_blocks, kv_heads, 1, 1), generator=generator)
+        host, exponents = to_e4m3(host)
+        exponents = exponents.to(DEVICE)
     pages = staged - (-16 * sets // kv_heads)
     hot = torch.full((pages, kv_heads, page_size + summary_rows, 2 * head_dim), float("nan"), dtype=dtype)
     summaries = torch.full((num_blocks, kv_heads, summary_rows, 2 * head_dim), float("nan"), dtype=dtype)
@@ -66,6 +79,7 @@ def make_store(
         residency=Residency.empty(num_blocks * kv_heads, 16 * sets, staged * kv_heads, DEVICE),
         misses=torch.full((4096,), -7, dtype=torch.int32, device=DEVICE),
         counters=torch.zeros(3, dtype=torch.int64, device=DEVICE), page_size=page_size,
+        exponents=exponents,
     )  # fmt: skip
 
 
@@ -90,7 +104,7 @@ def assert_consistent(store: Store) -> None:
     assert len(set(slots.tolist())) == len(slots), "two units in one slot"
     assert torch.equal(residency.slot_unit[slots].long(), held)
     found = store.contents(residency.first_unit + slots)
-    assert torch.equal(found, store.host.flatten(0, 1)[held])
+    assert torch.equal(found, store.on_host(held))
 
 
 def copy_of(store: Store) -> Store:

@@ -16,6 +16,7 @@ from tiny_engine import (
     tokens,
 )  # fmt: skip
 from vllm_sparse.kernels import reference
+from vllm_sparse.kernels.reference_offload import kept
 
 from vllm_sparse import metrics
 
@@ -42,12 +43,15 @@ def assert_store(llm) -> None:
         slots = residency.slot_of[held].long()
         assert len(set(slots.tolist())) == len(slots), "two units in one slot"
         assert torch.equal(residency.slot_unit[slots].long(), held)
-        assert torch.equal(hot[residency.first_unit + slots], part.host.flatten(0, 1)[held])
+        by_unit = None if part.exponents is None else part.exponents.flatten(0, 1)
+        on_host = kept(part.host.flatten(0, 1), by_unit, held, hot.dtype)
+        assert torch.equal(hot[residency.first_unit + slots], on_host)
         # The summaries of complete pages, written anew from the host's keys.
         used = torch.unique(held // heads)
         if len(used) and layer.impl.policy.summary == "key_range":
-            fresh = part.host.new_zeros(len(used), heads, page_size + 1, 2 * layer.impl.head_size)
-            key, value = part.host[used].transpose(1, 2).flatten(0, 1).chunk(2, -1)
+            fresh = hot.new_zeros(len(used), heads, page_size + 1, 2 * layer.impl.head_size)
+            pages = kept(part.host, part.exponents, used, hot.dtype)
+            key, value = pages.transpose(1, 2).flatten(0, 1).chunk(2, -1)
             reference.page_write(key, value, fresh, torch.arange(len(key)), page_size, "key_range")
             summaries = kv_cache(layer)[used, :, 0].view(torch.int8)
             assert torch.equal(summaries, fresh[:, :, page_size].view(torch.int8))

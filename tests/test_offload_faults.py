@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 from vllm_sparse.kernels import reference
+from vllm_sparse.kernels.reference_offload import kept
 
 from vllm_sparse.config import ConfigError, SparseConfig
 from vllm_sparse.offload import limits, pool
@@ -22,7 +24,10 @@ CPU = torch.device("cpu")
 
 # Settings of offload, and what the refusal must say.
 WRONG = {
-    "not_an_object": ({"offload": 64}, ["sparse.offload", "an object of host_gib, hot_fraction", "64"]),
+    "not_an_object": (
+        {"offload": 64},
+        ["sparse.offload", "an object of host_gib, hot_fraction, host_dtype", "64"],
+    ),
     "unknown_key": ({"offload": {"host_gb": 64}}, ["'host_gb' in sparse.offload", "Did you mean 'host_gib'?"]),
     "no_memory": ({"offload": {"host_gib": 0}}, ["sparse.offload.host_gib: 0", "above 0"]),
     "text": ({"offload": {"host_gib": "64"}}, ["sparse.offload.host_gib: '64'", "auto"]),
@@ -147,6 +152,12 @@ def test_memory_that_is_not_given_is_refused(monkeypatch):
         HostPool(SHAPE, 8, torch.float32, CPU)
 
 
+def on_host(layer, units) -> torch.Tensor:
+    """K and V that the host holds of units."""
+    by_unit = None if layer.exponents is None else layer.exponents.flatten(0, 1)
+    return kept(layer.host.flatten(0, 1), by_unit, units, torch.float32)
+
+
 class Schedule:
     """A store under a scheduler of its own: requests arrive, are chunked, decode, are preempted and aborted.
 
@@ -154,12 +165,13 @@ class Schedule:
     on the host, in a context buffer. Blocks of requests that are gone are handed out again at once.
     """
 
-    def __init__(self, seed: int):
-        self.random = random.Random(seed)
+    def __init__(self, seed: int, host_dtype: str):
+        self.random, self.coded = random.Random(seed), host_dtype == "fp8"
+        shape = replace(SHAPE, host_dtype=host_dtype)
         self.num_blocks = self.random.choice([12, 20, 28])
         slots = self.random.choice([0, 16, 32])
         self.step = StepLimits(max_num_reqs=4, max_num_tokens=64, max_context_tokens=160, table_pages=4)
-        self.store = OffloadStore(SHAPE, self.step, Split(self.num_blocks, slots), torch.float32, CPU)
+        self.store = OffloadStore(shape, self.step, Split(self.num_blocks, slots), torch.float32, CPU)
         for layer in self.store.layers:
             layer.host.fill_(float("nan"))
         self.store.hot.fill_(float("nan"))
@@ -171,8 +183,13 @@ class Schedule:
         self.seen = {"preempt": 0, "abort": 0, "hit": 0, "fetch": 0}
 
     def content(self, request: dict, layer: int, positions: torch.Tensor) -> torch.Tensor:
-        """[positions, heads, 2 * head_dim]: distinct everywhere, exact in float32."""
+        """[positions, heads, 2 * head_dim]: distinct everywhere, exact in float32 or in codes of growing size."""
         lane = torch.arange(HEADS * 2 * HEAD_DIM).view(HEADS, 2 * HEAD_DIM)
+        if self.coded:
+            head, cell = lane // (2 * HEAD_DIM), lane % (2 * HEAD_DIM)
+            number = ((request["id"] % 97) * 160 + positions[:, None, None]) * LAYERS + layer
+            digits = (number >> 3 * ((cell + head) % 5)) % 8 + 8 * (cell >= HEAD_DIM)
+            return digits * 2.0 ** (positions % 7)[:, None, None]
         return ((request["id"] % 97) * 160 + positions[:, None, None]).float() * 64 + lane + layer * 0.25
 
     def arrive(self) -> None:
@@ -263,7 +280,7 @@ class Schedule:
         for row, pages in enumerate(chosen):
             request, head = requests[row // HEADS], row % HEADS
             for page, unit in zip(pages, table.units[row].tolist(), strict=False):
-                found = hot[unit] if unit >= 0 else layer.host.flatten(0, 1)[~unit]
+                found = hot[unit] if unit >= 0 else on_host(layer, ~unit)
                 rows = min(PAGE, request["done"] + 1 - page * PAGE)
                 expected = self.content(request, layer.index, page * PAGE + torch.arange(rows))[:, head]
                 assert torch.equal(found[:rows], expected), f"page {page} of request {request['id']}"
@@ -274,7 +291,7 @@ class Schedule:
             old = request["done"] // PAGE
             out = torch.full((old + 1, HEADS, PAGE, 2 * HEAD_DIM), float("nan"))
             blocks, places = torch.tensor(request["blocks"][:old], dtype=torch.int32), torch.arange(old)
-            reference.read_pages(layer.host, blocks, out, places, 4)
+            reference.read_pages(layer.host, blocks, out, places, 4, layer.exponents)
             expected = self.content(request, layer.index, torch.arange(old * PAGE))
             assert torch.equal(out[:old].transpose(1, 2).flatten(0, 1), expected)
 
@@ -289,15 +306,15 @@ class Schedule:
             assert len(slots.unique()) == len(slots)
             assert torch.equal(residency.slot_unit[slots].long(), held)
             hot = layer.hot[:, :, :PAGE].flatten(0, 1)[residency.first_unit + slots]
-            assert torch.equal(hot, layer.host.flatten(0, 1)[held])
+            assert torch.equal(hot, on_host(layer, held))
 
 
-@pytest.mark.parametrize("part", range(4))
-def test_random_schedules_leave_no_stale_page_and_lose_no_block(part):
-    """1,000 schedules of a pool that is too small: every page read is the one that was written."""
+@pytest.mark.parametrize("host_dtype, part", [*(("auto", part) for part in range(4)), ("fp8", 0)])
+def test_random_schedules_leave_no_stale_page_and_lose_no_block(host_dtype, part):
+    """1,000 schedules of a pool that is too small, and 250 in fp8: every page read is the one that was written."""
     seen: dict[str, int] = {}
     for seed in range(part * 250, part * 250 + 250):
-        schedule = Schedule(seed)
+        schedule = Schedule(seed, host_dtype)
         for _ in range(10):
             if schedule.random.random() < 0.6:
                 schedule.arrive()

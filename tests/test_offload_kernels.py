@@ -7,6 +7,7 @@ import torch
 from cases import DEVICE, DTYPES, TOLERANCE, error
 from offload_cases import assert_consistent, chosen_pages, copy_of, make_store, tail_slots
 from vllm_sparse.kernels import reference
+from vllm_sparse.kernels.reference_offload import kept, to_e4m3
 
 pytest.importorskip("triton")
 from vllm_sparse.kernels import launchers, plan_writes
@@ -17,6 +18,7 @@ from vllm_sparse.offload.residency import Residency
 SHAPES = [(2, 32, 16), (1, 128, 16), (3, 96, 32), (2, 64, 64)]
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "kv{}_d{}_page{}".format(*shape))
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+pools = pytest.mark.parametrize("fp8", [False, True], ids=["as_cache", "fp8"])
 
 
 def slots_of(parts: list, page_size: int) -> torch.Tensor:
@@ -59,10 +61,13 @@ def test_writes_are_planned_as_by_the_twin(page_size, block, monkeypatch):
 
 @shapes
 @dtypes
+@pools
 @pytest.mark.parametrize("summary_rows", [1, 2])
-def test_pages_are_staged_written_and_written_through_as_by_the_twin(shape, dtype, summary_rows):
+def test_pages_are_staged_written_and_written_through_as_by_the_twin(shape, dtype, summary_rows, fp8):
     kv_heads, head_dim, page_size = shape
-    actual = make_store(16, kv_heads, head_dim, page_size, dtype=dtype, max_tokens=400, summary_rows=summary_rows)
+    actual = make_store(
+        16, kv_heads, head_dim, page_size, dtype=dtype, max_tokens=400, summary_rows=summary_rows, fp8=fp8
+    )
     # Some of the blocks had owners whose units are in slots.
     units = torch.arange(0, 16 * kv_heads, 3, device=DEVICE)
     residency = actual.residency
@@ -76,12 +81,14 @@ def test_pages_are_staged_written_and_written_through_as_by_the_twin(shape, dtyp
         key, value = torch.randn(2, len(slots), kv_heads, head_dim, generator=generator).to(dtype).to(DEVICE)
         for run, store in ((launchers, actual), (reference, expected)):
             run.plan_writes(slots, page_size, store.plan)
-            run.stage_pages(store.host, store.summaries, store.plan, len(slots), store.hot)
+            run.stage_pages(store.host, store.summaries, store.plan, len(slots), store.hot, store.exponents)
             staged = store.plan.staged_slots[: len(slots)]
             reference.page_write(key, value, store.hot, staged, page_size, "key_range")
-            run.write_through(store.hot, store.plan, len(slots), store.host, store.summaries, store.residency)
-    assert torch.equal(actual.host, expected.host)
-    for name in ("hot", "summaries"):
+            run.write_through(
+                store.hot, store.plan, len(slots), store.host, store.summaries, store.residency, store.exponents
+            )
+    assert not fp8 or torch.equal(actual.exponents, expected.exponents)
+    for name in ("host", "hot", "summaries"):
         ours, theirs = (getattr(store, name).contiguous().view(torch.int8) for store in (actual, expected))
         assert torch.equal(ours, theirs), name
     for name in ("slot_of", "slot_unit", "last_use"):
@@ -90,9 +97,9 @@ def test_pages_are_staged_written_and_written_through_as_by_the_twin(shape, dtyp
     for unit in units.tolist():
         assert (residency.slot_of[unit].item() == -1) == (unit // kv_heads in written)
     # The host now holds what was written, beside what was there.
-    assert torch.equal(
-        actual.host[4].transpose(0, 1)[:, :, :head_dim], key[len(key) - 4 - 2 * page_size :][:page_size]
-    )
+    found = actual.on_host(4 * kv_heads + torch.arange(kv_heads, device=DEVICE)).transpose(0, 1)[:, :, :head_dim]
+    written = key[len(key) - 4 - 2 * page_size :][:page_size]
+    assert torch.equal(found, written) or (fp8 and error(found, written) < 2**-4)
 
 
 def decode(run, store, table, tails: list[int]) -> None:
@@ -109,16 +116,18 @@ def decode(run, store, table, tails: list[int]) -> None:
         store.counters,
     )
     run.fetch_units(
-        store.host, table, store.plan, store.layer, store.residency, store.misses, store.hot, store.counters
-    )
+        store.host, table, store.plan, store.layer, store.residency, store.misses, store.hot, store.counters,
+        store.exponents,
+    )  # fmt: skip
 
 
 @shapes
 @dtypes
-def test_chosen_units_are_found_or_fetched(shape, dtype):
+@pools
+def test_chosen_units_are_found_or_fetched(shape, dtype, fp8):
     """Steps of three requests, one of them padding; contents, maps and counts after each."""
     kv_heads, head_dim, page_size = shape
-    store = make_store(40, kv_heads, head_dim, page_size, sets=4, dtype=dtype)
+    store = make_store(40, kv_heads, head_dim, page_size, sets=4, dtype=dtype, fp8=fp8)
     twin = copy_of(store)
     generator = torch.Generator().manual_seed(1)
     for step in range(6):
@@ -138,7 +147,7 @@ def test_chosen_units_are_found_or_fetched(shape, dtype):
                 assert torch.equal(table.units[row], wanted[row])
                 continue
             found = table.units[row, : pages - 1]
-            assert torch.equal(store.contents(found), store.host.flatten(0, 1)[wanted[row, : pages - 1].long()])
+            assert torch.equal(store.contents(found), store.on_host(wanted[row, : pages - 1]))
             staged = [0, None, 1][request]
             assert table.units[row, pages - 1].item() == staged * kv_heads + head
             assert (table.units[row, pages:] == 2**30).all()
@@ -190,21 +199,26 @@ def test_the_least_recently_used_slot_is_given_away():
 
 
 @dtypes
+@pools
 @pytest.mark.parametrize("programs", [1, 5, 1000])
-def test_pages_are_read_side_by_side(dtype, programs):
-    source = torch.randn(9, 3, 17, 64, device=DEVICE).to(dtype)
+def test_pages_are_read_side_by_side(dtype, programs, fp8):
+    source, exponents = torch.randn(9, 3, 17, 64, device=DEVICE).to(dtype), None
+    if fp8:
+        source, exponents = to_e4m3(source[:, :, :16])
     blocks = torch.tensor([8, 0, 3, 6, 3], dtype=torch.int32, device=DEVICE)
     places = torch.tensor([5, 1, 0, -1, 3], dtype=torch.int32, device=DEVICE)
     out = torch.full((6, 3, 16, 64), 7.0, dtype=dtype, device=DEVICE)
     expected = out.clone()
-    launchers.read_pages(source, blocks, out, places, programs)
-    reference.read_pages(source, blocks, expected, places, programs)
-    assert torch.equal(out, expected) and (out[[2, 4]] == 7).all() and torch.equal(out[5], source[8, :, :16])
+    launchers.read_pages(source, blocks, out, places, programs, exponents)
+    reference.read_pages(source, blocks, expected, places, programs, exponents)
+    assert torch.equal(out, expected) and (out[[2, 4]] == 7).all()
+    assert torch.equal(out[5], kept(source, exponents, 8, dtype)[:, :16])
 
 
 @dtypes
-def test_decode_attends_to_units_on_the_gpu_and_on_the_host_alike(dtype):
-    store = make_store(40, 2, 64, 16, dtype=dtype)
+@pools
+def test_decode_attends_to_units_on_the_gpu_and_on_the_host_alike(dtype, fp8):
+    store = make_store(40, 2, 64, 16, dtype=dtype, fp8=fp8)
     store.hot.copy_(torch.randn(store.hot.shape).to(dtype))
     table = chosen_pages(store, [[*range(8)], [], [3, 4]], 12)
     table.units[0, :4] = ~table.units[0, :4]
@@ -212,9 +226,9 @@ def test_decode_attends_to_units_on_the_gpu_and_on_the_host_alike(dtype):
     table.units[4, 0] = ~table.units[4, 0]
     q = torch.randn(3, 6, 64, device=DEVICE).to(dtype)
     out = torch.full_like(q, float("nan"))
-    launchers.sparse_decode(q, store.hot, table, 16, 0.125, out, store.host)
+    launchers.sparse_decode(q, store.hot, table, 16, 0.125, out, store.host, store.exponents)
     expected = torch.full_like(q, float("nan"))
-    reference.sparse_decode(q, store.hot, table, 16, 0.125, expected, store.host)
+    reference.sparse_decode(q, store.hot, table, 16, 0.125, expected, store.host, store.exponents)
     assert out[1].isnan().all()
     assert error(out[[0, 2]], expected[[0, 2]]) < TOLERANCE[dtype]
     # By hand: the first row of the first request.
@@ -223,19 +237,26 @@ def test_decode_attends_to_units_on_the_gpu_and_on_the_host_alike(dtype):
     assert error(expected[0, :3], by_hand) < TOLERANCE[dtype]
 
 
-def test_units_past_32_bit_offsets_are_reached():
+@pools
+def test_units_past_32_bit_offsets_are_reached(fp8):
     """Host pages in memory of more than 2**31 elements, of which only those that are read are ever touched."""
     kv_heads, page_size, content = 2, 16, 64
     blocks = 2**31 // (kv_heads * page_size * content) + 2
     host = torch.empty(blocks, kv_heads, page_size, content, dtype=torch.int8, device=DEVICE)
     last = torch.arange(kv_heads * page_size * content, device=DEVICE).to(torch.int8).view(host.shape[1:])
     host[blocks - 1] = last
-    out = torch.zeros(1, *host.shape[1:], dtype=torch.int8, device=DEVICE)
-    page = torch.tensor([blocks - 1], dtype=torch.int32, device=DEVICE)
-    launchers.read_pages(host, page, out, torch.zeros_like(page), 4)
-    assert torch.equal(out[0], last)
     store = make_store(4, sets=1)
     store.host, store.hot = host, store.hot.to(torch.int8)
+    if fp8:
+        last, exponents = to_e4m3(torch.randn(last.shape, device=DEVICE))
+        store.host, store.hot = host.view(torch.float8_e4m3fn), store.hot.float()
+        store.exponents = torch.zeros(blocks, kv_heads, 2, dtype=torch.uint8, device=DEVICE)
+        store.host[blocks - 1], store.exponents[blocks - 1] = last, exponents
+        last = kept(last, exponents, slice(None), torch.float32)
+    out = torch.zeros(1, *host.shape[1:], dtype=store.hot.dtype, device=DEVICE)
+    page = torch.tensor([blocks - 1], dtype=torch.int32, device=DEVICE)
+    launchers.read_pages(store.host, page, out, torch.zeros_like(page), 4, store.exponents)
+    assert torch.equal(out[0], last)
     store.residency = Residency.empty(blocks * kv_heads, 16, store.residency.first_unit, DEVICE)
     table = chosen_pages(store, [[blocks - 1, 0]], 4)
     decode(launchers, store, table, [0])

@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 
 from vllm_sparse.config import ConfigError, SparseConfig
+from vllm_sparse.offload.config import HOST_DTYPES
 from vllm_sparse.offload.sizing import GIB, CacheShape, Split, StepLimits, split_memory
 
 OVERHEAD_GIB = 2.25
@@ -65,10 +66,14 @@ def make_plan(
 ) -> Plan:
     """Share out ``kv_bytes`` of each rank's GPU and ``host_bytes`` of the host of all ``ranks``."""
     heads = max(1, model.kv_heads // ranks)
-    shape = CacheShape(model.layers, heads, model.head_dim, page_size, model.item_bytes, max(1, summary_rows))
+    hot_fraction, host_dtype = "auto", "auto"
+    if config.offload is not None:
+        hot_fraction, host_dtype = config.offload.hot_fraction, config.offload.host_dtype
+    shape = CacheShape(
+        model.layers, heads, model.head_dim, page_size, model.item_bytes, max(1, summary_rows), host_dtype
+    )
     row_bytes = model.layers * heads * shape.row_bytes
     split, refusal = None, ""
-    hot_fraction = config.offload.hot_fraction if config.offload else "auto"
     try:
         split = split_memory(shape, limits, kv_bytes, host_bytes // ranks, hot_fraction)
     except ConfigError as error:
@@ -128,6 +133,9 @@ def add_command(commands) -> None:
     parser.add_argument("model", metavar="MODEL", help="a directory or a hub name, as for `vllm serve`")
     parser.add_argument("--gpu", type=float, required=True, help="memory of each GPU, GiB")
     parser.add_argument("--host", type=float, required=True, help="host memory for K and V, GiB, of all ranks")
+    parser.add_argument(
+        "--host-dtype", choices=HOST_DTYPES, help="how the host stores them; default: as --sparse says"
+    )
     parser.add_argument("--context", type=tokens, default=tokens("128k"), help="--max-model-len, such as 128k")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
     parser.add_argument("--kv-gib", type=float, help="GPU memory for KV as vLLM logs it; default: estimated")
@@ -159,7 +167,9 @@ def run(args: argparse.Namespace) -> None:
     except json.JSONDecodeError as error:
         raise ConfigError(f"--sparse: not valid JSON ({error})") from None
     if isinstance(settings, dict):
-        settings.setdefault("offload", {})
+        offload = settings.setdefault("offload", {})
+        if args.host_dtype and isinstance(offload, dict):
+            offload["host_dtype"] = args.host_dtype
     config = SparseConfig.from_mapping(settings, "--sparse")
     config.check_page_size(args.block_size)
     model, ranks = read_model(args.model, args.dtype, args.trust_remote_code), args.tensor_parallel_size
@@ -214,7 +224,8 @@ def print_plan(args: argparse.Namespace, model: Model, plan: Plan, limits: StepL
     ranks = args.tensor_parallel_size
     host = split.num_blocks * shape.host_page_bytes * ranks / GIB
     print(
-        f"with offload         {host:.2f} GiB of the host hold K and V; each GPU holds "
+        f"with offload         {host:.2f} GiB of the host hold K and V{' in fp8' if shape.in_fp8 else ''}; "
+        f"each GPU holds "
         f"{split.num_blocks * shape.gpu_block_bytes / GIB:.2f} GiB of summaries, "
         f"{split.slots_per_layer * shape.layers * shape.slot_bytes / GIB:.2f} GiB of hot units "
         f"({100 * plan.hot_share:.1f}% of all), {limits.fixed_bytes(shape) / GIB:.2f} GiB of buffers"

@@ -21,7 +21,7 @@ from vllm_sparse.engines import OFFLOAD_ORDER, PREFILL_ORDER, choose_engine
 from vllm_sparse.engines.base import AttentionShape
 from vllm_sparse.head_patterns import HeadPatterns
 from vllm_sparse.offload.store import OffloadedLayer
-from vllm_sparse.page_table import summaries_as_pages
+from vllm_sparse.page_table import PageTable, summaries_as_pages
 from vllm_sparse.pattern_table import PatternTable
 from vllm_sparse.policies import get_decode_policy, get_prefill_policy
 from vllm_sparse.prefill import SparsePrefill
@@ -29,6 +29,9 @@ from vllm_sparse.prefill_buffers import PrefillBuffers
 from vllm_sparse.summaries import summary_rows
 
 logger = logging.getLogger("vllm.vllm_sparse")
+
+MOST_IN_PLACE = 1 << 22
+"""Units that are read on the host by one launch where whole contexts are: what its page table holds."""
 
 
 class SparseImpl(AttentionImpl[SparseMetadata]):
@@ -257,7 +260,12 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
             return output
         query, out, block_table = query[:decodes], output[:decodes], md.block_table[:decodes]
         if md.dense_short is not None:
-            self.dense.attend(layer, query, key[:decodes], value[:decodes], offloaded.host, md.dense_short, out)
+            if offloaded.exponents is None:
+                self.dense.attend(
+                    layer, query, key[:decodes], value[:decodes], offloaded.host, md.dense_short, out
+                )
+            else:
+                self._attend_whole(query, block_table, md.plan.dense_seq_lens, out)
         pages = summaries_as_pages(summaries, self.page_size)
         self.policy.score(query, pages, block_table, md.plan, self.page_size, self.scale, md.scores)
         self.kernels.select_pages(
@@ -266,5 +274,20 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
             self.head_pages,
         )  # fmt: skip
         offloaded.bring(md.table)
-        self.engine.attend(query, offloaded.hot, md.table, self.page_size, self.scale, out, offloaded.host)
+        self._attend_on_host(query, md.table, out)
         return output
+
+    def _attend_on_host(self, query: torch.Tensor, table: PageTable, out: torch.Tensor) -> None:
+        offloaded = self.offloaded
+        self.engine.attend(
+            query, offloaded.hot, table, self.page_size, self.scale, out, offloaded.host, offloaded.exponents
+        )
+
+    def _attend_whole(self, query, block_table: torch.Tensor, seq_lens: torch.Tensor, out: torch.Tensor) -> None:
+        """Rows that cannot be scored, where no dense backend can read the host: every page of them, in place."""
+        heads = torch.arange(self.num_kv_heads, dtype=torch.int32, device=query.device)
+        requests = max(1, MOST_IN_PLACE // (self.num_kv_heads * block_table.shape[1]))
+        for rows in (slice(at, at + requests) for at in range(0, len(query), requests)):
+            units = block_table[rows, None, :] * self.num_kv_heads + heads[:, None]
+            lengths = seq_lens[rows, None].expand(-1, self.num_kv_heads)
+            self._attend_on_host(query[rows], PageTable(~units.flatten(0, 1), lengths.flatten()), out[rows])

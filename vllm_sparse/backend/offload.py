@@ -63,7 +63,7 @@ def _config(worker: Any) -> SparseConfig | None:
     return config if config.offload is not None else None
 
 
-def _shape(specs: dict[str, Any]) -> CacheShape:
+def _shape(specs: dict[str, Any], config: SparseConfig) -> CacheShape:
     """The cache of a worker's layers, all of which must offload.
 
     Raises:
@@ -85,6 +85,7 @@ def _shape(specs: dict[str, Any]) -> CacheShape:
         page_size=spec.block_size,
         item_bytes=spec.dtype.itemsize,
         summary_rows=spec.summary_rows,
+        host_dtype=config.offload.host_dtype,
     )
 
 
@@ -114,7 +115,7 @@ def available_memory(worker: Any, gpu_bytes: int) -> int:
     config = _config(worker)
     if config is None:
         return gpu_bytes
-    shape = _shape(worker.get_kv_cache_spec())
+    shape = _shape(worker.get_kv_cache_spec(), config)
     limits = _limits(worker.vllm_config, config, shape.page_size)
     split = sizing.split_memory(
         shape, limits, gpu_bytes, _host_bytes(worker.vllm_config, config), config.offload.hot_fraction
@@ -129,7 +130,7 @@ def build_store(worker: Any, kv_cache_config: Any) -> None:
     if config is None:
         return
     specs = worker.get_kv_cache_spec()
-    shape, vllm_config = _shape(specs), worker.vllm_config
+    shape, vllm_config = _shape(specs, config), worker.vllm_config
     if len(kv_cache_config.kv_cache_groups) != 1:
         raise ConfigError("sparse.offload: vLLM grouped this model's layers, which share one pool of blocks")
     hashed = getattr(kv_cache_config, "hash_block_size", None)
@@ -153,11 +154,11 @@ def build_store(worker: Any, kv_cache_config: Any) -> None:
     layers = vllm_config.compilation_config.static_forward_context
     for name, offloaded in zip(specs, store.layers, strict=True):
         layers[name].impl.offloaded = offloaded
-    metrics.track_hot_set(store.counters, shape.unit_bytes)
+    metrics.track_hot_set(store.counters, shape.host_unit_bytes)
     slots = split.slots_per_layer * shape.layers
     logger.info(
-        "sparse attention: offload: %.2f GiB of host memory for %d tokens of context, hot set of %.2f GiB "
+        "sparse attention: offload: %.2f GiB of host memory%s for %d tokens of context, hot set of %.2f GiB "
         "(%.1f%% of it)",
-        store.pool.num_bytes / GIB, split.tokens(shape.page_size), slots * shape.slot_bytes / GIB,
-        100 * slots / (num_blocks * shape.layers * shape.kv_heads),
+        store.pool.num_bytes / GIB, " in fp8" if shape.in_fp8 else "", split.tokens(shape.page_size),
+        slots * shape.slot_bytes / GIB, 100 * slots / (num_blocks * shape.layers * shape.kv_heads),
     )  # fmt: skip

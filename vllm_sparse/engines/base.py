@@ -45,6 +45,7 @@ class Engine(ABC):
         scale: float,
         out: torch.Tensor,
         host: torch.Tensor | None = None,
+        exponents: torch.Tensor | None = None,
     ) -> None:
         """Write the attention of each query over its pages to ``out``.
 
@@ -57,6 +58,7 @@ class Engine(ABC):
             out: [num_reqs, q_heads, head_dim], the dtype of ``q``.
             host: [num_blocks, kv_heads, page_size, 2 * head_dim], where a unit below 0 is unit ``~unit`` of it;
                 given to the engines of ``OFFLOAD_ORDER`` only.
+            exponents: uint8 [num_blocks, kv_heads, 2], where ``host`` is e4m3.
         """
 
     def attend_blocks(

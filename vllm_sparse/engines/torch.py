@@ -13,8 +13,8 @@ class TorchEngine(Engine):
     def unsupported(cls, shape: AttentionShape) -> str | None:
         return None
 
-    def attend(self, q, kv, table, page_size, scale, out, host=None):
-        reference.sparse_decode(q, kv, table, page_size, scale, out, host)
+    def attend(self, q, kv, table, page_size, scale, out, host=None, exponents=None):
+        reference.sparse_decode(q, kv, table, page_size, scale, out, host, exponents)
 
     def attend_blocks(self, q, kv, table, page_size, scale, out, scratch):
         reference.sparse_prefill(q, kv, table, page_size, scale, out)

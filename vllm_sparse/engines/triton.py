@@ -14,7 +14,7 @@ class TritonEngine(Engine):
             return f"needs a GPU, and this is {shape.device.type}"
         return None
 
-    def attend(self, q, kv, table, page_size, scale, out, host=None):
+    def attend(self, q, kv, table, page_size, scale, out, host=None, exponents=None):
         from vllm_sparse.kernels.sparse_decode import sparse_decode
 
-        sparse_decode(q, kv, table, page_size, scale, out, host)
+        sparse_decode(q, kv, table, page_size, scale, out, host, exponents)

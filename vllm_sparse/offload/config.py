@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+HOST_DTYPES = ("auto", "fp8")
+
 
 @dataclass(frozen=True)
 class OffloadConfig:
@@ -16,6 +18,9 @@ class OffloadConfig:
     hot_fraction: float | str = "auto"
     """Share of the GPU's KV memory for hot units, the rest for summaries; ``auto``: what the summaries of
     the whole host pool leave, and at least a quarter."""
+    host_dtype: str = "auto"
+    """How K and V are stored on the host: ``auto``, as in the cache, or ``fp8``: e4m3 with one exponent for K and
+    one for V of a unit (:mod:`vllm_sparse.kernels.e4m3`), which is not exact."""
 
     def __post_init__(self) -> None:
         from vllm_sparse.config import ConfigError
@@ -28,6 +33,8 @@ class OffloadConfig:
             number = type(value) in (int, float) and good(value)
             if value != "auto" and not number:
                 raise ConfigError(f"sparse.offload.{name}: {value!r}; allowed: {allowed}")
+        if self.host_dtype not in HOST_DTYPES:
+            raise ConfigError(f"sparse.offload.host_dtype: {self.host_dtype!r}; allowed: {', '.join(HOST_DTYPES)}")
 
     @classmethod
     def from_mapping(cls, values: Any, source: str) -> OffloadConfig:

@@ -47,8 +47,10 @@ class ContextReader:
     those of the next layer. Prefill steps are never part of a CUDA graph.
     """
 
-    def __init__(self, max_pages: int, hosts: list[torch.Tensor], hot: torch.Tensor):
-        self.hosts, self.hot = hosts, hot
+    def __init__(
+        self, max_pages: int, hosts: list[torch.Tensor], hot: torch.Tensor, exponents: list[torch.Tensor | None]
+    ):
+        self.hosts, self.hot, self.exponents = hosts, hot, exponents
         self.buffers = [
             torch.zeros(max_pages, *hosts[0].shape[1:], dtype=hot.dtype, device=hot.device) for _ in range(2)
         ]
@@ -71,7 +73,7 @@ class ContextReader:
             self._read_old(layer, run, buffer)
         elif run.late_places is not None:
             # What was read ahead was read before this layer's writes.
-            self.kernels.read_pages(self.hosts[layer], run.old_blocks, buffer, run.late_places, LINK_PROGRAMS)
+            self._read_from_host(layer, run, buffer, run.late_places)
         self._ahead = None
         following = (layer, index + 1) if index + 1 < len(runs) else (layer + 1, 0)
         self.turn = 1 - self.turn
@@ -88,4 +90,9 @@ class ContextReader:
         return self._ahead is not None and self._ahead[0] == layer and self._ahead[1] is run
 
     def _read_old(self, layer: int, run: ContextRun, buffer: torch.Tensor) -> None:
-        self.kernels.read_pages(self.hosts[layer], run.old_blocks, buffer, run.old_places, LINK_PROGRAMS)
+        self._read_from_host(layer, run, buffer, run.old_places)
+
+    def _read_from_host(self, layer: int, run: ContextRun, buffer: torch.Tensor, places: torch.Tensor) -> None:
+        self.kernels.read_pages(
+            self.hosts[layer], run.old_blocks, buffer, places, LINK_PROGRAMS, self.exponents[layer]
+        )

@@ -33,13 +33,14 @@ class HostPool:
     """
 
     def __init__(self, shape: CacheShape, num_blocks: int, dtype: torch.dtype, device: torch.device):
-        """Allocate and pin.
+        """Allocate and pin; ``dtype`` is that of the cache, which may be stored smaller (``shape.host_dtype``).
 
         Raises:
             ConfigError: the host gave or pinned less than all of it; everything is given back first.
         """
         self.pages = (num_blocks, shape.kv_heads, shape.page_size, 2 * shape.head_dim)
-        size = num_blocks * shape.kv_heads * shape.unit_bytes
+        kept = torch.float8_e4m3fn if shape.in_fp8 else dtype
+        size = num_blocks * shape.kv_heads * shape.host_unit_bytes
         self._pinned: dict[int, int] = {}  # bytes by address
         self._memory: list[mmap.mmap] = []
         # Where an engine ends in a process that goes on. At exit the driver lets go of everything itself.
@@ -49,7 +50,7 @@ class HostPool:
         try:
             for _ in range(shape.layers):
                 self._memory.append(_anonymous_memory(size))
-            hosts = [torch.frombuffer(memory, dtype=dtype).view(self.pages) for memory in self._memory]
+            hosts = [torch.frombuffer(memory, dtype=kept).view(self.pages) for memory in self._memory]
             if device.type != "cpu":
                 self._pin(hosts)
                 hosts = [view_from_device(host) for host in hosts]

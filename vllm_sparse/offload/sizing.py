@@ -15,6 +15,8 @@ SLOT_STATE_BYTES = 8
 """Per slot: the unit it holds and when it was last used."""
 MAP_BYTES = 4
 """Per unit of the pool: the slot that holds it."""
+EXPONENT_BYTES = 2
+"""Per unit of a pool in fp8: those of its K and its V."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class CacheShape:
     page_size: int
     item_bytes: int
     summary_rows: int
+    host_dtype: str = "auto"
+    """See :class:`vllm_sparse.offload.config.OffloadConfig`."""
 
     @property
     def row_bytes(self) -> int:
@@ -35,8 +39,17 @@ class CacheShape:
 
     @property
     def unit_bytes(self) -> int:
-        """K and V of a page of one KV head: what a decode step moves."""
+        """K and V of a page of one KV head, on the GPU."""
         return self.page_size * self.row_bytes
+
+    @property
+    def in_fp8(self) -> bool:
+        return self.host_dtype == "fp8"
+
+    @property
+    def host_unit_bytes(self) -> int:
+        """The same on the host: what a decode step moves."""
+        return self.unit_bytes // self.item_bytes if self.in_fp8 else self.unit_bytes
 
     @property
     def slot_bytes(self) -> int:
@@ -46,7 +59,7 @@ class CacheShape:
     @property
     def host_page_bytes(self) -> int:
         """Host memory of a block: its K and V in all layers."""
-        return self.layers * self.kv_heads * self.unit_bytes
+        return self.layers * self.kv_heads * self.host_unit_bytes
 
     @property
     def gpu_block_bytes(self) -> int:
@@ -55,8 +68,8 @@ class CacheShape:
 
     @property
     def map_block_bytes(self) -> int:
-        """What residency needs for a block on the GPU."""
-        return self.layers * self.kv_heads * MAP_BYTES
+        """What is known of a block's units on the GPU."""
+        return self.layers * self.kv_heads * (MAP_BYTES + (EXPONENT_BYTES if self.in_fp8 else 0))
 
 
 @dataclass(frozen=True)

@@ -37,9 +37,16 @@ class OffloadStore:
         self.misses = torch.zeros(units, dtype=torch.int32, device=device)
         self.counters = torch.zeros(3, dtype=torch.int64, device=device)
         """Running totals of all layers: units looked for, fetched into slots, read from the host in place."""
-        self.contexts = ContextReader(limits.context_pages(shape.page_size), self.pool.layers, self.hot)
+        units = (split.num_blocks, shape.kv_heads, 2)
+        exponents = [
+            torch.zeros(units, dtype=torch.uint8, device=device) if shape.in_fp8 else None
+            for _ in range(shape.layers)
+        ]
+        self.contexts = ContextReader(limits.context_pages(shape.page_size), self.pool.layers, self.hot, exponents)
         self.layers = [
-            OffloadedLayer(self, index, self.pool.layers[index], self._residency(index, staged, device))
+            OffloadedLayer(
+                self, index, self.pool.layers[index], self._residency(index, staged, device), exponents[index]
+            )
             for index in range(shape.layers)
         ]
 
@@ -57,6 +64,8 @@ class OffloadedLayer:
     host: torch.Tensor
     """[num_blocks, kv_heads, page_size, 2 * head_dim]: K and V of all blocks."""
     residency: Residency
+    exponents: torch.Tensor | None
+    """uint8 [num_blocks, kv_heads, 2], on the GPU, of a host in e4m3: a link to the host moves codes alone."""
 
     @property
     def hot(self) -> torch.Tensor:
@@ -84,9 +93,9 @@ class OffloadedLayer:
         page_size = store.shape.page_size
         if self.index == 0:
             run.plan_writes(slot_mapping, page_size, store.plan)
-        run.stage_pages(self.host, summaries, store.plan, num_tokens, store.hot)
+        run.stage_pages(self.host, summaries, store.plan, num_tokens, store.hot, self.exponents)
         run.page_write(key, value, store.hot, store.plan.staged_slots[:num_tokens], page_size, summary)
-        run.write_through(store.hot, store.plan, num_tokens, self.host, summaries, self.residency)
+        run.write_through(store.hot, store.plan, num_tokens, self.host, summaries, self.residency, self.exponents)
 
     def bring(self, table: PageTable) -> None:
         """Turn the chosen units of ``table`` into places in the hot store, fetching those that it lacks.
@@ -99,5 +108,6 @@ class OffloadedLayer:
             store.misses, store.counters,
         )  # fmt: skip
         run.fetch_units(
-            self.host, table, store.plan, self.index, self.residency, store.misses, store.hot, store.counters
-        )
+            self.host, table, store.plan, self.index, self.residency, store.misses, store.hot, store.counters,
+            self.exponents,
+        )  # fmt: skip
