@@ -4,6 +4,7 @@ from vllm_sparse.kernels.antidiagonal_score import antidiagonal_score
 from vllm_sparse.kernels.fetch_units import fetch_units
 from vllm_sparse.kernels.find_slots import find_slots
 from vllm_sparse.kernels.fixed_pattern import fixed_pattern
+from vllm_sparse.kernels.frozen_score import frozen_score
 from vllm_sparse.kernels.guard_mass import guard_mass
 from vllm_sparse.kernels.index_score import random_score, recency_score
 from vllm_sparse.kernels.page_mass import page_mass
@@ -31,6 +32,7 @@ __all__ = [
     "fetch_units",
     "find_slots",
     "fixed_pattern",
+    "frozen_score",
     "guard_mass",
     "page_mass",
     "page_write",
