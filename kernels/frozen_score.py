@@ -7,10 +7,12 @@
                count + age[p]           of all others
     score[p] = -rank[p] / 1024,  and with ``stop`` 32 less from rank ``budget`` on
 
-Ranks are all different, and 65,535 of them keep their order through a softmax in float32.
+Ranks are all different, and 65,536 of them keep their order through a softmax in float32.
+
+Without a list all pages are ranked by age.
 
 A list is in the summary row of the page that holds the last token of a chunk of prefill
-(:mod:`vllm_sparse.freeze`), whose header names the page itself. Pages that decoding fills carry its number on:
+(:mod:`vllm_sparse.freeze`), whose header names the page itself; page 0 counts as one that lists nothing. Pages that decoding fills carry its number on:
 the step that writes the first token of a page copies it from the page before, so nothing is searched. Only
 where that page knows of no list (a prompt whose last token alone was not in the prefix cache) is the nearest
 one sought, page by page. Rows that are not scored carry on too.
@@ -34,9 +36,9 @@ PAST_BUDGET = 32.0
 
 @triton.jit
 def _headers(lists, block_row, pages, kv_stride_b):
-    """What the headers of ``pages`` say, int32; 65535 of pages before the first."""
-    blocks = tl.load(block_row + pages, mask=pages >= 0, other=0).to(tl.int64)
-    return tl.load(lists + blocks * kv_stride_b, mask=pages >= 0, other=-1).to(tl.int32) & 0xFFFF
+    """What the headers of ``pages`` say, int32."""
+    blocks = tl.load(block_row + pages).to(tl.int64)
+    return tl.load(lists + blocks * kv_stride_b).to(tl.int32) & 0xFFFF
 
 
 @triton.jit
@@ -55,28 +57,27 @@ def _frozen_score(
     block_row = block_table + request.to(tl.int64) * table_stride
     lists += head.to(tl.int64) * kv_stride_h
     last, row = (seq_len - 1) // PAGE, (seq_len - 1) % PAGE
-    known = tl.where(row == 0, last - 1, last)
-    hint = _headers(lists, block_row, known, kv_stride_b)
-    hint = tl.where(hint <= known, hint, -1)
-    anchor = tl.where(_headers(lists, block_row, hint, kv_stride_b) == hint, hint, -1)
-    sought = tl.where(anchor < 0, known, -1)
+    known = tl.maximum(tl.where(row == 0, last - 1, last), 0)
+    anchor = tl.minimum(_headers(lists, block_row, known, kv_stride_b), known)
+    is_list = (anchor == 0) | (_headers(lists, block_row, anchor, kv_stride_b) == anchor)
+    sought = tl.where(is_list, -1, known)
     while sought >= 0:
-        pages = sought - tl.arange(0, CHUNK)
-        found = (_headers(lists, block_row, pages, kv_stride_b) == pages) & (pages >= 0)
-        anchor = tl.max(tl.where(found, pages, -1), axis=0)
+        # Page 0 ends the search.
+        pages = tl.maximum(sought - tl.arange(0, CHUNK), 0)
+        is_list = (pages == 0) | (_headers(lists, block_row, pages, kv_stride_b) == pages)
+        anchor = tl.max(tl.where(is_list, pages, -1), axis=0)
         sought = tl.where(anchor < 0, sought - CHUNK, -1)
-    if (row == 0) & (split == 0) & (anchor >= 0):
+    if (row == 0) & (split == 0) & (last > 0):
         block = tl.load(block_row + last).to(tl.int64)
         tl.store(lists + block * kv_stride_b, anchor.to(tl.int16))
     if offset < 0:
         return
-    block = tl.load(block_row + tl.maximum(anchor, 0)).to(tl.int64)
-    entry = lists + block * kv_stride_b
-    count = tl.load(entry + 1, mask=anchor >= 0, other=0).to(tl.int32) & 0xFFFF
-    budget = tl.load(entry + 2, mask=anchor >= 0, other=0).to(tl.int32) & 0xFFFF
-    recent = tl.where(anchor >= 0, tl.minimum(last - anchor, budget // 2), 0)
+    entry = lists + tl.load(block_row + anchor).to(tl.int64) * kv_stride_b
+    count = tl.load(entry + 1).to(tl.int32) & 0xFFFF
+    budget = tl.load(entry + 2).to(tl.int32) & 0xFFFF
+    recent = tl.minimum(last - anchor, budget // 2)
     place = tl.arange(0, LISTED)
-    listed = tl.load(entry + HEADER + place, mask=place < count, other=-1).to(tl.int32) & 0xFFFF
+    listed = tl.load(entry + HEADER + place, mask=place < count, other=0).to(tl.int32) & 0xFFFF
     num_pages = last + 1
     group = tl.arange(0, GROUP_PAD)
     member = group < GROUP
@@ -84,12 +85,12 @@ def _frozen_score(
     for chunk in range(split, (num_pages + CHUNK - 1) // CHUNK, tl.num_programs(0)):
         pages = chunk * CHUNK + tl.arange(0, CHUNK)
         age = last - pages
-        at = tl.min(tl.where(listed[None, :] == pages[:, None], place[None, :], LISTED), axis=1)
+        at = tl.min(tl.where((listed[None, :] == pages[:, None]) & (place < count)[None, :], place[None, :], LISTED), axis=1)
         rank = tl.where(at < LISTED, recent + at, count + age)
         rank = tl.where(age < recent, age, rank)
         score = rank.to(tl.float32) * -RANK_STEP
         if STOP:
-            score = tl.where((anchor >= 0) & (rank >= budget), score - PAST_BUDGET, score)
+            score = tl.where(rank >= budget, score - PAST_BUDGET, score)
         top, total = tl.full([GROUP_PAD], float("-inf"), tl.float32), tl.zeros([GROUP_PAD], tl.float32)
         block_of_scores = tl.zeros([GROUP_PAD, CHUNK], tl.float32) + score[None, :]
         top, total = store_scores(values, block_of_scores, heads, member, offset, pages, pages < num_pages,
@@ -109,7 +110,7 @@ def frozen_score(
 
     Args:
         kv: [num_blocks, kv_heads, page_size + 1, 2 * head_dim], its summaries ``frozen``.
-        block_table: int32 [num_reqs, max_pages], at most 65,535 wide.
+        block_table: int32 [num_reqs, max_pages], at most 65,536 wide.
         plan: this step's routing; rows that are not scored only carry on.
         page_size: tokens per page.
         scores: where to write.

@@ -13,7 +13,7 @@ Bit i of a scale is the lowest bit of channel i of what it scales, i < 16: those
 even or odd numbers as it says. Scales beside the row cost a second memory access of every page,
 which took scoring a fifth longer.
 
-A page of summary "frozen" starts with no list (-1), and keeps what :mod:`vllm_sparse.freeze` puts there.
+A page of summary "frozen" starts with no list, and keeps what :mod:`vllm_sparse.freeze` puts there.
 
 Sketches of keys (:mod:`vllm_sparse.kernels.sketch_write`) take the same place, one per tile of 16 rows.
 
@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from vllm_sparse.kernels.sketch_write import STEP, write_sketch
 
-from vllm_sparse.summaries import FROZEN, SKETCH_BITS, TILE_TOKENS, SketchLayout, summary_rows
+from vllm_sparse.summaries import FROZEN, NO_LIST, SKETCH_BITS, TILE_TOKENS, SketchLayout, summary_rows
 
 SCALE_BITS = 16
 LEVELS = 125.9
@@ -57,7 +57,7 @@ def _page_write(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
     SKETCH_BITS: tl.constexpr, TILE_BYTES: tl.constexpr,
     ITEM_BYTES: tl.constexpr, SCALE_BITS: tl.constexpr, LEVELS: tl.constexpr, SMALLEST: tl.constexpr,
-    STEP: tl.constexpr, LISTS: tl.constexpr,
+    STEP: tl.constexpr, LISTS: tl.constexpr, NO_LIST: tl.constexpr,
 ):  # fmt: skip
     token, head = tl.program_id(0), tl.program_id(1)
     dims = tl.arange(0, BLOCK_D)
@@ -74,7 +74,8 @@ def _page_write(
     tl.store(kv + page + row * kv_stride_r + HEAD_DIM + dims, v, mask=in_head)
     if LISTS:
         if row == 0:
-            tl.store(kv_words + (page + PAGE * kv_stride_r) * ITEM_BYTES // 4, -1)
+            word = tl.arange(0, 2)
+            tl.store(kv_words + (page + PAGE * kv_stride_r) * ITEM_BYTES // 4 + word, tl.where(word == 0, NO_LIST, 0))
     if TILE == 0:
         return
     if (before < 0) | (before // TILE != slot // TILE):
@@ -156,6 +157,6 @@ def page_write(
         kv.stride(0), kv.stride(1), kv.stride(2),
         HEAD_DIM=head_dim, BLOCK_D=width, PAGE=page_size, TILE=tile, SKETCH_BITS=bits, TILE_BYTES=tile_bytes,
         ITEM_BYTES=kv.element_size(), SCALE_BITS=SCALE_BITS, LEVELS=LEVELS, SMALLEST=SMALLEST, STEP=STEP,
-        LISTS=summary == FROZEN,
+        LISTS=summary == FROZEN, NO_LIST=NO_LIST,
         num_warps=num_warps,
     )  # fmt: skip

@@ -20,6 +20,7 @@ from vllm_sparse.kernels.reference_prefill import (  # noqa: F401
     antidiagonal_score,
     fixed_pattern,
     hash_uniform,
+    list_pages,
     pattern_distance,
     pooled_score,
     prefill_table,
@@ -35,7 +36,7 @@ from vllm_sparse.decode_plan import NOT_LISTED, DecodePlan
 from vllm_sparse.guard import Guard
 from vllm_sparse.page_scores import CHUNK_PAGES, PageScores
 from vllm_sparse.page_table import PageTable, single_head_pages, units_per_block
-from vllm_sparse.summaries import FROZEN, FROZEN_HEADER, SKETCH_BITS, TILE_TOKENS, SketchLayout
+from vllm_sparse.summaries import FROZEN, FROZEN_HEADER, NO_LIST, SKETCH_BITS, TILE_TOKENS, SketchLayout
 
 SCALE_BITS, SCALE_LEVELS, SMALLEST_SCALE = 16, 125.9, 1e-7
 RANK_STEP, PAST_BUDGET = 2.0**-10, 32.0
@@ -59,7 +60,8 @@ def page_write(
     if summary in SKETCH_BITS:
         write_sketches(kv, slots, page_size, summary)
     if summary == FROZEN:
-        kv.view(torch.int32)[blocks[rows == 0], :, page_size, 0] = -1
+        empty = torch.tensor([NO_LIST, 0], dtype=torch.int32, device=kv.device)
+        kv.view(torch.int32)[:, :, page_size, :2][blocks[rows == 0]] = empty
     if summary != "key_range":
         return
     head_dim = key.shape[-1]
@@ -236,23 +238,19 @@ def frozen_score(
         values = torch.empty(kv_heads, last + 1, dtype=torch.float32, device=kv.device)
         for head in range(kv_heads):
             headers = lists[blocks, head, 0].int() & 0xFFFF
-            anchor = _anchor(headers, last if row else last - 1)
-            if row == 0 and anchor >= 0:
+            anchor = _anchor(headers, last if row else max(0, last - 1))
+            if row == 0 and last > 0:
                 lists[blocks[last], head, 0] = headers.new_tensor(anchor).to(torch.int16)
             if offsets[request] < 0:
                 continue
-            count = budget = recent = 0
-            rank = age
-            if anchor >= 0:
-                entry = lists[blocks[anchor], head].int() & 0xFFFF
-                count, budget = entry[1:FROZEN_HEADER].tolist()
-                recent = min(last - anchor, budget // 2)
-                rank = torch.where(age < recent, age, count + age)
-                rank[entry[FROZEN_HEADER : FROZEN_HEADER + count].long()] = recent + torch.arange(
-                    count, device=kv.device
-                )
+            entry = lists[blocks[anchor], head].int() & 0xFFFF
+            count, budget = entry[1:FROZEN_HEADER].tolist()
+            recent = min(last - anchor, budget // 2)
+            rank = torch.where(age < recent, age, count + age)
+            listed = entry[FROZEN_HEADER : FROZEN_HEADER + count].long()
+            rank[listed] = recent + torch.arange(count, device=kv.device)
             values[head] = -RANK_STEP * rank
-            if stop and anchor >= 0:
+            if stop:
                 values[head, rank >= budget] -= PAST_BUDGET
         if offsets[request] >= 0:
             group = scores.q_heads // kv_heads
@@ -260,14 +258,12 @@ def frozen_score(
 
 
 def _anchor(headers: torch.Tensor, last: int) -> int:
-    """The page up to ``last`` whose list counts, from what each page's header says; -1: none."""
-    if last < 0:
-        return -1
+    """The page up to ``last`` whose list counts, from what each page's header says."""
     hint = int(headers[last])
-    if hint <= last and int(headers[hint]) == hint:
+    if hint == 0 or hint <= last and int(headers[hint]) == hint:
         return hint
     lists = torch.nonzero(headers[: last + 1] == torch.arange(last + 1, device=headers.device))
-    return int(lists[-1]) if len(lists) else -1
+    return int(lists[-1]) if len(lists) else 0
 
 
 def select_pages(

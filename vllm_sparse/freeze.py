@@ -19,16 +19,14 @@ from vllm_sparse import kernels
 from vllm_sparse.config import ConfigError, SparseConfig
 from vllm_sparse.probe import PROBE_TOKENS, probe_groups, probe_parts
 from vllm_sparse.query_blocks import QueryBlocks
-from vllm_sparse.summaries import FROZEN_HEADER, list_capacity
+from vllm_sparse.summaries import list_capacity
 
-MAX_PAGES = 65535
-"""Page numbers are stored in 16 bits, of which one value means none."""
+MAX_PAGES = 65536
+"""Page numbers are stored in 16 bits."""
 PARTS_BYTES = 32 << 20
 PROBE_SPLITS = 64
 LEAST_SHARE = 0.25
 """Of a mean budget, which every head gets where heads share theirs; Ada-KV calls it a safeguard."""
-ALWAYS = 1e6
-"""Stands above any mass: there are at most 64 queries of each head."""
 
 
 @dataclass
@@ -98,52 +96,25 @@ class Freeze:
             block_table: int32 [num_reqs, max_pages].
             chunk: queries of one request.
         """
-        page_size, kv_heads = self.buffers.page_size, kv.shape[1]
-        pages, blocks = chunk.num_pages(page_size), block_table[chunk.request]
-        capacity = list_capacity(kv.shape[3] // 2, kv.element_size())
-        held = self._masses(q[chunk.tokens()], kv, blocks, chunk, max(pages, capacity))
-        masses, order = held.topk(capacity, dim=1)
-        entry = torch.empty(kv_heads, FROZEN_HEADER + capacity, dtype=torch.int32, device=kv.device)
-        entry[:, 0] = pages - 1
-        entry[:, 1] = (masses >= 0).sum(1)
-        entry[:, 2] = self._budgets(masses)
-        entry[:, FROZEN_HEADER:] = order
-        kv.view(torch.int16)[:, :, page_size][blocks[pages - 1 : pages].long()] = entry.to(torch.int16)[None]
-
-    def _masses(self, q, kv, blocks, chunk: QueryBlocks, width: int) -> torch.Tensor:
-        """What each KV head's queries attend to, float32 [kv_heads, width]; -1 of pages that are not listed."""
-        page_size, pages = self.buffers.page_size, chunk.num_pages(self.buffers.page_size)
-        held = torch.full((kv.shape[1], width), -1.0, dtype=torch.float32, device=kv.device)
-        if chunk.end_position < PROBE_TOKENS:
-            held[:, :pages] = 0
-        else:
-            mass = self.buffers.masses(chunk)
-            kernels.for_device(q.device).probe_mass(
-                q, kv, blocks, chunk, page_size, self.scale, self.buffers.part_lse, self.buffers.parts, mass
+        run, buffers, page_size = kernels.for_device(q.device), self.buffers, self.buffers.page_size
+        blocks, mass = block_table[chunk.request], None
+        if chunk.end_position >= PROBE_TOKENS:
+            mass = buffers.masses(chunk)
+            run.probe_mass(
+                q[chunk.tokens()], kv, blocks, chunk, page_size, self.scale, buffers.part_lse, buffers.parts, mass
             )
-            torch.sum(mass.view(kv.shape[1], -1, pages), 1, out=held[:, :pages])
-        window = max(0, chunk.end_position - max(1, self.window_tokens)) // page_size
-        held[:, window:pages] = ALWAYS + torch.arange(pages - window, device=kv.device)
-        held[:, : self.sink_pages] = -1
-        return held
+        mean, least, most = self._budgets()
+        run.list_pages(mass, kv, blocks, chunk, page_size, self.sink_pages, self.window_tokens, mean, least, most)
 
-    def _budgets(self, masses: torch.Tensor) -> torch.Tensor | int:
-        """Pages for each KV head beside the sinks, from the descending ``masses`` of its list."""
+    def _budgets(self) -> tuple[int, int, int]:
+        """Pages beside the sinks: in the mean of all KV heads, and the least and most of any."""
         mean = self.budget_pages - self.sink_pages
         if not self.shares:
-            return mean
-        kv_heads, listed = masses.shape
+            return mean, mean, mean
+        # So many at least that the window is within the half that recent pages can have.
         window_pages = -(-self.window_tokens // self.buffers.page_size) + 1
-        # So that the window is within the half that recent pages can have.
         least = min(mean, max(int(LEAST_SHARE * mean), 2 * window_pages))
-        wanted = torch.nn.functional.pad(masses, (0, max(0, mean - listed)), value=-1.0)
-        # Where there are no more pages to list, heads take as many alike.
-        place = torch.arange(wanted.shape[1], device=masses.device)
-        wanted = torch.where(wanted < 0, -1.0 - place, wanted)
-        wanted[:, :least] += 2 * ALWAYS
-        wanted = wanted[:, : 2 * self.budget_pages - self.sink_pages]
-        heads = wanted.flatten().topk(kv_heads * mean, sorted=False).indices // wanted.shape[1]
-        return (heads == torch.arange(kv_heads, device=masses.device)[:, None]).sum(1)
+        return mean, least, 2 * self.budget_pages - self.sink_pages
 
 
 def check(config: SparseConfig, page_size: int, head_dim: int, item_bytes: int, max_context_tokens: int) -> None:
