@@ -7,15 +7,14 @@
                count + age[p]           of all others
     score[p] = -rank[p] / 1024,  and with ``stop`` 32 less from rank ``budget`` on
 
-Ranks are all different, and 65,536 of them keep their order through a softmax in float32.
-
-Without a list all pages are ranked by age.
+Ranks are all different, and 65,536 of them keep their order through a softmax in float32. Without a list
+all pages are ranked by age.
 
 A list is in the summary row of the page that holds the last token of a chunk of prefill
-(:mod:`vllm_sparse.freeze`), whose header names the page itself; page 0 counts as one that lists nothing. Pages that decoding fills carry its number on:
-the step that writes the first token of a page copies it from the page before, so nothing is searched. Only
-where that page knows of no list (a prompt whose last token alone was not in the prefix cache) is the nearest
-one sought, page by page. Rows that are not scored carry on too.
+(:mod:`vllm_sparse.freeze`), whose header names the page itself; page 0 counts as one that lists nothing.
+Pages that decoding fills carry its number on: the step that writes the first token of a page copies it from
+the page before, so nothing is searched. Only where that page knows of no list (a prompt whose last token alone
+was not in the prefix cache) is the nearest one sought, page by page. Rows that are not scored carry on too.
 """
 
 from __future__ import annotations
@@ -28,10 +27,11 @@ from vllm_sparse.kernels.store_scores import store_chunk, store_scores
 
 from vllm_sparse.decode_plan import DecodePlan
 from vllm_sparse.page_scores import CHUNK_PAGES, PageScores
-from vllm_sparse.summaries import FROZEN_HEADER, list_capacity
+from vllm_sparse.summaries import FROZEN_HEADER
 
 RANK_STEP = 2.0**-10
 PAST_BUDGET = 32.0
+NOWHERE = 65536
 
 
 @triton.jit
@@ -46,7 +46,7 @@ def _frozen_score(
     lists, block_table, table_lens, dense_lens, score_offsets, values, chunk_lse,
     kv_stride_b, kv_stride_h, table_stride, score_stride, chunk_stride,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, PAGE: tl.constexpr, CHUNK: tl.constexpr,
-    HEADER: tl.constexpr, LISTED: tl.constexpr, STOP: tl.constexpr,
+    HEADER: tl.constexpr, NOWHERE: tl.constexpr, STOP: tl.constexpr,
     RANK_STEP: tl.constexpr, PAST_BUDGET: tl.constexpr,
 ):  # fmt: skip
     split, head, request = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -64,8 +64,8 @@ def _frozen_score(
     while sought >= 0:
         # Page 0 ends the search.
         pages = tl.maximum(sought - tl.arange(0, CHUNK), 0)
-        is_list = (pages == 0) | (_headers(lists, block_row, pages, kv_stride_b) == pages)
-        anchor = tl.max(tl.where(is_list, pages, -1), axis=0)
+        found = (pages == 0) | (_headers(lists, block_row, pages, kv_stride_b) == pages)
+        anchor = tl.max(tl.where(found, pages, -1), axis=0)
         sought = tl.where(anchor < 0, sought - CHUNK, -1)
     if (row == 0) & (split == 0) & (last > 0):
         block = tl.load(block_row + last).to(tl.int64)
@@ -76,8 +76,6 @@ def _frozen_score(
     count = tl.load(entry + 1).to(tl.int32) & 0xFFFF
     budget = tl.load(entry + 2).to(tl.int32) & 0xFFFF
     recent = tl.minimum(last - anchor, budget // 2)
-    place = tl.arange(0, LISTED)
-    listed = tl.load(entry + HEADER + place, mask=place < count, other=0).to(tl.int32) & 0xFFFF
     num_pages = last + 1
     group = tl.arange(0, GROUP_PAD)
     member = group < GROUP
@@ -85,8 +83,13 @@ def _frozen_score(
     for chunk in range(split, (num_pages + CHUNK - 1) // CHUNK, tl.num_programs(0)):
         pages = chunk * CHUNK + tl.arange(0, CHUNK)
         age = last - pages
-        at = tl.min(tl.where((listed[None, :] == pages[:, None]) & (place < count)[None, :], place[None, :], LISTED), axis=1)
-        rank = tl.where(at < LISTED, recent + at, count + age)
+        at = tl.full([CHUNK], NOWHERE, tl.int32)
+        for first in range(0, count, CHUNK):
+            place = first + tl.arange(0, CHUNK)
+            listed = tl.load(entry + HEADER + place, mask=place < count, other=0).to(tl.int32) & 0xFFFF
+            here = (listed[None, :] == pages[:, None]) & (place < count)[None, :]
+            at = tl.minimum(at, tl.min(tl.where(here, place[None, :], NOWHERE), axis=1))
+        rank = tl.where(at < NOWHERE, recent + at, count + age)
         rank = tl.where(age < recent, age, rank)
         score = rank.to(tl.float32) * -RANK_STEP
         if STOP:
@@ -117,7 +120,7 @@ def frozen_score(
         stop: whether ranks past the list's budget count nothing, so that a coverage ends rows there.
     """
     num_reqs, max_pages = block_table.shape
-    _, kv_heads, rows, width = kv.shape
+    kv_heads, rows = kv.shape[1:3]
     group, words = scores.q_heads // kv_heads, kv.element_size() // 2
     assert rows > page_size and kv.stride(3) == 1, "the pages of this cache have no room for frozen"
     splits = page_splits(num_reqs * kv_heads, max_pages, CHUNK_PAGES, kv.device)
@@ -127,7 +130,6 @@ def frozen_score(
         kv.stride(0) * words, kv.stride(1) * words, block_table.stride(0),
         scores.values.stride(0), scores.chunk_lse.stride(0),
         GROUP=group, GROUP_PAD=triton.next_power_of_2(group), PAGE=page_size, CHUNK=CHUNK_PAGES,
-        HEADER=FROZEN_HEADER,
-        LISTED=triton.next_power_of_2(list_capacity(width // 2, kv.element_size())), STOP=stop,
-        RANK_STEP=RANK_STEP, PAST_BUDGET=PAST_BUDGET, num_warps=4,
+        HEADER=FROZEN_HEADER, NOWHERE=NOWHERE, STOP=stop, RANK_STEP=RANK_STEP,
+        PAST_BUDGET=PAST_BUDGET, num_warps=4,
     )  # fmt: skip

@@ -57,7 +57,7 @@ def _page_write(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
     SKETCH_BITS: tl.constexpr, TILE_BYTES: tl.constexpr,
     ITEM_BYTES: tl.constexpr, SCALE_BITS: tl.constexpr, LEVELS: tl.constexpr, SMALLEST: tl.constexpr,
-    STEP: tl.constexpr, LISTS: tl.constexpr, NO_LIST: tl.constexpr,
+    STEP: tl.constexpr, OF_KEYS: tl.constexpr, LISTS: tl.constexpr, NO_LIST: tl.constexpr,
 ):  # fmt: skip
     token, head = tl.program_id(0), tl.program_id(1)
     dims = tl.arange(0, BLOCK_D)
@@ -73,10 +73,11 @@ def _page_write(
     tl.store(kv + page + row * kv_stride_r + dims, k, mask=in_head)
     tl.store(kv + page + row * kv_stride_r + HEAD_DIM + dims, v, mask=in_head)
     if LISTS:
-        if row == 0:
-            word = tl.arange(0, 2)
-            tl.store(kv_words + (page + PAGE * kv_stride_r) * ITEM_BYTES // 4 + word, tl.where(word == 0, NO_LIST, 0))
-    if TILE == 0:
+        word = tl.arange(0, 2)
+        header = kv_words + (page + PAGE * kv_stride_r) * ITEM_BYTES // 4
+        tl.store(header + word, tl.where(word == 0, NO_LIST, 0), mask=word < tl.where(row == 0, 2, 0))
+    # What follows a return is compiled all the same.
+    if not OF_KEYS:
         return
     if (before < 0) | (before // TILE != slot // TILE):
         first = slot % TILE
@@ -144,9 +145,7 @@ def page_write(
     assert rows < 2 or kv.stride(2) == kv.shape[3], "summary rows must follow each other"
     key, value = key.to(kv.dtype), value.to(kv.dtype)
     bits, width = 0, triton.next_power_of_2(head_dim)
-    tile, tile_bytes, num_warps = (page_size if rows else 0), 0, max(1, page_size // 32)
-    if summary == FROZEN:
-        tile, num_warps = 0, 1
+    tile, tile_bytes, num_warps = page_size, 0, max(1, page_size // 32)
     if summary in SKETCH_BITS:
         layout = SketchLayout.of(summary, head_dim)
         bits, width, tile, tile_bytes = layout.bits, layout.width, TILE_TOKENS, layout.tile_bytes
@@ -157,6 +156,6 @@ def page_write(
         kv.stride(0), kv.stride(1), kv.stride(2),
         HEAD_DIM=head_dim, BLOCK_D=width, PAGE=page_size, TILE=tile, SKETCH_BITS=bits, TILE_BYTES=tile_bytes,
         ITEM_BYTES=kv.element_size(), SCALE_BITS=SCALE_BITS, LEVELS=LEVELS, SMALLEST=SMALLEST, STEP=STEP,
-        LISTS=summary == FROZEN, NO_LIST=NO_LIST,
+        OF_KEYS=rows > 0 and summary != FROZEN, LISTS=summary == FROZEN, NO_LIST=NO_LIST,
         num_warps=num_warps,
     )  # fmt: skip

@@ -260,7 +260,7 @@ def frozen_score(
 def _anchor(headers: torch.Tensor, last: int) -> int:
     """The page up to ``last`` whose list counts, from what each page's header says."""
     hint = int(headers[last])
-    if hint == 0 or hint <= last and int(headers[hint]) == hint:
+    if hint == 0 or (hint <= last and int(headers[hint]) == hint):
         return hint
     lists = torch.nonzero(headers[: last + 1] == torch.arange(last + 1, device=headers.device))
     return int(lists[-1]) if len(lists) else 0

@@ -184,10 +184,22 @@ def scored(case: Case, run, stop: bool) -> tuple[torch.Tensor, ...]:
 def test_frozen_score_matches_twin(shape, dtype, stop, min_context_tokens):
     page_size = shape[3]
     # Of both kinds: rows that begin a page and rows within one.
-    lengths = [1, 0, page_size, page_size + 1, 333, 20 * page_size + 1, 90 * page_size, 70 * page_size + 1, 1301, 641]
+    lengths = [
+        1,
+        0,
+        page_size,
+        page_size + 1,
+        333,
+        20 * page_size + 1,
+        90 * page_size,
+        70 * page_size + 1,
+        1301,
+        641,
+    ]
     case = case_of(shape, lengths, dtype=dtype, layers=2, min_context_tokens=min_context_tokens, seed=6)
     reference.plan_decode(
-        case.seq_lens, case.plan, case.table, page_size, 4, min_context_tokens, case.scores.capacity_pages, True, 1, 20
+        case.seq_lens, case.plan, case.table, page_size, 4, min_context_tokens, case.scores.capacity_pages, True,
+        1, 20,
     )  # fmt: skip
     for request, tokens in [(2, 3), (3, page_size), (4, 300), (5, 11 * page_size), (7, 65 * page_size), (8, 1290)]:
         list_pages(case, request, tokens, budget=(8, 6, 15))
@@ -212,7 +224,9 @@ def choose(case: Case, policy: str, budget_pages: int) -> list[list[list[int]]]:
     """Chosen pages by request and KV head."""
     run, chooser = kernels.for_device(DEVICE), get_decode_policy(policy)
     largest = int(budget_pages * chooser.largest_share)
-    case.table.units = torch.full((len(case.seq_lens) * case.kv_heads, largest), -1, dtype=torch.int32, device=DEVICE)
+    case.table.units = torch.full(
+        (len(case.seq_lens) * case.kv_heads, largest), -1, dtype=torch.int32, device=DEVICE
+    )
     reference.plan_decode(
         case.seq_lens, case.plan, case.table, case.page_size, budget_pages, 0, case.scores.capacity_pages, False,
         1, 20, largest,
@@ -302,7 +316,9 @@ def test_what_a_list_cannot_hold_is_refused():
     default = SparseConfig(decode_policy="snapkv")
     check(default, 16, 64, 2, 1 << 20)
     check(SparseConfig(decode_policy="ada_snapkv"), 16, 64, 2, 65536 * 16)
-    with pytest.raises(ConfigError, match=r"sparse\.budget_tokens: 129 pages .* lists 125 pages .* up to 2048 tokens"):
+    with pytest.raises(
+        ConfigError, match=r"sparse\.budget_tokens: 129 pages .* lists 125 pages .* up to 2048 tokens"
+    ):
         check(SparseConfig(decode_policy="snapkv", budget_tokens=2064), 16, 64, 2, 4096)
     check(SparseConfig(decode_policy="snapkv", budget_tokens=4096), 16, 128, 2, 4096)
     with pytest.raises(ConfigError, match=r"sparse\.decode_policy: 'snapkv' counts pages in 16 bits"):
@@ -312,4 +328,7 @@ def test_what_a_list_cannot_hold_is_refused():
             SparseConfig.from_mapping({"decode_policy": policy, "offload": {"host_gib": 1}}, "test")
     with pytest.raises(ConfigError, match=r"sparse\.head_budgets: .* with decode_policy='ada_snapkv'"):
         SparseConfig(decode_policy="ada_snapkv", head_budgets="auto")
-    assert {name for name, policy in DECODE_POLICIES.items() if policy.summary == FROZEN} == {"snapkv", "ada_snapkv"}
+    assert {name for name, policy in DECODE_POLICIES.items() if policy.summary == FROZEN} == {
+        "snapkv",
+        "ada_snapkv",
+    }

@@ -132,13 +132,13 @@ def check(config: SparseConfig, page_size: int, head_dim: int, item_bytes: int, 
     if pages - always > capacity:
         raise ConfigError(
             f"sparse.budget_tokens: {pages} pages of {page_size} tokens with "
-            f"decode_policy={config.decode_policy!r}, which lists {capacity} pages at head size {head_dim} beside the "
-            f"{always} that are always attended; allowed: up to {(capacity + always) * page_size} tokens for a KV "
-            f"head, or a larger --block-size"
+            f"decode_policy={config.decode_policy!r}, which lists {capacity} pages at head size {head_dim} beside "
+            f"the {always} that are always attended; allowed: up to {(capacity + always) * page_size} tokens for "
+            f"a KV head, or a larger --block-size"
         )
     if -(-max_context_tokens // page_size) > MAX_PAGES:
         raise ConfigError(
-            f"sparse.decode_policy: {config.decode_policy!r} counts pages in 16 bits, and {max_context_tokens} tokens "
-            f"of context take more than {MAX_PAGES} of {page_size}; allowed: a smaller --max-model-len or a larger "
-            f"--block-size"
+            f"sparse.decode_policy: {config.decode_policy!r} counts pages in 16 bits, and {max_context_tokens} "
+            f"tokens of context take more than {MAX_PAGES} of {page_size}; allowed: a smaller --max-model-len or "
+            f"a larger --block-size"
         )

@@ -18,7 +18,7 @@ TILE_TOKENS = 16
 SKETCH_BITS = {"sketch1": 1, "sketch2": 2}
 FROZEN = "frozen"
 FROZEN_HEADER = 3
-"""Numbers before a list of pages: the page that holds the list, entries listed, pages to attend to beside sinks."""
+"""Numbers before a list of pages: the page that holds the list, pages listed, pages to attend to beside sinks."""
 NO_LIST = 0xFFFF
 """In place of the page that holds the list."""
 SUMMARIES = ("none", "key_range", *SKETCH_BITS, FROZEN)

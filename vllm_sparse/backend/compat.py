@@ -152,9 +152,9 @@ def _check_config(original, vllm_config) -> None:
     config = SparseConfig.from_vllm(vllm_config)
     if vllm_config.speculative_config is not None and DECODE_POLICIES[config.decode_policy].summary == FROZEN:
         raise ConfigError(
-            f"sparse.decode_policy: {config.decode_policy!r} with --speculative-config: drafts to verify look like "
-            f"the end of a prompt, and pages would be chosen anew in every step; allowed with drafts: a policy "
-            f"that scores pages in each step"
+            f"sparse.decode_policy: {config.decode_policy!r} with --speculative-config: drafts to verify look "
+            f"like the end of a prompt, and pages would be chosen anew in every step; allowed with drafts: a "
+            f"policy that scores pages in each step"
         )
     if config.offload is not None:
         from vllm_sparse.backend import offload
