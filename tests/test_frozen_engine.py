@@ -117,6 +117,15 @@ def test_small_chunks_give_the_same_on_every_run(tiny, policy):
         assert tokens(llm, batch, 24) == tokens(llm, batch, 24)
 
 
+def test_drafts_are_refused(tiny):
+    drafts = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+    with (
+        pytest.raises(ValueError, match=r"sparse\.decode_policy: 'snapkv' with --speculative-config"),
+        tiny.start(sparse={"decode_policy": "snapkv"}, speculative_config=drafts, **ENGINE),
+    ):
+        pass
+
+
 def test_a_budget_beyond_a_list_does_not_start(tiny):
     with (
         pytest.raises(

@@ -32,7 +32,8 @@ def every_chunk(common, num_decodes: int) -> list[QueryBlocks]:
     if lens is None:
         return []
     starts = common.query_start_loc_cpu.tolist()
-    return plan_chunks(starts, lens[: common.num_reqs].tolist(), 0, num_decodes, min_chunk_tokens=1)
+    chunks = plan_chunks(starts, lens[: common.num_reqs].tolist(), 0, num_decodes, min_chunk_tokens=1)
+    return [chunk for chunk in chunks if chunk.first_position >= 0]  # dummy runs may carry wrong lengths
 
 
 def dense_rows(prefills, chunks: list[QueryBlocks], num_decodes: int):

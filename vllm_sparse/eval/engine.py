@@ -166,7 +166,8 @@ class EvalEngine:
         if (
             setting.policy != "dense"
             and attended == context
-            and setting.budget < min(len(s.tokens) for s in samples)
+            and setting.budget * DECODE_POLICIES[setting.policy].largest_share
+            < min(len(s.tokens) for s in samples)
         ):
             raise ConfigError(
                 f"{setting.describe()}: no decode step of this model ran sparse; the log says why. Allowed: "
