@@ -33,9 +33,9 @@ def case_of(shape, lengths, **kwargs) -> Case:
 
 
 def freeze_of(case, kv_heads: int, budget_pages: int, shares: bool = False, window_tokens: int = 20) -> Freeze:
-    q_heads, head_dim = case.q.shape[1:]
+    q_heads = case.q.shape[1]
     longest = case.kv.shape[0] * case.page_size
-    buffers = FreezeBuffers.allocate(q_heads, head_dim, case.page_size, longest, case.kv.dtype, DEVICE)
+    buffers = FreezeBuffers.allocate(q_heads, case.page_size, longest, case.kv.dtype, DEVICE)
     buffers.parts = torch.full((probe_parts(longest),), float("nan"), dtype=case.kv.dtype, device=DEVICE)
     buffers.mass.fill_(float("nan"))
     return Freeze(buffers, 1, window_tokens, budget_pages, shares, case.scale)

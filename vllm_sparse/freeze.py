@@ -11,20 +11,26 @@ each page that begins, which is why preemption and reuse of blocks need no code;
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import torch
 
 from vllm_sparse import kernels
 from vllm_sparse.config import ConfigError, SparseConfig
-from vllm_sparse.probe import PROBE_TOKENS, probe_groups, probe_parts
+from vllm_sparse.probe import BUNDLE_HEADS, PROBE_TOKENS, probe_groups, probe_parts
 from vllm_sparse.query_blocks import QueryBlocks
 from vllm_sparse.summaries import list_capacity
+
+logger = logging.getLogger("vllm.vllm_sparse")
 
 MAX_PAGES = 65536
 """Page numbers are stored in 16 bits."""
 PARTS_BYTES = 32 << 20
+"""Room for the sums of 16 query heads at 128K tokens in 16 bit, enough to fill a GPU; more only where one
+bundle of heads needs it."""
 PROBE_SPLITS = 64
+"""Most programs that share the context of one query head."""
 LEAST_SHARE = 0.25
 """Of a mean budget, which every head gets where heads share theirs; Ada-KV calls it a safeguard."""
 
@@ -46,7 +52,6 @@ class FreezeBuffers:
     def allocate(
         cls,
         q_heads: int,
-        head_dim: int,
         page_size: int,
         max_context_tokens: int,
         dtype: torch.dtype,
@@ -54,7 +59,7 @@ class FreezeBuffers:
     ) -> FreezeBuffers:
         max_pages = -(-max_context_tokens // page_size) + 1
         least = probe_parts(max_pages * page_size)
-        every_head = least * -(-q_heads // 4)
+        every_head = least * -(-q_heads // BUNDLE_HEADS)
         parts = max(least, min(every_head, PARTS_BYTES // dtype.itemsize)) if device.type != "cpu" else 0
         masses = q_heads * (probe_groups(page_size) + 1) * max_pages
         return cls(
@@ -136,6 +141,8 @@ def check(config: SparseConfig, page_size: int, head_dim: int, item_bytes: int, 
             f"the {always} that are always attended; allowed: up to {(capacity + always) * page_size} tokens for "
             f"a KV head, or a larger --block-size"
         )
+    if policy.largest_share > 1 and capacity < int(policy.largest_share * pages) - always:
+        logger.info("sparse attention: no KV head gets more than the %d pages that a list holds", capacity)
     if -(-max_context_tokens // page_size) > MAX_PAGES:
         raise ConfigError(
             f"sparse.decode_policy: {config.decode_policy!r} counts pages in 16 bits, and {max_context_tokens} "

@@ -88,9 +88,8 @@ class Workspace:
             )  # fmt: skip
         if get_decode_policy(config.decode_policy).summary == FROZEN:
             workspace.freeze = FreezeBuffers.allocate(
-                q_heads, head_dim, page_size, vllm_config.model_config.max_model_len,
-                vllm_config.model_config.dtype, device,
-            )  # fmt: skip
+                q_heads, page_size, vllm_config.model_config.max_model_len, vllm_config.model_config.dtype, device
+            )
         if config.guard_every_steps:
             layers = vllm_config.model_config.hf_text_config.num_hidden_layers
             workspace.guard = Guard.allocate(config.guard_every_steps, layers, q_heads, kv_heads, device)
