@@ -131,10 +131,11 @@ class SparseConfig:
             )
         if not 0 < self.decode_coverage <= 1:
             raise ConfigError(f"sparse.decode_coverage: {self.decode_coverage}; allowed: above 0, up to 1")
-        if self.head_budgets != "none" and DECODE_POLICIES[self.decode_policy].adaptive:
+        if self.head_budgets != "none" and self._policy.adaptive:
+            says = "decode_coverage says" if self._policy.coverage is None else "shares of the prompt say"
             raise ConfigError(
                 f"sparse.head_budgets: {_shown(self.head_budgets)} with decode_policy={self.decode_policy!r}, "
-                f"which ends the rows of each head itself; allowed with it: none"
+                f"whose rows end where {says}; allowed with it: none"
             )
         if self.offload is not None:
             self._check_offload()
