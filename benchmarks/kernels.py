@@ -114,7 +114,7 @@ def bench(spec: str, policy_name: str, args) -> list[dict]:
     def score(layer):
         policy.score(layer.q, layer.kv, block_table, plan, page, scale, scores)
 
-    coverage = SparseConfig.decode_coverage if policy.adaptive else 0.0
+    coverage = (policy.coverage or SparseConfig.decode_coverage) if policy.adaptive else 0.0
 
     def select(layer):
         launchers.select_pages(

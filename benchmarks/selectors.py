@@ -35,7 +35,7 @@ from vllm_sparse.decode_plan import DecodePlan
 from vllm_sparse.page_scores import PageScores
 from vllm_sparse.page_table import PageTable, units_per_block
 from vllm_sparse.policies import DECODE_POLICIES, get_decode_policy
-from vllm_sparse.summaries import summary_bytes_read, summary_rows
+from vllm_sparse.summaries import FROZEN, summary_bytes_read, summary_rows
 
 PAGE = 16
 FIRST_SEED = {"dev": 0, "report": 1000}
@@ -82,7 +82,11 @@ class Sums:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     # An adaptive policy takes the pages of its summary, but fewer: not to be compared at equal budgets.
-    scoring = [name for name, policy in DECODE_POLICIES.items() if name != "dense" and not policy.adaptive]
+    # A frozen choice is of the prompt's end, not of these queries.
+    scoring = [
+        name for name, policy in DECODE_POLICIES.items()
+        if name != "dense" and not policy.adaptive and policy.summary != FROZEN
+    ]  # fmt: skip
     parser.add_argument("--policies", nargs="*", default=scoring, choices=scoring)
     parser.add_argument("--split", choices=FIRST_SEED, default="report")
     parser.add_argument("--budgets", nargs="*", type=int, default=[128, 256, 512, 1024])

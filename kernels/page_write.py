@@ -13,6 +13,8 @@ Bit i of a scale is the lowest bit of channel i of what it scales, i < 16: those
 even or odd numbers as it says. Scales beside the row cost a second memory access of every page,
 which took scoring a fifth longer.
 
+A page of summary "frozen" starts with no list, and keeps what :mod:`vllm_sparse.freeze` puts there.
+
 Sketches of keys (:mod:`vllm_sparse.kernels.sketch_write`) take the same place, one per tile of 16 rows.
 
 Summaries are recomputed from the page, never accumulated, so reused blocks, chunked prefill and
@@ -27,7 +29,7 @@ import triton
 import triton.language as tl
 from vllm_sparse.kernels.sketch_write import STEP, write_sketch
 
-from vllm_sparse.summaries import SKETCH_BITS, TILE_TOKENS, SketchLayout, summary_rows
+from vllm_sparse.summaries import FROZEN, NO_LIST, SKETCH_BITS, TILE_TOKENS, SketchLayout, summary_rows
 
 SCALE_BITS = 16
 LEVELS = 125.9
@@ -55,7 +57,7 @@ def _page_write(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
     SKETCH_BITS: tl.constexpr, TILE_BYTES: tl.constexpr,
     ITEM_BYTES: tl.constexpr, SCALE_BITS: tl.constexpr, LEVELS: tl.constexpr, SMALLEST: tl.constexpr,
-    STEP: tl.constexpr,
+    STEP: tl.constexpr, OF_KEYS: tl.constexpr, LISTS: tl.constexpr, NO_LIST: tl.constexpr,
 ):  # fmt: skip
     token, head = tl.program_id(0), tl.program_id(1)
     dims = tl.arange(0, BLOCK_D)
@@ -70,42 +72,48 @@ def _page_write(
     page = block.to(tl.int64) * kv_stride_b + head.to(tl.int64) * kv_stride_h
     tl.store(kv + page + row * kv_stride_r + dims, k, mask=in_head)
     tl.store(kv + page + row * kv_stride_r + HEAD_DIM + dims, v, mask=in_head)
-    if TILE > 0:  # noqa: SIM102  no early return: Triton 3.6 compiles what follows it all the same
-        if (before < 0) | (before // TILE != slot // TILE):
-            first = slot % TILE
-            rows = tl.arange(0, TILE)
-            old = rows < first
-            # Row r of the tile is token + r - first of the batch, if that token is of this tile.
-            source = token + rows - first
-            fresh = tl.load(slots + source, mask=~old & (source < num_tokens), other=-1) == slot - first + rows
-            # Older rows come from the page, new ones from the batch: other programs write those just now.
-            cells = tl.where(old[:, None], kv + page + (row - first + rows)[:, None] * kv_stride_r,
-                             key + source.to(tl.int64)[:, None] * key_stride_t + head * key_stride_h)  # fmt: skip
-            mask = (old | fresh)[:, None] & in_head[None, :]
-            keys = tl.load(cells + dims[None, :], mask=mask, other=0.0).to(tl.float32)
-            summary = page + PAGE * kv_stride_r
-            if SKETCH_BITS:
-                sketch = summary * ITEM_BYTES + row // TILE * TILE_BYTES
-                write_sketch(kv_bytes + sketch, kv_words + sketch // 4, keys, old | fresh,
-                             SKETCH_BITS, BLOCK_D, TILE, STEP, SMALLEST)  # fmt: skip
-                return
-            low = tl.where(in_head, tl.min(tl.where(mask, keys, float("inf")), axis=0), 0.0)
-            high = tl.where(in_head, tl.max(tl.where(mask, keys, float("-inf")), axis=0), 0.0)
-            centre = low + (high - low) * 0.5
-            carries = dims < SCALE_BITS
-            place = tl.minimum(dims, SCALE_BITS - 1)
-            c_bits = _scale_bits(tl.max(tl.abs(centre), axis=0), LEVELS, SMALLEST)
-            c_scale, bit = _as_float(c_bits), ((c_bits >> place) & 1).to(tl.float32)
-            x = centre / c_scale
-            c = tl.where(carries, 2 * tl.floor((x - bit) * 0.5 + 0.5) + bit, tl.floor(x + 0.5))
-            half = tl.maximum(high - c * c_scale, c * c_scale - low)
-            w_bits = _scale_bits(tl.max(half, axis=0), LEVELS, SMALLEST)
-            bit = ((w_bits >> place) & 1).to(tl.float32)
-            x = half / _as_float(w_bits)
-            w = tl.where(carries, 2 * tl.ceil((x - bit) * 0.5) + bit, tl.ceil(x))
-            cells = kv_bytes + summary * ITEM_BYTES + dims
-            tl.store(cells, c.to(tl.int8), mask=in_head)
-            tl.store(cells + HEAD_DIM, w.to(tl.int8), mask=in_head)
+    if LISTS:
+        word = tl.arange(0, 2)
+        header = kv_words + (page + PAGE * kv_stride_r) * ITEM_BYTES // 4
+        tl.store(header + word, tl.where(word == 0, NO_LIST, 0), mask=word < tl.where(row == 0, 2, 0))
+    # What follows a return is compiled all the same.
+    if not OF_KEYS:
+        return
+    if (before < 0) | (before // TILE != slot // TILE):
+        first = slot % TILE
+        rows = tl.arange(0, TILE)
+        old = rows < first
+        # Row r of the tile is token + r - first of the batch, if that token is of this tile.
+        source = token + rows - first
+        fresh = tl.load(slots + source, mask=~old & (source < num_tokens), other=-1) == slot - first + rows
+        # Older rows come from the page, new ones from the batch: other programs write those just now.
+        cells = tl.where(old[:, None], kv + page + (row - first + rows)[:, None] * kv_stride_r,
+                         key + source.to(tl.int64)[:, None] * key_stride_t + head * key_stride_h)  # fmt: skip
+        mask = (old | fresh)[:, None] & in_head[None, :]
+        keys = tl.load(cells + dims[None, :], mask=mask, other=0.0).to(tl.float32)
+        summary = page + PAGE * kv_stride_r
+        if SKETCH_BITS:
+            sketch = summary * ITEM_BYTES + row // TILE * TILE_BYTES
+            write_sketch(kv_bytes + sketch, kv_words + sketch // 4, keys, old | fresh,
+                         SKETCH_BITS, BLOCK_D, TILE, STEP, SMALLEST)  # fmt: skip
+            return
+        low = tl.where(in_head, tl.min(tl.where(mask, keys, float("inf")), axis=0), 0.0)
+        high = tl.where(in_head, tl.max(tl.where(mask, keys, float("-inf")), axis=0), 0.0)
+        centre = low + (high - low) * 0.5
+        carries = dims < SCALE_BITS
+        place = tl.minimum(dims, SCALE_BITS - 1)
+        c_bits = _scale_bits(tl.max(tl.abs(centre), axis=0), LEVELS, SMALLEST)
+        c_scale, bit = _as_float(c_bits), ((c_bits >> place) & 1).to(tl.float32)
+        x = centre / c_scale
+        c = tl.where(carries, 2 * tl.floor((x - bit) * 0.5 + 0.5) + bit, tl.floor(x + 0.5))
+        half = tl.maximum(high - c * c_scale, c * c_scale - low)
+        w_bits = _scale_bits(tl.max(half, axis=0), LEVELS, SMALLEST)
+        bit = ((w_bits >> place) & 1).to(tl.float32)
+        x = half / _as_float(w_bits)
+        w = tl.where(carries, 2 * tl.ceil((x - bit) * 0.5) + bit, tl.ceil(x))
+        cells = kv_bytes + summary * ITEM_BYTES + dims
+        tl.store(cells, c.to(tl.int8), mask=in_head)
+        tl.store(cells + HEAD_DIM, w.to(tl.int8), mask=in_head)
 
 
 def page_write(
@@ -137,7 +145,7 @@ def page_write(
     assert rows < 2 or kv.stride(2) == kv.shape[3], "summary rows must follow each other"
     key, value = key.to(kv.dtype), value.to(kv.dtype)
     bits, width = 0, triton.next_power_of_2(head_dim)
-    tile, tile_bytes, num_warps = (page_size if rows else 0), 0, max(1, page_size // 32)
+    tile, tile_bytes, num_warps = page_size, 0, max(1, page_size // 32)
     if summary in SKETCH_BITS:
         layout = SketchLayout.of(summary, head_dim)
         bits, width, tile, tile_bytes = layout.bits, layout.width, TILE_TOKENS, layout.tile_bytes
@@ -148,5 +156,6 @@ def page_write(
         kv.stride(0), kv.stride(1), kv.stride(2),
         HEAD_DIM=head_dim, BLOCK_D=width, PAGE=page_size, TILE=tile, SKETCH_BITS=bits, TILE_BYTES=tile_bytes,
         ITEM_BYTES=kv.element_size(), SCALE_BITS=SCALE_BITS, LEVELS=LEVELS, SMALLEST=SMALLEST, STEP=STEP,
+        OF_KEYS=rows > 0 and summary != FROZEN, LISTS=summary == FROZEN, NO_LIST=NO_LIST,
         num_warps=num_warps,
     )  # fmt: skip

@@ -21,6 +21,7 @@ from vllm_sparse.kernels.reference_prefill import (  # noqa: F401
     antidiagonal_score,
     fixed_pattern,
     hash_uniform,
+    list_pages,
     pattern_distance,
     pooled_score,
     prefill_table,
@@ -36,9 +37,10 @@ from vllm_sparse.decode_plan import NOT_LISTED, DecodePlan
 from vllm_sparse.guard import Guard
 from vllm_sparse.page_scores import CHUNK_PAGES, PageScores
 from vllm_sparse.page_table import PageTable, single_head_pages, units_per_block
-from vllm_sparse.summaries import SKETCH_BITS, TILE_TOKENS, SketchLayout
+from vllm_sparse.summaries import FROZEN, FROZEN_HEADER, NO_LIST, SKETCH_BITS, TILE_TOKENS, SketchLayout
 
 SCALE_BITS, SCALE_LEVELS, SMALLEST_SCALE = 16, 125.9, 1e-7
+RANK_STEP, PAST_BUDGET = 2.0**-10, 32.0
 
 
 def page_write(
@@ -58,6 +60,9 @@ def page_write(
     kv[blocks, :, rows] = torch.cat([key[tokens], value[tokens]], dim=-1).to(kv.dtype)
     if summary in SKETCH_BITS:
         write_sketches(kv, slots, page_size, summary)
+    if summary == FROZEN:
+        empty = torch.tensor([NO_LIST, 0], dtype=torch.int32, device=kv.device)
+        kv.view(torch.int32)[:, :, page_size, :2][blocks[rows == 0]] = empty
     if summary != "key_range":
         return
     head_dim = key.shape[-1]
@@ -212,6 +217,54 @@ def random_score(block_table: torch.Tensor, plan: DecodePlan, page_size: int, sc
         head = torch.arange(scores.q_heads, device=blocks.device)[:, None]
         page = torch.arange(len(blocks), device=blocks.device)
         _store_scores(scores, request, offset, hash_uniform(seq_len, head, page))
+
+
+def frozen_score(
+    kv: torch.Tensor,
+    block_table: torch.Tensor,
+    plan: DecodePlan,
+    page_size: int,
+    scores: PageScores,
+    stop: bool = False,
+) -> None:
+    kv_heads = kv.shape[1]
+    lists = kv.view(torch.int16)[:, :, page_size]
+    offsets = plan.score_offsets.tolist()
+    for request, seq_len in enumerate((plan.table_seq_lens + plan.dense_seq_lens).tolist()):
+        if not seq_len:
+            continue
+        last, row = divmod(seq_len - 1, page_size)
+        blocks = block_table[request, : last + 1].long()
+        age = last - torch.arange(last + 1, device=kv.device)
+        values = torch.empty(kv_heads, last + 1, dtype=torch.float32, device=kv.device)
+        for head in range(kv_heads):
+            headers = lists[blocks, head, 0].int() & 0xFFFF
+            anchor = _anchor(headers, last if row else max(0, last - 1))
+            if row == 0 and last > 0:
+                lists[blocks[last], head, 0] = headers.new_tensor(anchor).to(torch.int16)
+            if offsets[request] < 0:
+                continue
+            entry = lists[blocks[anchor], head].int() & 0xFFFF
+            count, budget = entry[1:FROZEN_HEADER].tolist()
+            recent = min(last - anchor, budget // 2)
+            rank = torch.where(age < recent, age, count + age)
+            listed = entry[FROZEN_HEADER : FROZEN_HEADER + count].long()
+            rank[listed] = recent + torch.arange(count, device=kv.device)
+            values[head] = -RANK_STEP * rank
+            if stop:
+                values[head, rank >= budget] -= PAST_BUDGET
+        if offsets[request] >= 0:
+            group = scores.q_heads // kv_heads
+            _store_scores(scores, request, offsets[request], values.repeat_interleave(group, 0))
+
+
+def _anchor(headers: torch.Tensor, last: int) -> int:
+    """The page up to ``last`` whose list counts, from what each page's header says."""
+    hint = int(headers[last])
+    if hint == 0 or (hint <= last and int(headers[hint]) == hint):
+        return hint
+    lists = torch.nonzero(headers[: last + 1] == torch.arange(last + 1, device=headers.device))
+    return int(lists[-1]) if len(lists) else 0
 
 
 def select_pages(

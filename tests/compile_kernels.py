@@ -22,7 +22,8 @@ from vllm_sparse.fixed_pattern import FixedPattern
 from vllm_sparse.guard import Guard
 from vllm_sparse.head_patterns import HeadPatterns
 from vllm_sparse.pattern_table import HeadPattern
-from vllm_sparse.summaries import SKETCH_BITS
+from vllm_sparse.query_blocks import QueryBlocks
+from vllm_sparse.summaries import FROZEN, SKETCH_BITS
 
 SHARED_BYTES = {80: 166912, 86: 101376, 89: 101376, 90: 232448}
 """Shared memory that one block can have (CUDA C++ Programming Guide, compute capabilities)."""
@@ -81,7 +82,7 @@ def compile_all(capability: int) -> None:
             case = make([300, 5], kv_heads, group, head_dim, page_size, 4, dtype=dtype, device=torch.device("cpu"))
             slots = torch.arange(3)
             key = torch.zeros(3, kv_heads, head_dim, dtype=dtype)
-            for summary in ("none", "key_range"):
+            for summary in ("key_range", "none"):
                 launchers.page_write(key, key, case.kv, slots, page_size, summary)
             for largest in (None, 8):
                 launchers.plan_decode(
@@ -103,8 +104,7 @@ def compile_all(capability: int) -> None:
             guard = Guard.allocate(10, 1, kv_heads * group, kv_heads, torch.device("cpu"))
             launchers.guard_mass(*pages[:4], case.table, page_size, case.scale, guard, 0)
             launchers.sparse_decode(case.q, case.kv, case.table, page_size, case.scale, case.q)
-            for fp8 in (False, True):
-                compile_offload(make_store(8, kv_heads, head_dim, page_size, dtype=dtype, fp8=fp8), case)
+            compile_offload(make_store(8, kv_heads, head_dim, page_size, dtype=dtype), case)
             for summary in SKETCH_BITS if dtype is not torch.float16 else ():  # sketches are bytes
                 case = make(
                     [300, 5], kv_heads, group, head_dim, page_size, 4, dtype=dtype, device=torch.device("cpu"),
@@ -114,22 +114,33 @@ def compile_all(capability: int) -> None:
                 launchers.sketch_score(
                     case.q, case.kv, case.block_table, case.plan, page_size, case.scale, case.scores, summary
                 )
+            compile_frozen(kv_heads, group, head_dim, page_size, dtype)
             compile_prefill(make_chunk(70, 200, kv_heads, group, head_dim, page_size, dtype))
+
+
+def compile_frozen(kv_heads, group, head_dim, page_size, dtype) -> None:
+    shape = dict(dtype=dtype, device=torch.device("cpu"), summary=FROZEN)
+    case = make([300, 5], kv_heads, group, head_dim, page_size, 4, **shape)
+    key = torch.zeros(3, kv_heads, head_dim, dtype=dtype)
+    launchers.page_write(key, key, case.kv, torch.arange(3), page_size, FROZEN)
+    for stop in (False, True):
+        launchers.frozen_score(case.kv, case.block_table, case.plan, page_size, case.scores, stop)
+    chunk = QueryBlocks(0, 0, 300, 0)
+    probed = torch.zeros(kv_heads * group, 5, chunk.num_pages(page_size))
+    for mass, most in ((None, 8), (probed, 8), (probed, 16)):
+        launchers.list_pages(mass, case.kv, case.block_table[0], chunk, page_size, 1, 20, 8, 4, most)
 
 
 def compile_offload(store, case) -> None:
     plan, residency, page_size, table = store.plan, store.residency, store.page_size, case.table
     launchers.plan_writes(torch.arange(40), page_size, plan)
-    exponents = store.exponents
-    launchers.stage_pages(store.host, store.summaries, plan, 40, store.hot, exponents)
-    launchers.write_through(store.hot, plan, 40, store.host, store.summaries, residency, exponents)
+    launchers.stage_pages(store.host, store.summaries, plan, 40, store.hot)
+    launchers.write_through(store.hot, plan, 40, store.host, store.summaries, residency)
     launchers.find_slots(table, store.kv_heads, page_size, plan, 1, residency, store.misses, store.counters)
-    misses = (residency, store.misses, store.hot, store.counters)
-    launchers.fetch_units(store.host, table, plan, 1, *misses, exponents)
-    launchers.sparse_decode(case.q, store.hot, table, page_size, case.scale, case.q, store.host, exponents)
+    launchers.fetch_units(store.host, table, plan, 1, residency, store.misses, store.hot, store.counters)
+    launchers.sparse_decode(case.q, store.hot, table, page_size, case.scale, case.q, store.host)
     pages = torch.arange(4, dtype=torch.int32)
-    out = torch.empty(store.host.shape, dtype=store.hot.dtype)
-    launchers.read_pages(store.host, pages, out, pages, 32, exponents)
+    launchers.read_pages(store.host, pages, torch.empty_like(store.host), pages, 32)
 
 
 def compile_prefill(case) -> None:

@@ -503,3 +503,29 @@ def test_answers_with_offload_are_those_of_resident_pages(tiny, monkeypatch, tmp
     assert len(resident) == len(offloaded) == 4 and len(rows) == 10
     for name in ("budget", "seed", "attended", "answer", "score"):
         assert [row[name] for row in resident] == [row[name] for row in offloaded], name
+
+
+@pytest.mark.engine
+def test_frozen_policies_share_an_engine(tiny, monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    text, out = tmp_path / "text.txt", tmp_path / "eval.jsonl"
+    text.write_text(running_text(400))
+    options = [
+        "eval", str(tiny.model(seed=1)), "--text", str(text), "--dtype", "float32", "--block-size", "16",
+        "--chunk", "256", "--sparse", '{"dense_layers": 0}', "--budgets", "256,1024",
+        "--policies", "snapkv,ada_snapkv,streaming", "--lengths", "700", "--passages", "1", "--score-tokens", "24",
+        "--tasks", "text", "--recall-every", "5", "--out", str(out),
+    ]  # fmt: skip
+    assert cli.main(options) == 0
+    rows = {(row["policy"], row["budget"]): row for row in map(json.loads, out.read_text().splitlines())}
+    assert len(rows) == 7
+    for policy in ("snapkv", "ada_snapkv", "streaming"):
+        full, part = rows[policy, 1024], rows[policy, 256]
+        assert full["kl"] < 1e-3 and full["attended"] == 1
+        assert part["kl"] > 0.01 and 0.3 < part["attended"] < 0.45
+        assert all(0 < value < 1 for layer in part["recall"] for value in layer)
+    kl = {rows[policy, 256]["kl"] for policy in ("snapkv", "ada_snapkv", "streaming")}
+    assert len(kl) == 3, "two policies chose the same pages"
+    mean = {policy: sum(map(sum, rows[policy, 256]["recall"])) for policy in ("snapkv", "streaming")}
+    assert mean["snapkv"] > mean["streaming"]

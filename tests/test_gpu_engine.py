@@ -79,13 +79,16 @@ def assert_same(found, expected) -> None:
             )
 
 
-def test_graphs_replay_what_eager_computes(answer):
+@pytest.mark.parametrize("policy", ["midbound", "snapkv", "ada_snapkv"])
+def test_graphs_replay_what_eager_computes(answer, policy):
     from vllm_sparse import metrics
 
-    counts = {}
-    graphs = answer(compilation_config=GRAPHS, see=lambda llm: counts.update(metrics.snapshot()))
+    counts, sparse = {}, {**SPARSE, "decode_policy": policy}
+    graphs = answer(
+        sparse=sparse, compilation_config=GRAPHS, see=lambda llm: counts.update(metrics.snapshot())
+    )  # fmt: skip
     assert counts["attended_tokens"] < 0.7 * counts["context_tokens"], "nothing was sparse"
-    assert_same(graphs, answer())
+    assert_same(graphs, answer(sparse=sparse))
 
 
 def test_the_guard_measures_in_graphs_what_it_does_without(answer):
@@ -145,8 +148,9 @@ def synchronising_lines(llm) -> list[str]:
     return ours
 
 
-def test_no_line_of_ours_waits_for_the_device(answer):
+@pytest.mark.parametrize("policy", ["midbound", "ada_snapkv"])
+def test_no_line_of_ours_waits_for_the_device(answer, policy):
     """None in a decode step, nor in prefill."""
     ours = []
-    answer(see=lambda llm: ours.extend(synchronising_lines(llm)))
+    answer(sparse={**SPARSE, "decode_policy": policy}, see=lambda llm: ours.extend(synchronising_lines(llm)))
     assert not ours, ours[:3]

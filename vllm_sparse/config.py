@@ -22,6 +22,7 @@ from vllm_sparse import budget_table, pattern_table
 from vllm_sparse.budget_table import BudgetTable
 from vllm_sparse.offload.config import OffloadConfig
 from vllm_sparse.pattern_table import HeadPattern, PatternTable, TableError
+from vllm_sparse.summaries import FROZEN
 
 logger = logging.getLogger("vllm.vllm_sparse")
 
@@ -130,10 +131,11 @@ class SparseConfig:
             )
         if not 0 < self.decode_coverage <= 1:
             raise ConfigError(f"sparse.decode_coverage: {self.decode_coverage}; allowed: above 0, up to 1")
-        if self.head_budgets != "none" and DECODE_POLICIES[self.decode_policy].adaptive:
+        if self.head_budgets != "none" and self._policy.adaptive:
+            says = "decode_coverage says" if self._policy.coverage is None else "shares of the prompt say"
             raise ConfigError(
                 f"sparse.head_budgets: {_shown(self.head_budgets)} with decode_policy={self.decode_policy!r}, "
-                f"whose rows end where decode_coverage says; allowed with it: none"
+                f"whose rows end where {says}; allowed with it: none"
             )
         if self.offload is not None:
             self._check_offload()
@@ -153,6 +155,12 @@ class SparseConfig:
             raise ConfigError(
                 f"sparse.decode_policy: {self.decode_policy!r} reads every key in every step, and with "
                 f"sparse.offload they are on the host; allowed with offload: a policy that reads summaries"
+            )
+        if self._policy.summary == FROZEN:
+            raise ConfigError(
+                f"sparse.decode_policy: {self.decode_policy!r} lists pages of a prompt after its attention, by "
+                f"reading every key of it again, and with sparse.offload they are on the host; allowed with "
+                f"offload: a policy that scores pages in each step"
             )
         if self.guard_every_steps:
             raise ConfigError(
@@ -247,6 +255,12 @@ class SparseConfig:
         )
         return replace(self, head_budgets=table)
 
+    @property
+    def _policy(self):
+        from vllm_sparse.policies.registry import DECODE_POLICIES
+
+        return DECODE_POLICIES[self.decode_policy]
+
     def with_offload(self, offload: OffloadConfig) -> SparseConfig:
         return replace(self, offload=offload)
 
@@ -271,7 +285,7 @@ class SparseConfig:
     def largest_pages(self, page_size: int) -> int:
         """The largest budget of any head: what tables are sized for."""
         table = self.head_budgets
-        share = table.largest if isinstance(table, BudgetTable) else 1.0
+        share = table.largest if isinstance(table, BudgetTable) else self._policy.largest_share
         return self._pages_of_share(share, page_size)
 
     def least_pages(self, page_size: int) -> int:

@@ -23,6 +23,7 @@ def plan_chunks(
     seq_lens: list[int],
     min_prefill_tokens: int,
     first_request: int = 0,
+    min_chunk_tokens: int = MIN_CHUNK_TOKENS,
 ) -> list[QueryBlocks]:
     """Chunks of a step that run sparse, of the requests from ``first_request`` on.
 
@@ -30,11 +31,12 @@ def plan_chunks(
         query_starts: [num_reqs + 1], first query of each request among the step's tokens.
         seq_lens: [num_reqs], context tokens with this step's.
         min_prefill_tokens: up to this context a chunk runs dense.
+        min_chunk_tokens: likewise for its own tokens.
     """
     chunks = []
     for request in range(first_request, len(seq_lens)):
         start, end, seq_len = query_starts[request], query_starts[request + 1], seq_lens[request]
-        if end - start > MIN_CHUNK_TOKENS and seq_len > min_prefill_tokens:
+        if end - start > min_chunk_tokens and seq_len > min_prefill_tokens:
             chunks.append(QueryBlocks(request, start, end - start, seq_len - (end - start)))
     return chunks
 

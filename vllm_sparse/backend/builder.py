@@ -10,7 +10,7 @@ import torch
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
-from vllm_sparse import guard, kernels, metrics
+from vllm_sparse import freeze, guard, kernels, metrics
 from vllm_sparse.backend import dense, prefill
 from vllm_sparse.backend.metadata import SparseMetadata
 from vllm_sparse.backend.workspace import Workspace
@@ -56,10 +56,16 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
             self.workspace = Workspace.allocate(
                 vllm_config, self.config, self.page_size, impl.num_heads, impl.num_kv_heads, impl.head_size, device
             )
+        if self.selects and self.workspace.freeze is not None:
+            longest = vllm_config.model_config.max_model_len
+            freeze.check(self.config, self.page_size, impl.head_size, impl.cache_dtype.itemsize, longest)
         for layer in impls:
             layer.bind_prefill(self.workspace.prefill)
+            layer.bind_freeze(self.workspace.freeze)
         if self.selects and self.workspace.prefill is not None and device.type != "cpu":
             impl.warm_up_prefill()
+        if self.selects and self.workspace.freeze is not None and device.type != "cpu":
+            impl.warm_up_freeze()
         backend = None
         if device.type != "cpu":
             backend = dense.stock_backend(impl.dtype, impl.head_size, impl.alibi_slopes is not None)
@@ -116,6 +122,8 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
         offloads = self.config.offload is not None
         if not offloads:
             metadata.dense_all = self.dense.build("all", common, fast_build)
+        if num_prefills and workspace.freeze is not None:
+            metadata.listed = prefill.every_chunk(common, num_decodes)
         if num_prefills and offloads:
             metadata.runs = prefill.context_runs(
                 common, num_decodes, self.config, self.page_size, workspace.max_pages, self.dense,

@@ -117,6 +117,8 @@ def _check_config(original, vllm_config) -> None:
     from vllm.platforms import current_platform
 
     from vllm_sparse.config import TABLES, ConfigError, SparseConfig
+    from vllm_sparse.policies.registry import DECODE_POLICIES
+    from vllm_sparse.summaries import FROZEN
 
     config = SparseConfig.from_vllm(vllm_config)
     found = with_tables(vllm_config, config)
@@ -148,6 +150,12 @@ def _check_config(original, vllm_config) -> None:
             "runs without it"
         )
     config = SparseConfig.from_vllm(vllm_config)
+    if vllm_config.speculative_config is not None and DECODE_POLICIES[config.decode_policy].summary == FROZEN:
+        raise ConfigError(
+            f"sparse.decode_policy: {config.decode_policy!r} with --speculative-config: drafts to verify look "
+            f"like the end of a prompt, and pages would be chosen anew in every step; allowed with drafts: a "
+            f"policy that scores pages in each step"
+        )
     if config.offload is not None:
         from vllm_sparse.backend import offload
 

@@ -19,6 +19,7 @@ from vllm_sparse.budget_table import BudgetTable
 from vllm_sparse.config import ConfigError, SparseConfig
 from vllm_sparse.engines import OFFLOAD_ORDER, PREFILL_ORDER, choose_engine
 from vllm_sparse.engines.base import AttentionShape
+from vllm_sparse.freeze import Freeze, FreezeBuffers
 from vllm_sparse.head_patterns import HeadPatterns
 from vllm_sparse.offload.store import OffloadedLayer
 from vllm_sparse.page_table import PageTable, summaries_as_pages
@@ -26,6 +27,8 @@ from vllm_sparse.pattern_table import PatternTable
 from vllm_sparse.policies import get_decode_policy, get_prefill_policy
 from vllm_sparse.prefill import SparsePrefill
 from vllm_sparse.prefill_buffers import PrefillBuffers
+from vllm_sparse.probe import PROBE_TOKENS
+from vllm_sparse.query_blocks import QueryBlocks
 from vllm_sparse.summaries import summary_rows
 
 logger = logging.getLogger("vllm.vllm_sparse")
@@ -137,7 +140,7 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
         config = self.config
         self.budget_pages = config.largest_pages(self.page_size)
         self.sink_pages = config.sink_pages(self.page_size)
-        self.coverage = config.decode_coverage if self.policy.adaptive else 0.0
+        self.coverage = (self.policy.coverage or config.decode_coverage) if self.policy.adaptive else 0.0
         self.head_pages = None
         if isinstance(config.head_budgets, BudgetTable):
             rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
@@ -151,6 +154,15 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
             self.prefill = SparsePrefill(
                 get_prefill_policy(self.config, self.page_size, self._patterns()), self.prefill_engine, buffers,
                 self.sink_pages, self.config.window_tokens, self.scale,
+            )  # fmt: skip
+
+    def bind_freeze(self, buffers: FreezeBuffers | None) -> None:
+        """Settle what chunks list; None where pages hold no lists."""
+        self.freeze = None
+        if buffers is not None:
+            self.freeze = Freeze(
+                buffers, self.sink_pages, self.config.window_tokens, self.config.budget_pages(self.page_size),
+                self.policy.largest_share > 1, self.scale,
             )  # fmt: skip
 
     def _patterns(self) -> HeadPatterns:
@@ -170,6 +182,15 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
         if self.config.offload is None:
             rows += summary_rows(self.policy.summary, self.page_size, self.head_size, self.cache_dtype.itemsize)
         self.prefill.warm_up(self.num_kv_heads, rows, self.head_size, self.num_heads, self.dtype)
+
+    def warm_up_freeze(self) -> None:
+        """Compile what a chunk's list takes, so that the first request does not wait for it."""
+        chunk = QueryBlocks(0, 0, PROBE_TOKENS, 0)
+        pages = chunk.num_pages(self.page_size)
+        shape = (pages, self.num_kv_heads, self.page_size + 1, 2 * self.head_size)
+        kv = torch.zeros(shape, dtype=self.cache_dtype, device=self.device)
+        q = torch.zeros(PROBE_TOKENS, self.num_heads, self.head_size, dtype=self.dtype, device=self.device)
+        self.freeze.list_pages(q, kv, torch.arange(pages, dtype=torch.int32, device=self.device)[None], chunk)
 
     def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping) -> None:
         """Write K and V of new tokens and refresh the summaries of the pages they touch."""
@@ -216,6 +237,9 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
         for chunk in md.chunks:
             # After the dense rows: a dense backend may write zeros for rows of length 0.
             self.prefill.attend(query, kv_cache, md.block_table, chunk, output)
+        for chunk in md.listed:
+            # Before the decode rows: one of them may begin a page after a list of this step.
+            self.freeze.list_pages(query, kv_cache, md.block_table, chunk)
         if decodes:
             query, output_rows = query[:decodes], output[:decodes]
             if md.dense_short is not None:

@@ -26,6 +26,16 @@ def sparse_chunks(common, num_decodes: int, config: SparseConfig) -> list[QueryB
     return plan_chunks(starts, lens[: common.num_reqs].tolist(), config.min_prefill_tokens, num_decodes)
 
 
+def every_chunk(common, num_decodes: int) -> list[QueryBlocks]:
+    """Chunks of all prefill rows, sparse or not; none in dummy runs."""
+    lens = common.seq_lens_cpu_upper_bound
+    if lens is None:
+        return []
+    starts = common.query_start_loc_cpu.tolist()
+    chunks = plan_chunks(starts, lens[: common.num_reqs].tolist(), 0, num_decodes, min_chunk_tokens=1)
+    return [chunk for chunk in chunks if chunk.first_position >= 0]  # dummy runs may carry wrong lengths
+
+
 def dense_rows(prefills, chunks: list[QueryBlocks], num_decodes: int):
     """Common metadata of prefill rows with length 0 for those in ``chunks``."""
     if not chunks:

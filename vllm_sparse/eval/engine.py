@@ -167,7 +167,8 @@ class EvalEngine:
         if (
             setting.policy != "dense"
             and attended == context
-            and setting.budget < min(len(s.tokens) for s in samples)
+            and setting.budget * DECODE_POLICIES[setting.policy].largest_share
+            < min(len(s.tokens) for s in samples)
         ):
             raise ConfigError(
                 f"{setting.describe()}: no decode step of this model ran sparse; the log says why. Allowed: "
@@ -193,9 +194,10 @@ def _widest(settings: list[Setting], summary: str) -> Setting:
     decode = [s for s in settings if s.policy != "dense"]
     # Of those whose pages hold most: without a summary row there would be no place for one.
     fitting = [s for s in decode if DECODE_POLICIES[s.policy].summary == summary] or decode
+    widest = max(fitting, key=lambda setting: DECODE_POLICIES[setting.policy].largest_share, default=Setting())
     prefill = next((s for s in settings if s.prefill_policy != "dense"), Setting())
     return Setting(
-        fitting[0].policy if fitting else "dense", max((s.budget for s in decode), default=None),
+        widest.policy, max((s.budget for s in decode), default=None),
         prefill.prefill_policy, prefill.coverage,
     )  # fmt: skip
 
