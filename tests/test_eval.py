@@ -112,14 +112,14 @@ def test_texts_too_poor_or_too_long_are_refused():
     with pytest.raises(ConfigError, match="--text: too few different words for cwe"):
         problem("cwe", 10**7)
     with pytest.raises(ConfigError, match="half for --split dev are too few for 2 passages of 900"):
-        Samples(Letters(), "a" * 1000, "dev", 2, 16, 5).make(TEXT, 900, 0)
+        Samples(Letters(), "a" * 1000, "dev", 2, 16).make(TEXT, 900, 0)
 
 
 def test_samples_of_both_halves_are_apart_and_as_long_as_asked():
     text = running_text()
     found = {
         split: [
-            Samples(Letters(), text, split, 3, 20, 5).make(task, 5000, seed)
+            Samples(Letters(), text, split, 3, 20).make(task, 5000, seed)
             for task in (TEXT, "niah_single", "niah_multikey")
             for seed in range(3)
         ]
@@ -431,7 +431,7 @@ def test_eval_equals_the_model_continues_and_mixes_no_settings(tiny, monkeypatch
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     from transformers import AutoTokenizer
 
-    samples = Samples(AutoTokenizer.from_pretrained(model), text.read_text(), "report", 2, 24, 1)
+    samples = Samples(AutoTokenizer.from_pretrained(model), text.read_text(), "report", 2, 24)
     for seed in range(2):
         sample = samples.make(TEXT, 700, seed)
         tokens = torch.tensor(sample.tokens + sample.forced)

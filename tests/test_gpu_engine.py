@@ -41,8 +41,9 @@ def answer(tmp_path_factory):
     )
     known: dict[str, list] = {}
 
-    def run(see=None, sparse: dict | None = SPARSE, **settings):
-        name = repr((sparse, settings))
+    def run(see=None, sparse: dict | None = SPARSE, variant: str = "", **settings):
+        """``variant``: what a fixture changed, since answers are kept for later tests."""
+        name = repr((sparse, variant, settings))
         if name in known and see is None:
             return known[name]
         if sparse is not None:

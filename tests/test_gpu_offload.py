@@ -75,7 +75,8 @@ def test_a_pool_in_fp8_serves_what_its_codes_hold(answer, sparse):  # noqa: F811
 
 
 def test_a_pool_in_fp8_gives_tokens_of_resident_mode_where_codes_are_exact(answer, codable):  # noqa: F811
-    assert_same(answer(sparse=FP8, compilation_config=GRAPHS), answer(sparse=RESIDENT, compilation_config=GRAPHS))
+    settings = {"variant": "codable", "compilation_config": GRAPHS}
+    assert_same(answer(sparse=FP8, **settings), answer(sparse=RESIDENT, **settings))
 
 
 def test_no_line_of_ours_waits_for_the_device_with_a_pool_in_fp8(answer):  # noqa: F811

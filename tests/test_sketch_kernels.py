@@ -82,9 +82,9 @@ def test_page_write_matches_twin_over_chunks(shape, dtype, summary):
 @pytest.mark.parametrize("head_dim", [64, 80, 128])
 def test_sketched_keys_are_close_and_rotated(summary, head_dim):
     """The share of a residual that is lost: 1 - 2 / pi of its square with one bit, 0.119 with two."""
-    key = torch.randn(64, 2, head_dim) + 3 * torch.randn(1, 2, head_dim)
+    key = torch.randn(64, 2, head_dim, device=DEVICE) + 3 * torch.randn(1, 2, head_dim, device=DEVICE)
     kv = empty_cache(2, 2, head_dim, 32, torch.float32, summary)
-    reference.page_write(key, key, kv, torch.arange(64), 32, summary)
+    reference.page_write(key, key, kv, torch.arange(64, device=DEVICE), 32, summary)
     sketched = sketched_keys(kv, 32, summary)[0].transpose(1, 2).flatten(0, 1)
     exact = hadamard(torch.nn.functional.pad(key, (0, sketched.shape[-1] - head_dim)))
     assert error(exact.square().sum(-1), key.square().sum(-1)) < 1e-5, "the rotation changes lengths"
@@ -97,9 +97,9 @@ def test_sketched_keys_are_close_and_rotated(summary, head_dim):
 
 @summaries
 def test_the_noise_of_codes_is_what_they_lose(summary):
-    key = torch.randn(640, 1, 128)
+    key = torch.randn(640, 1, 128, device=DEVICE)
     kv = empty_cache(40, 1, 128, 16, torch.float32, summary)
-    reference.page_write(key, key, kv, torch.arange(640), 16, summary)
+    reference.page_write(key, key, kv, torch.arange(640, device=DEVICE), 16, summary)
     sketched, scale = (x[:, 0].flatten(0, 1) for x in sketched_keys(kv, 16, summary))
     lost = (sketched - hadamard(key[:, 0])).square().mean(-1)
     assert abs((lost / scale.square()).mean() - SketchLayout.of(summary, 128).noise) < 0.003

@@ -216,9 +216,7 @@ class Run:
         args = self.args
         with ExitStack() as stack:
             engine = stack.enter_context(EvalEngine.start(args, settings, kind, args.sparse))
-            make = Samples(
-                engine.tokenizer, self.text, args.split, args.passages, args.score_tokens, args.needles
-            ).make
+            make = Samples(engine.tokenizer, self.text, args.split, args.passages, args.score_tokens).make
             for task in args.tasks:
                 for length in args.lengths:
                     make(task, length, 0)  # what cannot be made is refused before anything is measured

@@ -96,7 +96,8 @@ def needles(summary: Summary) -> Figure | None:
     for row in summary.rows:
         if row.get("depth") is not None:
             setting = Setting(row["policy"], row["budget"], row["prefill_policy"], row["coverage"])
-            cells.setdefault(setting, {}).setdefault((row["depth"], row["length"]), []).append(row["score"])
+            place = round(8 * row["depth"]) / 8, row["length"]
+            cells.setdefault(setting, {}).setdefault(place, []).append(row["score"])
     if not cells:
         return None
     shown = sorted(cells, key=lambda s: (not s.is_dense, s.budget or 0, s.describe()))[:MAX_PANELS]

@@ -18,6 +18,15 @@ SPLITS = ("dev", "report")
 SPARE_ANSWER_TOKENS = 8
 
 
+def spread(seed: int) -> float:
+    """0, 1, 1/2, 1/4, 3/4, 1/8, ...: evenly spread however many there are, and more of them move none (van der
+    Corput, 1935)."""
+    if seed < 2:
+        return float(seed)
+    level = (seed - 1).bit_length()
+    return (2 * (seed - 2 ** (level - 1)) - 1) / 2**level
+
+
 @dataclass(frozen=True)
 class Sample:
     task: str
@@ -37,10 +46,10 @@ class Sample:
 class Samples:
     """Makes the samples of one half of a text."""
 
-    def __init__(self, tokenizer: Any, text: str, split: str, passages: int, score_tokens: int, needles: int):
+    def __init__(self, tokenizer: Any, text: str, split: str, passages: int, score_tokens: int):
         self.tokenizer, self.split = tokenizer, split
         self.text = commands.half_of(text, split)
-        self.passages, self.score_tokens, self.needles = passages, score_tokens, needles
+        self.passages, self.score_tokens = passages, score_tokens
 
     def make(self, task: str, length: int, seed: int) -> Sample:
         return self._passage(length, seed) if task == TEXT else self._problem(task, length, seed)
@@ -61,18 +70,18 @@ class Samples:
     def _passage(self, length: int, seed: int) -> Sample:
         body = length - len(self._start)
         spare = len(self._body) - body
-        if spare < self.passages - 1:
+        if spare < 2 * (self.passages - 1):
             raise ConfigError(
                 f"--text: {len(self._body)} tokens of the half for --split {self.split} are too few for "
                 f"{self.passages} passages of {length}; allowed: a longer text, smaller --lengths or --passages"
             )
-        first = spare * seed // max(1, self.passages - 1)
+        first = int(spare * spread(seed))
         tokens = self._start + self._body[first : first + body]
         split = length - self.score_tokens - 1
         return Sample(TEXT, length, seed, tokens[:split], self.score_tokens + 1, tokens[split:])
 
     def _problem(self, task: str, length: int, seed: int) -> Sample:
-        depth = seed % self.needles / max(1, self.needles - 1) if task == "niah_single" else None
+        depth = spread(seed) if task == "niah_single" else None
         name = f"{self.split} {task} {length} {seed}"
 
         def count(problem: ruler.Problem) -> int:
