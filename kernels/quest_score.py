@@ -101,7 +101,8 @@ def _quest_score(
                 # Here, where the first loads of the loop are on their way.
                 floats = query.to(tl.float32)
                 steps = tl.maximum(tl.max(tl.abs(floats), axis=0) / 127, 1e-30)
-                signed, sizes = two_digits(floats, steps), two_digits(tl.abs(floats), steps)
+                floats /= steps[None, :]
+                signed, sizes = two_digits(floats), two_digits(tl.abs(floats))
                 steps *= scale
             pages = of_row * CHUNK + lanes
             live = pages < num_pages

@@ -25,13 +25,13 @@ from vllm_sparse.decode_plan import NOT_LISTED, WORK_COLUMNS, DecodePlan
 from vllm_sparse.page_scores import CHUNK_PAGES, PageScores
 from vllm_sparse.summaries import TILE_TOKENS, SketchLayout
 
-TUNING = {"waves": 4, "step_bytes": 40960, "num_warps": 2, "num_stages": 3}
+TUNING = {"waves": 2, "step_bytes": 32768, "num_warps": 2, "num_stages": 5}
 """``step_bytes``: of sketches that a program has in flight per stage."""
 ROWS = 128
 """Entries of the work list read at a time in the search for a program's first row."""
-LARGEST = 120.0
-"""Powers of two that a residual adds to a logit at most, well inside float32: no running maximum is needed, as
-the residuals of a tile add up to nothing, so that its largest logit is not far below that of its mean."""
+LARGEST = 124.0
+"""Powers of two that residuals add to a mass at most, inside float32: no running maximum is needed, as the
+residuals of a tile add up to nothing, so that its largest logit is not far below that of its mean."""
 
 
 @triton.jit
@@ -43,8 +43,22 @@ def _products(rows, digits):
 
 
 @triton.jit
-def _weights(packed, digits, steps, offsets, gains, scale_bits, FIELD: tl.constexpr, BITS: tl.constexpr,
-             LARGEST: tl.constexpr):  # fmt: skip
+def _columns(words):
+    """The first nine columns of ``words`` [pages, 16], each [pages]: parts of a row that one thread holds."""
+    even, odd = tl.split(words.reshape(words.shape[0], 2, 2, 2, 2))
+    fours, twos = tl.split(even)
+    ones, threes = tl.split(odd)
+    eights, w4 = tl.split(fours)
+    w2, w6 = tl.split(twos)
+    w1, w5 = tl.split(ones)
+    w3, w7 = tl.split(threes)
+    w0, w8 = tl.split(eights)
+    return (w0, tl.split(w1)[0], tl.split(w2)[0], tl.split(w3)[0], tl.split(w4)[0], tl.split(w5)[0],
+            tl.split(w6)[0], tl.split(w7)[0], w8)  # fmt: skip
+
+
+@triton.jit
+def _weights(packed, digits, steps, offsets, gains, scale_bits, FIELD: tl.constexpr, BITS: tl.constexpr):
     """2 to the power of what residuals in field ``FIELD`` of ``packed`` add to logits: float32 [pages, group]."""
     scale = scale_bits.to(tl.float32, bitcast=True)
     LEVELS: tl.constexpr = 1 << BITS
@@ -55,8 +69,7 @@ def _weights(packed, digits, steps, offsets, gains, scale_bits, FIELD: tl.conste
     WEIGHT: tl.constexpr = 1 / (1 << (FIELD * BITS))
     field = packed & tl.full([1, 1], MASK, tl.int8)
     level = _products(field, digits) * (steps * WEIGHT)[None, :] + (offsets * CENTRE)[None, :]
-    logit = (level + scale[:, None] * gains[None, :]) * scale[:, None]
-    return tl.exp2(tl.minimum(logit, LARGEST))
+    return tl.exp2((level + scale[:, None] * gains[None, :]) * scale[:, None])
 
 
 @triton.jit(do_not_specialize=["num_reqs", "noise"])
@@ -96,15 +109,18 @@ def _sketch_score(
         begin = tl.load(item + 3 - COLUMNS, mask=row > 0, other=0)
         end = tl.minimum(tl.load(item + 3), last_chunk)
         num_pages = (seq_len + PAGE - 1) // PAGE
-        query = tl.load(q + request.to(tl.int64) * q_stride_r + heads[:, None] * q_stride_h + dims[None, :],
-                        mask=(group < GROUP)[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)  # fmt: skip
-        query = tl.trans(hadamard(query.to(tl.float32), GROUP_PAD, WIDTH) * (WIDTH**-0.5))
-        steps = tl.maximum(tl.max(tl.abs(query), axis=0) / 127, 1e-30)
-        digits = two_digits(query, steps)
+        source = q + request.to(tl.int64) * q_stride_r + heads * q_stride_h
+        query = tl.load(source[:, None] + dims[None, :],
+                        mask=(group < GROUP)[:, None] & (dims < HEAD_DIM)[None, :], other=0.0).to(tl.float32)  # fmt: skip
+        # The sum of a rotated query is its first channel, and no channel of it is larger than its length.
+        first = tl.load(source, mask=group < GROUP, other=0.0).to(tl.float32)
+        square = tl.sum(query * query, axis=1)
+        steps = tl.maximum(tl.sqrt(square) / 127, 1e-30)
+        digits = two_digits(tl.trans(hadamard(query * (WIDTH**-0.5 / steps)[:, None], GROUP_PAD, WIDTH)))
         # Logits to base 2, per unit of what _products returns.
+        offsets = first * (scale * 1.4426950408889634 * WIDTH**0.5)
+        gains = steps * steps * (127.0 * 127.0 * scale * scale * noise * (1.4426950408889634 / 2))
         steps *= scale * (1.4426950408889634 / 128)
-        offsets = tl.sum(query, axis=0) * scale * 1.4426950408889634
-        gains = tl.sum(query * query, axis=0) * scale * scale * noise * (1.4426950408889634 / 2)
         block_row = block_table + request.to(tl.int64) * table_stride
         page_top = tl.full([PAGES, GROUP_PAD], float("-inf"), tl.float32)
         page_sum = tl.zeros([PAGES, GROUP_PAD], tl.float32)
@@ -119,22 +135,22 @@ def _sketch_score(
             blocks = tl.load(block_row + pages, mask=live, other=0).to(tl.int64) * byte_stride_b
             start = blocks + sketches + tile * TILE_BYTES
             cells = kv_bytes + start[:, None] + dims[None, :]
-            words = kv_words + start // 4 + (PLANES + 1) * WIDTH // 4
+            words = kv_words + (start // 4 + (PLANES + 1) * WIDTH // 4)[:, None] + tl.arange(0, TILE)[None, :]
             mean = tl.load(cells + PLANES * WIDTH, mask=live[:, None], other=0)
             # A tile past the end was never written: nothing of it is read.
             written = live & (pages * PAGE + tile * TILE < seq_len)
-            mean_scale = tl.load(words + TILE // 2, mask=written, other=0).to(tl.float32, bitcast=True)
+            scales = _columns(tl.load(words, mask=written[:, None], other=0))
+            mean_scale = scales[8].to(tl.float32, bitcast=True)
             centre = _products(mean, digits) * steps[None, :] * mean_scale[:, None]
             total_weight = tl.zeros([PAGES, GROUP_PAD], tl.float32)
             for plane in tl.static_range(PLANES):
                 packed = tl.load(cells + plane * WIDTH, mask=live[:, None], other=0)
                 for pair in tl.static_range(FIELDS // 2):
-                    two = tl.load(words + (plane * FIELDS) // 2 + pair, mask=written, other=0)
-                    total_weight += _weights(packed, digits, steps, offsets, gains, two << 16, 2 * pair, BITS,
-                                             LARGEST)  # fmt: skip
+                    two = scales[plane * FIELDS // 2 + pair]
+                    total_weight += _weights(packed, digits, steps, offsets, gains, two << 16, 2 * pair, BITS)
                     total_weight += _weights(packed, digits, steps, offsets, gains, two & -65536, 2 * pair + 1,
-                                             BITS, LARGEST)  # fmt: skip
-            mass = centre + tl.log2(total_weight)
+                                             BITS)  # fmt: skip
+            mass = centre + tl.minimum(tl.log2(total_weight), LARGEST)
             if TILES > 1:
                 mass = tl.where(written[:, None], mass, float("-inf"))
                 page_top = tl.where(tile == 0, float("-inf"), page_top)
@@ -168,7 +184,7 @@ def sketch_score(
     """Score pages by the sketches of their keys; ``summary`` is ``sketch1`` or ``sketch2``, the rest as in
     :meth:`vllm_sparse.policies.base.DecodePolicy.score`.
 
-    Reads ``(2 * bits + 1) * width + 36`` bytes per 16 tokens and KV head, with the head size padded to a
+    Reads ``(2 * bits + 1) * width + 64`` bytes per 16 tokens and KV head, with the head size padded to a
     power of two ``width``.
     """
     num_reqs, q_heads, head_dim = q.shape
