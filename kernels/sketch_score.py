@@ -111,7 +111,8 @@ def _sketch_score(
         num_pages = (seq_len + PAGE - 1) // PAGE
         source = q + request.to(tl.int64) * q_stride_r + heads * q_stride_h
         query = tl.load(source[:, None] + dims[None, :],
-                        mask=(group < GROUP)[:, None] & (dims < HEAD_DIM)[None, :], other=0.0).to(tl.float32)  # fmt: skip
+                        mask=(group < GROUP)[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)  # fmt: skip
+        query = query.to(tl.float32)
         # The sum of a rotated query is its first channel, and no channel of it is larger than its length.
         first = tl.load(source, mask=group < GROUP, other=0.0).to(tl.float32)
         square = tl.sum(query * query, axis=1)
