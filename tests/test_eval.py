@@ -529,3 +529,43 @@ def test_frozen_policies_share_an_engine(tiny, monkeypatch, tmp_path):
     assert len(kl) == 3, "two policies chose the same pages"
     mean = {policy: sum(map(sum, rows[policy, 256]["recall"])) for policy in ("snapkv", "streaming")}
     assert mean["snapkv"] > mean["streaming"]
+
+
+@pytest.mark.engine
+def test_frozen_choices_are_of_whole_prompts_and_of_their_own_setting(tiny, monkeypatch, tmp_path):
+    """What the prefix cache leaves of a prompt is a few queries, or one, which would choose."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    from vllm_sparse.eval.engine import EvalEngine
+    from vllm_sparse.freeze import Freeze
+
+    chosen, run, list_pages = {}, EvalEngine.run, Freeze.list_pages
+
+    def running(engine, setting, *args):
+        chosen[setting] = []
+        found = run(engine, setting, *args)
+        assert found.prefill_density is None or setting.prefill_policy == "a_shape"
+        return found
+
+    def listing(freeze, q, kv, block_table, chunk):
+        list(chosen.values())[-1].append((chunk.end_position, chunk.num_tokens, freeze.budget_pages))
+        list_pages(freeze, q, kv, block_table, chunk)
+
+    monkeypatch.setattr(EvalEngine, "run", running)
+    monkeypatch.setattr(Freeze, "list_pages", listing)
+    text, out = tmp_path / "text.txt", tmp_path / "eval.jsonl"
+    text.write_text(running_text(400))
+    # Of the 673 tokens of a prompt all but one are in whole pages.
+    options = [
+        "eval", str(tiny.model(seed=1)), "--text", str(text), "--dtype", "float32", "--block-size", "16",
+        "--chunk", "256", "--sparse", '{"dense_layers": 0, "min_prefill_tokens": 256}', "--budgets", "128,256",
+        "--policies", "snapkv,ada_snapkv", "--lengths", "698", "--passages", "1", "--score-tokens", "24",
+        "--prefill-policies", "a_shape", "--tasks", "text", "--recall-every", "0", "--out", str(out),
+    ]  # fmt: skip
+    assert cli.main(options) == 0
+    frozen = {setting: lists for setting, lists in chosen.items() if setting.policy != "dense"}
+    assert len(frozen) == 8
+    for setting, lists in frozen.items():
+        assert lists and lists[-1] == (673, 161, setting.budget // 16), setting
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert all((row["prefill_density"] is None) == (row["prefill_policy"] == "dense") for row in rows)
