@@ -277,6 +277,10 @@ def test_a_fit_finds_the_exponents_that_rows_were_made_with():
     assert (fit.intercept, fit.length, fit.budget) == pytest.approx((math.log(3), 0.5, -1.0))
     assert fit.residual < 1e-6 and len(fit.points) == 6
     assert Summary(some_rows()).fit("dense") is None and Summary(some_rows()[:4]).fit("quest") is None
+    covered = [text_row("quest", 16384, length, 1e-5) | {"attended": 1.0} for length in (4096, 8192)]
+    assert Summary(some_rows() + covered).fit("quest").residual < 1e-6, (
+        "a budget of the whole context costs nothing"
+    )
     noisy = [r | {"kl": r["kl"] * (2 if r["budget"] == 512 else 1)} for r in some_rows() if "kl" in r]
     assert 0.2 < Summary(noisy).fit("quest").residual < 0.7
 
@@ -344,6 +348,7 @@ WRONG = {
     "prefill": (["--prefill-policies", "slash"], ["'slash'", "vertical_slash"]),
     "budget": (["--budgets", "16"], ["budget_tokens: 16", "at least"]),
     "page": (["--budgets", "256", "--block-size", "256"], ["budget_tokens: 256", "pages of 256 tokens"]),
+    "list": (["--policies", "quest,snapkv"], ["budget_tokens: 128 pages", "lists 61 pages", "up to 1024 tokens"]),
     "coverage": (["--prefill-policies", "xattention", "--coverages", "2"], ["prefill_coverage: 2", "0 "]),
     "dense": (["--policies", "dense"], ["only dense", "quest", "vertical_slash"]),
     "length": (["--lengths", "5000"], ["--lengths: 5000", "258 to 4096"]),
@@ -353,7 +358,7 @@ WRONG = {
     "offload": (["--sparse", '{"offload": {}}'], ["--tasks: text", "offload refuses", "niah_single"]),
     "no memory": (["--gpu-memory-utilization", "0"], ["--gpu-memory-utilization: 0", "up to 1"]),
     "folder": (["--out", str(DOCUMENT.parent)], ["--out: ", "the path of a file"]),
-    "text": (["--text", "/nowhere"], ["--text: '/nowhere'", "a UTF-8 file"]),
+    "text": (["--policies", "quest", "--text", "/nowhere"], ["--text: '/nowhere'", "a UTF-8 file"]),
 }
 
 
