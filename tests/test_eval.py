@@ -336,9 +336,11 @@ def test_a_line_cut_off_is_measured_again_and_other_files_are_refused(tmp_path, 
     assert Rows(path).rows == [first, second]
     for key in ("budget", "split", "seed", "length", "task", "model", "policy", "dtype"):
         assert not again.has(first | {key: "another"}), key
-    path.write_text("{}\n")
-    with pytest.raises(ConfigError, match=r"line 1 of .* is no result"):
-        Rows(path)
+    for other in ("{}\n", '{"decode_policy": "quest"}', "a note"):
+        path.write_text(other)
+        with pytest.raises(ConfigError, match=r"line 1 of .* is no result"):
+            Rows(path)
+        assert path.read_text() == other, "a file of somebody else is gone"
 
 
 # Options, and what the refusal must say.
@@ -357,6 +359,7 @@ WRONG = {
     "compared": (["--sparse", '{"budget_tokens": 512}'], ["--sparse: budget_tokens is what is compared"]),
     "offload": (["--sparse", '{"offload": {}}'], ["--tasks: text", "offload refuses", "niah_single"]),
     "no memory": (["--gpu-memory-utilization", "0"], ["--gpu-memory-utilization: 0", "up to 1"]),
+    "page of results": (["--out", "eval.html"], ["--out: eval.html", "the page", ".jsonl"]),
     "folder": (["--out", str(DOCUMENT.parent)], ["--out: ", "the path of a file"]),
     "text": (["--policies", "quest", "--text", "/nowhere"], ["--text: '/nowhere'", "a UTF-8 file"]),
 }

@@ -137,6 +137,8 @@ def _checked(args: argparse.Namespace) -> list[Setting]:
             raise ConfigError(f"--{name}: {getattr(args, name)}; allowed: 1 or more")
     if not 0 < args.gpu_memory_utilization <= 1:
         raise ConfigError(f"--gpu-memory-utilization: {args.gpu_memory_utilization}; allowed: above 0, up to 1")
+    if args.out.suffix == ".html":
+        raise ConfigError(f"--out: {args.out} is where the page would go; allowed: another ending, such as .jsonl")
     if TEXT in args.tasks and args.sparse.get("offload") is not None:
         raise ConfigError(
             f"--tasks: {TEXT} is compared with dense decode, which offload refuses; allowed with offload in "
