@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,12 +15,12 @@ from cases import make, select_reference
 from test_models import model_of
 from vllm_sparse.kernels import reference
 
-from vllm_sparse import cli
+from vllm_sparse import cli, commands
 from vllm_sparse.config import ConfigError
 from vllm_sparse.eval import ruler
 from vllm_sparse.eval.recall import RecallProbe
 from vllm_sparse.eval.rows import Rows, commit
-from vllm_sparse.eval.samples import TEXT, Samples
+from vllm_sparse.eval.samples import TEXT, Samples, spread
 from vllm_sparse.eval.settings import Setting, by_summary, grid
 from vllm_sparse.eval.summary import Summary, table
 from vllm_sparse.policies.registry import DECODE_POLICIES
@@ -135,7 +136,22 @@ def test_samples_of_both_halves_are_apart_and_as_long_as_asked():
         assert len(samples[1].forced) == samples[1].max_tokens == 21
         assert passage in (text[: len(text) // 2 + 40] if split == "dev" else text[len(text) // 2 - 40 :])
         assert len({str(sample.tokens) for sample in samples}) == len(samples)
-        assert [sample.depth for sample in samples[3:]] == [0, 0.25, 0.5, None, None, None]
+        assert [sample.depth for sample in samples[3:]] == [0, 1, 0.5, None, None, None]
+
+
+def test_places_are_evenly_spread_however_many_there_are():
+    assert [spread(seed) for seed in range(9)] == [0, 1, 0.5, 0.25, 0.75, 0.125, 0.375, 0.625, 0.875]
+    for count in (2, 3, 5, 8, 33, 100):
+        places = sorted(map(spread, range(count)))
+        gaps = [after - before for before, after in pairwise(places)]
+        assert places[0] == 0 and places[-1] == 1 and 0 < max(gaps) <= 2 * min(gaps)
+
+
+@pytest.mark.parametrize("end", ["", "\n"])
+def test_a_text_of_one_line_has_two_halves(end):
+    text = "One sentence. " * 500 + end
+    halves = [commands.half_of(text, split) for split in ("dev", "report")]
+    assert "".join(halves) == text and min(map(len, halves)) >= len(text) // 2
 
 
 def test_forced_tokens_follow_their_request_through_the_batch():
