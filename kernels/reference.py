@@ -8,6 +8,7 @@ over speed. Tensors are described in :mod:`vllm_sparse.page_table` and
 from __future__ import annotations
 
 import torch
+from vllm_sparse.kernels.reference_frozen import frozen_score, list_pages  # noqa: F401
 from vllm_sparse.kernels.reference_offload import (  # noqa: F401
     fetch_units,
     find_slots,
@@ -21,7 +22,6 @@ from vllm_sparse.kernels.reference_prefill import (  # noqa: F401
     antidiagonal_score,
     fixed_pattern,
     hash_uniform,
-    list_pages,
     pattern_distance,
     pooled_score,
     prefill_table,
@@ -31,16 +31,16 @@ from vllm_sparse.kernels.reference_prefill import (  # noqa: F401
     sparse_prefill,
     vertical_slash,
 )
+from vllm_sparse.kernels.reference_scores import scored_requests, store_masses, store_scores
 from vllm_sparse.kernels.reference_sketch import hadamard, sketched_keys, write_sketches
 
 from vllm_sparse.decode_plan import NOT_LISTED, DecodePlan
 from vllm_sparse.guard import Guard
 from vllm_sparse.page_scores import CHUNK_PAGES, PageScores
 from vllm_sparse.page_table import PageTable, single_head_pages, units_per_block
-from vllm_sparse.summaries import FROZEN, FROZEN_HEADER, NO_LIST, SKETCH_BITS, TILE_TOKENS, SketchLayout
+from vllm_sparse.summaries import FROZEN, NO_LIST, SKETCH_BITS, TILE_TOKENS, SketchLayout
 
 SCALE_BITS, SCALE_LEVELS, SMALLEST_SCALE = 16, 125.9, 1e-7
-RANK_STEP, PAST_BUDGET = 2.0**-10, 32.0
 
 
 def page_write(
@@ -153,12 +153,12 @@ def quest_score(
     slack: float = 1.0,
 ) -> None:
     head_dim, group = q.shape[-1], q.shape[1] // kv.shape[1]
-    for request, blocks, offset, _ in _scored_requests(block_table, plan, page_size):
+    for request, blocks, offset, _ in scored_requests(block_table, plan, page_size):
         summaries = kv[:, :, page_size:][blocks]
         centre, half = (x.permute(1, 2, 0) for x in key_range(summaries, 0))
         heads = q[request].float().view(-1, group, head_dim) * scale
         bound = heads @ centre + slack * (heads.abs() @ half)
-        _store_scores(scores, request, offset, bound.flatten(0, 1))
+        store_scores(scores, request, offset, bound.flatten(0, 1))
 
 
 def sketch_score(
@@ -171,7 +171,7 @@ def sketch_score(
     scores: PageScores,
     summary: str,
 ) -> None:
-    group, requests = q.shape[1] // kv.shape[1], list(_scored_requests(block_table, plan, page_size))
+    group, requests = q.shape[1] // kv.shape[1], list(scored_requests(block_table, plan, page_size))
     if not requests:
         return
     # Requests share pages: each is decoded once.
@@ -187,7 +187,7 @@ def sketch_score(
         lost = layout.noise * scales[:, blocks].flatten(1).square()[:, None]
         logits += lost * heads.square().sum(-1, keepdim=True) / 2
         # Keys that a tile still lacks have a scale of 0: they count as its mean.
-        _store_masses(scores, request, offset, logits, -(-seq_len // TILE_TOKENS) * TILE_TOKENS, page_size)
+        store_masses(scores, request, offset, logits, -(-seq_len // TILE_TOKENS) * TILE_TOKENS, page_size)
 
 
 def page_mass(
@@ -200,71 +200,23 @@ def page_mass(
     scores: PageScores,
 ) -> None:
     head_dim, group = q.shape[-1], q.shape[1] // kv.shape[1]
-    for request, blocks, offset, seq_len in _scored_requests(block_table, plan, page_size):
+    for request, blocks, offset, seq_len in scored_requests(block_table, plan, page_size):
         keys = kv[blocks, :, :page_size, :head_dim].float().transpose(0, 1).flatten(1, 2)
         heads = q[request].float().view(-1, group, head_dim) * scale
-        _store_masses(scores, request, offset, heads @ keys.transpose(1, 2), seq_len, page_size)
+        store_masses(scores, request, offset, heads @ keys.transpose(1, 2), seq_len, page_size)
 
 
 def recency_score(block_table: torch.Tensor, plan: DecodePlan, page_size: int, scores: PageScores) -> None:
-    for request, blocks, offset, _ in _scored_requests(block_table, plan, page_size):
+    for request, blocks, offset, _ in scored_requests(block_table, plan, page_size):
         recency = torch.arange(len(blocks), dtype=torch.float32, device=blocks.device)
-        _store_scores(scores, request, offset, recency.expand(scores.q_heads, -1))
+        store_scores(scores, request, offset, recency.expand(scores.q_heads, -1))
 
 
 def random_score(block_table: torch.Tensor, plan: DecodePlan, page_size: int, scores: PageScores) -> None:
-    for request, blocks, offset, seq_len in _scored_requests(block_table, plan, page_size):
+    for request, blocks, offset, seq_len in scored_requests(block_table, plan, page_size):
         head = torch.arange(scores.q_heads, device=blocks.device)[:, None]
         page = torch.arange(len(blocks), device=blocks.device)
-        _store_scores(scores, request, offset, hash_uniform(seq_len, head, page))
-
-
-def frozen_score(
-    kv: torch.Tensor,
-    block_table: torch.Tensor,
-    plan: DecodePlan,
-    page_size: int,
-    scores: PageScores,
-    stop: bool = False,
-) -> None:
-    kv_heads = kv.shape[1]
-    lists = kv.view(torch.int16)[:, :, page_size]
-    offsets = plan.score_offsets.tolist()
-    for request, seq_len in enumerate((plan.table_seq_lens + plan.dense_seq_lens).tolist()):
-        if not seq_len:
-            continue
-        last, row = divmod(seq_len - 1, page_size)
-        blocks = block_table[request, : last + 1].long()
-        age = last - torch.arange(last + 1, device=kv.device)
-        values = torch.empty(kv_heads, last + 1, dtype=torch.float32, device=kv.device)
-        for head in range(kv_heads):
-            headers = lists[blocks, head, 0].int() & 0xFFFF
-            anchor = _anchor(headers, last if row else max(0, last - 1))
-            if row == 0 and last > 0:
-                lists[blocks[last], head, 0] = headers.new_tensor(anchor).to(torch.int16)
-            if offsets[request] < 0:
-                continue
-            entry = lists[blocks[anchor], head].int() & 0xFFFF
-            count, budget = entry[1:FROZEN_HEADER].tolist()
-            recent = min(last - anchor, budget // 2)
-            rank = torch.where(age < recent, age, count + age)
-            listed = entry[FROZEN_HEADER : FROZEN_HEADER + count].long()
-            rank[listed] = recent + torch.arange(count, device=kv.device)
-            values[head] = -RANK_STEP * rank
-            if stop:
-                values[head, rank >= budget] -= PAST_BUDGET
-        if offsets[request] >= 0:
-            group = scores.q_heads // kv_heads
-            _store_scores(scores, request, offsets[request], values.repeat_interleave(group, 0))
-
-
-def _anchor(headers: torch.Tensor, last: int) -> int:
-    """The page up to ``last`` whose list counts, from what each page's header says."""
-    hint = int(headers[last])
-    if hint == 0 or (hint <= last and int(headers[hint]) == hint):
-        return hint
-    lists = torch.nonzero(headers[: last + 1] == torch.arange(last + 1, device=headers.device))
-    return int(lists[-1]) if len(lists) else 0
+        store_scores(scores, request, offset, hash_uniform(seq_len, head, page))
 
 
 def select_pages(
@@ -426,29 +378,3 @@ def dense_attention(
                 logits -= alibi_slopes.to(logits)[:, None, None] * behind
             result = logits.masked_fill(behind < 0, float("-inf")).softmax(-1) @ v.float()
         out[start:end] = result.transpose(0, 1).to(out.dtype)
-
-
-def _scored_requests(block_table: torch.Tensor, plan: DecodePlan, page_size: int):
-    """Yield (request, its block ids, first column in the scores, context tokens) of scored rows."""
-    offsets = plan.score_offsets.tolist()
-    for request, seq_len in enumerate(plan.table_seq_lens.tolist()):
-        if seq_len and offsets[request] >= 0:
-            blocks = block_table[request, : -(-seq_len // page_size)].long()
-            yield request, blocks, offsets[request], seq_len
-
-
-def _store_masses(
-    scores: PageScores, request: int, offset: int, logits: torch.Tensor, seq_len: int, page_size: int
-) -> None:
-    """The log-mass of each page from ``logits`` [kv_heads, group, tokens], a whole number of pages."""
-    logits[..., seq_len:] = float("-inf")
-    mass = logits.unflatten(-1, (-1, page_size)).logsumexp(-1)
-    _store_scores(scores, request, offset, mass.flatten(0, 1))
-
-
-def _store_scores(scores: PageScores, request: int, offset: int, values: torch.Tensor) -> None:
-    """``values`` [q_heads, pages] of one request and their log-sum-exp by chunks."""
-    scores.values[:, offset : offset + values.shape[1]] = values
-    first = offset // CHUNK_PAGES + request
-    for chunk, part in enumerate(values.split(CHUNK_PAGES, dim=1)):
-        scores.chunk_lse[:, first + chunk] = part.logsumexp(1)

@@ -17,7 +17,6 @@ from vllm_sparse.probe import (
     probe_start,
 )
 from vllm_sparse.query_blocks import BLOCK_TOKENS, QueryBlocks
-from vllm_sparse.summaries import FROZEN_HEADER, list_capacity
 
 
 def probe_mass(
@@ -48,43 +47,6 @@ def probe_mass(
         band = (probe_page(chunk, page_size) - 1 + k - page).repeat_interleave(page_size)
         inside = behind.div(page_size, rounding_mode="floor") == band
         mass[:, k] = (weights * inside).sum(1).unflatten(-1, (pages, page_size)).sum(-1)
-
-
-def list_pages(
-    mass: torch.Tensor | None,
-    kv: torch.Tensor,
-    block_table: torch.Tensor,
-    chunk: QueryBlocks,
-    page_size: int,
-    sink_pages: int,
-    window_tokens: int,
-    budget_pages: int,
-    least_pages: int,
-    most_pages: int,
-) -> None:
-    kv_heads, pages, device = kv.shape[1], chunk.num_pages(page_size), kv.device
-    listed = list_capacity(kv.shape[3] // 2, kv.element_size())
-    held = torch.full((kv_heads, max(pages, listed)), -1.0, dtype=torch.float32, device=device)
-    held[:, :pages] = 0 if mass is None else mass.reshape(kv_heads, -1, pages).sum(1)
-    window_page = max(0, chunk.end_position - max(1, window_tokens)) // page_size
-    held[:, window_page:pages] = 1e6 + torch.arange(pages - window_page, device=device)
-    held[:, :sink_pages] = -1
-    masses, order = held.topk(listed, dim=1)
-    entry = torch.empty(kv_heads, FROZEN_HEADER + listed, dtype=torch.int32, device=device)
-    entry[:, 0] = pages - 1
-    entry[:, 1] = (masses >= 0).sum(1)
-    entry[:, 2] = budget_pages
-    entry[:, FROZEN_HEADER:] = order
-    if most_pages > budget_pages:
-        wanted = torch.nn.functional.pad(masses, (0, max(0, budget_pages - listed)), value=-1.0)
-        # Where no pages are left to list, heads take as many alike.
-        wanted = torch.where(wanted < 0, -1.0 - torch.arange(wanted.shape[1], device=device), wanted)
-        wanted[:, :least_pages] = 1e9
-        wanted = wanted[:, :most_pages]
-        heads = wanted.flatten().topk(kv_heads * budget_pages).indices // wanted.shape[1]
-        entry[:, 2] = (heads == torch.arange(kv_heads, device=device)[:, None]).sum(1)
-    block = block_table[pages - 1 : pages].long()
-    kv.view(torch.int16)[:, :, page_size][block] = entry.to(torch.int16)[None]
 
 
 def select_bands(

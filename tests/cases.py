@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from vllm_sparse.kernels import reference
+from vllm_sparse.kernels.reference_scores import store_scores
 
 from vllm_sparse.decode_plan import SEGMENT_PAGES, DecodePlan
 from vllm_sparse.page_scores import PageScores
@@ -106,7 +107,7 @@ def set_scores(case: Case, values: torch.Tensor) -> None:
     for request, offset in enumerate(case.plan.score_offsets.tolist()):
         if offset >= 0:
             pages = -(-int(case.seq_lens[request]) // case.page_size)
-            reference._store_scores(case.scores, request, offset, values[:, offset : offset + pages])
+            store_scores(case.scores, request, offset, values[:, offset : offset + pages])
 
 
 def random_scores(case: Case) -> None:

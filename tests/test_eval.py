@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,12 +15,12 @@ from cases import make, select_reference
 from test_models import model_of
 from vllm_sparse.kernels import reference
 
-from vllm_sparse import cli
+from vllm_sparse import cli, commands
 from vllm_sparse.config import ConfigError
 from vllm_sparse.eval import ruler
 from vllm_sparse.eval.recall import RecallProbe
 from vllm_sparse.eval.rows import Rows, commit
-from vllm_sparse.eval.samples import TEXT, Samples
+from vllm_sparse.eval.samples import TEXT, Samples, spread
 from vllm_sparse.eval.settings import Setting, by_summary, grid
 from vllm_sparse.eval.summary import Summary, table
 from vllm_sparse.policies.registry import DECODE_POLICIES
@@ -135,7 +136,22 @@ def test_samples_of_both_halves_are_apart_and_as_long_as_asked():
         assert len(samples[1].forced) == samples[1].max_tokens == 21
         assert passage in (text[: len(text) // 2 + 40] if split == "dev" else text[len(text) // 2 - 40 :])
         assert len({str(sample.tokens) for sample in samples}) == len(samples)
-        assert [sample.depth for sample in samples[3:]] == [0, 0.25, 0.5, None, None, None]
+        assert [sample.depth for sample in samples[3:]] == [0, 1, 0.5, None, None, None]
+
+
+def test_places_are_evenly_spread_however_many_there_are():
+    assert [spread(seed) for seed in range(9)] == [0, 1, 0.5, 0.25, 0.75, 0.125, 0.375, 0.625, 0.875]
+    for count in (2, 3, 5, 8, 33, 100):
+        places = sorted(map(spread, range(count)))
+        gaps = [after - before for before, after in pairwise(places)]
+        assert places[0] == 0 and places[-1] == 1 and 0 < max(gaps) <= 2 * min(gaps)
+
+
+@pytest.mark.parametrize("end", ["", "\n"])
+def test_a_text_of_one_line_has_two_halves(end):
+    text = "One sentence. " * 500 + end
+    halves = [commands.half_of(text, split) for split in ("dev", "report")]
+    assert "".join(halves) == text and min(map(len, halves)) >= len(text) // 2
 
 
 def test_forced_tokens_follow_their_request_through_the_batch():
@@ -277,6 +293,10 @@ def test_a_fit_finds_the_exponents_that_rows_were_made_with():
     assert (fit.intercept, fit.length, fit.budget) == pytest.approx((math.log(3), 0.5, -1.0))
     assert fit.residual < 1e-6 and len(fit.points) == 6
     assert Summary(some_rows()).fit("dense") is None and Summary(some_rows()[:4]).fit("quest") is None
+    covered = [text_row("quest", 16384, length, 1e-5) | {"attended": 1.0} for length in (4096, 8192)]
+    assert Summary(some_rows() + covered).fit("quest").residual < 1e-6, (
+        "a budget of the whole context costs nothing"
+    )
     noisy = [r | {"kl": r["kl"] * (2 if r["budget"] == 512 else 1)} for r in some_rows() if "kl" in r]
     assert 0.2 < Summary(noisy).fit("quest").residual < 0.7
 
@@ -332,9 +352,11 @@ def test_a_line_cut_off_is_measured_again_and_other_files_are_refused(tmp_path, 
     assert Rows(path).rows == [first, second]
     for key in ("budget", "split", "seed", "length", "task", "model", "policy", "dtype"):
         assert not again.has(first | {key: "another"}), key
-    path.write_text("{}\n")
-    with pytest.raises(ConfigError, match=r"line 1 of .* is no result"):
-        Rows(path)
+    for other in ("{}\n", '{"decode_policy": "quest"}', "a note"):
+        path.write_text(other)
+        with pytest.raises(ConfigError, match=r"line 1 of .* is no result"):
+            Rows(path)
+        assert path.read_text() == other, "a file of somebody else is gone"
 
 
 # Options, and what the refusal must say.
@@ -344,6 +366,7 @@ WRONG = {
     "prefill": (["--prefill-policies", "slash"], ["'slash'", "vertical_slash"]),
     "budget": (["--budgets", "16"], ["budget_tokens: 16", "at least"]),
     "page": (["--budgets", "256", "--block-size", "256"], ["budget_tokens: 256", "pages of 256 tokens"]),
+    "list": (["--policies", "quest,snapkv"], ["budget_tokens: 128 pages", "lists 61 pages", "up to 1024 tokens"]),
     "coverage": (["--prefill-policies", "xattention", "--coverages", "2"], ["prefill_coverage: 2", "0 "]),
     "dense": (["--policies", "dense"], ["only dense", "quest", "vertical_slash"]),
     "length": (["--lengths", "5000"], ["--lengths: 5000", "258 to 4096"]),
@@ -352,8 +375,9 @@ WRONG = {
     "compared": (["--sparse", '{"budget_tokens": 512}'], ["--sparse: budget_tokens is what is compared"]),
     "offload": (["--sparse", '{"offload": {}}'], ["--tasks: text", "offload refuses", "niah_single"]),
     "no memory": (["--gpu-memory-utilization", "0"], ["--gpu-memory-utilization: 0", "up to 1"]),
+    "page of results": (["--out", "eval.html"], ["--out: eval.html", "the page", ".jsonl"]),
     "folder": (["--out", str(DOCUMENT.parent)], ["--out: ", "the path of a file"]),
-    "text": (["--text", "/nowhere"], ["--text: '/nowhere'", "a UTF-8 file"]),
+    "text": (["--policies", "quest", "--text", "/nowhere"], ["--text: '/nowhere'", "a UTF-8 file"]),
 }
 
 
@@ -529,3 +553,43 @@ def test_frozen_policies_share_an_engine(tiny, monkeypatch, tmp_path):
     assert len(kl) == 3, "two policies chose the same pages"
     mean = {policy: sum(map(sum, rows[policy, 256]["recall"])) for policy in ("snapkv", "streaming")}
     assert mean["snapkv"] > mean["streaming"]
+
+
+@pytest.mark.engine
+def test_frozen_choices_are_of_whole_prompts_and_of_their_own_setting(tiny, monkeypatch, tmp_path):
+    """What the prefix cache leaves of a prompt is a few queries, or one, which would choose."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    from vllm_sparse.eval.engine import EvalEngine
+    from vllm_sparse.freeze import Freeze
+
+    chosen, run, list_pages = {}, EvalEngine.run, Freeze.list_pages
+
+    def running(engine, setting, *args):
+        chosen[setting] = []
+        found = run(engine, setting, *args)
+        assert found.prefill_density is None or setting.prefill_policy == "a_shape"
+        return found
+
+    def listing(freeze, q, kv, block_table, chunk):
+        list(chosen.values())[-1].append((chunk.end_position, chunk.num_tokens, freeze.budget_pages))
+        list_pages(freeze, q, kv, block_table, chunk)
+
+    monkeypatch.setattr(EvalEngine, "run", running)
+    monkeypatch.setattr(Freeze, "list_pages", listing)
+    text, out = tmp_path / "text.txt", tmp_path / "eval.jsonl"
+    text.write_text(running_text(400))
+    # Of the 673 tokens of a prompt all but one are in whole pages.
+    options = [
+        "eval", str(tiny.model(seed=1)), "--text", str(text), "--dtype", "float32", "--block-size", "16",
+        "--chunk", "256", "--sparse", '{"dense_layers": 0, "min_prefill_tokens": 256}', "--budgets", "128,256",
+        "--policies", "snapkv,ada_snapkv", "--lengths", "698", "--passages", "1", "--score-tokens", "24",
+        "--prefill-policies", "a_shape", "--tasks", "text", "--recall-every", "0", "--out", str(out),
+    ]  # fmt: skip
+    assert cli.main(options) == 0
+    frozen = {setting: lists for setting, lists in chosen.items() if setting.policy != "dense"}
+    assert len(frozen) == 8
+    for setting, lists in frozen.items():
+        assert lists and lists[-1] == (673, 161, setting.budget // 16), setting
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert all((row["prefill_density"] is None) == (row["prefill_policy"] == "dense") for row in rows)

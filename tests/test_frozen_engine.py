@@ -95,6 +95,21 @@ def test_a_prompt_that_is_cached_but_for_a_token_is_served(tiny, policy):
 
 
 @policies
+def test_a_prompt_that_comes_again_finds_a_list_whatever_the_cache_lacks_of_it(tiny, policy, monkeypatch):
+    """As other samples of the same prompt do; the last of its tokens alone is in a page that is not whole."""
+    prompt, choices = prompts((449,), seed=8), Choices(monkeypatch)
+    with tiny.start(sparse={"decode_policy": policy, "budget_tokens": 10 * PAGE}, **ENGINE) as llm:
+        outputs(llm, prompt, 2)
+        again = outputs(llm, prompt, 2)
+    assert cached_tokens(again) == [448]
+    assert [length for length, _ in choices.steps] == [450, 449, 450]
+    newest = {0, *range(20, 29)}
+    for _, heads in choices.steps:
+        assert sum(map(len, heads)) == 20, "more than the budget"
+        assert newest not in heads, "chosen by age"
+
+
+@policies
 def test_preempted_requests_end(tiny, policy):
     sparse = {"decode_policy": policy, "budget_tokens": 96}
     answers = {}

@@ -187,6 +187,10 @@ def test_the_planner_counts_twice_the_tokens(tmp_path, capsys):
     setting = ("--sparse", '{"offload": {"host_dtype": "fp8"}}')
     assert planned(capsys, tmp_path, *setting) == coded
     assert planned(capsys, tmp_path, *setting, "--host-dtype", "auto") == plain
+    assert planned(capsys, tmp_path, "--sparse", '{"offload": null}', "--host-dtype", "fp8") == coded
+    refused = ["plan", str(tmp_path), "--gpu", "80", "--host", "64", "--sparse"]
+    assert cli.main([*refused, '{"offload": null, "decode_policy": "snapkv"}']) == 1
+    assert "sparse.decode_policy: 'snapkv'" in capsys.readouterr().err
 
 
 def answer(tiny, batch=MIXED, max_tokens=24, **settings) -> list[list[int]]:

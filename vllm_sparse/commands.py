@@ -71,7 +71,9 @@ def sample_text(path: Path | None) -> str:
 
 def half_of(text: str, split: str) -> str:
     """The first half of a text for ``dev``, on which settings may be chosen, else the second."""
-    middle = text.find("\n", len(text) // 2) + 1 or len(text) // 2
+    middle = text.find("\n", len(text) // 2) + 1
+    if middle in (0, len(text)):  # a single line
+        middle = len(text) // 2
     return text[:middle] if split == "dev" else text[middle:]
 
 

@@ -167,9 +167,10 @@ def run(args: argparse.Namespace) -> None:
     except json.JSONDecodeError as error:
         raise ConfigError(f"--sparse: not valid JSON ({error})") from None
     if isinstance(settings, dict):
-        offload = settings.setdefault("offload", {})
-        if args.host_dtype and isinstance(offload, dict):
-            offload["host_dtype"] = args.host_dtype
+        if settings.get("offload") is None:
+            settings["offload"] = {}
+        if args.host_dtype and isinstance(settings["offload"], dict):
+            settings["offload"]["host_dtype"] = args.host_dtype
     config = SparseConfig.from_mapping(settings, "--sparse")
     config.check_page_size(args.block_size)
     model, ranks = read_model(args.model, args.dtype, args.trust_remote_code), args.tensor_parallel_size

@@ -19,6 +19,7 @@ from vllm_sparse.eval.ruler import score
 from vllm_sparse.eval.samples import TASKS, TEXT, Sample, Samples
 from vllm_sparse.eval.settings import Setting, by_summary, grid
 from vllm_sparse.policies.registry import DECODE_POLICIES, PREFILL_POLICIES
+from vllm_sparse.summaries import FROZEN
 
 LENGTHS = (4096, 8192, 16384, 32768)
 LEAST_LENGTH = 256
@@ -136,6 +137,8 @@ def _checked(args: argparse.Namespace) -> list[Setting]:
             raise ConfigError(f"--{name}: {getattr(args, name)}; allowed: 1 or more")
     if not 0 < args.gpu_memory_utilization <= 1:
         raise ConfigError(f"--gpu-memory-utilization: {args.gpu_memory_utilization}; allowed: above 0, up to 1")
+    if args.out.suffix == ".html":
+        raise ConfigError(f"--out: {args.out} is where the page would go; allowed: another ending, such as .jsonl")
     if TEXT in args.tasks and args.sparse.get("offload") is not None:
         raise ConfigError(
             f"--tasks: {TEXT} is compared with dense decode, which offload refuses; allowed with offload in "
@@ -148,6 +151,8 @@ def _settle(args: argparse.Namespace, settings: list[Setting], model: Any) -> No
     """Fill in what depends on model and machine."""
     from vllm.platforms import current_platform
 
+    from vllm_sparse import freeze
+
     on_cpu, most = current_platform.is_cpu(), model.max_model_len
     args.lengths = args.lengths or [length for length in LENGTHS if length <= most] or [most]
     least = max(LEAST_LENGTH, args.score_tokens + 2)
@@ -157,7 +162,11 @@ def _settle(args: argparse.Namespace, settings: list[Setting], model: Any) -> No
     # What the backend takes where none is asked for.
     args.block_size = args.block_size or (32 if on_cpu else 16)
     for setting in settings:
-        SparseConfig.from_mapping(setting.mapping(args.sparse), "--sparse").check_page_size(args.block_size)
+        config = SparseConfig.from_mapping(setting.mapping(args.sparse), "--sparse")
+        config.check_page_size(args.block_size)
+        if DECODE_POLICIES[setting.policy].summary == FROZEN:
+            sizes = model.get_head_size(), model.dtype.itemsize, max(args.lengths)
+            freeze.check(config, args.block_size, *sizes)
     args.chunk = args.chunk or (CPU_CHUNK if on_cpu else GPU_CHUNK)
     args.batch = args.batch or (1 if on_cpu else GPU_BATCH)
     args.dtype = str(model.dtype).removeprefix("torch.")

@@ -14,6 +14,7 @@ from vllm_sparse.config import ConfigError
 from vllm_sparse.eval.samples import TEXT, Sample
 from vllm_sparse.eval.settings import Setting
 from vllm_sparse.policies.registry import DECODE_POLICIES
+from vllm_sparse.summaries import FROZEN
 
 TOP_TOKENS = 64
 """Log-probabilities kept of each step; the rest of the vocabulary is one more outcome."""
@@ -120,14 +121,17 @@ class EvalEngine:
             )
             for sample in samples
         ]  # fmt: skip
-        outputs = self._generate(setting, samples, params)
+        outputs = self._generate(samples, [_own_salt(setting, sample) for sample in samples], params)
         workers = self.llm.collective_rpc("eval_recall") if watched else []
         attended = self._attended(setting, samples, before, self._counts())
         answers = [self._answer(output, sample) for output, sample in zip(outputs, samples, strict=True)]
         return Found(answers, attended, self._prefill_density, *self._recall(workers))
 
-    def _generate(self, setting: Setting, samples: list[Sample], params) -> list:
-        prompts = [{"prompt_token_ids": s.tokens, "cache_salt": _salt(setting, s)} for s in samples]
+    def _generate(self, samples: list[Sample], salts: list[str], params) -> list:
+        prompts = [
+            {"prompt_token_ids": sample.tokens, "cache_salt": salt}
+            for sample, salt in zip(samples, salts, strict=True)
+        ]
         return self.llm.generate(prompts, params, use_tqdm=False)
 
     def _warm_up(self, setting: Setting, samples: list[Sample]) -> None:
@@ -138,7 +142,7 @@ class EvalEngine:
         if salts == self._warm:
             return
         before = self._counts()
-        self._generate(setting, samples, SamplingParams(max_tokens=1, temperature=0, detokenize=False))
+        self._generate(samples, salts, SamplingParams(max_tokens=1, temperature=0, detokenize=False))
         after = self._counts()
         attended, causal = (
             after[name] - before[name] for name in ("prefill_attended_pairs", "prefill_causal_pairs")
@@ -205,6 +209,15 @@ def _widest(settings: list[Setting], summary: str) -> Setting:
 def _salt(setting: Setting, sample: Sample) -> str:
     """Keeps what decode steps wrote under one setting, and other prefill policies, out of a prompt's cache."""
     return f"{setting.prefill_policy} {setting.coverage} {sample.task} {sample.length} {sample.seed}"
+
+
+def _own_salt(setting: Setting, sample: Sample) -> str:
+    """For what is measured. A frozen choice is made in prefill, so its prompts are nobody else's: of a cached one
+    the few tokens that the cache lacks would choose, or what was chosen for another setting would stay."""
+    salt = _salt(setting, sample)
+    if DECODE_POLICIES[setting.policy].summary == FROZEN:
+        salt += f" {setting.policy} {setting.budget}"
+    return salt
 
 
 def loss(steps: list[Distribution], forced: list[int]) -> float:

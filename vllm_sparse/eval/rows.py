@@ -16,6 +16,8 @@ KEY = (
     "task", "length", "seed", "policy", "budget", "prefill_policy", "coverage",
 )  # fmt: skip
 """What a measurement depends on; a row with the same is not measured again."""
+BEGINNING = '{"vllm": "'
+"""Of a row's line: :func:`environment` comes first."""
 
 
 def commit(root: Path) -> str | None:
@@ -68,15 +70,20 @@ class Rows:
                 row = json.loads(line)
                 row["task"], row["policy"]
             except (ValueError, KeyError, TypeError):
-                raise ConfigError(
-                    f"--out: line {number} of {path} is no result of `vllm-sparse eval`; allowed: its own file, "
-                    f"which it continues, or a new one"
-                ) from None
+                raise self._refusal(number) from None
             self.rows.append(row)
         if last:
+            if not last.startswith(BEGINNING[: len(last)]):
+                raise self._refusal(len(lines) + 1)
             path.write_text(text[: len(text) - len(last)], encoding="utf-8")
             print(f"{path}: the last line was cut off; it is measured again", flush=True)
         self._keys = {key_of(row) for row in self.rows}
+
+    def _refusal(self, number: int) -> ConfigError:
+        return ConfigError(
+            f"--out: line {number} of {self.path} is no result of `vllm-sparse eval`; allowed: its own file, "
+            f"which it continues, or a new one"
+        )
 
     def has(self, key: dict[str, Any]) -> bool:
         return key_of(key) in self._keys

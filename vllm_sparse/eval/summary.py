@@ -61,7 +61,10 @@ class Summary:
         return sum(values) / len(values) if values else None
 
     def fit(self, policy: str) -> Fit | None:
-        """Of a decode policy beside dense prefill; None where there are too few points."""
+        """Of a decode policy beside dense prefill; None where there are too few points.
+
+        Where a budget covers the context, what is measured is rounding.
+        """
         import numpy as np
 
         points = [
@@ -69,6 +72,7 @@ class Summary:
             for (setting, task, length), cell in self.cells.items()
             if task == TEXT and setting.policy == policy and setting.prefill_policy == "dense"
             and setting.budget is not None and cell.values["kl"] > 0
+            and cell.values.get("attended", 0) < 1
         ]  # fmt: skip
         columns = [lambda length, budget: 1.0, lambda length, budget: math.log(budget)]
         if len({length for length, *_ in points}) > 1:
