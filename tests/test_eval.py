@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import subprocess
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -357,6 +358,25 @@ def test_a_line_cut_off_is_measured_again_and_other_files_are_refused(tmp_path, 
         with pytest.raises(ConfigError, match=r"line 1 of .* is no result"):
             Rows(path)
         assert path.read_text() == other, "a file of somebody else is gone"
+
+
+def test_results_of_other_samples_are_not_continued(monkeypatch, tmp_path):
+    """Another version may make a sample of the same number differently."""
+    from vllm_sparse.eval import command
+
+    engine = SimpleNamespace(tokenizer=Letters(), run=lambda *args: pytest.fail("other samples were measured"))
+    monkeypatch.setattr(command.EvalEngine, "start", lambda *args: nullcontext(engine))
+    args = SimpleNamespace(
+        model="m", dtype="float32", tensor_parallel_size=1, block_size=16, chunk=256, score_tokens=8, sparse={},
+        split="dev", tasks=["niah_single"], lengths=[3000], needles=2, passages=1, batch=2, recall_every=0,
+        out=tmp_path / "rows.jsonl",
+    )  # fmt: skip
+    settings = grid(["quest"], [256, 512], ["dense"], [], {})
+    run = command.Run(args, settings, running_text(), Rows(args.out))
+    key = run._key("niah_single", 3000, 1, settings[0])
+    run.rows.add([{"vllm": "1", **key, "depth": 0.25, "prompt_tokens": 2900, "score": 1.0}])
+    with pytest.raises(ConfigError, match=r"--out: .*rows.jsonl holds .* niah_single .* 3000 .* a new file"):
+        run._group("key_range", settings, print)
 
 
 # Options, and what the refusal must say.

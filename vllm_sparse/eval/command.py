@@ -237,7 +237,20 @@ class Run:
                     ]  # fmt: skip
                     for first in range(0, len(seeds), args.batch):
                         batch = [make(task, length, seed) for seed in seeds[first : first + args.batch]]
+                        for sample in batch:
+                            self._check_rows(sample, settings)
                         self._batch(engine, settings, batch, advance)
+
+    def _check_rows(self, sample: Sample, settings: list[Setting]) -> None:
+        """Refuse to measure ``sample`` beside rows of another one of its number."""
+        made = {"depth": sample.depth, "prompt_tokens": len(sample.tokens)}
+        for setting in settings:
+            row = self.rows.get(self._key(sample.task, sample.length, sample.seed, setting)) or {}
+            if any(row.get(name, value) != value for name, value in made.items()):
+                raise ConfigError(
+                    f"--out: {self.args.out} holds results of other samples of {sample.task} at {sample.length} "
+                    f"tokens, which another version or tokenizer made; allowed: a new file"
+                )
 
     def _batch(self, engine: EvalEngine, settings: list[Setting], batch: list[Sample], advance) -> None:
         """All settings on samples of one task and length, dense first, which the others are compared with."""

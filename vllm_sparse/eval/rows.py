@@ -77,7 +77,7 @@ class Rows:
                 raise self._refusal(len(lines) + 1)
             path.write_text(text[: len(text) - len(last)], encoding="utf-8")
             print(f"{path}: the last line was cut off; it is measured again", flush=True)
-        self._keys = {key_of(row) for row in self.rows}
+        self._of_key = {key_of(row): row for row in self.rows}
 
     def _refusal(self, number: int) -> ConfigError:
         return ConfigError(
@@ -86,11 +86,14 @@ class Rows:
         )
 
     def has(self, key: dict[str, Any]) -> bool:
-        return key_of(key) in self._keys
+        return key_of(key) in self._of_key
+
+    def get(self, key: dict[str, Any]) -> dict[str, Any] | None:
+        return self._of_key.get(key_of(key))
 
     def add(self, rows: Iterable[dict[str, Any]]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
             for row in rows:
                 file.write(json.dumps(row) + "\n")
                 self.rows.append(row)
-                self._keys.add(key_of(row))
+                self._of_key[key_of(row)] = row
