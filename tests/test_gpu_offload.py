@@ -114,7 +114,9 @@ def test_piecewise_and_full_graphs_give_the_same(answer, monkeypatch):  # noqa: 
     monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)  # vLLM cuts its graph in pieces by compiling it
     monkeypatch.setattr(torch._dynamo.config, "disable", False)
     both = {"cudagraph_mode": "FULL_AND_PIECEWISE", "cudagraph_capture_sizes": [1, 2, 4, 8, 64, 512]}
-    assert_same(answer(sparse=OFFLOAD, compilation_config=both), answer(sparse=OFFLOAD))
+    # Every page: compiled code rounds differently, and among pages of random keys that would choose others.
+    every_page = {**OFFLOAD, "budget_tokens": 4096}
+    assert_same(answer(sparse=every_page, compilation_config=both), answer(sparse=every_page))
 
 
 def test_model_runner_v2_answers_like_v1(answer, monkeypatch):  # noqa: F811
