@@ -57,6 +57,11 @@ def caption(row: dict) -> str:
     return f"{device}, vLLM {row['vllm']}, commit {row['commit']}, {row['date']}"
 
 
+def joint_caption(rows: list[dict]) -> str:
+    """Of rows of several commits."""
+    return caption(rows[-1] | {"commit": ", ".join(dict.fromkeys(row["commit"] for row in rows))})
+
+
 def decode_speed() -> None:
     """Time per output token of the real engine, stock against sparse."""
     rows = load("engine", "tpot")
@@ -130,7 +135,7 @@ def offload() -> None:
         names.append(f"{row['batch']} × {row['context']:,}\n{gpu},\n{row['host_gib']:.0f} GiB of host{coded}")
     axes.set_xticks(range(len(rows)), names, fontsize=8)
     axes.set_ylabel("tokens per second")
-    axes.set_xlabel(caption(rows[-1]), fontsize=8)
+    axes.set_xlabel(joint_caption(rows), fontsize=8)
     axes.set_title(
         f"Decode of the {rows[0]['shape']} shape with offload (grey: stock in the same run)", fontsize=10
     )
@@ -320,7 +325,7 @@ def decode_quality() -> None:
             place.set_title(f"{title}\n{model}, {found.lengths[0]:,} tokens", fontsize=9)
             place.spines[["top", "right"]].set_visible(False)
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
-    about = caption(rows[0] | {"gpu": rows[0]["device"]})
+    about = joint_caption([row | {"gpu": row["device"]} for row in rows])
     figure.supxlabel(f"budget, tokens per KV head; dense prefill; {about}", fontsize=8)
     figure.savefig(DOCS / "decode_quality.png", dpi=120)
 

@@ -113,7 +113,8 @@ def _sketch_score(
         query = tl.load(source[:, None] + dims[None, :],
                         mask=(group < GROUP)[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)  # fmt: skip
         query = query.to(tl.float32)
-        # The sum of a rotated query is its first channel, and no channel of it is larger than its length.
+        # A rotated query adds up to its first channel before, times the root of the width; no channel of it is
+        # larger than its length.
         first = tl.load(source, mask=group < GROUP, other=0.0).to(tl.float32)
         square = tl.sum(query * query, axis=1)
         steps = tl.maximum(tl.sqrt(square) / 127, 1e-30)

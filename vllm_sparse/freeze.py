@@ -12,7 +12,7 @@ each page that begins, which is why preemption and reuse of blocks need no code;
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -95,22 +95,12 @@ class Freeze:
     def list_pages(self, q: torch.Tensor, kv: torch.Tensor, block_table: torch.Tensor, chunk: QueryBlocks) -> None:
         """Leave a list of each KV head in the last page of ``chunk``; only device work, and no waiting.
 
-        A chunk that ends with the first token of a page leaves another in the page before: a prompt that comes
-        again finds that page in the prefix cache, and its one last token is decoded, where nothing is listed.
-
         Args:
             q: [num_tokens, q_heads, head_dim], all tokens of the step.
             kv: [num_blocks, kv_heads, page_size + 1, 2 * head_dim], these tokens included.
             block_table: int32 [num_reqs, max_pages].
             chunk: queries of one request.
         """
-        if chunk.end_position % self.buffers.page_size == 1 and chunk.num_tokens > 1:
-            self._list_pages(q, kv, block_table, replace(chunk, num_tokens=chunk.num_tokens - 1))
-        self._list_pages(q, kv, block_table, chunk)
-
-    def _list_pages(
-        self, q: torch.Tensor, kv: torch.Tensor, block_table: torch.Tensor, chunk: QueryBlocks
-    ) -> None:
         run, buffers, page_size = kernels.for_device(q.device), self.buffers, self.buffers.page_size
         blocks, mass = block_table[chunk.request], None
         if chunk.end_position >= PROBE_TOKENS:

@@ -123,7 +123,7 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
         if not offloads:
             metadata.dense_all = self.dense.build("all", common, fast_build)
         if num_prefills and workspace.freeze is not None:
-            metadata.listed = prefill.every_chunk(common, num_decodes)
+            metadata.listed = prefill.chunks_to_list(common, num_decodes, self.page_size)
         if num_prefills and offloads:
             metadata.runs = prefill.context_runs(
                 common, num_decodes, self.config, self.page_size, workspace.max_pages, self.dense,

@@ -91,7 +91,7 @@ def tasks_by_budget(summary: Summary) -> Figure | None:
 
 
 def needles(summary: Summary) -> Figure | None:
-    """Score over depth and length; a panel per setting, the smallest budgets first."""
+    """Score over depth, in eighths, and length; a panel per setting, the smallest budgets first."""
     cells: dict[Setting, dict[tuple, list[float]]] = {}
     for row in summary.rows:
         if row.get("depth") is not None:
