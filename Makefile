@@ -1,6 +1,6 @@
 # Everything runs in virtual environments under .venv: vLLM's CPU build at both ends of the tested range.
 PYTHON ?= python3
-OLDEST := .venv/vllm-0.27
+OLDEST := .venv/vllm-0.31
 NEWEST := .venv/vllm-0.32
 ENVIRONMENTS := tests/environments
 
