@@ -28,7 +28,7 @@ class Union:
         import torch
         from vllm_sparse.kernels import reference
 
-        from vllm_sparse.page_table import units_per_block
+        from vllm_sparse.page_table import UnitGrid
         from vllm_sparse.prefill import SparsePrefill
 
         attend, fill, self.counts = SparsePrefill.attend, reference.prefill_table, [0, 0]
@@ -38,7 +38,7 @@ class Union:
             table = rest[-1]
             page = torch.arange(table.units.shape[1])
             units = table.units[page * page_size < table.lengths[:, None]].long()
-            self.named[units // units_per_block(kv), units % units_per_block(kv)] = True
+            self.named[UnitGrid.of(kv).split(units)] = True
 
         def watched(sparse, q, kv, block_table, chunk, out) -> None:
             self.named = torch.zeros(kv.shape[:2], dtype=torch.bool)

@@ -33,7 +33,7 @@ from benchmarks import results
 from vllm_sparse.config import SparseConfig
 from vllm_sparse.decode_plan import DecodePlan
 from vllm_sparse.page_scores import PageScores
-from vllm_sparse.page_table import PageTable, units_per_block
+from vllm_sparse.page_table import PageTable, UnitGrid
 from vllm_sparse.policies import DECODE_POLICIES, get_decode_policy
 from vllm_sparse.summaries import FROZEN, summary_bytes_read, summary_rows
 
@@ -284,7 +284,7 @@ def chosen_pages(layer: Layer, policy: str, budget: int, seq_lens, scale, scored
     reference.select_pages(scores, block_table, plan, kv, PAGE, budget // PAGE, *always, table)
     chosen = torch.zeros(queries * kv_heads, pages, dtype=torch.bool)
     for row, length in enumerate(table.lengths.tolist()):
-        chosen[row, table.units[row, : -(-length // PAGE)].long() // units_per_block(kv)] = True
+        chosen[row, UnitGrid.of(kv).split(table.units[row, : -(-length // PAGE)].long())[0]] = True
     return scored, chosen.view(queries, kv_heads, pages)
 
 

@@ -20,7 +20,7 @@ from vllm_sparse.kernels.launch import num_multiprocessors
 from vllm_sparse.offload.residency import HASH, Residency
 from vllm_sparse.offload.sizing import WAYS
 from vllm_sparse.offload.transfer import WritePlan
-from vllm_sparse.page_table import PageTable, units_per_block
+from vllm_sparse.page_table import PageTable, UnitGrid
 
 TUNING = {"programs_per_sm": 2, "block": 4096}
 
@@ -102,7 +102,7 @@ def fetch_units(
     """
     _, kv_heads, page_size, content = host.shape
     assert host.stride(2) == hot.stride(2) == content and host.stride(3) == hot.stride(3) == 1
-    assert units_per_block(host) == units_per_block(hot) == kv_heads
+    assert UnitGrid.of(host).per_block == UnitGrid.of(hot).per_block == kv_heads
     most = table.units.numel()
     if most == 0:
         return

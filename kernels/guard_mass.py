@@ -15,7 +15,7 @@ import triton.language as tl
 
 from vllm_sparse.decode_plan import WORK_COLUMNS, DecodePlan
 from vllm_sparse.guard import PARTS, Guard
-from vllm_sparse.page_table import PageTable
+from vllm_sparse.page_table import PageTable, UnitGrid
 
 
 @triton.jit
@@ -39,7 +39,7 @@ def _merged(tops, totals):
 @triton.jit(do_not_specialize=["every"])
 def _guard_mass(
     q, kv, block_table, units, lengths, work, totals, step, sums, parts, arrivals, every,
-    q_stride_r, q_stride_h, kv_stride_b, kv_stride_h, kv_stride_r, table_stride, units_stride, scale,
+    q_stride_r, q_stride_h, kv_stride_b, kv_stride_h, kv_stride_r, unit_stride, table_stride, units_stride, scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, PAGE: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -69,7 +69,7 @@ def _guard_mass(
     unit_row = units + row.to(tl.int64) * units_stride
     some_top, some_total = tl.full([GROUP_PAD], float("-inf"), tl.float32), tl.zeros([GROUP_PAD], tl.float32)
     for place in range(part, (length + PAGE - 1) // PAGE, PARTS):
-        keys = kv + tl.load(unit_row + place).to(tl.int64) * kv_stride_h + cells
+        keys = kv + tl.load(unit_row + place).to(tl.int64) * unit_stride + cells
         some_top, some_total = _add_page(
             query, keys, place * PAGE + rows < length, in_head, scale, some_top, some_total, PRECISION
         )
@@ -124,7 +124,7 @@ def guard_mass(
         q, kv, block_table, table.units, table.lengths, plan.work, plan.totals,
         guard.step, guard.sums[layer], guard.parts, guard.arrivals, guard.every,
         q.stride(0), q.stride(1), kv.stride(0), kv.stride(1), kv.stride(2),
-        block_table.stride(0), table.units.stride(0), scale,
+        UnitGrid.of(kv).stride, block_table.stride(0), table.units.stride(0), scale,
         KV_HEADS=kv_heads, GROUP=group, GROUP_PAD=max(16, triton.next_power_of_2(group)), HEAD_DIM=head_dim,
         BLOCK_D=triton.next_power_of_2(head_dim), PAGE=page_size, PARTS=PARTS, COLUMNS=WORK_COLUMNS,
         PRECISION="ieee",

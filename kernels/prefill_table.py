@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_sparse.page_table import PageTable, units_per_block
+from vllm_sparse.page_table import PageTable, UnitGrid
 from vllm_sparse.query_blocks import BLOCK_TOKENS, QueryBlocks
 
 
@@ -29,7 +29,7 @@ from vllm_sparse.query_blocks import BLOCK_TOKENS, QueryBlocks
 )  # fmt: skip
 def _prefill_table(
     keep, block_table, units, lengths, counters, keep_stride, units_stride, units_per_block,
-    first_position, end_position, num_blocks, sink_pages, window_tokens,
+    units_per_head, first_position, end_position, num_blocks, sink_pages, window_tokens,
     GROUP: tl.constexpr, PAGE: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
@@ -49,7 +49,7 @@ def _prefill_table(
         count = chosen.to(tl.int32)
         place = kept + tl.cumsum(count, axis=0) - 1
         block = tl.load(block_table + page, mask=chosen, other=0)
-        tl.store(unit_row + place, block * units_per_block + head, mask=chosen)
+        tl.store(unit_row + place, block * units_per_block + head * units_per_head, mask=chosen)
         kept += tl.sum(count, axis=0)
     length = end - (pages_before_end - kept) * PAGE
     tl.store(lengths + row, length)
@@ -90,8 +90,9 @@ def prefill_table(
     assert rows == q_heads * num_blocks == table.lengths.shape[0] and table.units.shape == keep.shape
     assert num_pages == blocks.num_pages(page_size)
     assert keep.stride(1) == table.units.stride(1) == block_table.stride(0) == 1
+    grid = UnitGrid.of(kv)
     _prefill_table[(rows,)](
         keep, block_table, table.units, table.lengths, counters, keep.stride(0), table.units.stride(0),
-        units_per_block(kv), blocks.first_position, blocks.end_position, num_blocks, sink_pages, window_tokens,
+        grid.per_block, grid.per_head, blocks.first_position, blocks.end_position, num_blocks, sink_pages, window_tokens,
         GROUP=q_heads // kv.shape[1], PAGE=page_size, BLOCK_TOKENS=BLOCK_TOKENS, BLOCK=1024, num_warps=4,
     )  # fmt: skip

@@ -37,7 +37,7 @@ from vllm_sparse.kernels.reference_sketch import hadamard, sketched_keys, write_
 from vllm_sparse.decode_plan import NOT_LISTED, DecodePlan
 from vllm_sparse.guard import Guard
 from vllm_sparse.page_scores import CHUNK_PAGES, PageScores
-from vllm_sparse.page_table import PageTable, single_head_pages, units_per_block
+from vllm_sparse.page_table import PageTable, UnitGrid, single_head_pages
 from vllm_sparse.summaries import FROZEN, NO_LIST, SKETCH_BITS, TILE_TOKENS, SketchLayout
 
 SCALE_BITS, SCALE_LEVELS, SMALLEST_SCALE = 16, 125.9, 1e-7
@@ -257,7 +257,7 @@ def select_pages(
                     chosen[head, :count] = order[head, :count].sort().values
                     table.lengths[request * kv_heads + head] = seq_len - (pages - count) * page_size
         rows = slice(request * kv_heads, (request + 1) * kv_heads)
-        units = block_table[request, chosen].long() * units_per_block(kv) + heads
+        units = UnitGrid.of(kv).units(block_table[request, chosen], heads)
         table.units[rows, : chosen.shape[1]] = units.int()
 
 
@@ -318,7 +318,7 @@ def guard_mass(
         return
     head_dim, kv_heads = q.shape[-1], kv.shape[1]
     request, seq_len = plan.work[step // guard.every % scored, :2].tolist()
-    pages = block_table[request, : -(-seq_len // page_size)].long() * units_per_block(kv)
+    pages, grid = block_table[request, : -(-seq_len // page_size)], UnitGrid.of(kv)
     keys, _ = single_head_pages(kv, page_size)
     for head, query in enumerate(q[request].float().view(kv_heads, -1, head_dim)):
         row = request * kv_heads + head
@@ -326,7 +326,7 @@ def guard_mass(
         chosen = table.units[row, : -(-length // page_size)].long()
         some, everything = (
             (query @ keys[units].flatten(0, 2)[:tokens].float().T * scale).logsumexp(-1)
-            for units, tokens in ((chosen, length), (pages + head, seq_len))
+            for units, tokens in ((chosen, length), (grid.units(pages, head), seq_len))
         )
         guard.sums[layer, head, 0] += (some - everything).exp().mean().double()
         guard.sums[layer, head, 1] += 1

@@ -6,7 +6,7 @@ import torch
 
 from vllm_sparse.fixed_pattern import FixedPattern
 from vllm_sparse.head_patterns import HeadPatterns
-from vllm_sparse.page_table import PageTable, single_head_pages, units_per_block
+from vllm_sparse.page_table import PageTable, UnitGrid, single_head_pages
 from vllm_sparse.probe import (
     COVER_OCTAVES,
     COVER_ROUNDS,
@@ -279,7 +279,7 @@ def prefill_table(
     lengths = end - (before_end - chosen.sum(-1)) * page_size
     table.lengths.copy_(lengths.flatten())
     head = torch.arange(q_heads, device=keep.device) // (q_heads // kv.shape[1])
-    unit = block_table[:pages].long() * units_per_block(kv) + head[:, None]
+    unit = UnitGrid.of(kv).units(block_table[:pages], head[:, None])
     for row, mask in enumerate(chosen.flatten(0, 1)):
         units = unit[row // blocks.num_blocks, mask]
         table.units[row, : len(units)] = units.int()

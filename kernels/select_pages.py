@@ -21,7 +21,7 @@ from vllm_sparse.kernels.stop_at_coverage import FORCED, stop_at_coverage
 
 from vllm_sparse.decode_plan import MAX_CANDIDATES, NOT_LISTED, WORK_COLUMNS, DecodePlan
 from vllm_sparse.page_scores import CHUNK_PAGES, PageScores
-from vllm_sparse.page_table import PageTable, units_per_block
+from vllm_sparse.page_table import PageTable, UnitGrid
 
 TUNING = {"pages_per_warp": 128}
 SMALL_PAGES = 1024
@@ -107,7 +107,7 @@ def _page_keys(
 @triton.jit
 def _choose(
     values, chunk_lse, block_row, score_stride, chunk_stride, offset, request, head, first, end, num_pages,
-    units_per_block, quota,
+    units_per_block, head_unit, quota,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, WIDTH: tl.constexpr,
     CHUNK: tl.constexpr, CHUNK_BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -120,7 +120,7 @@ def _choose(
         GROUP, GROUP_PAD, CHUNK, CHUNK_BLOCK,
     )  # fmt: skip
     keep = _keep_largest(keys, quota)
-    return keys, keep, tl.cumsum(keep.to(tl.int32), axis=0) - 1, blocks * units_per_block + head
+    return keys, keep, tl.cumsum(keep.to(tl.int32), axis=0) - 1, blocks * units_per_block + head_unit
 
 
 @triton.jit
@@ -133,14 +133,14 @@ def _store_chosen(units, keys, place, unit, key, keep, KEEP_KEYS: tl.constexpr):
 @triton.jit
 def _choose_alone(
     values, chunk_lse, block_row, score_stride, chunk_stride, offset, request, head, first, end, num_pages,
-    units_per_block, quota, chosen_units, chosen_keys,
+    units_per_block, head_unit, quota, chosen_units, chosen_keys,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, WIDTH: tl.constexpr,
     CHUNK: tl.constexpr, CHUNK_BLOCK: tl.constexpr, KEEP_KEYS: tl.constexpr,
 ):  # fmt: skip
     """Choose among all ranked pages of a row, at most ``WIDTH``."""
     keys, keep, place, unit = _choose(
         values, chunk_lse, block_row, score_stride, chunk_stride, offset, request, head, first, end, num_pages,
-        units_per_block, quota, GROUP, GROUP_PAD, WIDTH, CHUNK, CHUNK_BLOCK,
+        units_per_block, head_unit, quota, GROUP, GROUP_PAD, WIDTH, CHUNK, CHUNK_BLOCK,
     )  # fmt: skip
     _store_chosen(chosen_units, chosen_keys, place, unit, keys, keep, KEEP_KEYS)
 
@@ -163,7 +163,7 @@ def _merge_segments(
 @triton.jit(do_not_specialize=["num_reqs", "segments"])
 def _select_pages(
     values, chunk_lse, block_table, work, totals, arrivals, units, keys_of_units, candidate_keys, candidate_units,
-    head_pages, lengths, score_stride, chunk_stride, table_stride, units_stride, units_per_block,
+    head_pages, lengths, score_stride, chunk_stride, table_stride, units_stride, units_per_block, units_per_head,
     budget, sink_pages, window_tokens, segments, num_reqs,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, KV_HEADS: tl.constexpr, PAGE: tl.constexpr,
     SEGMENT: tl.constexpr, SMALL: tl.constexpr, ALONE: tl.constexpr, FORCED_PAD: tl.constexpr,
@@ -186,7 +186,7 @@ def _select_pages(
         request, seq_len, offset = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
         segment = number - tl.load(entry + 4 - COLUMNS, mask=listed > 0, other=0)
         num_pages = (seq_len + PAGE - 1) // PAGE
-        row = request * KV_HEADS + head
+        row, head_unit = request * KV_HEADS + head, head * units_per_head
         unit_row = units + row.to(tl.int64) * units_stride
         key_row = keys_of_units + row.to(tl.int64) * budget
         block_row = block_table + request.to(tl.int64) * table_stride
@@ -194,7 +194,7 @@ def _select_pages(
             for start in range(0, num_pages, SEGMENT):
                 pages = start + tl.arange(0, SEGMENT)
                 blocks = tl.load(block_row + pages, mask=pages < num_pages, other=0)
-                tl.store(unit_row + pages, blocks * units_per_block + head, mask=pages < num_pages)
+                tl.store(unit_row + pages, blocks * units_per_block + head_unit, mask=pages < num_pages)
         else:
             end = window_start(seq_len, window_tokens, PAGE)
             ranked = end - sink_pages
@@ -209,19 +209,19 @@ def _select_pages(
             if ranked <= SMALL:
                 _choose_alone(
                     values, chunk_lse, block_row, score_stride, chunk_stride, offset, request, head,
-                    sink_pages, end, num_pages, units_per_block, quota, chosen_units, chosen_keys,
+                    sink_pages, end, num_pages, units_per_block, head_unit, quota, chosen_units, chosen_keys,
                     GROUP, GROUP_PAD, SMALL, CHUNK, CHUNK_BLOCK, KEEP_KEYS,
                 )  # fmt: skip
             elif (ranked > SEGMENT) & (ranked <= ALONE):
                 _choose_alone(
                     values, chunk_lse, block_row, score_stride, chunk_stride, offset, request, head,
-                    sink_pages, end, num_pages, units_per_block, quota, chosen_units, chosen_keys,
+                    sink_pages, end, num_pages, units_per_block, head_unit, quota, chosen_units, chosen_keys,
                     GROUP, GROUP_PAD, ALONE, CHUNK, CHUNK_BLOCK, KEEP_KEYS,
                 )  # fmt: skip
             else:
                 keys, keep, place, unit = _choose(
                     values, chunk_lse, block_row, score_stride, chunk_stride, offset, request, head,
-                    sink_pages + segment * SEGMENT, end, num_pages, units_per_block, quota,
+                    sink_pages + segment * SEGMENT, end, num_pages, units_per_block, head_unit, quota,
                     GROUP, GROUP_PAD, SEGMENT, CHUNK, CHUNK_BLOCK,
                 )  # fmt: skip
                 if ranked <= SEGMENT:
@@ -244,7 +244,7 @@ def _select_pages(
                                         row_segments * BUDGET_PAD, quota, chosen_units, chosen_keys,
                                         CANDIDATES, KEEP_KEYS)  # fmt: skip
             place = tl.where(lane < sink_pages, lane, lane + quota)
-            tl.store(unit_row + place, forced_blocks * units_per_block + head, mask=is_forced)
+            tl.store(unit_row + place, forced_blocks * units_per_block + head_unit, mask=is_forced)
             if head_pages is not None:
                 tl.store(lengths + row, seq_len - (num_pages - pages_of_head) * PAGE, mask=segment == 0)
             if KEEP_KEYS:
@@ -300,13 +300,14 @@ def select_pages(
     keep_keys = coverage > 0
     assert head_pages is None or (head_pages.shape == (kv_heads,) and not keep_keys)
     chosen_keys = torch.empty((rows, budget_pages) if keep_keys else (1, 1), dtype=torch.uint32, device=kv.device)
+    grid = UnitGrid.of(kv)
     programs = PROGRAMS_PER_SM * num_multiprocessors(kv.device)
     _select_pages[(min(programs, rows * segments),)](
         scores.values, scores.chunk_lse, block_table, plan.work, plan.totals, scores.arrivals,
         table.units, chosen_keys, candidate_keys, candidate_units,
         head_pages, None if head_pages is None else table.lengths,
         scores.values.stride(0), scores.chunk_lse.stride(0), block_table.stride(0), table.units.stride(0),
-        units_per_block(kv), budget_pages, sink_pages, window_tokens, segments, num_reqs,
+        grid.per_block, grid.per_head, budget_pages, sink_pages, window_tokens, segments, num_reqs,
         GROUP=group, GROUP_PAD=triton.next_power_of_2(group), KV_HEADS=kv_heads, PAGE=page_size,
         SEGMENT=segment, SMALL=min(segment, SMALL_PAGES), ALONE=plan.alone_pages,
         FORCED_PAD=triton.next_power_of_2(sink_pages + triton.cdiv(window_tokens, page_size) + 1),

@@ -17,7 +17,7 @@ import triton.language as tl
 from vllm_sparse.kernels.e4m3 import codes_of, from_e4m3, power_256_of
 from vllm_sparse.kernels.launch import num_multiprocessors
 
-from vllm_sparse.page_table import PageTable
+from vllm_sparse.page_table import PageTable, UnitGrid
 
 LOG2_E = 1.4426950408889634
 TILE_BYTES = 32768
@@ -161,7 +161,7 @@ def sparse_decode(
     assert second.stride(3) == 1
     _attend_split[(rows, splits)](
         q, kv, second, exponents, table.units, table.lengths, out, part_out, part_lse,
-        q.stride(0), q.stride(1), kv.stride(1), kv.stride(2), second.stride(1), second.stride(2),
+        q.stride(0), q.stride(1), UnitGrid.of(kv).stride, kv.stride(2), UnitGrid.of(second).stride, second.stride(2),
         table.units.stride(0), out.stride(0), out.stride(1), scale * LOG2_E, splits,
         KV_HEADS=kv_heads, GROUP=group, GROUP_PAD=max(16, triton.next_power_of_2(group)),
         HEAD_DIM=head_dim, BLOCK_D=block_d, PAGE=page_size, BLOCK_N=block_n, ALONE=splits == 1,

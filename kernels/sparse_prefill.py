@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_sparse.page_table import PageTable
+from vllm_sparse.page_table import PageTable, UnitGrid
 from vllm_sparse.query_blocks import BLOCK_TOKENS
 
 LOG2_E = 1.4426950408889634
@@ -106,7 +106,7 @@ def sparse_prefill(
     block_m = max(16, min(BLOCK_TOKENS, TUNING["query_bytes"] // row_bytes))
     block_n = max(16, min(128, TUNING["tile_bytes"] // row_bytes))
     _sparse_prefill[(rows, BLOCK_TOKENS // block_m)](
-        q, kv, table.units, table.lengths, out, q.stride(0), q.stride(1), kv.stride(1), kv.stride(2),
+        q, kv, table.units, table.lengths, out, q.stride(0), q.stride(1), UnitGrid.of(kv).stride, kv.stride(2),
         table.units.stride(0), out.stride(0), out.stride(1), scale * LOG2_E, num_tokens, num_blocks,
         BLOCK_TOKENS=BLOCK_TOKENS, BLOCK_M=block_m, HEAD_DIM=head_dim, BLOCK_D=block_d, PAGE=page_size,
         BLOCK_N=block_n, PRECISION="ieee", num_warps=TUNING["num_warps"], num_stages=TUNING["num_stages"],

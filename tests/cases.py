@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from vllm_sparse.kernels import reference
@@ -54,17 +55,20 @@ def make(
     seed: int | None = None,
     segment_pages: int = SEGMENT_PAGES,
     summary: str = "key_range",
+    padding: int = 48,
 ) -> Case:
     """A batch with fresh random contents; unused pages, rows past the end and outputs are poison.
 
-    ``layers`` > 1 lays the cache out with other layers' pages between its blocks.
+    ``layers`` > 1 lays the cache out with other layers' pages between its blocks, ``padding`` with as many
+    numbers, as vLLM does where another layer's block is larger: a block is then no whole number of pages long.
     """
     generator = torch.Generator().manual_seed(torch.seed() % 2**31 if seed is None else seed)
     pages = [-(-n // page_size) for n in seq_lens]
     num_blocks = sum(pages) + 3
     rows = page_size + summary_rows(summary, page_size, head_dim, dtype.itemsize)
-    storage = torch.full((num_blocks, layers, kv_heads, rows, 2 * head_dim), float("nan"), dtype=dtype)
-    kv = storage.to(device)[:, layers - 1]
+    page = (layers, kv_heads, rows, 2 * head_dim)
+    storage = torch.full((num_blocks, prod(page) + padding), float("nan"), dtype=dtype, device=device)
+    kv = storage[:, : prod(page)].unflatten(1, page)[:, layers - 1]
     block_table = torch.full((len(seq_lens), max(pages) + 2), num_blocks - 1, dtype=torch.int32)
     order = torch.randperm(num_blocks - 2, generator=generator) + 1
     key_bias = torch.randn(kv_heads, head_dim, generator=generator)
@@ -120,6 +124,11 @@ def select_reference(case: Case, sink_pages: int = 1, window_tokens: int = 20) -
         case.scores, case.block_table, case.plan, case.kv, case.page_size,
         case.budget_pages, sink_pages, window_tokens, case.table,
     )  # fmt: skip
+
+
+def in_float64(kv: torch.Tensor) -> torch.Tensor:
+    """A copy of a cache laid out as it is, so that page tables of the one are page tables of the other."""
+    return torch.empty_strided(kv.shape, kv.stride(), dtype=torch.float64, device=kv.device).copy_(kv)
 
 
 def error(actual: torch.Tensor, expected: torch.Tensor) -> float:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from cases import DEVICE, make
 
-from vllm_sparse.page_table import PageTable, units_per_block
+from vllm_sparse.page_table import PageTable, UnitGrid
 from vllm_sparse.prefill_buffers import PrefillBuffers
 from vllm_sparse.probe import probe_parts
 from vllm_sparse.query_blocks import BLOCK_TOKENS, QueryBlocks
@@ -114,9 +114,9 @@ def table_mask(case: PrefillCase, table: PageTable) -> torch.Tensor:
     position_of = {block: index for index, block in enumerate(case.block_table[: case.num_pages].tolist())}
     for row, length in enumerate(table.lengths.tolist()):
         head, block = divmod(row, blocks.num_blocks)
-        units = table.units[row, : -(-length // page)].tolist()
-        assert all(unit % units_per_block(case.kv) == head // case.group for unit in units), "another KV head"
-        pages = [position_of[unit // units_per_block(case.kv)] for unit in units]
+        named, heads = UnitGrid.of(case.kv).split(table.units[row, : -(-length // page)])
+        assert (heads == head // case.group).all(), "another KV head"
+        pages = [position_of[block] for block in named.tolist()]
         assert all(a < b for a, b in itertools.pairwise(pages)), "pages do not ascend"
         tokens = torch.tensor([p * page + i for p in pages for i in range(page)])[:length]
         queries = range(block * BLOCK_TOKENS, min((block + 1) * BLOCK_TOKENS, blocks.num_tokens))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import DEVICE, ON_GPU, TOLERANCE, error, make, random_scores, select_reference
+from cases import DEVICE, ON_GPU, TOLERANCE, error, in_float64, make, random_scores, select_reference
 from vllm_sparse.kernels import reference
 
 from vllm_sparse.config import ConfigError
@@ -39,7 +39,7 @@ def test_engine_agrees_with_the_torch_twin(name, shape):
     case = case_of(shape)
     engine = engine_for(name, case)
     exact = torch.zeros_like(case.q, dtype=torch.float64)
-    reference.sparse_decode(case.q.double(), case.kv.double(), case.table, case.page_size, case.scale, exact)
+    reference.sparse_decode(case.q.double(), in_float64(case.kv), case.table, case.page_size, case.scale, exact)
     out = torch.full_like(case.q, 7.0)
     engine.attend(case.q, case.kv, case.table, case.page_size, case.scale, out)
     attended = case.plan.table_seq_lens > 0

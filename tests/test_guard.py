@@ -11,6 +11,7 @@ from vllm_sparse.kernels import reference
 from vllm_sparse import metrics
 from vllm_sparse.config import ConfigError, SparseConfig
 from vllm_sparse.guard import Guard
+from vllm_sparse.page_table import UnitGrid
 
 LENGTHS = [0, 200, 15, 389, 1, 33, 1500]
 SCORED = [1, 3, 6]
@@ -43,7 +44,6 @@ def run(kernels, case, guard: Guard, step: int, layer: int = 1) -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_twin_adds_the_share_of_plain_attention_on_chosen_pages(shape):
     case = chosen_case(shape)
-    per_block = case.kv.stride(0) // case.kv.stride(1)
     for index, request in enumerate(SCORED):
         guard, length = guard_of(case), LENGTHS[request]
         run(reference, case, guard, step=3 + index)
@@ -53,7 +53,7 @@ def test_the_twin_adds_the_share_of_plain_attention_on_chosen_pages(shape):
             keys = case.kv[blocks, head, : case.page_size, :head_dim].flatten(0, 1)[:length]
             weights = (query @ keys.T * case.scale).softmax(-1)
             units = case.table.units[request * case.kv_heads + head, : case.budget_pages]
-            kept = torch.isin(blocks, units // per_block).repeat_interleave(case.page_size)[:length]
+            kept = torch.isin(blocks, UnitGrid.of(case.kv).split(units)[0]).repeat_interleave(case.page_size)[:length]
             share, rows = guard.sums[1, head].tolist()
             assert share == pytest.approx(weights[:, kept].sum(-1).mean().item(), rel=1e-4) and 0 < share < 1
             assert rows == 1

@@ -10,6 +10,7 @@ from cases import (
     ON_GPU,
     TOLERANCE,
     error,
+    in_float64,
     make,
     poisoned_scores,
     random_scores,
@@ -20,7 +21,7 @@ from vllm_sparse.kernels import reference
 
 from vllm_sparse.config import ConfigError
 from vllm_sparse.decode_plan import MAX_CANDIDATES, DecodePlan, segment_pages
-from vllm_sparse.page_table import PageTable, units_per_block
+from vllm_sparse.page_table import PageTable, UnitGrid
 
 pytest.importorskip("triton")
 from vllm_sparse.kernels import launchers, select_pages
@@ -331,13 +332,13 @@ def test_selection_takes_a_budget_larger_than_any_context():
     case = make([200, 33], budget_pages=10**5)
     assert (case.plan.score_offsets < 0).all()
     launchers.select_pages(case.scores, case.block_table, case.plan, case.kv, 16, 10**5, 1, 20, case.table)
-    assert (case.table.units[0, :13] == case.block_table[0, :13] * units_per_block(case.kv)).all()
+    assert (case.table.units[0, :13] == UnitGrid.of(case.kv).units(case.block_table[0, :13], 0)).all()
 
 
 def pages_of(case, row, units):
     """Positions in the context of the pages that ``units`` of a table row name."""
     blocks = case.block_table[row // case.kv_heads].tolist()
-    return [blocks.index(unit // (case.kv.stride(0) // case.kv.stride(1))) for unit in units.tolist()]
+    return [blocks.index(block) for block in UnitGrid.of(case.kv).split(units)[0].tolist()]
 
 
 def page_masses(case, row):
@@ -356,7 +357,7 @@ def test_sparse_decode_matches_float64(shape, dtype):
     random_scores(case)
     select_reference(case)
     exact = torch.zeros_like(case.q, dtype=torch.float64)
-    reference.sparse_decode(case.q.double(), case.kv.double(), case.table, case.page_size, case.scale, exact)
+    reference.sparse_decode(case.q.double(), in_float64(case.kv), case.table, case.page_size, case.scale, exact)
     out = torch.full_like(case.q, float("nan"))
     launchers.sparse_decode(case.q, case.kv, case.table, case.page_size, case.scale, out)
     attended = case.plan.table_seq_lens > 0
@@ -371,7 +372,7 @@ def test_sparse_decode_adds_the_parts_of_many_programs(dtype):
     random_scores(case)
     select_reference(case)
     exact = torch.zeros_like(case.q, dtype=torch.float64)
-    reference.sparse_decode(case.q.double(), case.kv.double(), case.table, case.page_size, case.scale, exact)
+    reference.sparse_decode(case.q.double(), in_float64(case.kv), case.table, case.page_size, case.scale, exact)
     for _ in range(2):
         out = torch.full_like(case.q, float("nan"))
         launchers.sparse_decode(case.q, case.kv, case.table, case.page_size, case.scale, out)

@@ -10,7 +10,7 @@ from cases import DEVICE, Case, make
 from vllm_sparse.kernels import reference
 
 from vllm_sparse import kernels
-from vllm_sparse.page_table import units_per_block
+from vllm_sparse.page_table import UnitGrid
 from vllm_sparse.policies import DECODE_POLICIES, get_decode_policy
 from vllm_sparse.summaries import SUMMARIES
 
@@ -41,10 +41,9 @@ def choose(case: Case, policy: str, sink_pages: int = 1, window_tokens: int = 20
         for head in range(case.kv_heads):
             row = request * case.kv_heads + head
             count = -(-int(case.table.lengths[row]) // case.page_size)
-            units = case.table.units[row, :count].tolist()
-            owners = {unit % units_per_block(case.kv) for unit in units}
-            assert owners <= {head}, f"row of KV head {head} names pages of {owners}"
-            heads.append([blocks.index(unit // units_per_block(case.kv)) for unit in units])
+            named, owners = UnitGrid.of(case.kv).split(case.table.units[row, :count])
+            assert (owners == head).all(), f"row of KV head {head} names pages of {owners.unique().tolist()}"
+            heads.append([blocks.index(block) for block in named.tolist()])
         chosen.append(heads)
     return chosen
 

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import gcd
 
 import torch
+
+MAX_UNIT = 2**31 - 1
+"""Units are int32."""
+ALIGNED_BYTES = 16
+"""What attention kernels load at once: no unit may start between."""
 
 
 @dataclass
@@ -12,9 +18,9 @@ class PageTable:
     """Pages to attend for each (request, KV head), as units of one paged KV cache.
 
     A *unit* is a page of one KV head. With a cache ``[num_blocks, kv_heads, rows, 2 * head_dim]``
-    unit ``block * units_per_block + head`` starts ``unit * kv.stride(1)`` elements into the cache
-    (see :func:`single_head_pages`), so each row here is an ordinary block table over single-head
-    pages, and any paged attention kernel can be an engine.
+    unit ``block * per_block + head * per_head`` starts ``unit * stride`` elements into the cache
+    (see :class:`UnitGrid`), so each row here is an ordinary block table over single-head pages, and
+    any paged attention kernel can be an engine.
 
     Invariants: ids in a row ascend with the position of the page in its context, so the page that
     may be partly filled is the last; entries past ``ceil(lengths / page_size)`` are undefined.
@@ -38,9 +44,41 @@ class PageTable:
         return PageTable(self.units[:num_rows], self.lengths[:num_rows])
 
 
-def units_per_block(kv: torch.Tensor) -> int:
-    """Unit ids between two neighbouring blocks of ``kv`` [num_blocks, kv_heads, rows, 2 * head_dim]."""
-    return kv.stride(0) // kv.stride(1)
+@dataclass(frozen=True)
+class UnitGrid:
+    """Where the units of a cache start: evenly spaced places, of which pages take some.
+
+    vLLM may pad a block to the size of another layer's, or put other layers' blocks between two of this one, so
+    blocks need not be a whole number of this layer's pages apart. What divides both distances is the spacing.
+    """
+
+    stride: int
+    """Elements from one unit to the next."""
+    per_block: int
+    """Units from one block to the next."""
+    per_head: int
+    """Units from one KV head of a block to the next."""
+
+    @classmethod
+    def of(cls, kv: torch.Tensor) -> UnitGrid:
+        """The grid of ``kv`` [num_blocks, kv_heads, rows, 2 * head_dim]."""
+        block, head = kv.stride(0), kv.stride(1)
+        if kv.shape[1] == 1:
+            head = block  # of one head no stride is ever taken
+        stride = gcd(block, head)
+        return cls(stride, block // stride, head // stride)
+
+    def units(self, blocks: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
+        """Units of integer tensors that broadcast, int64."""
+        return blocks.long() * self.per_block + heads * self.per_head
+
+    def split(self, units: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Blocks and KV heads of ``units``."""
+        return units // self.per_block, units % self.per_block // self.per_head
+
+    def count(self, num_blocks: int, kv_heads: int) -> int:
+        """One more than the last unit."""
+        return (num_blocks - 1) * self.per_block + (kv_heads - 1) * self.per_head + 1
 
 
 def single_head_pages(kv: torch.Tensor, page_size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -50,11 +88,10 @@ def single_head_pages(kv: torch.Tensor, page_size: int) -> tuple[torch.Tensor, t
     hold the summary and are left out.
     """
     num_blocks, kv_heads, _, content = kv.shape
-    head_dim = content // 2
-    num_units = (num_blocks - 1) * units_per_block(kv) + kv_heads
-    shape = (num_units, page_size, 1, head_dim)
+    head_dim, grid = content // 2, UnitGrid.of(kv)
+    shape = (grid.count(num_blocks, kv_heads), page_size, 1, head_dim)
     # The head dimension has size 1; a TMA descriptor still wants its stride aligned.
-    strides = (kv.stride(1), kv.stride(2), kv.stride(2), 1)
+    strides = (grid.stride, kv.stride(2), kv.stride(2), 1)
     offset = kv.storage_offset()
     return kv.as_strided(shape, strides, offset), kv.as_strided(shape, strides, offset + head_dim)
 
@@ -73,10 +110,22 @@ def summaries_as_pages(summaries: torch.Tensor, page_size: int) -> torch.Tensor:
     return summaries.as_strided((num_blocks, kv_heads, page_size + rows, content), strides)
 
 
-def check_cache_layout(kv: torch.Tensor) -> None:
-    """Raise where units of ``kv`` are not evenly spaced (the layout every kernel relies on)."""
-    if kv.stride(3) != 1 or kv.stride(0) % kv.stride(1):
-        raise ValueError(
-            f"KV cache of shape {tuple(kv.shape)} and strides {kv.stride()} is not laid out as "
-            f"[block, head, row, 2 * head_dim]"
-        )
+def unreadable(kv: torch.Tensor, page_rows: int) -> str | None:
+    """Why kernels cannot work on ``kv``, or None.
+
+    Args:
+        kv: what vLLM gave a layer: [num_blocks, kv_heads, page_rows, 2 * head_dim], in any order of memory that
+            keeps a row in one piece.
+        page_rows: rows that the layer's pages have, summary included.
+    """
+    found = f"a KV cache of shape {tuple(kv.shape)} and strides {tuple(kv.stride())}"
+    if kv.dim() != 4 or kv.shape[2] != page_rows:
+        return f"{found} is not [blocks, KV heads, {page_rows} rows of a page, 2 * head size]"
+    if kv.stride(3) != 1 or kv.stride(2) != kv.shape[3]:
+        return f"{found} does not keep the rows of a page together"
+    grid = UnitGrid.of(kv)
+    if grid.stride * kv.element_size() % ALIGNED_BYTES:
+        return f"{found} starts pages at places that are not multiples of {ALIGNED_BYTES} bytes"
+    if grid.count(kv.shape[0], kv.shape[1]) > MAX_UNIT:
+        return f"{found} has more places for pages than 32 bits can number; fewer blocks would do"
+    return None

@@ -12,7 +12,7 @@ import torch
 from vllm_sparse import kernels
 from vllm_sparse.engines.base import Engine
 from vllm_sparse.page_scores import PageScores
-from vllm_sparse.page_table import PageTable, units_per_block
+from vllm_sparse.page_table import PageTable, UnitGrid
 
 
 class RecallProbe:
@@ -68,7 +68,7 @@ class RecallProbe:
             for head in range(kv_heads):
                 row = request * kv_heads + head
                 count = -(-int(table.lengths[row]) // page_size)
-                chosen = torch.isin(blocks, table.units[row, :count] // units_per_block(kv))
+                chosen = torch.isin(blocks, UnitGrid.of(kv).split(table.units[row, :count])[0])
                 self.chosen_mass[head] += mass[head, chosen].sum()
                 self.best_mass[head] += mass[head, ranked[head].topk(count).indices].sum()
 
