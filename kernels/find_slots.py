@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_sparse.decode_plan import WHOLE
 from vllm_sparse.offload.residency import Residency
 from vllm_sparse.offload.transfer import WritePlan
 from vllm_sparse.page_table import PageTable
@@ -22,15 +23,18 @@ BLOCK = 128
 
 @triton.jit(do_not_specialize=["layer"])
 def _find_slots(
-    units, lengths, staged_slots, clock, slot_of, last_use, misses, num_misses, counters,
+    units, lengths, routes, staged_slots, clock, slot_of, last_use, misses, num_misses, counters,
     units_stride, first_unit, layer,
-    KV_HEADS: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
+    KV_HEADS: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     row, part = tl.program_id(0), tl.program_id(1)
     num_pages = (tl.load(lengths + row) + PAGE - 1) // PAGE
     if part * BLOCK >= num_pages:
         return
     request, head = row // KV_HEADS, row % KV_HEADS
+    if routes is not None:  # noqa: SIM102  settled when the kernel is compiled
+        if tl.load(routes + request) == WHOLE:
+            return
     place = part * BLOCK + tl.arange(0, BLOCK)
     written = place == num_pages - 1
     wanted = place < num_pages - 1
@@ -65,7 +69,7 @@ def find_slots(
     """Turn units of the host pool into units of the hot store, in place, and list those that it lacks.
 
     Args:
-        table: a decode step's chosen pages; row ``request * kv_heads + head``, request r being token r.
+        table: a decode step's chosen pages, rows that it does not list left alone; row ``request * kv_heads + head``, request r being token r.
         kv_heads, page_size: of the cache.
         plan: this step's writes and time.
         layer: position among the layers of this rank.
@@ -78,7 +82,7 @@ def find_slots(
         return
     assert table.units.stride(0) == width and misses.shape[0] >= rows * width
     _find_slots[(rows, triton.cdiv(width, BLOCK))](
-        table.units, table.lengths, plan.staged_slots, plan.clock, residency.slot_of, residency.last_use,
+        table.units, table.lengths, table.routes, plan.staged_slots, plan.clock, residency.slot_of, residency.last_use,
         misses, plan.num_misses, counters, width, residency.first_unit, layer,
-        KV_HEADS=kv_heads, PAGE=page_size, BLOCK=BLOCK, num_warps=1,
+        KV_HEADS=kv_heads, PAGE=page_size, BLOCK=BLOCK, WHOLE=WHOLE, num_warps=1,
     )  # fmt: skip

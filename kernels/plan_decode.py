@@ -6,7 +6,7 @@
     length_r = seq_len_r - max(pages_r - budget, 0) * page_size   of a scored row
 
 Rows that are not scored attend to every page: through the page table, or through the dense
-backend where ``short_rows_dense`` says that one runs beside it in this step. Where heads have budgets of
+backend where ``short_rows_dense`` says that one runs beside it in this step. Rows of prompt tokens are never scored. Where heads have budgets of
 their own, ``select_pages`` writes the lengths of scored rows anew.
 """
 
@@ -17,23 +17,24 @@ import triton
 import triton.language as tl
 from vllm_sparse.kernels.select_pages import window_start
 
-from vllm_sparse.decode_plan import NOT_LISTED, WORK_COLUMNS, DecodePlan
+from vllm_sparse.decode_plan import EVERY_PAGE, NOT_LISTED, WHOLE, WORK_COLUMNS, DecodePlan
 from vllm_sparse.page_scores import CHUNK_PAGES
 from vllm_sparse.page_table import PageTable
 
 
 @triton.jit(do_not_specialize=["num_reqs", "capacity"])
 def _plan_decode(
-    seq_lens, table_seq_lens, dense_seq_lens, score_offsets, work, totals, counters, lengths,
+    seq_lens, whole, table_seq_lens, dense_seq_lens, score_offsets, work, totals, counters, lengths,
     num_reqs, budget_pages, largest_pages, min_context, capacity, sink_pages, window_tokens,
     KV_HEADS: tl.constexpr, PAGE: tl.constexpr, CHUNK: tl.constexpr, SEGMENT: tl.constexpr, ALONE: tl.constexpr,
-    COLUMNS: tl.constexpr, NOT_LISTED: tl.constexpr, SHORT_DENSE: tl.constexpr, BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr, NOT_LISTED: tl.constexpr, EVERY_PAGE: tl.constexpr, WHOLE: tl.constexpr, SHORT_DENSE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     rows = tl.arange(0, BLOCK)
     mask = rows < num_reqs
     seq_len = tl.load(seq_lens + rows, mask=mask, other=0).to(tl.int64)
     pages = (seq_len + PAGE - 1) // PAGE
-    wanted = (seq_len > min_context) & (pages > (budget_pages if largest_pages is None else largest_pages))
+    prompt = tl.load(whole + rows, mask=mask, other=0) > 0
+    wanted = ~prompt & (seq_len > min_context) & (pages > (budget_pages if largest_pages is None else largest_pages))
     claimed = tl.where(wanted, pages, 0)
     offset = tl.cumsum(claimed, axis=0) - claimed
     scored = wanted & (offset + pages <= capacity)
@@ -41,7 +42,8 @@ def _plan_decode(
     in_table = tl.where(dense, 0, seq_len)
     tl.store(table_seq_lens + rows, in_table.to(tl.int32), mask=mask)
     tl.store(dense_seq_lens + rows, tl.where(dense, seq_len, 0).to(tl.int32), mask=mask)
-    tl.store(score_offsets + rows, tl.where(scored, offset, -1).to(tl.int32), mask=mask)
+    route = tl.where(scored, offset, tl.where(prompt, WHOLE, EVERY_PAGE)).to(tl.int32)
+    tl.store(score_offsets + rows, route, mask=mask)
     length = tl.where(scored, seq_len - (pages - budget_pages) * PAGE, in_table).to(tl.int32)
     for head in range(KV_HEADS):
         tl.store(lengths + rows * KV_HEADS + head, length, mask=mask)
@@ -59,7 +61,7 @@ def _plan_decode(
     item = work + (tl.where(scored, (places & 0xFFFFFFFF).to(tl.int32), num_scored + short_place) - 1) * COLUMNS
     tl.store(item, rows, mask=listed)
     tl.store(item + 1, seq_len.to(tl.int32), mask=listed)
-    tl.store(item + 2, tl.where(scored, offset, -1).to(tl.int32), mask=listed)
+    tl.store(item + 2, route, mask=listed)
     tl.store(item + 3, tl.where(scored, ends & 0xFFFFFFFF, NOT_LISTED).to(tl.int32), mask=listed)
     tl.store(item + 4, tl.where(scored, (ends >> 32).to(tl.int32), scored_segments + short_place), mask=listed)
     past = work + rows * COLUMNS
@@ -70,8 +72,8 @@ def _plan_decode(
     tl.store(totals + 2, (size & 0xFFFFFFFF).to(tl.int32))
     tl.store(totals + 3, scored_segments + num_short)
     attended = tl.where(dense, seq_len, length)
-    tl.atomic_add(counters, tl.sum(attended, axis=0))
-    tl.atomic_add(counters + 1, tl.sum(seq_len, axis=0))
+    tl.atomic_add(counters, tl.sum(tl.where(prompt, 0, attended), axis=0))
+    tl.atomic_add(counters + 1, tl.sum(tl.where(prompt, 0, seq_len), axis=0))
 
 
 def plan_decode(
@@ -91,7 +93,7 @@ def plan_decode(
 
     Args:
         seq_lens: int32 [num_reqs], context tokens, the current one included; 0 for padding.
-        plan: buffers of ``num_reqs`` rows.
+        plan: buffers of ``num_reqs`` rows; ``whole`` is read.
         table: buffers of ``num_reqs * kv_heads`` rows; its units are left to ``select_pages``.
         page_size, budget_pages, min_context_tokens: see :class:`vllm_sparse.config.SparseConfig`.
         capacity_pages: columns of the score buffer.
@@ -104,10 +106,10 @@ def plan_decode(
     if num_reqs == 0:
         return
     _plan_decode[(1,)](
-        seq_lens, plan.table_seq_lens, plan.dense_seq_lens, plan.score_offsets,
+        seq_lens, plan.whole, plan.table_seq_lens, plan.dense_seq_lens, plan.score_offsets,
         plan.work, plan.totals, plan.counters, table.lengths,
         num_reqs, budget_pages, largest_pages, min_context_tokens, capacity_pages, sink_pages, window_tokens,
         KV_HEADS=table.lengths.shape[0] // num_reqs, PAGE=page_size, CHUNK=CHUNK_PAGES,
         SEGMENT=plan.segment_pages, ALONE=plan.alone_pages, COLUMNS=WORK_COLUMNS, NOT_LISTED=NOT_LISTED,
-        SHORT_DENSE=short_rows_dense, BLOCK=max(1024, triton.next_power_of_2(num_reqs)),
+        EVERY_PAGE=EVERY_PAGE, WHOLE=WHOLE, SHORT_DENSE=short_rows_dense, BLOCK=max(1024, triton.next_power_of_2(num_reqs)),
     )  # fmt: skip

@@ -34,7 +34,7 @@ from vllm_sparse.kernels.reference_prefill import (  # noqa: F401
 from vllm_sparse.kernels.reference_scores import scored_requests, store_masses, store_scores
 from vllm_sparse.kernels.reference_sketch import hadamard, sketched_keys, write_sketches
 
-from vllm_sparse.decode_plan import NOT_LISTED, DecodePlan
+from vllm_sparse.decode_plan import EVERY_PAGE, NOT_LISTED, WHOLE, DecodePlan
 from vllm_sparse.guard import Guard
 from vllm_sparse.page_scores import CHUNK_PAGES, PageScores
 from vllm_sparse.page_table import PageTable, UnitGrid, single_head_pages
@@ -116,14 +116,15 @@ def plan_decode(
 ) -> None:
     lens = seq_lens.long()
     pages = -(-lens // page_size)
-    scored = (lens > min_context_tokens) & (pages > (budget_pages if largest_pages is None else largest_pages))
+    prompt = plan.whole.bool()
+    scored = ~prompt & (lens > min_context_tokens) & (pages > (budget_pages if largest_pages is None else largest_pages))
     offsets = torch.cumsum(torch.where(scored, pages, 0), 0) - torch.where(scored, pages, 0)
     fits = offsets + pages <= capacity_pages
     dense = torch.where(scored, ~fits, torch.full_like(scored, short_rows_dense))
     scored &= fits
     plan.table_seq_lens.copy_(torch.where(dense, 0, lens))
     plan.dense_seq_lens.copy_(torch.where(dense, lens, 0))
-    plan.score_offsets.copy_(torch.where(scored, offsets, -1))
+    plan.score_offsets.copy_(torch.where(scored, offsets, torch.where(prompt, WHOLE, EVERY_PAGE)))
     attended = torch.where(scored, lens - (pages - budget_pages) * page_size, lens)
     if len(lens):
         kv_heads = table.lengths.shape[0] // len(lens)
@@ -139,7 +140,7 @@ def plan_decode(
     plan.work[: len(chunks), 3] = chunks.cumsum(0).int()
     plan.work[: len(rows), 4] = segments.cumsum(0).int()
     plan.totals.copy_(torch.stack([scored.sum(), (scored | short).sum(), chunks.sum(), segments.sum()]))
-    plan.counters += torch.stack([attended.sum(), lens.sum()])
+    plan.counters += torch.stack([attended[~prompt].sum(), lens[~prompt].sum()])
 
 
 def quest_score(
@@ -240,6 +241,8 @@ def select_pages(
             continue
         pages = -(-seq_len // page_size)
         offset = int(plan.score_offsets[request])
+        if offset == WHOLE:
+            continue
         if offset < 0:
             chosen = torch.arange(pages, device=kv.device).expand(kv_heads, pages)
         else:
@@ -289,14 +292,19 @@ def sparse_decode(
     for row, length in enumerate(table.lengths.tolist()):
         if length == 0:
             continue
-        units = table.units[row, : -(-length // page_size)].long()
+        request, head = divmod(row, kv_heads)
+        num_pages = -(-length // page_size)
+        if table.routes is not None and table.routes[request] == WHOLE:
+            units = UnitGrid.of(kv if host is None else host).units(table.block_table[request, :num_pages], head)
+            units = units if host is None else ~units
+        else:
+            units = table.units[row, :num_pages].long()
         k, v = (x[units.clamp(min=0)] for x in (keys, values))
         if host is not None:
             away, by_unit = units < 0, None if exponents is None else exponents.flatten(0, 1)
             found = kept(host.flatten(0, 1), by_unit, ~units[away], kv.dtype)
             k[away], v[away] = found[:, :page_size, None].chunk(2, -1)
         k, v = (x.flatten(0, 2)[:length].float() for x in (k, v))
-        request, head = divmod(row, kv_heads)
         span = slice(head * group, (head + 1) * group)
         weights = (q[request, span].float() @ k.T * scale).softmax(-1)
         out[request, span] = (weights @ v).to(out.dtype)

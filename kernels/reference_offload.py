@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from vllm_sparse.decode_plan import WHOLE
 from vllm_sparse.offload.residency import HASH, Residency
 from vllm_sparse.offload.sizing import WAYS
 from vllm_sparse.offload.transfer import WritePlan
@@ -81,6 +82,8 @@ def find_slots(
         if length == 0:
             continue
         request, head = divmod(row, kv_heads)
+        if table.routes is not None and table.routes[request] == WHOLE:
+            continue
         pages = -(-length // page_size)
         units = table.units[row, :pages].clone()
         slots = residency.slot_of[units[:-1].long()]

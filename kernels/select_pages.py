@@ -19,7 +19,7 @@ import triton.language as tl
 from vllm_sparse.kernels.launch import num_multiprocessors
 from vllm_sparse.kernels.stop_at_coverage import FORCED, stop_at_coverage
 
-from vllm_sparse.decode_plan import MAX_CANDIDATES, NOT_LISTED, WORK_COLUMNS, DecodePlan
+from vllm_sparse.decode_plan import EVERY_PAGE, MAX_CANDIDATES, NOT_LISTED, WORK_COLUMNS, DecodePlan
 from vllm_sparse.page_scores import CHUNK_PAGES, PageScores
 from vllm_sparse.page_table import PageTable, UnitGrid
 
@@ -168,7 +168,7 @@ def _select_pages(
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, KV_HEADS: tl.constexpr, PAGE: tl.constexpr,
     SEGMENT: tl.constexpr, SMALL: tl.constexpr, ALONE: tl.constexpr, FORCED_PAD: tl.constexpr,
     BUDGET_PAD: tl.constexpr, CANDIDATES: tl.constexpr, CHUNK: tl.constexpr, CHUNK_BLOCK: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, NOT_LISTED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, NOT_LISTED: tl.constexpr, EVERY_PAGE: tl.constexpr,
     KEEP_KEYS: tl.constexpr, FORCED: tl.constexpr,
 ):  # fmt: skip
     item = tl.program_id(0)
@@ -191,10 +191,11 @@ def _select_pages(
         key_row = keys_of_units + row.to(tl.int64) * budget
         block_row = block_table + request.to(tl.int64) * table_stride
         if offset < 0:
-            for start in range(0, num_pages, SEGMENT):
+            listed_pages = tl.where(offset == EVERY_PAGE, num_pages, 0)
+            for start in range(0, listed_pages, SEGMENT):
                 pages = start + tl.arange(0, SEGMENT)
-                blocks = tl.load(block_row + pages, mask=pages < num_pages, other=0)
-                tl.store(unit_row + pages, blocks * units_per_block + head_unit, mask=pages < num_pages)
+                blocks = tl.load(block_row + pages, mask=pages < listed_pages, other=0)
+                tl.store(unit_row + pages, blocks * units_per_block + head_unit, mask=pages < listed_pages)
         else:
             end = window_start(seq_len, window_tokens, PAGE)
             ranked = end - sink_pages
@@ -267,7 +268,7 @@ def select_pages(
     coverage: float = 0.0,
     head_pages: torch.Tensor | None = None,
 ) -> None:
-    """Fill the units of a decode step: chosen pages of scored rows, every page of short ones.
+    """Fill the units of a decode step: chosen pages of scored rows, every page of short ones, none of prompt tokens.
 
     Args:
         scores: what the policy wrote, ragged over requests (``plan.score_offsets``).
@@ -314,7 +315,7 @@ def select_pages(
         BUDGET_PAD=budget_pad,
         CANDIDATES=triton.next_power_of_2(segments * budget_pad), CHUNK=CHUNK_PAGES,
         CHUNK_BLOCK=CHUNK_BLOCK, ROWS=ROWS, COLUMNS=WORK_COLUMNS, NOT_LISTED=NOT_LISTED,
-        KEEP_KEYS=keep_keys, FORCED=FORCED,
+        EVERY_PAGE=EVERY_PAGE, KEEP_KEYS=keep_keys, FORCED=FORCED,
         num_warps=min(16, max(1, segment // TUNING["pages_per_warp"])),
     )  # fmt: skip
     if keep_keys:

@@ -3,6 +3,7 @@
     out[r, h] = softmax(scale * q[r, h] . K[chosen]) V[chosen]
 
 A chosen unit below 0 is unit ``~unit`` of a second cache, in pinned host memory, read in place; it may hold e4m3.
+Rows that the table does not list, those of prompt tokens, are read through the block table: all of their pages.
 
 Flash-decoding: programs share the pages of a row, each keeps a running softmax, and a second
 kernel adds their parts. Dao et al., FlashAttention-2 (arXiv 2307.08691); split-K: "Flash-Decoding
@@ -17,6 +18,7 @@ import triton.language as tl
 from vllm_sparse.kernels.e4m3 import codes_of, from_e4m3, power_256_of
 from vllm_sparse.kernels.launch import num_multiprocessors
 
+from vllm_sparse.decode_plan import WHOLE
 from vllm_sparse.page_table import PageTable, UnitGrid
 
 LOG2_E = 1.4426950408889634
@@ -28,12 +30,12 @@ TUNING = {"block_tokens": 64, "waves": 4, "num_warps": 2, "num_stages": 3, "add_
 
 @triton.jit(do_not_specialize=["splits"])
 def _attend_split(
-    q, kv, host, exponents, units, lengths, out, part_out, part_lse,
+    q, kv, host, exponents, units, lengths, routes, block_table, out, part_out, part_lse,
     q_stride_r, q_stride_h, unit_stride, kv_stride_r, host_unit_stride, host_stride_r, units_stride,
-    out_stride_r, out_stride_h, scale_log2, splits,
+    table_stride, units_per_block, units_per_head, out_stride_r, out_stride_h, scale_log2, splits,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
-    ALONE: tl.constexpr, ON_HOST: tl.constexpr, PRECISION: tl.constexpr,
+    ALONE: tl.constexpr, ON_HOST: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     row, split = tl.program_id(0), tl.program_id(1)
     request, head = row // KV_HEADS, row % KV_HEADS
@@ -55,10 +57,17 @@ def _attend_split(
     begin = split * per_split * BLOCK_N
     end = tl.minimum(begin + per_split * BLOCK_N, length)
     unit_row = units + row.to(tl.int64) * units_stride
+    whole = False
+    if routes is not None:
+        whole = tl.load(routes + request) == WHOLE
+        unit_row = tl.where(whole, block_table + request.to(tl.int64) * table_stride, unit_row)
     for start in range(begin, end, BLOCK_N):
         tokens = start + tl.arange(0, BLOCK_N)
         live = tokens < length
         unit = tl.load(unit_row + tokens // PAGE, mask=live, other=0).to(tl.int64)
+        if routes is not None:
+            of_block = unit * units_per_block + head * units_per_head
+            unit = tl.where(whole, ~of_block if ON_HOST else of_block, unit)
         cells = kv + unit * unit_stride + (tokens % PAGE) * kv_stride_r
         here = live
         if ON_HOST:
@@ -158,14 +167,16 @@ def sparse_decode(
         part_out = torch.empty((rows, splits, group, block_d), dtype=torch.float32, device=q.device)
         part_lse = torch.empty((rows, splits, group), dtype=torch.float32, device=q.device)
     second = kv if host is None else codes_of(host, exponents)
+    grid = UnitGrid.of(second)
+    block_table = table.units if table.block_table is None else table.block_table
     assert second.stride(3) == 1
     _attend_split[(rows, splits)](
-        q, kv, second, exponents, table.units, table.lengths, out, part_out, part_lse,
-        q.stride(0), q.stride(1), UnitGrid.of(kv).stride, kv.stride(2), UnitGrid.of(second).stride, second.stride(2),
-        table.units.stride(0), out.stride(0), out.stride(1), scale * LOG2_E, splits,
+        q, kv, second, exponents, table.units, table.lengths, table.routes, block_table, out, part_out, part_lse,
+        q.stride(0), q.stride(1), UnitGrid.of(kv).stride, kv.stride(2), grid.stride, second.stride(2),
+        table.units.stride(0), block_table.stride(0), grid.per_block, grid.per_head, out.stride(0), out.stride(1), scale * LOG2_E, splits,
         KV_HEADS=kv_heads, GROUP=group, GROUP_PAD=max(16, triton.next_power_of_2(group)),
         HEAD_DIM=head_dim, BLOCK_D=block_d, PAGE=page_size, BLOCK_N=block_n, ALONE=splits == 1,
-        ON_HOST=host is not None, PRECISION="ieee", num_warps=TUNING["num_warps"],
+        ON_HOST=host is not None, WHOLE=WHOLE, PRECISION="ieee", num_warps=TUNING["num_warps"],
         num_stages=2 if exponents is not None else TUNING["num_stages"],
     )  # fmt: skip
     if splits > 1:

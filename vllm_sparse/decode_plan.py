@@ -9,6 +9,9 @@ import torch
 from vllm_sparse.config import ConfigError
 
 NOT_LISTED = 2**31 - 1
+EVERY_PAGE, WHOLE = -1, -2
+"""In place of a row's first column in the score buffer: its page table lists every page, or it has none and is
+read through the block table."""
 WORK_COLUMNS = 5
 SEGMENT_PAGES, USUAL_SEGMENT_PAGES, MAX_SEGMENT_PAGES = 2048, 4096, 32768
 MANY_SEGMENTS = 17
@@ -44,8 +47,10 @@ class DecodePlan:
     """Per-request routing of one decode step; device tensors, so a CUDA graph can replay it.
 
     A row is attended through the page table (``table_seq_lens > 0``), by the dense backend
-    (``dense_seq_lens > 0``), or is padding (both 0). A row of the page table holds either every
-    page of a short context (``score_offsets < 0``) or the chosen pages of a long one.
+    (``dense_seq_lens > 0``), or is padding (both 0). A row of the page table holds the chosen pages of a
+    long context, every page of a short one (``score_offsets`` is ``EVERY_PAGE``), or nothing for a prompt
+    token (``WHOLE``): the last one of a prompt may come alone, in a step that looks like decode, and as any
+    token of a prefill it attends to its whole context, however long.
 
     Kernels of a layer launch a fixed number of programs that share what ``work`` lists, so a step
     without any costs a launch and no more, whatever its batch.
@@ -56,16 +61,19 @@ class DecodePlan:
     dense_seq_lens: torch.Tensor
     """int32 [num_reqs]: context tokens of rows that the dense backend attends, else 0."""
     score_offsets: torch.Tensor
-    """int32 [num_reqs]: column of the request's first page in the score buffer; -1: not scored."""
+    """int32 [num_reqs]: column of the request's first page in the score buffer; below 0: not scored."""
+    whole: torch.Tensor
+    """uint8 [num_reqs]: 1 for rows that are prompt tokens, written by the host in the few steps that have some."""
     work: torch.Tensor
     """int32 [num_reqs, 5]: the rows of the page table, scored ones first, undefined past their number:
-    request, context tokens, first column in the score buffer or -1; and, running totals up to and with
+    request, context tokens, its ``score_offsets``; and, running totals up to and with
     this row, the chunks of pages to score (``NOT_LISTED`` in every row that is not scored) and the
     segments to select from, 1 for a row that is not scored (``NOT_LISTED`` in every row past the last)."""
     totals: torch.Tensor
     """int32 [4]: scored rows, rows of the page table, chunks of all rows, segments of all rows."""
     counters: torch.Tensor
-    """int64 [2], running totals over steps: tokens attended, context tokens (one layer, one head)."""
+    """int64 [2], running totals over steps: tokens attended, context tokens (one layer, one head), of all rows but
+    prompt tokens."""
     segment_pages: int
     """Pages of a segment."""
 
@@ -83,6 +91,7 @@ class DecodePlan:
             table_seq_lens=zeros(max_num_reqs),
             dense_seq_lens=zeros(max_num_reqs),
             score_offsets=zeros(max_num_reqs),
+            whole=torch.zeros(max_num_reqs, dtype=torch.uint8, device=device),
             work=zeros(max_num_reqs, WORK_COLUMNS),
             totals=zeros(4),
             counters=torch.zeros(2, dtype=torch.int64, device=device),
@@ -95,6 +104,7 @@ class DecodePlan:
             self.table_seq_lens[:num_reqs],
             self.dense_seq_lens[:num_reqs],
             self.score_offsets[:num_reqs],
+            self.whole[:num_reqs],
             self.work[:num_reqs],
             self.totals,
             self.counters,

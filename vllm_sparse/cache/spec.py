@@ -1,26 +1,32 @@
 """The KV-cache spec that makes vLLM plan, allocate and share pages with their summaries.
 
-A page holds ``block_size`` rows of ``[K | V]`` per KV head and then ``summary_rows`` rows of the
-same width. vLLM's memory planning counts them, and prefix caching, copy-on-write, preemption and
-KV connectors carry them, because they are bytes of the page like any others.
+A page holds ``page_size`` rows of ``[K | V]`` per KV head and then ``summary_rows`` rows of the same width.
+vLLM's memory planning counts them, and prefix caching, copy-on-write, preemption and KV connectors that copy
+whole blocks carry them, because they are bytes of the page like any others. A block of vLLM's holds one page;
+where vLLM makes blocks larger, to bring layers to one size, it splits them into pages again for the kernels.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec
-from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from vllm_sparse import summaries
-from vllm_sparse.backend import compat
+from vllm_sparse.config import PAGE_SIZES
 
 
 @dataclass(frozen=True, kw_only=True)
 class SparseAttentionSpec(FullAttentionSpec):
-    """Full attention whose pages end in ``summary_rows`` extra rows per KV head."""
+    """Full attention whose pages end in ``summary_rows`` extra rows per KV head.
 
+    vLLM manages its blocks as those of its base class: prefix hits and preemption are those of full attention,
+    since a summary is a function of its page's keys and lives in the page. With offload a block names a page of the
+    host pool as well, so they span host memory.
+    """
+
+    page_size: int
+    """Tokens of a page; a block holds a whole number of pages, or is one token, by which vLLM sizes others."""
     summary: str = "none"
     """One of :data:`vllm_sparse.summaries.SUMMARIES`."""
     on_host: bool = False
@@ -28,51 +34,49 @@ class SparseAttentionSpec(FullAttentionSpec):
 
     @property
     def summary_rows(self) -> int:
+        """Summary rows of a page."""
         return summaries.summary_rows(
-            self.summary, self.block_size, self.head_size, self.dtype.itemsize, least=int(self.on_host)
+            self.summary, self.page_size, self.head_size, self.dtype.itemsize, least=int(self.on_host)
         )
 
     @property
-    def real_page_size_bytes(self) -> int:
-        content_bytes = super().real_page_size_bytes
-        if compat.pages_count_rows():
-            return content_bytes
-        rows = self.summary_rows if self.on_host else self.block_size + self.summary_rows
-        return content_bytes // self.block_size * rows
+    def page_rows(self) -> int:
+        """Rows of a page in vLLM's memory."""
+        return self.summary_rows if self.on_host else self.page_size + self.summary_rows
+
+    @property
+    def unpadded_page_size_bytes(self) -> int:
+        """Bytes of a block: proportional to its tokens, so exact for one token too."""
+        row_bytes = self.num_heads * self.state_content_size_bytes
+        return self.block_size * self.page_rows * row_bytes // self.page_size
 
     def get_num_kernel_states(self, kernel_block_size: int) -> int:
-        if self.on_host:
-            return self.summary_rows
-        return super().get_num_kernel_states(kernel_block_size) + self.summary_rows
+        return kernel_block_size * self.page_rows // self.page_size
 
     @classmethod
     def merge(cls, specs):
-        """One spec for a group of layers, all of which must be equal."""
-        if any(spec != specs[0] for spec in specs):
-            raise ValueError("layers of one KV cache group must have the same sparse page layout")
+        """One spec for a group of layers, all of which must be equal.
+
+        Raises:
+            AssertionError: they are not, which is how vLLM asks whether they are.
+        """
+        assert all(spec == specs[0] for spec in specs), "layers of one group must have the same sparse pages"
         return specs[0]
 
     @classmethod
-    def extend(cls, spec: FullAttentionSpec, summary: str, on_host: bool = False) -> SparseAttentionSpec:
-        """``spec`` with the rows of a summary added, or with nothing but them."""
-        if spec.head_size_v != spec.head_size:
-            raise ValueError(
-                f"sparse attention needs equal K and V head sizes, not {spec.head_size} and {spec.head_size_v}; "
-                f"use another --attention-backend for this model"
-            )
+    def extend(
+        cls, spec: FullAttentionSpec, page_size: int, summary: str, on_host: bool = False
+    ) -> SparseAttentionSpec:
+        """``spec`` with the rows of a summary added to each page, or with nothing but them."""
         values = {field.name: getattr(spec, field.name) for field in fields(spec) if field.init}
-        return cls(**values, summary=summary, on_host=on_host)
+        return cls(**values, page_size=page_size, summary=summary, on_host=on_host)
 
 
-class SparseAttentionManager(FullAttentionManager):
-    """Block manager of sparse pages.
+def page_size_of(block_size: int, config_block_size: int | None) -> int:
+    """Tokens of a page in blocks of ``block_size``: the block, unless vLLM asks for a block that holds no page.
 
-    Blocks, prefix hits and preemption are those of full attention, since a summary is a function of
-    its page's keys and lives in the page. With offload a block names a page of the host pool as well, so
-    they span host memory.
+    It does to learn the bytes of one token; its own config then knows the size of real ones.
     """
-
-
-# Registering first would make vLLM believe that its own specs are registered already.
-KVCacheSpecRegistry._ensure_registered()
-KVCacheSpecRegistry.register(SparseAttentionSpec, SparseAttentionManager, uniform_type_base_spec=FullAttentionSpec)
+    if block_size in PAGE_SIZES:
+        return block_size
+    return config_block_size if config_block_size in PAGE_SIZES else PAGE_SIZES[0]

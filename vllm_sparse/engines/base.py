@@ -35,6 +35,10 @@ class Engine(ABC):
     def unsupported(cls, shape: AttentionShape) -> str | None:
         """Why this engine cannot serve ``shape`` here, or None if it can."""
 
+    def unreadable(self, kv: torch.Tensor, page_size: int) -> str | None:
+        """Why this engine cannot read the cache ``kv`` that vLLM has laid out, or None if it can."""
+        return None
+
     @abstractmethod
     def attend(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from vllm_sparse.engines.base import AttentionShape, Engine
-from vllm_sparse.page_table import PageTable, single_head_pages
+from vllm_sparse.page_table import PageTable, UnitGrid, single_head_pages
 
 HEAD_DIMS = (16, 32, 64, 128, 256)
 """It takes 512 too, but its tiles then outgrow the shared memory of most GPUs."""
@@ -46,13 +46,28 @@ class XFormersEngine(Engine):
         self._inputs = common.Inputs
         self._bias = attn_bias
 
+    def unreadable(self, kv, page_size):
+        page_rows, uneven = divmod(UnitGrid.of(kv).stride, kv.stride(2))
+        tile_tokens = _tile_tokens(page_size)
+        if not uneven and page_rows // tile_tokens == page_size // tile_tokens:
+            return None
+        return (
+            f"the xformers engine needs pages of {page_size} to {page_size + tile_tokens - 1} rows, each KV head's "
+            f"together and whole pages apart, not {UnitGrid.of(kv).stride / kv.stride(2):g} rows"
+        )
+
     def attend(self, q, kv, table, page_size, scale, out, host=None):
         assert host is None, "this engine attends to pages on the GPU only"
         num_reqs, q_heads, head_dim = q.shape
         kv_heads = kv.shape[1]
         rows, group = num_reqs * kv_heads, q_heads // kv_heads
-        tile_tokens = min(page_size & -page_size, MAX_TILE_TOKENS)
-        page_rows = _page_rows(kv, page_size, tile_tokens)
+        tile_tokens = _tile_tokens(page_size)
+        # Rows from one unit to the next, summary included: what xFormers is told the page size is. Its kernel
+        # walks tiles of ``tile_tokens`` tokens and uses the page size twice: it finds tile t in page
+        # ``t // (page size // tile_tokens)``, and starts a page at row ``id * page size``. The second wants the
+        # summary counted; the first rounds it away while it is less than a tile. Lengths stay in tokens, and the
+        # last tile of a page ends before its summary.
+        page_rows = UnitGrid.of(kv).stride // kv.stride(2)
         keys, values = (
             # Heads broadcast by stride 0: it then packs the group into one tile of queries.
             pages.as_strided(
@@ -62,7 +77,7 @@ class XFormersEngine(Engine):
             for pages in single_head_pages(kv, page_size)
         )
         # ``apply`` is what memory_efficient_attention_forward ends in. The checks before it would
-        # refuse ``page_rows`` (see _page_rows), and unsupported() has made the ones that matter.
+        # refuse ``page_rows`` of summaries, and unsupported() has made the ones that matter.
         # Splits are chosen from shapes alone, so CUDA graphs replay them with any lengths.
         result, _ = self._op.get_operator(None, block_n=tile_tokens).apply(
             self._inputs(
@@ -103,18 +118,5 @@ class XFormersEngine(Engine):
         return self._bias.PagedBlockDiagonalPaddedKeysMask(queries, keys, table.units, page_rows)
 
 
-def _page_rows(kv: torch.Tensor, page_size: int, tile_tokens: int) -> int:
-    """Rows from one unit to the next, summary included: what xFormers is told the page size is.
-
-    Its kernel walks tiles of ``tile_tokens`` tokens and uses the page size twice: it finds tile t
-    in page ``t // (page size // tile_tokens)``, and starts a page at row ``id * page size``. The
-    second wants the summary counted; the first rounds it away while it is less than a tile. Lengths
-    stay in tokens, and the last tile of a page ends before its summary.
-    """
-    page_rows, uneven = divmod(kv.stride(1), kv.stride(2))
-    if uneven or page_rows // tile_tokens != page_size // tile_tokens:
-        raise ValueError(
-            f"the xformers engine needs pages of {page_size} to {page_size + tile_tokens - 1} rows, "
-            f"each KV head's together, not {kv.stride(1) / kv.stride(2):g} rows; use another sparse.engine"
-        )
-    return page_rows
+def _tile_tokens(page_size: int) -> int:
+    return min(page_size & -page_size, MAX_TILE_TOKENS)

@@ -1,0 +1,87 @@
+"""Prompt tokens that come alone, in steps that look like decode: attended whole, however long their context."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import DEVICE, DTYPES, TOLERANCE, error, in_float64, make, random_scores
+from vllm_sparse.kernels import reference
+
+from vllm_sparse.decode_plan import EVERY_PAGE, WHOLE
+
+LENGTHS = [1, 400, 0, 385, 16, 230, 47]
+PROMPT = [True, True, False, False, False, True, False]
+BUDGET = 6
+
+
+@pytest.fixture(params=["twin", "kernel"])
+def run(request):
+    if request.param == "twin":
+        return reference
+    pytest.importorskip("triton")
+    from vllm_sparse.kernels import launchers
+
+    return launchers
+
+
+def planned(run, dtype=torch.float32, short_rows_dense=False):
+    case = make(LENGTHS, 2, 3, 64, 16, BUDGET, dtype=dtype, seed=3)
+    case.plan.whole.copy_(torch.tensor(PROMPT))
+    case.plan.counters.zero_()
+    case.plan.score_offsets.fill_(77)
+    run.plan_decode(
+        case.seq_lens, case.plan, case.table, 16, BUDGET, 0, case.scores.capacity_pages, short_rows_dense, 1, 20
+    )
+    random_scores(case)
+    case.table.units.fill_(2**30)
+    run.select_pages(case.scores, case.block_table, case.plan, case.kv, 16, BUDGET, 1, 20, case.table)
+    case.table = replace(case.table, routes=case.plan.score_offsets, block_table=case.block_table)
+    return case
+
+
+def test_prompt_tokens_are_never_scored_and_not_counted(run):
+    case = planned(run)
+    prompt = torch.tensor(PROMPT, device=DEVICE)
+    assert (case.plan.score_offsets[prompt] == WHOLE).all()
+    assert case.plan.score_offsets.tolist()[2:5] == [EVERY_PAGE, 0, EVERY_PAGE]
+    assert torch.equal(case.plan.table_seq_lens, case.seq_lens)
+    assert (case.table.units.view(-1, 2, BUDGET)[prompt] == 2**30).all(), "a row past its width was written"
+    assert case.plan.totals.tolist()[:2] == [1, 6]
+    assert case.plan.counters.tolist() == [385 - (25 - BUDGET) * 16 + 16 + 47, 385 + 16 + 47]
+
+
+def test_prompt_tokens_go_to_the_dense_backend_where_one_runs_beside(run):
+    case = planned(run, short_rows_dense=True)
+    assert case.plan.dense_seq_lens.tolist() == [1, 400, 0, 0, 16, 230, 47]
+    assert case.plan.table_seq_lens.tolist() == [0, 0, 0, 385, 0, 0, 0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+def test_prompt_tokens_attend_to_every_page(run, dtype):
+    case = planned(run, dtype)
+    out = torch.full_like(case.q, 7.0)
+    run.sparse_decode(case.q, case.kv, case.table, 16, case.scale, out)
+    starts = torch.arange(len(LENGTHS) + 1, dtype=torch.int32)
+    exact = torch.zeros_like(case.q, dtype=torch.float64)
+    reference.dense_attention(
+        case.q.double(), in_float64(case.kv), case.block_table, starts, case.seq_lens, 16, case.scale, exact
+    )
+    whole = [row for row, prompt in enumerate(PROMPT) if prompt]
+    assert error(out[whole], exact[whole]) < TOLERANCE[dtype]
+    assert error(out[[4]], exact[[4]]) < TOLERANCE[dtype], "a short row changed"
+    assert (out[2] == 7.0).all(), "padding was written"
+    assert error(out[[3]], exact[[3]]) > 0.05, "the row of chosen pages attends to all of them"
+
+
+def test_prompt_tokens_are_read_on_the_host_in_place(run):
+    case = planned(run)
+    host = case.kv[:, :, :16].clone(memory_format=torch.contiguous_format)
+    hot = torch.full_like(host, float("nan"))
+    out, expected = torch.full_like(case.q, 7.0), torch.full_like(case.q, 7.0)
+    reference.sparse_decode(case.q, case.kv, case.table, 16, case.scale, expected)
+    case.table.lengths[torch.tensor([4, 6, 7, 12, 13, 8, 9])] = 0  # leave prompt tokens alone
+    run.sparse_decode(case.q, hot, case.table, 16, case.scale, out, host)
+    whole = [row for row, prompt in enumerate(PROMPT) if prompt]
+    assert error(out[whole], expected[whole]) < TOLERANCE[torch.float32]
