@@ -69,7 +69,8 @@ def find_slots(
     """Turn units of the host pool into units of the hot store, in place, and list those that it lacks.
 
     Args:
-        table: a decode step's chosen pages, rows that it does not list left alone; row ``request * kv_heads + head``, request r being token r.
+        table: a decode step's chosen pages; row ``request * kv_heads + head``, request r being token r. Rows that it
+            does not list stay as they are.
         kv_heads, page_size: of the cache.
         plan: this step's writes and time.
         layer: position among the layers of this rank.
@@ -82,7 +83,7 @@ def find_slots(
         return
     assert table.units.stride(0) == width and misses.shape[0] >= rows * width
     _find_slots[(rows, triton.cdiv(width, BLOCK))](
-        table.units, table.lengths, table.routes, plan.staged_slots, plan.clock, residency.slot_of, residency.last_use,
-        misses, plan.num_misses, counters, width, residency.first_unit, layer,
+        table.units, table.lengths, table.routes, plan.staged_slots, plan.clock, residency.slot_of,
+        residency.last_use, misses, plan.num_misses, counters, width, residency.first_unit, layer,
         KV_HEADS=kv_heads, PAGE=page_size, BLOCK=BLOCK, WHOLE=WHOLE, num_warps=1,
     )  # fmt: skip

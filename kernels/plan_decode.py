@@ -6,8 +6,8 @@
     length_r = seq_len_r - max(pages_r - budget, 0) * page_size   of a scored row
 
 Rows that are not scored attend to every page: through the page table, or through the dense
-backend where ``short_rows_dense`` says that one runs beside it in this step. Rows of prompt tokens are never scored. Where heads have budgets of
-their own, ``select_pages`` writes the lengths of scored rows anew.
+backend where ``short_rows_dense`` says that one runs beside it in this step. Rows of prompt tokens are never
+scored. Where heads have budgets of their own, ``select_pages`` writes the lengths of scored rows anew.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ def _plan_decode(
     seq_len = tl.load(seq_lens + rows, mask=mask, other=0).to(tl.int64)
     pages = (seq_len + PAGE - 1) // PAGE
     prompt = tl.load(whole + rows, mask=mask, other=0) > 0
-    wanted = ~prompt & (seq_len > min_context) & (pages > (budget_pages if largest_pages is None else largest_pages))
+    wanted = (
+        ~prompt & (seq_len > min_context) & (pages > (budget_pages if largest_pages is None else largest_pages))
+    )
     claimed = tl.where(wanted, pages, 0)
     offset = tl.cumsum(claimed, axis=0) - claimed
     scored = wanted & (offset + pages <= capacity)

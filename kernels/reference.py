@@ -117,7 +117,11 @@ def plan_decode(
     lens = seq_lens.long()
     pages = -(-lens // page_size)
     prompt = plan.whole.bool()
-    scored = ~prompt & (lens > min_context_tokens) & (pages > (budget_pages if largest_pages is None else largest_pages))
+    scored = (
+        ~prompt
+        & (lens > min_context_tokens)
+        & (pages > (budget_pages if largest_pages is None else largest_pages))
+    )
     offsets = torch.cumsum(torch.where(scored, pages, 0), 0) - torch.where(scored, pages, 0)
     fits = offsets + pages <= capacity_pages
     dense = torch.where(scored, ~fits, torch.full_like(scored, short_rows_dense))
@@ -349,8 +353,6 @@ def dense_attention(
     page_size: int,
     scale: float,
     out: torch.Tensor,
-    soft_cap: float = 0.0,
-    alibi_slopes: torch.Tensor | None = None,
 ) -> None:
     """Causal attention over every page, for queries of any length; the CPU's dense backend.
 
@@ -367,22 +369,14 @@ def dense_attention(
         context = kv[blocks, :, :page_size].transpose(0, 1).flatten(1, 2)[:, :seq_len]
         k, v = (x.repeat_interleave(group, 0) for x in context.split(head_dim, -1))
         query = q[start:end].transpose(0, 1)
-        positions = torch.arange(seq_len - (end - start), seq_len, device=q.device)
-        behind = positions[:, None] - torch.arange(seq_len, device=q.device)
-        if not soft_cap and alibi_slopes is None:
-            mask = None
-            if end - start > 1:
-                mask = torch.zeros(behind.shape, dtype=q.dtype, device=q.device)
-                mask.masked_fill_(behind < 0, float("-inf"))
-            # With a batch dimension and an additive mask torch takes its fused kernel: 4 times faster.
-            result = torch.nn.functional.scaled_dot_product_attention(
-                query[None], k[None], v[None], attn_mask=mask, scale=scale
-            )[0]
-        else:
-            logits = query.float() @ k.float().transpose(1, 2) * scale
-            if soft_cap:
-                logits = soft_cap * torch.tanh(logits / soft_cap)
-            if alibi_slopes is not None:
-                logits -= alibi_slopes.to(logits)[:, None, None] * behind
-            result = logits.masked_fill(behind < 0, float("-inf")).softmax(-1) @ v.float()
+        mask = None
+        if end - start > 1:
+            positions = torch.arange(seq_len - (end - start), seq_len, device=q.device)
+            later = positions[:, None] < torch.arange(seq_len, device=q.device)
+            mask = torch.zeros(later.shape, dtype=q.dtype, device=q.device)
+            mask.masked_fill_(later, float("-inf"))
+        # With a batch dimension and an additive mask torch takes its fused kernel: 4 times faster.
+        result = torch.nn.functional.scaled_dot_product_attention(
+            query[None], k[None], v[None], attn_mask=mask, scale=scale
+        )[0]
         out[start:end] = result.transpose(0, 1).to(out.dtype)

@@ -53,7 +53,9 @@ def test_the_twin_adds_the_share_of_plain_attention_on_chosen_pages(shape):
             keys = case.kv[blocks, head, : case.page_size, :head_dim].flatten(0, 1)[:length]
             weights = (query @ keys.T * case.scale).softmax(-1)
             units = case.table.units[request * case.kv_heads + head, : case.budget_pages]
-            kept = torch.isin(blocks, UnitGrid.of(case.kv).split(units)[0]).repeat_interleave(case.page_size)[:length]
+            kept = torch.isin(blocks, UnitGrid.of(case.kv).split(units)[0]).repeat_interleave(case.page_size)[
+                :length
+            ]
             share, rows = guard.sums[1, head].tolist()
             assert share == pytest.approx(weights[:, kept].sum(-1).mean().item(), rel=1e-4) and 0 < share < 1
             assert rows == 1

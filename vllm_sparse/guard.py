@@ -89,7 +89,3 @@ class Guard:
         """Share of each layer so far, None of one without samples; waits for the device."""
         found, rows = self.sums.sum(1).unbind(-1)
         return [share / n if n else None for share, n in zip(found.tolist(), rows.tolist(), strict=True)]
-
-
-guards: list[Guard] = []
-"""One per workspace of this process that has one."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
+import weakref
 from collections import Counter
-from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
-from vllm_sparse.guard import guards
+from vllm_sparse.guard import Guard
+from vllm_sparse.support import Treatment
 
 logger = logging.getLogger("vllm.vllm_sparse")
 
@@ -17,36 +19,9 @@ REPORT_SECONDS = 10.0
 REPORT_STEPS = 16
 
 
-@dataclass
-class LayerCounts:
-    """Layers of this process, counted once when they are built."""
-
-    sparse: int = 0
-    dense: Counter[str] = field(default_factory=Counter)
-    """Reason -> layers that this backend runs dense."""
-    stock: Counter[str] = field(default_factory=Counter)
-    """Reason -> kinds of layers that were left to vLLM's own backends."""
-
-
-layers = LayerCounts()
-
-
-def count_sparse_layer() -> None:
-    layers.sparse += 1
-
-
-def count_dense_layer(reason: str) -> None:
-    """Count a layer that runs dense in this backend; the first of each reason is logged."""
-    if reason not in layers.dense:
-        logger.info("sparse attention: layers run dense: %s", reason)
-    layers.dense[reason] += 1
-
-
-def count_stock_layer(reason: str) -> None:
-    """Count a kind of layer that keeps vLLM's own backend; the first of each reason is logged."""
-    if reason not in layers.stock:
-        logger.warning("sparse attention: layers keep vLLM's own backend: %s", reason)
-    layers.stock[reason] += 1
+decided: weakref.WeakSet = weakref.WeakSet()
+"""Attention layers of this process about which ``support`` has decided, of all engines. What a layer is, is read off
+the layer, and so is what counts its engine's steps; nothing is counted when something is built, which may happen twice."""
 
 
 class Counters:
@@ -116,6 +91,7 @@ class HotSet(Counters):
     def __init__(self, counters: torch.Tensor, unit_bytes: int):
         super().__init__(counters)
         self.unit_bytes = unit_bytes
+        self.reset()
 
     def reset(self) -> None:
         super().reset()
@@ -137,69 +113,113 @@ class HotSet(Counters):
         )  # fmt: skip
 
 
-def track_hot_set(counters: torch.Tensor, unit_bytes: int) -> None:
-    """Report the hot set of this process's engine; the newest one is the last of ``hot_sets``."""
-    tracker = HotSet(counters, unit_bytes)
-    tracker.reset()
-    hot_sets.append(tracker)
+class DraftSteps:
+    """Steps that verify drafts, which attend densely: counted on the host, which knows their lengths."""
+
+    def __init__(self) -> None:
+        self.steps = self.tokens = self.context_tokens = 0
+
+    def add(self, tokens: int, context_tokens: int) -> None:
+        """Count a step that verifies ``tokens``, drafts and those before them, over so many in the contexts."""
+        if not self.steps:
+            logger.info(
+                "sparse attention: verification of drafts attends densely: its steps have several tokens a request, "
+                "for which no pages are chosen yet"
+            )
+        self.steps += 1
+        self.tokens += tokens
+        self.context_tokens += context_tokens
+
+    def reset(self) -> None:
+        self.steps = self.tokens = self.context_tokens = 0
 
 
-def step_hot_sets() -> None:
-    """Call once per decode step."""
-    for tracker in hot_sets:
-        tracker.step()
+class EngineCounts:
+    """What one engine's steps add up to in this process; shared by its layers."""
+
+    def __init__(self, device: torch.device):
+        self.decode = AttendedTokens(torch.zeros(2, dtype=torch.int64, device=device))
+        self.prefill: list[AttendedTokens] = []
+        """One for each shape of layers that has buffers for sparse prefill."""
+        self.guards: list[Guard] = []
+        """Likewise where ``guard_every_steps`` asks for them."""
+        self.drafts = DraftSteps()
+        self.hot: HotSet | None = None
+        """With offload."""
+
+    def reset(self) -> None:
+        """Forget everything counted so far."""
+        for counts in (self.decode, *self.prefill, *self.guards, self.drafts):
+            counts.reset()
+        if self.hot is not None:
+            self.hot.reset()
 
 
-def reset_hot_sets() -> None:
-    """Forget what graph capture counted."""
-    for tracker in hot_sets:
-        tracker.reset()
+def _layers_of(worker: Any) -> list:
+    layers = list(decided)
+    if worker is None:
+        return layers
+    context = worker.vllm_config.compilation_config.static_forward_context
+    return [layer for layer in layers if any(layer is other for other in context.values())]
 
 
-hot_sets: list[HotSet] = []
-"""Offload: one per engine of this process, newest last."""
-trackers: list[AttendedTokens] = []
-"""One per metadata builder of this process, newest last."""
-prefill_trackers: list[AttendedTokens] = []
-"""The same of sparse prefill chunks: (query, key) pairs of all their layers and query heads."""
+def _counts_of(layers: list) -> list[EngineCounts]:
+    counts = (getattr(layer.impl, "counts", None) for layer in layers)
+    return list({id(one): one for one in counts if one is not None}.values())
 
 
-def snapshot(worker: object = None) -> dict:
-    """This process's counts as plain data; the argument lets ``collective_rpc`` call it."""
-    totals = [tracker.read() for tracker in trackers]
-    prefill = [tracker.read() for tracker in prefill_trackers]
+def snapshot(worker: Any = None) -> dict:
+    """Counts as plain data: of the engine that ``worker`` belongs to, which lets ``collective_rpc`` call it; else of
+    all engines of this process. Waits for the device.
+    """
+    layers = _layers_of(worker)
+    engines = _counts_of(layers)
+    by_treatment = {
+        treatment: Counter(
+            layer.sparse_support.reason for layer in layers if layer.sparse_support.treatment is treatment
+        )
+        for treatment in Treatment
+    }
+    decode = [engine.decode.read() for engine in engines]
+    prefill = [tracker.read() for engine in engines for tracker in engine.prefill]
+    drafts = [engine.drafts for engine in engines]
     return {
-        "sparse_layers": layers.sparse,
-        "dense_layers": dict(layers.dense),
-        "stock_layers": dict(layers.stock),
-        "attended_tokens": sum(attended for attended, _ in totals),
-        "context_tokens": sum(context for _, context in totals),
-        "guard_shares": [guard.read() for guard in guards],
+        "sparse_layers": by_treatment[Treatment.SPARSE].total(),
+        "dense_layers": dict(by_treatment[Treatment.DENSE]),
+        "stock_layers": dict(by_treatment[Treatment.STOCK]),
+        "attended_tokens": sum(attended for attended, _ in decode),
+        "context_tokens": sum(context for _, context in decode),
+        "dense_verification_steps": sum(counts.steps for counts in drafts),
+        "dense_verification_tokens": sum(counts.tokens for counts in drafts),
+        "dense_verification_context_tokens": sum(counts.context_tokens for counts in drafts),
+        "guard_shares": [guard.read() for engine in engines for guard in engine.guards],
         "prefill_attended_pairs": sum(attended for attended, _ in prefill),
         "prefill_causal_pairs": sum(causal for _, causal in prefill),
-        **_hot_set(),
+        **_hot_set([engine.hot for engine in engines if engine.hot is not None]),
     }
 
 
-def _hot_set() -> dict:
+def _hot_set(hot_sets: list[HotSet]) -> dict:
     if not hot_sets:
         return {}
-    looked_up, fetched, in_place = hot_sets[-1].read()
+    looked_up, fetched, in_place = (
+        sum(numbers) for numbers in zip(*(hot.read() for hot in hot_sets), strict=True)
+    )
     return {
         "units_looked_up": looked_up,
         "units_fetched": fetched,
         "units_in_place": in_place,
         "unit_bytes": hot_sets[-1].unit_bytes,
-        "decode_steps": hot_sets[-1].steps,
+        "decode_steps": sum(hot.steps for hot in hot_sets),
     }
 
 
+def reset_counts(worker: Any) -> None:
+    """Forget what an engine's steps have added up to so far."""
+    for counts in _counts_of(_layers_of(worker)):
+        counts.reset()
+
+
 def reset() -> None:
-    """Forget all counts (a new engine in the same process)."""
-    layers.sparse = 0
-    layers.dense.clear()
-    layers.stock.clear()
-    trackers.clear()
-    prefill_trackers.clear()
-    guards.clear()
-    hot_sets.clear()
+    """Forget all engines of this process that were built so far."""
+    decided.clear()

@@ -4,6 +4,7 @@
 sparse     pages with summaries; decode, and prefill where a policy says so, attend to chosen pages
 dense      the same pages, all of them attended: the layer's cache must have our layout, its attention must not
 stock      vLLM's own backend and cache, as if this plugin were not there
+refused    the engine does not start: the layer can be neither of these
 =========  ======================================================================================================
 
 A layer takes the first row of :data:`ROWS` that holds for it, and is sparse where none does. What a layer is, as far as
@@ -27,6 +28,7 @@ class Treatment(str, Enum):
     SPARSE = "sparse"
     DENSE = "dense"
     STOCK = "stock"
+    REFUSED = "refused"
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,16 @@ class Row:
     holds: Callable[[Layer], Any] = field(repr=False)
 
 
-STOCK, DENSE = Treatment.STOCK, Treatment.DENSE
+STOCK, DENSE, REFUSED = Treatment.STOCK, Treatment.DENSE, Treatment.REFUSED
+OURS = (Treatment.SPARSE, DENSE)
+
+
+def _has_its_own_way(layer: Layer) -> bool:
+    """Whether more than queries make a layer's attention another one than that of the layer whose cache it reads."""
+    others = layer.alibi, layer.soft_cap, layer.sinks, layer.sliding_window is not None, layer.arguments
+    return layer.kind != "Attention" or layer.attn_type != "decoder" or any(others)
+
+
 ROWS: tuple[Row, ...] = (
     Row("decode and prefill policy `dense`", STOCK, "the dense policy was asked for",
         lambda layer: layer.config.decode_policy == layer.config.prefill_policy == "dense"),
@@ -93,8 +104,11 @@ ROWS: tuple[Row, ...] = (
         lambda layer: layer.linear),
     Row("encoder-decoder models", STOCK, "encoder-decoder models keep short contexts",
         lambda layer: layer.encoder_decoder),
+    Row("layers that read the cache of a sparse layer, with windows, biases or sinks of their own", REFUSED,
+        "the layer attends to another layer's KV cache, in a way of its own",
+        lambda layer: layer.shares_with in OURS and _has_its_own_way(layer)),
     Row("layers that read the cache of a sparse layer", DENSE, "the layer attends to another layer's KV cache",
-        lambda layer: layer.shares_with in (Treatment.SPARSE, DENSE)),
+        lambda layer: layer.shares_with in OURS),
     Row("layers that read the cache of a stock layer", STOCK, "the layer attends to another layer's KV cache",
         lambda layer: layer.shares_with is STOCK),
     Row("draft models and heads", STOCK, "layers of a draft model or head; "

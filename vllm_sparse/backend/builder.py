@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import logging
-import re
 from dataclasses import replace
 
 import torch
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
-from vllm_sparse import freeze, guard, kernels, metrics
+from vllm_sparse import freeze, kernels
 from vllm_sparse.backend import dense, prefill
+from vllm_sparse.backend.impl import SparseImpl
 from vllm_sparse.backend.metadata import SparseMetadata
-from vllm_sparse.backend.workspace import Workspace
 from vllm_sparse.config import SparseConfig
 
 logger = logging.getLogger("vllm.vllm_sparse")
@@ -40,10 +39,12 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
         self.config.check_page_size(self.page_size)
         layers = vllm_config.compilation_config.static_forward_context
         impls = [layers[name].impl for name in layer_names]
-        for position, (name, impl) in enumerate(zip(layer_names, impls, strict=True)):
-            number = re.search(r"\.(\d+)\.", name)
-            impl.bind(int(number[1]) if number else position, self.page_size)
-        self.selects = any(impl.dense_reason is None for impl in impls)
+        for position, impl in enumerate(impls):
+            impl.bind(position, self.page_size)
+            if not impl.workspace.fits(self.page_size, impl.num_heads, impl.num_kv_heads):
+                impl.share_workspace(vllm_config, self.page_size)
+        sparse = [impl for impl in impls if impl.is_sparse]
+        self.selects = bool(sparse)
         self.first_layer = impl = impls[0]
         if self.selects and vllm_config.speculative_config is None:
             compilation = vllm_config.compilation_config
@@ -52,10 +53,6 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
             )
             warn_of_batches_without_graphs(captured, vllm_config.scheduler_config.max_num_seqs)
         self.workspace = impl.workspace
-        if not self.workspace.fits(self.page_size, impl.num_heads, impl.num_kv_heads):
-            self.workspace = Workspace.allocate(
-                vllm_config, self.config, self.page_size, impl.num_heads, impl.num_kv_heads, impl.head_size, device
-            )
         if self.selects and self.workspace.freeze is not None:
             longest = vllm_config.model_config.max_model_len
             freeze.check(self.config, self.page_size, impl.head_size, impl.cache_dtype.itemsize, longest)
@@ -66,47 +63,59 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
             impl.warm_up_prefill()
         if self.selects and self.workspace.freeze is not None and device.type != "cpu":
             impl.warm_up_freeze()
-        backend = None
-        if device.type != "cpu":
-            backend = dense.stock_backend(impl.dtype, impl.head_size, impl.alibi_slopes is not None)
-        self.dense = dense.DenseBuilder(kv_cache_spec, layer_names, vllm_config, device, backend)
-        self.plan = self.workspace.plan
-        self.tracker = None
-        if any(tracker.counters is self.plan.counters for tracker in metrics.trackers):
-            # Another group of layers, as hybrid models have, counts the same steps.
-            self.plan = replace(self.plan, counters=torch.zeros_like(self.plan.counters))
-        elif self.selects:
-            self.tracker = metrics.AttendedTokens(self.plan.counters)
-            metrics.trackers.append(self.tracker)
-            if self.workspace.guard is not None:
-                guard.guards.append(self.workspace.guard)
-        self.prefill_tracker = self._track_prefill()
+        self.dense = dense.DenseBuilder(kv_cache_spec, layer_names, vllm_config, device, impl.stock_backend)
+        # Hybrid models have several groups of layers, each with a builder, and vLLM may build each twice: steps are
+        # counted by the one that has the engine's first sparse layer, and samples of a workspace likewise.
+        self.counts = impl.counts if SparseImpl.first(vllm_config) in sparse else None
+        self.guard = self.workspace.guard if SparseImpl.first(vllm_config, self.workspace) in sparse else None
+        counters = (
+            torch.zeros_like(self.workspace.plan.counters) if self.counts is None else self.counts.decode.counters
+        )
+        self.plan = replace(self.workspace.plan, counters=counters)
+        self.prefill_tracker = None
+        if self.selects and self.workspace.prefill is not None:
+            counted = self.workspace.prefill.counters
+            self.prefill_tracker = next(one for one in impl.counts.prefill if one.counters is counted)
 
-    def _track_prefill(self) -> metrics.AttendedTokens | None:
-        buffers = self.workspace.prefill
-        if buffers is None or not self.selects:
-            return None
-        for tracker in metrics.prefill_trackers:
-            if tracker.counters is buffers.counters:
-                return tracker
-        tracker = metrics.AttendedTokens(buffers.counters, "(query, key) pairs of sparse prefill")
-        metrics.prefill_trackers.append(tracker)
-        return tracker
+    def _mark_prompt_tokens(self, common, num_decodes: int) -> None:
+        """Tell the device which rows of one token are prompt tokens; in nearly every step none is, and nothing is
+        copied. It must know, not this host code alone: a step of such rows may replay a graph of decode steps.
+        """
+        whole, prefilling = self.workspace.plan.whole, common.is_prefilling
+        found = prefilling is not None and bool(prefilling[:num_decodes].any())
+        if self.workspace.marked:
+            whole.zero_()
+        if found:
+            marks = prefilling[:num_decodes].to(torch.uint8)
+            marks = marks if whole.device.type == "cpu" else marks.pin_memory()
+            whole[: len(marks)].copy_(marks, non_blocking=True)
+        self.workspace.marked = found
 
-    def build_for_cudagraph_capture(self, common_attn_metadata) -> SparseMetadata:
-        metadata = self.build(0, common_attn_metadata)
-        if self.tracker is not None:
-            self.tracker.reset()
-            if self.workspace.guard is not None:
-                self.workspace.guard.reset()
-            metrics.reset_hot_sets()
-        return metadata
+    def _count_drafts(self, common, num_decodes: int) -> None:
+        """Count rows of several tokens that are no prompt: drafts to verify."""
+        prefilling, lens = common.is_prefilling, common.seq_lens_cpu_upper_bound
+        if prefilling is None or lens is None:
+            return
+        starts = common.query_start_loc_cpu
+        tokens = (starts[1:] - starts[:-1])[num_decodes : len(prefilling)]
+        tokens = torch.where(prefilling[num_decodes:], 0, tokens)
+        if tokens.any():
+            verified = tokens > 0
+            self.counts.drafts.add(int(tokens.sum()), int(lens[num_decodes : len(prefilling)][verified].sum()))
 
     def build(self, common_prefix_len, common_attn_metadata, fast_build=False) -> SparseMetadata:
         common = common_attn_metadata
+        if common.causal is not True:
+            raise RuntimeError("sparse attention is causal, and this step's attention is not")
         num_decodes, num_prefills, num_decode_tokens, _ = split_decodes_and_prefills(common)
         workspace = self.workspace
+        if self.selects:
+            self._mark_prompt_tokens(common, num_decodes)
+        if num_prefills and self.counts is not None and self.vllm_config.speculative_config is not None:
+            self._count_drafts(common, num_decodes)
         plan = self.plan.rows(num_decodes)
+        table = workspace.table.rows(num_decodes * workspace.kv_heads)
+        table.routes, table.block_table = plan.score_offsets, common.block_table_tensor[:num_decodes]
         metadata = SparseMetadata(
             num_actual_tokens=common.num_actual_tokens,
             num_decodes=num_decodes,
@@ -115,7 +124,7 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
             block_table=common.block_table_tensor,
             slot_mapping=common.slot_mapping,
             plan=plan,
-            table=workspace.table.rows(num_decodes * workspace.kv_heads),
+            table=table,
             scores=workspace.scores,
             guard=workspace.guard,
         )
@@ -141,7 +150,10 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
                 self.prefill_tracker.step()
         if num_decodes and self.selects:
             selects_decode = self.config.decode_policy != "dense"
-            short_rows_dense = num_decodes >= SHORT_ROWS_DENSE_FROM or not selects_decode
+            short_rows_dense = (
+                num_decodes >= SHORT_ROWS_DENSE_FROM or not selects_decode
+                or not self.first_layer.engine.reads_unlisted_rows
+            )  # fmt: skip
             dense_beside = short_rows_dense
             if offloads:
                 # Dense rows would read all of their contexts from the host: only those that cannot be scored.
@@ -160,11 +172,12 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
                 decodes = common if not num_prefills else dense.decode_rows(common, num_decodes, num_decode_tokens)
                 rows = dense.short_rows(decodes, plan.dense_seq_lens)
                 metadata.dense_short = self.dense.build("short", rows, fast_build)
-            if self.tracker is not None:
-                self.tracker.step()
-                if workspace.guard is not None:
-                    workspace.guard.advance()
-                metrics.step_hot_sets()
+            if self.counts is not None:
+                self.counts.decode.step()
+                if self.counts.hot is not None:
+                    self.counts.hot.step()
+            if self.guard is not None:
+                self.guard.advance()
         return metadata
 
 

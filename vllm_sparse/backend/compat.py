@@ -1,12 +1,10 @@
-"""Everything that differs between vLLM 0.26 and 0.33, and the three places where we hook into it.
+"""Everything that may differ between releases of vLLM, and what is hooked in every process that loads its plugins.
 
-The hooks are installed in every process that loads vLLM's plugins, and pass straight through
-unless the backend named ``sparse`` was asked for:
+These hooks pass straight through unless the backend named ``sparse`` was asked for:
 
 1. ``AttentionBackendEnum.SPARSE``, so that ``--attention-backend sparse`` parses and travels to
-   other processes.
-2. The platform's backend choice: layers that cannot be sparse get the backend vLLM would have
-   chosen without us, and CPUs, which know one backend only, get ours.
+   other processes; where it arrives, the hooks of :mod:`vllm_sparse.backend.hooks` are installed.
+2. The platform's backend choice, which answers with vLLM's own.
 3. The platform's config check, where a wrong sparse config is refused before anything starts.
 """
 
@@ -19,7 +17,10 @@ from typing import Any
 
 NAME = "SPARSE"
 BACKEND_PATH = "vllm_sparse.backend.backend.SparseBackend"
-TESTED = ((0, 26), (0, 33))
+TESTED = ((0, 31), (0, 33))
+"""The newest release and the two before it."""
+TARGET_TAGS = ("backbone", "self_decoder", "cross_decoder")
+"""How vLLM tags the parts of a model while it builds them; a tag that is not known is taken for a draft's."""
 
 logger = logging.getLogger("vllm.vllm_sparse")
 """A child of vLLM's logger, so our lines take its format and level."""
@@ -55,7 +56,7 @@ def add_backend_name() -> Any:
     if member is None:
         if hasattr(AttentionBackendEnum, "register"):
             member = AttentionBackendEnum.register(NAME, BACKEND_PATH)
-        else:
+        else:  # 0.31
             member = object.__new__(AttentionBackendEnum)
             member._name_, member._value_ = NAME, BACKEND_PATH
             AttentionBackendEnum._member_map_[NAME] = member
@@ -67,8 +68,17 @@ def add_backend_name() -> Any:
     return member
 
 
+def _arrive() -> Any:
+    """The member in a process that was sent it: an engine that asks for it is about to be built here."""
+    from vllm_sparse.backend import hooks
+
+    member = add_backend_name()
+    hooks.install()
+    return member
+
+
 def _reduce_backend_name(member: Any) -> tuple:
-    return (add_backend_name, ()) if member.name == NAME else (type(member), (member.value,))
+    return (_arrive, ()) if member.name == NAME else (type(member), (member.value,))
 
 
 def _wrap_classmethod(cls: type, name: str, wrapper) -> None:
@@ -86,28 +96,39 @@ def _wrap_classmethod(cls: type, name: str, wrapper) -> None:
 
 
 def _choose_backend(original, selected_backend, attn_selector_config, num_heads=None) -> str:
-    if selected_backend is None or selected_backend.name != NAME:
-        return original(selected_backend, attn_selector_config=attn_selector_config, num_heads=num_heads)
-    from vllm.platforms import current_platform
+    """What vLLM's selector gets for ``sparse``: its own choice.
 
-    from vllm_sparse import metrics
-    from vllm_sparse.backend.backend import SparseBackend
+    The layers that can be sparse never ask it (:mod:`vllm_sparse.backend.hooks`); who does is a layer that wraps another
+    backend, such as chunked-local attention, or one with latent attention.
+    """
+    if selected_backend is not None and selected_backend.name == NAME:
+        from vllm_sparse.backend import hooks
 
-    wanted = dict(attn_selector_config._asdict())
-    reasons = SparseBackend.validate_configuration(
-        device_capability=current_platform.get_device_capability(), **wanted
-    )
-    if not reasons:
-        return BACKEND_PATH
-    metrics.count_stock_layer(", ".join(reasons))
-    return original(None, attn_selector_config=attn_selector_config, num_heads=num_heads)
+        if not hooks.installed():
+            raise RuntimeError("--attention-backend: sparse was asked for, and this process has no hooks for it")
+        selected_backend = None
+    return original(selected_backend, attn_selector_config=attn_selector_config, num_heads=num_heads)
 
 
 def asks_for_sparse(vllm_config) -> bool:
-    """Whether an engine's config names this backend for any of its layers."""
+    """Whether an engine's config names this backend for any of its layers, those of drafts included."""
     attention = vllm_config.attention_config
     chosen = [attention.backend, *(getattr(attention, "backend_per_kind", None) or {}).values()]
+    chosen.append(getattr(vllm_config.speculative_config, "attention_backend", None))
     return any(getattr(backend, "name", None) == NAME for backend in chosen)
+
+
+def builds_a_draft() -> bool:
+    """Whether the layers that vLLM builds now are those of a draft model or head."""
+    from vllm.compilation import backends
+
+    return backends.model_tag not in TARGET_TAGS
+
+
+def kv_dtype(vllm_config) -> str:
+    """Of the KV cache."""
+    asked = vllm_config.cache_config.cache_dtype
+    return str(vllm_config.model_config.dtype).removeprefix("torch.") if asked == "auto" else asked
 
 
 def _check_config(original, vllm_config) -> None:
@@ -116,11 +137,21 @@ def _check_config(original, vllm_config) -> None:
         return
     from vllm.platforms import current_platform
 
+    from vllm_sparse import support
+    from vllm_sparse.backend import hooks
     from vllm_sparse.config import TABLES, ConfigError, SparseConfig
     from vllm_sparse.policies.registry import DECODE_POLICIES
     from vllm_sparse.summaries import FROZEN
 
-    config = SparseConfig.from_vllm(vllm_config)
+    hooks.install()
+    config, model = SparseConfig.from_vllm(vllm_config), vllm_config.model_config
+    left = model and support.stock_model(config, model.is_hybrid, model.is_encoder_decoder)
+    if left:
+        if config.offload is not None:
+            raise ConfigError(
+                f"sparse.offload: every layer would run as in stock vLLM: {left.reason}; allowed: null"
+            )
+        return  # what follows would change an engine that stays as it is
     found = with_tables(vllm_config, config)
     read = (key for key in TABLES if getattr(found, key) is not getattr(config, key))
     _carry(vllm_config, config, found, next(read, ""))
@@ -133,11 +164,8 @@ def _check_config(original, vllm_config) -> None:
         cache.block_size = 32
     if cache.block_size is not None:
         config.check_page_size(cache.block_size)
-    if cache.cache_dtype not in ("auto", "float16", "bfloat16", "float32"):
-        raise ConfigError(
-            f"--kv-cache-dtype: {cache.cache_dtype!r} is not supported by the sparse backend; "
-            f"allowed: auto, float16, bfloat16"
-        )
+    if model is not None:
+        _check_kv_dtype(cache.cache_dtype, model)
     parallel = vllm_config.parallel_config
     if getattr(parallel, "decode_context_parallel_size", 1) > 1:
         raise ConfigError(
@@ -162,6 +190,26 @@ def _check_config(original, vllm_config) -> None:
         found = offload.check(vllm_config, config)
         _carry(vllm_config, config, found, "offload")
         vllm_config.additional_config[offload.ADMITTED] = found.offload.host_gib
+
+
+def _check_kv_dtype(asked: str, model: Any) -> None:
+    """Raise :class:`~vllm_sparse.config.ConfigError` unless the cache has the dtype of the model."""
+    from vllm_sparse.config import ConfigError
+
+    own = str(model.dtype).removeprefix("torch.")
+    if asked in ("auto", own):
+        return
+    quantised = getattr(model.hf_config, "quantization_config", None) or {}
+    scheme = quantised.get("kv_cache_scheme") if isinstance(quantised, dict) else None
+    if scheme:
+        raise ConfigError(
+            f"--kv-cache-dtype: the checkpoint's kv_cache_scheme asks for {asked}, and sparse attention has no "
+            f"quantised KV cache yet; allowed for this model: {own}, given by name, which vLLM puts before the scheme"
+        )
+    raise ConfigError(
+        f"--kv-cache-dtype: {asked!r} is not supported by the sparse backend beside a model of {own}; "
+        f"allowed: auto, {own}"
+    )
 
 
 def with_tables(vllm_config, config):
@@ -193,77 +241,11 @@ def _carry(vllm_config, config, found, key: str) -> None:
         )
 
 
-def install_worker_method() -> None:
-    """``collective_rpc("sparse_metrics")``: the counts of every worker, by a name that needs no pickle."""
-    from vllm.v1.worker.worker_base import WorkerBase
-
-    from vllm_sparse import metrics
-
-    WorkerBase.sparse_metrics = metrics.snapshot
-
-
-def install_spec_hook() -> None:
-    """Let backends adjust their KV-cache spec on releases whose ``Attention`` does not ask them."""
-    from vllm.model_executor.layers.attention import Attention
-    from vllm.v1.attention.backend import AttentionBackend
-
-    if hasattr(AttentionBackend, "customize_spec") or hasattr(Attention.get_kv_cache_spec, "_vllm_sparse"):
-        return
-    original = Attention.get_kv_cache_spec
-
-    @functools.wraps(original)
-    def get_kv_cache_spec(self, vllm_config):
-        spec = original(self, vllm_config)
-        customize = getattr(self.attn_backend, "customize_spec", None)
-        return spec if spec is None or customize is None else customize(spec)
-
-    get_kv_cache_spec._vllm_sparse = True
-    Attention.get_kv_cache_spec = get_kv_cache_spec
-
-
-def install_memory_hooks() -> None:
-    """Let offload say how many blocks there are, and build its store once vLLM has settled on a number.
-
-    On the wrapper that executors of all kinds call workers through, so that it serves CPUs and GPUs.
-    """
-    from vllm.v1.worker.worker_base import WorkerWrapperBase
-
-    if hasattr(WorkerWrapperBase, "_vllm_sparse"):
-        return
-    initialize = WorkerWrapperBase.initialize_from_config
-
-    def determine_available_memory(self) -> int:
-        from vllm_sparse.backend import offload
-
-        return offload.available_memory(self.worker, self.worker.determine_available_memory())
-
-    @functools.wraps(initialize)
-    def initialize_from_config(self, kv_cache_configs):
-        from vllm_sparse.backend import offload
-
-        result = initialize(self, kv_cache_configs)
-        offload.build_store(self.worker, kv_cache_configs[self.global_rank])
-        return result
-
-    WorkerWrapperBase._vllm_sparse = True
-    WorkerWrapperBase.determine_available_memory = determine_available_memory
-    WorkerWrapperBase.initialize_from_config = initialize_from_config
-
-
-def head_major_layouts() -> tuple | None:
+def head_major_layouts() -> tuple:
     """``supported_kv_cache_layouts``: block, head, row; layers inside or outside of blocks."""
-    try:
-        from vllm.v1.kv_cache_interface import KVCacheLayout
-    except ImportError:
-        return None
+    from vllm.v1.kv_cache_interface import KVCacheLayout
+
     return (KVCacheLayout.LBHNC, KVCacheLayout.BLHNC)
-
-
-def pages_count_rows() -> bool:
-    """Whether vLLM sizes a page by its rows (0.31 on) rather than by its bytes."""
-    from vllm.v1.kv_cache_interface import FullAttentionSpec
-
-    return hasattr(FullAttentionSpec, "get_num_kernel_states")
 
 
 def replace_rows(common, **rows):

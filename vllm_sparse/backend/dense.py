@@ -1,12 +1,13 @@
 """Dense attention over sparse pages: vLLM's own backend on a GPU, plain torch on a CPU.
 
 Dense layers, prefill and short contexts must cost what they cost in stock vLLM, so they run its
-code: FlashAttention where vLLM has it for this GPU, else its Triton backend. Both read K and V
-through strides, so the summary rows are simply left out of the view.
+code: the backend that vLLM would have chosen, where it reads K and V through strides, so that the summary
+rows are simply left out of the view.
 """
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -14,9 +15,28 @@ import torch
 from vllm_sparse.backend import compat
 from vllm_sparse.kernels import reference
 
+logger = logging.getLogger("vllm.vllm_sparse")
 
-def stock_backend(dtype: torch.dtype, head_size: int, alibi: bool):
-    """The vLLM backend class that attends densely on this GPU."""
+READERS = ("FLASH_ATTN", "TRITON_ATTN")
+"""Backends of vLLM that were seen to read pages with summaries."""
+
+
+def reader_of_pages(stock: type, dtype: torch.dtype, head_size: int) -> type:
+    """``stock``, vLLM's own choice for a layer, or the nearest backend that can read pages with summaries.
+
+    Where it is another one a line says so: dense rows then cost what they do in that one.
+    """
+    if stock.get_name() in READERS:
+        return stock
+    reader = _nearest_reader(dtype, head_size)
+    logger.warning_once(
+        "sparse attention: dense rows run %s: %s, which vLLM would choose here, was not seen to read pages with "
+        "summaries", reader.get_name(), stock.get_name(),
+    )  # fmt: skip
+    return reader
+
+
+def _nearest_reader(dtype: torch.dtype, head_size: int) -> type:
     from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
 
     if dtype not in (torch.float16, torch.bfloat16):
@@ -26,7 +46,7 @@ def stock_backend(dtype: torch.dtype, head_size: int, alibi: bool):
         from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
     except ImportError:
         return TritonAttentionBackend
-    if alibi or get_flash_attn_version(head_size=head_size) is None:
+    if get_flash_attn_version(head_size=head_size) is None:
         return TritonAttentionBackend
     return FlashAttentionBackend if FlashAttentionBackend.supports_head_size(head_size) else TritonAttentionBackend
 
@@ -44,14 +64,13 @@ class StockDense:
 class TorchDense:
     """The CPU's dense attention; its metadata is the common one of vLLM."""
 
-    def __init__(self, scale: float, page_size: int, soft_cap: float, alibi_slopes: list[float] | None):
-        self.scale, self.page_size, self.soft_cap = scale, page_size, soft_cap
-        self.alibi_slopes = None if alibi_slopes is None else torch.tensor(alibi_slopes)
+    def __init__(self, scale: float, page_size: int):
+        self.scale, self.page_size = scale, page_size
 
     def attend(self, layer, query, key, value, kv, metadata, out) -> None:
         reference.dense_attention(
             query, kv, metadata.block_table_tensor, metadata.query_start_loc, metadata.seq_lens,
-            self.page_size, self.scale, out, self.soft_cap, self.alibi_slopes,
+            self.page_size, self.scale, out,
         )  # fmt: skip
 
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 import logging
 
 import torch
-from vllm.config import get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from vllm_sparse import kernels, metrics
-from vllm_sparse.backend import dense
-from vllm_sparse.backend.backend import SparseBackend
+from vllm_sparse.backend import dense, hooks
 from vllm_sparse.backend.metadata import SparseMetadata
 from vllm_sparse.backend.workspace import Workspace
 from vllm_sparse.budget_table import BudgetTable
@@ -22,7 +20,7 @@ from vllm_sparse.engines.base import AttentionShape
 from vllm_sparse.freeze import Freeze, FreezeBuffers
 from vllm_sparse.head_patterns import HeadPatterns
 from vllm_sparse.offload.store import OffloadedLayer
-from vllm_sparse.page_table import PageTable, summaries_as_pages
+from vllm_sparse.page_table import PageTable, summaries_as_pages, unreadable
 from vllm_sparse.pattern_table import PatternTable
 from vllm_sparse.policies import get_decode_policy, get_prefill_policy
 from vllm_sparse.prefill import SparsePrefill
@@ -30,6 +28,7 @@ from vllm_sparse.prefill_buffers import PrefillBuffers
 from vllm_sparse.probe import PROBE_TOKENS
 from vllm_sparse.query_blocks import QueryBlocks
 from vllm_sparse.summaries import summary_rows
+from vllm_sparse.support import Decision, Treatment
 
 logger = logging.getLogger("vllm.vllm_sparse")
 
@@ -54,70 +53,121 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
         logits_soft_cap: float | None = None,
         attn_type: str = AttentionType.DECODER,
         kv_sharing_target_layer_name: str | None = None,
-        **unsupported,
+        **optional,
     ) -> None:
-        if sliding_window is not None or any(value is not None for value in unsupported.values()):
-            raise ValueError(f"sparse attention got sliding_window={sliding_window}, {unsupported}")
-        vllm_config = get_current_vllm_config()
+        """As vLLM calls it; ``optional`` are arguments that ``support`` found absent, and :meth:`settle` comes next."""
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
         self.head_size, self.scale, self.kv_cache_dtype = head_size, float(scale), kv_cache_dtype
-        self.alibi_slopes = alibi_slopes
+        self.attn_type = attn_type
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
-        self.config = SparseConfig.from_vllm(vllm_config)
-        self.policy = get_decode_policy(self.config.decode_policy)
-        self.offloaded: OffloadedLayer | None = None
-        """This layer's part of the offload store, from the time that vLLM has settled on its blocks."""
         self.device = torch.device(current_platform.device_type)
         self.dtype = torch.get_default_dtype()
         self.cache_dtype = self.dtype if kv_cache_dtype == "auto" else getattr(torch, kv_cache_dtype)
-        SparseBackend.summary, SparseBackend.item_bytes = self.policy.summary, self.cache_dtype.itemsize
-        SparseBackend.on_host = self.config.offload is not None
-        self.soft_cap = logits_soft_cap or 0.0
-        self.dense_reason = self._why_dense()
-        self.stock_impl = None
+        self.offloaded: OffloadedLayer | None = None
+        """This layer's part of the offload store, from the time that vLLM has settled on its blocks."""
+
+    def settle(
+        self,
+        vllm_config,
+        name: str,
+        decision: Decision,
+        stock: type,
+        target: SparseImpl | None = None,
+    ) -> None:
+        """Take what vLLM does not tell a constructor, and share or allocate the buffers of a step.
+
+        Args:
+            name: of the layer.
+            decision: sparse or dense, and why.
+            stock: the backend that vLLM would have chosen.
+            target: the layer whose cache this one attends to, if it has none of its own.
+
+        Raises:
+            ConfigError: offload, and this layer would read its whole context from the host in every step.
+        """
+        self.config = SparseConfig.from_vllm(vllm_config)
+        self.name, self.decision = name, decision
+        self.layer_index = hooks.layer_number(name)
+        self.policy = get_decode_policy(self.config.decode_policy)
+        self.stock_impl = self.stock_backend = None
         if self.device.type != "cpu":
-            backend = dense.stock_backend(self.dtype, head_size, alibi_slopes is not None)
-            self.stock_impl = backend.get_impl_cls()(
-                num_heads, head_size, scale, num_kv_heads, alibi_slopes, None, kv_cache_dtype,
-                logits_soft_cap, attn_type, kv_sharing_target_layer_name,
+            self.stock_backend = dense.reader_of_pages(stock, self.dtype, self.head_size)
+            self.stock_impl = self.stock_backend.get_impl_cls()(
+                self.num_heads, self.head_size, self.scale, self.num_kv_heads, None, None, self.kv_cache_dtype,
+                None, self.attn_type, self.kv_sharing_target_layer_name,
             )  # fmt: skip
-        if self.config.offload is not None and self.dense_reason is not None:
+        if self.config.offload is not None and decision.treatment is not Treatment.SPARSE:
             raise ConfigError(
-                f"sparse.offload: a layer of this model would run dense ({self.dense_reason}), over its whole "
+                f"sparse.offload: layer {name} of this model would run dense ({decision.reason}), over its whole "
                 f"context on the host; allowed: models all of whose layers run sparse"
             )
-        self.workspace = self._share_or_allocate_workspace(vllm_config)
+        self.counts = self._share_counts(vllm_config)
+        # Pages of the default size are assumed where vLLM has not settled on one yet; the builder asks again.
+        self.workspace: Workspace | None = None
+        self.share_workspace(vllm_config, vllm_config.cache_config.block_size or 16)
 
-    def _why_dense(self) -> str | None:
-        if self.config.decode_policy == self.config.prefill_policy == "dense":
-            return "the dense policy was asked for"
-        if self.alibi_slopes is not None:
-            return "ALiBi biases depend on position, which page scores do not see"
-        if self.soft_cap:
-            return "soft-capped logits are not computed by the sparse engines"
-        if self.kv_sharing_target_layer_name is not None:
-            return "the layer attends to another layer's KV cache"
-        return None
+    @property
+    def is_sparse(self) -> bool:
+        return self.decision.treatment is Treatment.SPARSE
 
-    def _share_or_allocate_workspace(self, vllm_config) -> Workspace:
-        # Pages of the default size are assumed where vLLM has not settled on one yet; the builder,
-        # which knows, then makes its own.
-        page_size = vllm_config.cache_config.block_size or 16
-        for layer in vllm_config.compilation_config.static_forward_context.values():
-            made = getattr(getattr(layer, "impl", None), "workspace", None)
-            if isinstance(made, Workspace) and made.fits(page_size, self.num_heads, self.num_kv_heads):
-                return made
-        return Workspace.allocate(
+    @staticmethod
+    def _impls(vllm_config) -> list[SparseImpl]:
+        """The layers of an engine that run in this backend, in their order."""
+        layers = vllm_config.compilation_config.static_forward_context.values()
+        return [layer.impl for layer in layers if isinstance(getattr(layer, "impl", None), SparseImpl)]
+
+    def _share_counts(self, vllm_config) -> metrics.EngineCounts:
+        made = (getattr(impl, "counts", None) for impl in self._impls(vllm_config))
+        return next((counts for counts in made if counts is not None), None) or metrics.EngineCounts(self.device)
+
+    def share_workspace(self, vllm_config, page_size: int) -> None:
+        """Take the buffers of another layer of this shape, or allocate some."""
+        for impl in self._impls(vllm_config):
+            made = getattr(impl, "workspace", None)
+            if made is not None and made.fits(page_size, self.num_heads, self.num_kv_heads):
+                self.workspace = made
+                return
+        self.workspace = made = Workspace.allocate(
             vllm_config, self.config, page_size, self.num_heads, self.num_kv_heads, self.head_size, self.device
         )
+        if self.is_sparse and made.prefill is not None:
+            what = "(query, key) pairs of sparse prefill"
+            self.counts.prefill.append(metrics.AttendedTokens(made.prefill.counters, what))
+        if self.is_sparse and made.guard is not None:
+            self.counts.guards.append(made.guard)
 
-    def bind(self, layer_index: int, page_size: int) -> None:
-        """Settle what is known only once the KV cache is planned; called by the metadata builder."""
-        self.layer_index, self.page_size = layer_index, page_size
+    @classmethod
+    def first(cls, vllm_config, workspace: Workspace | None = None) -> SparseImpl | None:
+        """The first sparse layer of an engine, or of those that share ``workspace``; its builder counts steps."""
+        impls = (impl for impl in cls._impls(vllm_config) if impl.is_sparse)
+        return next((impl for impl in impls if workspace is None or impl.workspace is workspace), None)
+
+    def page_rows(self) -> int:
+        """Rows of a page in the cache that vLLM gives this layer."""
+        rows = summary_rows(
+            self.policy.summary, self.page_size, self.head_size, self.cache_dtype.itemsize,
+            least=int(self.config.offload is not None),
+        )  # fmt: skip
+        return rows if self.config.offload is not None else self.page_size + rows
+
+    def unreadable(self, kv_cache: torch.Tensor) -> str | None:
+        """Why this layer's kernels cannot work on the cache that vLLM has laid out, or None if they can."""
+        reason = unreadable(kv_cache, self.page_rows())
+        if reason is None and self.config.offload is None and self.is_sparse:
+            reason = self.engine.unreadable(kv_cache, self.page_size)
+            reason = reason or self.prefill_engine.unreadable(kv_cache, self.page_size)
+        return reason
+
+    def bind(self, position: int, page_size: int) -> None:
+        """Settle what is known only once the KV cache is planned; called by the metadata builder, perhaps twice.
+
+        ``position``: among its builder's layers, for layers whose names have no number.
+        """
+        self.page_size = page_size
+        if self.layer_index is None:
+            self.layer_index = position
         self.kernels = kernels.for_device(self.device)
         self.bind_budget()
-        if self.dense_reason is None and layer_index < self.config.dense_layers:
-            self.dense_reason = f"dense_layers={self.config.dense_layers}"
         shape = AttentionShape(
             self.device, self.dtype, self.num_heads, self.num_kv_heads, self.head_size, page_size
         )
@@ -127,13 +177,9 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
             self.engine = choose_engine(self.config.engine, shape, OFFLOAD_ORDER)
         self.prefill_engine = choose_engine(self.config.engine, shape, PREFILL_ORDER)
         if self.stock_impl is None:
-            self.dense = dense.TorchDense(self.scale, page_size, self.soft_cap, self.alibi_slopes)
+            self.dense = dense.TorchDense(self.scale, page_size)
         else:
             self.dense = dense.StockDense(self.stock_impl, page_size)
-        if self.dense_reason is None:
-            metrics.count_sparse_layer()
-        else:
-            metrics.count_dense_layer(self.dense_reason)
 
     def bind_budget(self) -> None:
         """Settle what selection keeps, from config and policy."""
@@ -178,9 +224,7 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
 
     def warm_up_prefill(self) -> None:
         """Compile the kernels of sparse prefill; layers of equal shape share them."""
-        rows = self.page_size
-        if self.config.offload is None:
-            rows += summary_rows(self.policy.summary, self.page_size, self.head_size, self.cache_dtype.itemsize)
+        rows = self.page_size if self.config.offload is not None else self.page_rows()
         self.prefill.warm_up(self.num_kv_heads, rows, self.head_size, self.num_heads, self.dtype)
 
     def warm_up_freeze(self) -> None:
@@ -228,7 +272,7 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
         if self.config.offload is not None:
             return self._attend_offloaded(layer, query, key, value, kv_cache, attn_metadata, output)
         md, decodes = attn_metadata, attn_metadata.num_decodes
-        if self.dense_reason is not None:
+        if not self.is_sparse:
             self.dense.attend(layer, query, key, value, kv_cache, md.dense_all, output)
             return output
         if md.dense_prefill is not None:

@@ -153,8 +153,9 @@ def build_store(worker: Any, kv_cache_config: Any) -> None:
     store = OffloadStore(shape, limits, split, spec.dtype, torch.device(worker.device))
     layers = vllm_config.compilation_config.static_forward_context
     for name, offloaded in zip(specs, store.layers, strict=True):
-        layers[name].impl.offloaded = offloaded
-    metrics.track_hot_set(store.counters, shape.host_unit_bytes)
+        impl = layers[name].impl
+        impl.offloaded = offloaded
+    impl.counts.hot = metrics.HotSet(store.counters, shape.host_unit_bytes)
     slots = split.slots_per_layer * shape.layers
     logger.info(
         "sparse attention: offload: %.2f GiB of host memory%s for %d tokens of context, hot set of %.2f GiB "

@@ -38,6 +38,8 @@ class Workspace:
     page_size: int
     max_pages: int
     """Of the longest context."""
+    marked: bool = False
+    """Whether the plan marks rows as prompt tokens, which the next step must wipe out."""
     prefill: PrefillBuffers | None = None
     """None where prefill is dense."""
     freeze: FreezeBuffers | None = None

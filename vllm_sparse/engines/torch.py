@@ -9,6 +9,8 @@ from vllm_sparse.kernels import reference
 class TorchEngine(Engine):
     """Gathers the chosen pages and attends in float32. Runs the CPU backend."""
 
+    reads_unlisted_rows = True
+
     @classmethod
     def unsupported(cls, shape: AttentionShape) -> str | None:
         return None

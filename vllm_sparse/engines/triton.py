@@ -8,6 +8,8 @@ from vllm_sparse.engines.base import AttentionShape, Engine
 class TritonEngine(Engine):
     """Flash-decoding over the page table (:mod:`vllm_sparse.kernels.sparse_decode`)."""
 
+    reads_unlisted_rows = True
+
     @classmethod
     def unsupported(cls, shape: AttentionShape) -> str | None:
         if shape.device.type != "cuda":

@@ -45,7 +45,7 @@ class EvalWorker:
 
     def eval_counts(self) -> dict:
         """What ran sparse so far; waits for the device."""
-        return metrics.snapshot()
+        return metrics.snapshot(self)
 
     def eval_recall(self) -> dict:
         """Recall of this worker's layers since the switch; waits for the device."""
@@ -64,4 +64,4 @@ class EvalWorker:
     def _layers(self) -> list:
         layers = self.vllm_config.compilation_config.static_forward_context
         impls = [layers[name].impl for builder in self._builders() for name in builder.layer_names]
-        return [impl for impl in impls if impl.dense_reason is None]
+        return [impl for impl in impls if impl.is_sparse]

@@ -25,7 +25,7 @@ class TuneWorker:
         self._tuned = {}
         for layer in self.vllm_config.compilation_config.static_forward_context.values():
             impl = getattr(layer, "impl", None)
-            if getattr(impl, "prefill", None) is not None and impl.dense_reason is None:
+            if getattr(impl, "prefill", None) is not None and impl.is_sparse:
                 impl.prefill = self._tuned[impl.layer_index] = around(impl)
 
     def tune_take(self) -> dict:

@@ -1,0 +1,321 @@
+"""Where vLLM is hooked in processes whose engine asks for the sparse backend.
+
+1. ``Attention.__init__``: what :mod:`vllm_sparse.support` decides about a layer is done there, where all that decides
+   is at hand: one layer gets this backend, the next one what vLLM would have chosen without us.
+2. The wrapper that executors of all kinds call workers through, so that it serves CPUs and GPUs: memory for offload,
+   what a layer's cache turns out to be, one line about what runs how, counters that start at 0, sleep.
+
+Every hook passes straight through for engines that do not ask for this backend.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import re
+from contextlib import contextmanager
+from typing import Any
+
+from vllm_sparse import metrics, support
+from vllm_sparse.backend import compat
+from vllm_sparse.config import ConfigError, SparseConfig
+from vllm_sparse.support import Decision, Layer, Treatment
+
+logger = logging.getLogger("vllm.vllm_sparse")
+
+ABSENT = (None, False, -1)
+"""Values of optional arguments that say nothing."""
+
+
+def install() -> None:
+    """Install the hooks in this process; re-entrant."""
+    from vllm.model_executor.layers.attention.attention import Attention
+    from vllm.v1.worker.worker_base import WorkerBase, WorkerWrapperBase
+
+    if hasattr(WorkerWrapperBase, "_vllm_sparse"):
+        return
+    _hook_layers(Attention)
+    _hook_workers(WorkerWrapperBase)
+    # ``collective_rpc("sparse_metrics")``: the counts of every worker, by a name that needs no pickle.
+    WorkerBase.sparse_metrics = metrics.snapshot
+    WorkerWrapperBase._vllm_sparse = True
+
+
+def installed() -> bool:
+    from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+    return hasattr(WorkerWrapperBase, "_vllm_sparse")
+
+
+# Layers
+
+
+def _hook_layers(attention: type) -> None:
+    original = attention.__init__
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def __init__(self, *args, **kwargs):
+        from vllm.config import get_current_vllm_config
+
+        vllm_config = get_current_vllm_config()
+        bound = signature.bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        if not _selected(vllm_config, bound.arguments):
+            return original(self, *args, **kwargs)
+        config = SparseConfig.from_vllm(vllm_config)
+        layer = describe(self, bound.arguments, vllm_config, config)
+        decision = support.decide(layer)
+        if decision.treatment is Treatment.REFUSED:
+            raise ConfigError(
+                f"--attention-backend: sparse cannot serve layer {bound.arguments['prefix']}: {decision.reason}; "
+                f"use another --attention-backend for this model"
+            )
+        if decision.treatment is Treatment.STOCK:
+            with without_sparse(vllm_config):
+                original(self, *args, **kwargs)
+        else:
+            _build_ours(original, self, bound, vllm_config, config, decision)
+        self.sparse_support = decision
+        metrics.decided.add(self)
+
+    attention.__init__ = __init__
+
+
+def _selected(vllm_config: Any, arguments: dict) -> bool:
+    """Whether vLLM would have taken this backend for a layer, or the layer reads a cache of ours."""
+    from vllm.v1.attention.selector import get_attn_spec_kind
+
+    if _target(vllm_config, arguments) is not None:
+        return True
+    kind = get_attn_spec_kind(False, _window(arguments) is not None, arguments["attn_type"])
+    config = vllm_config.attention_config
+    backend = (config.backend_per_kind or {}).get(kind.value, config.backend)
+    return getattr(backend, "name", None) == compat.NAME
+
+
+def _target(vllm_config: Any, arguments: dict) -> Any:
+    """The layer whose cache a layer attends to, where we have decided about that one."""
+    name = arguments["kv_sharing_target_layer_name"]
+    target = vllm_config.compilation_config.static_forward_context.get(name)
+    return target if hasattr(target, "sparse_support") else None
+
+
+def _window(arguments: dict) -> int | None:
+    cache, own = arguments["cache_config"], arguments["per_layer_sliding_window"]
+    return own if own is not None or cache is None else cache.sliding_window
+
+
+def describe(layer: Any, arguments: dict, vllm_config: Any, config: SparseConfig) -> Layer:
+    """What ``support`` asks of a layer, from the arguments of its constructor and its engine's config."""
+    import torch
+    from vllm.model_executor.layers.attention.attention import Attention
+
+    model, speculative = vllm_config.model_config, vllm_config.speculative_config
+    asked_of_drafts = getattr(getattr(speculative, "attention_backend", None), "name", None) == compat.NAME
+    of_draft = speculative is not None and compat.builds_a_draft()
+    target, extra = _target(vllm_config, arguments), dict(arguments["extra_impl_args"])
+    sinks = extra.pop("sinks", None)
+    if arguments["use_alibi_sqrt"]:
+        extra["use_alibi_sqrt"] = True
+    bidirectional = ""
+    if vllm_config.attention_config.use_non_causal or getattr(model, "is_diffusion", False):
+        bidirectional = "attention that is not causal"
+    elif model is not None and model.is_mm_prefix_lm:
+        bidirectional = "tokens of an image attend to each other, the later ones too"
+    elif model is not None and model.rswa_window is not None:
+        bidirectional = "reference sliding-window attention"
+    numbers, position = [], None
+    if model is not None and not of_draft:
+        text = model.hf_text_config
+        numbers = support.full_attention_layers(
+            getattr(text, "layer_types", None), getattr(text, "num_hidden_layers", 0)
+        )
+        number = layer_number(arguments["prefix"])
+        position = numbers.index(number) if number in numbers else None
+    head_size = arguments["head_size"]
+    backend = arguments["attn_backend"]
+    return Layer(
+        config=config,
+        kind="Attention" if type(layer) is Attention else type(layer).__name__,
+        named_backend="" if backend is None else backend.get_name(),
+        attn_type=arguments["attn_type"],
+        head_size=head_size,
+        head_size_v=arguments["head_size_v"] or head_size,
+        dtype=str(torch.get_default_dtype()).removeprefix("torch."),
+        sliding_window=_window(arguments),
+        alibi=arguments["alibi_slopes"] is not None,
+        soft_cap=bool(arguments["logits_soft_cap"]),
+        sinks=sinks is not None,
+        arguments=tuple(sorted(key for key, value in extra.items() if not _is_absent(value))),
+        shares_with=None if target is None else target.sparse_support.treatment,
+        draft=of_draft and not asked_of_drafts,
+        linear=model is not None and model.is_hybrid,
+        encoder_decoder=model is not None and model.is_encoder_decoder,
+        bidirectional=bidirectional,
+        engine=_unserved(vllm_config),
+        position=position,
+        of=len(numbers),
+    )
+
+
+def layer_number(name: str) -> int | None:
+    """The number in a layer's name, ``model.layers.7.self_attn.attn``, None where there is none."""
+    found = re.search(r"\.(\d+)\.", name)
+    return int(found[1]) if found else None
+
+
+def _is_absent(value: Any) -> bool:
+    return any(value is absent or (type(value) is type(absent) and value == absent) for absent in ABSENT)
+
+
+def _unserved(vllm_config: Any) -> str:
+    import vllm.envs as envs
+
+    if envs.VLLM_BATCH_INVARIANT:
+        return "batch-invariant kernels were asked for"
+    if vllm_config.parallel_config.prefill_context_parallel_size > 1:
+        return "prefill context parallelism"
+    if getattr(vllm_config.speculative_config, "enable_adaptive_verification", False):
+        return "adaptive verification of drafts decides on the device which tokens a step has"
+    return ""
+
+
+@contextmanager
+def without_sparse(vllm_config: Any):
+    """vLLM's own choice of backends: as if ``sparse`` had not been named."""
+    config = vllm_config.attention_config
+    asked = config.backend, config.backend_per_kind
+    try:
+        if getattr(config.backend, "name", None) == compat.NAME:
+            config.backend = None
+        if config.backend_per_kind:
+            config.backend_per_kind = {
+                kind: backend
+                for kind, backend in config.backend_per_kind.items()
+                if getattr(backend, "name", None) != compat.NAME
+            }
+        yield
+    finally:
+        config.backend, config.backend_per_kind = asked
+
+
+def _build_ours(original, layer, bound, vllm_config, config: SparseConfig, decision: Decision) -> None:
+    from vllm.v1.attention.selector import get_attn_backend
+
+    from vllm_sparse.backend.backend import SparseBackend
+    from vllm_sparse.policies import get_decode_policy
+
+    policy = get_decode_policy(config.decode_policy)
+    arguments = bound.arguments
+    target = _target(vllm_config, arguments)
+    arguments["attn_backend"] = SparseBackend.storing(policy.summary, config.offload is not None)
+    original(*bound.args, **bound.kwargs)
+    with without_sparse(vllm_config):
+        stock = get_attn_backend(
+            arguments["head_size"], layer.dtype, layer.kv_cache_dtype, num_heads=arguments["num_heads"]
+        )
+    layer.impl.settle(vllm_config, arguments["prefix"], decision, stock, None if target is None else target.impl)
+
+
+# Workers
+
+
+def _hook_workers(wrapper: type) -> None:
+    from vllm_sparse.backend import offload, sleep
+
+    initialize = wrapper.initialize_from_config
+
+    def determine_available_memory(self) -> int:
+        return offload.available_memory(self.worker, self.worker.determine_available_memory())
+
+    @functools.wraps(initialize)
+    def initialize_from_config(self, kv_cache_configs):
+        result = initialize(self, kv_cache_configs)
+        if compat.asks_for_sparse(self.worker.vllm_config):
+            offload.build_store(self.worker, kv_cache_configs[self.global_rank])
+            check_caches(self.worker)
+            report(self.worker)
+        return result
+
+    def compile_or_warm_up_model(self):
+        result = self.worker.compile_or_warm_up_model()
+        if compat.asks_for_sparse(self.worker.vllm_config):
+            metrics.reset_counts(self.worker)  # warm-up and graph capture served nobody
+        return result
+
+    def sleep_worker(self, *args, **kwargs):
+        if compat.asks_for_sparse(self.worker.vllm_config):
+            sleep.save(self.worker)
+        return self.worker.sleep(*args, **kwargs)
+
+    def wake_worker(self, tags=None, *args, **kwargs):
+        result = self.worker.wake_up(tags, *args, **kwargs)
+        if compat.asks_for_sparse(self.worker.vllm_config):
+            sleep.restore(self.worker, tags)
+        return result
+
+    def discard_memory(self, tags):
+        if compat.asks_for_sparse(self.worker.vllm_config):
+            sleep.save(self.worker, tags)
+        return self.worker.discard(tags)
+
+    wrapper.determine_available_memory = determine_available_memory
+    wrapper.initialize_from_config = initialize_from_config
+    wrapper.compile_or_warm_up_model = compile_or_warm_up_model
+    wrapper.sleep, wrapper.wake_up, wrapper.discard = sleep_worker, wake_worker, discard_memory
+
+
+def layers_of(worker: Any) -> dict[str, Any]:
+    """The attention layers of a worker that vLLM calls by name, ours and others."""
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+    from vllm.model_executor.layers.mamba.abstract import MambaBase
+
+    context = worker.vllm_config.compilation_config.static_forward_context
+    return {
+        name: layer
+        for name, layer in context.items()
+        if isinstance(layer, AttentionLayerBase) and not isinstance(layer, MambaBase)
+    }
+
+
+def decision_of(layer: Any) -> Decision:
+    """What was decided about a layer; of classes that choose a backend by themselves, that it was left to them."""
+    other = Decision(Treatment.STOCK, f"layers of class {type(layer).__name__} choose a backend by themselves")
+    return getattr(layer, "sparse_support", other)
+
+
+def check_caches(worker: Any) -> None:
+    """Stop the start where vLLM has laid out a layer's cache in a way that our kernels cannot read.
+
+    Raises:
+        ConfigError: names the layer, and what is wrong with its cache.
+    """
+    for name, layer in layers_of(worker).items():
+        if decision_of(layer).treatment is Treatment.STOCK:
+            continue
+        cache = layer.kv_cache[0] if isinstance(layer.kv_cache, list) else layer.kv_cache
+        reason = layer.impl.unreadable(cache)
+        if reason is not None:
+            raise ConfigError(
+                f"--attention-backend: sparse cannot serve layer {name}: vLLM gave it {reason}; use another "
+                f"--attention-backend for this model"
+            )
+
+
+def report(worker: Any) -> None:
+    """One line about what runs how; a warning where nothing is sparse."""
+    decisions = [decision_of(layer) for layer in layers_of(worker).values()]
+    config = SparseConfig.from_vllm(worker.vllm_config)
+    notes = []
+    if worker.vllm_config.speculative_config is not None:
+        notes.append("verification of drafts attends densely")
+    if config.offload is not None:
+        notes.append("K and V in CPU memory")
+    notes.append(f"KV {compat.kv_dtype(worker.vllm_config)}")
+    line, any_sparse = support.summary_line(decisions, config, notes)
+    if any_sparse:
+        logger.info("sparse attention: %s", line)
+    else:
+        logger.warning("sparse attention does NOTHING in this engine: %s", line)
