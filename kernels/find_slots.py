@@ -69,8 +69,8 @@ def find_slots(
     """Turn units of the host pool into units of the hot store, in place, and list those that it lacks.
 
     Args:
-        table: a decode step's chosen pages; row ``request * kv_heads + head``, request r being token r. Rows that it
-            does not list stay as they are.
+        table: a decode step's chosen pages; row ``request * kv_heads + head``, request r being token r. Rows
+            that it does not list stay as they are.
         kv_heads, page_size: of the cache.
         plan: this step's writes and time.
         layer: position among the layers of this rank.

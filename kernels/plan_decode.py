@@ -27,7 +27,8 @@ def _plan_decode(
     seq_lens, whole, table_seq_lens, dense_seq_lens, score_offsets, work, totals, counters, lengths,
     num_reqs, budget_pages, largest_pages, min_context, capacity, sink_pages, window_tokens,
     KV_HEADS: tl.constexpr, PAGE: tl.constexpr, CHUNK: tl.constexpr, SEGMENT: tl.constexpr, ALONE: tl.constexpr,
-    COLUMNS: tl.constexpr, NOT_LISTED: tl.constexpr, EVERY_PAGE: tl.constexpr, WHOLE: tl.constexpr, SHORT_DENSE: tl.constexpr, BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr, NOT_LISTED: tl.constexpr, EVERY_PAGE: tl.constexpr, WHOLE: tl.constexpr,
+    SHORT_DENSE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     rows = tl.arange(0, BLOCK)
     mask = rows < num_reqs
@@ -113,5 +114,6 @@ def plan_decode(
         num_reqs, budget_pages, largest_pages, min_context_tokens, capacity_pages, sink_pages, window_tokens,
         KV_HEADS=table.lengths.shape[0] // num_reqs, PAGE=page_size, CHUNK=CHUNK_PAGES,
         SEGMENT=plan.segment_pages, ALONE=plan.alone_pages, COLUMNS=WORK_COLUMNS, NOT_LISTED=NOT_LISTED,
-        EVERY_PAGE=EVERY_PAGE, WHOLE=WHOLE, SHORT_DENSE=short_rows_dense, BLOCK=max(1024, triton.next_power_of_2(num_reqs)),
+        EVERY_PAGE=EVERY_PAGE, WHOLE=WHOLE, SHORT_DENSE=short_rows_dense,
+        BLOCK=max(1024, triton.next_power_of_2(num_reqs)),
     )  # fmt: skip

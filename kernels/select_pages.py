@@ -268,7 +268,7 @@ def select_pages(
     coverage: float = 0.0,
     head_pages: torch.Tensor | None = None,
 ) -> None:
-    """Fill the units of a decode step: chosen pages of scored rows, every page of short ones, none of prompt tokens.
+    """Fill the units of a decode step: chosen pages of scored rows, all of short ones, none of prompt tokens.
 
     Args:
         scores: what the policy wrote, ragged over requests (``plan.score_offsets``).

@@ -173,7 +173,8 @@ def sparse_decode(
     _attend_split[(rows, splits)](
         q, kv, second, exponents, table.units, table.lengths, table.routes, block_table, out, part_out, part_lse,
         q.stride(0), q.stride(1), UnitGrid.of(kv).stride, kv.stride(2), grid.stride, second.stride(2),
-        table.units.stride(0), block_table.stride(0), grid.per_block, grid.per_head, out.stride(0), out.stride(1), scale * LOG2_E, splits,
+        table.units.stride(0), block_table.stride(0), grid.per_block, grid.per_head,
+        out.stride(0), out.stride(1), scale * LOG2_E, splits,
         KV_HEADS=kv_heads, GROUP=group, GROUP_PAD=max(16, triton.next_power_of_2(group)),
         HEAD_DIM=head_dim, BLOCK_D=block_d, PAGE=page_size, BLOCK_N=block_n, ALONE=splits == 1,
         ON_HOST=host is not None, WHOLE=WHOLE, PRECISION="ieee", num_warps=TUNING["num_warps"],

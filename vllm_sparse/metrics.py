@@ -20,8 +20,9 @@ REPORT_STEPS = 16
 
 
 decided: weakref.WeakSet = weakref.WeakSet()
-"""Attention layers of this process about which ``support`` has decided, of all engines. What a layer is, is read off
-the layer, and so is what counts its engine's steps; nothing is counted when something is built, which may happen twice."""
+"""Attention layers of this process about which ``support`` has decided, of all engines. What a layer is, is read
+off the layer, and so is what counts its engine's steps; nothing is counted when something is built, which may
+happen twice."""
 
 
 class Counters:
@@ -123,8 +124,8 @@ class DraftSteps:
         """Count a step that verifies ``tokens``, drafts and those before them, over so many in the contexts."""
         if not self.steps:
             logger.info(
-                "sparse attention: verification of drafts attends densely: its steps have several tokens a request, "
-                "for which no pages are chosen yet"
+                "sparse attention: verification of drafts attends densely: its steps have several tokens a "
+                "request, for which no pages are chosen yet"
             )
         self.steps += 1
         self.tokens += tokens
@@ -169,8 +170,8 @@ def _counts_of(layers: list) -> list[EngineCounts]:
 
 
 def snapshot(worker: Any = None) -> dict:
-    """Counts as plain data: of the engine that ``worker`` belongs to, which lets ``collective_rpc`` call it; else of
-    all engines of this process. Waits for the device.
+    """Counts as plain data: of the engine that ``worker`` belongs to, which lets ``collective_rpc`` call it; else
+    of all engines of this process. Waits for the device.
     """
     layers = _layers_of(worker)
     engines = _counts_of(layers)

@@ -7,8 +7,8 @@ stock      vLLM's own backend and cache, as if this plugin were not there
 refused    the engine does not start: the layer can be neither of these
 =========  ======================================================================================================
 
-A layer takes the first row of :data:`ROWS` that holds for it, and is sparse where none does. What a layer is, as far as
-rows ask, is :class:`Layer`; :mod:`vllm_sparse.backend.compat` reads it off vLLM's constructor.
+A layer takes the first row of :data:`ROWS` that holds for it, and is sparse where none does. What a layer is, as
+far as rows ask, is :class:`Layer`; :mod:`vllm_sparse.backend.hooks` reads it off vLLM's constructor.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ class Decision:
     treatment: Treatment
     reason: str = ""
     """Why not sparse."""
+    all_dense: bool = False
+    """Whether no layer of the engine is sparse, so that pages need no summaries."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ class Row:
     reason: str
     """With fields of :class:`Layer` in braces."""
     holds: Callable[[Layer], Any] = field(repr=False)
+    all_dense: bool = False
 
 
 STOCK, DENSE, REFUSED = Treatment.STOCK, Treatment.DENSE, Treatment.REFUSED
@@ -91,14 +94,12 @@ OURS = (Treatment.SPARSE, DENSE)
 
 
 def _has_its_own_way(layer: Layer) -> bool:
-    """Whether more than queries make a layer's attention another one than that of the layer whose cache it reads."""
+    """Whether a layer's attention differs by more than queries from that of the layer whose cache it reads."""
     others = layer.alibi, layer.soft_cap, layer.sinks, layer.sliding_window is not None, layer.arguments
     return layer.kind != "Attention" or layer.attn_type != "decoder" or any(others)
 
 
 ROWS: tuple[Row, ...] = (
-    Row("decode and prefill policy `dense`", STOCK, "the dense policy was asked for",
-        lambda layer: layer.config.decode_policy == layer.config.prefill_policy == "dense"),
     Row("linear-attention, Mamba and convolution hybrids", STOCK,
         "the model has linear-attention, Mamba or convolution layers, beside which a block of vLLM's is no page",
         lambda layer: layer.linear),
@@ -139,8 +140,10 @@ ROWS: tuple[Row, ...] = (
         lambda layer: layer.dtype not in DTYPES),
     Row("engines with batch invariance, prefill context parallelism or adaptive verification", STOCK, "{engine}",
         lambda layer: layer.engine),
-    Row("`dense_layers` that are all layers", STOCK, "dense_layers={config.dense_layers} of {of}",
-        lambda layer: layer.position is not None and layer.config.dense_layers >= layer.of),
+    Row("decode and prefill policy `dense`", DENSE, "the dense policy was asked for",
+        lambda layer: layer.config.decode_policy == layer.config.prefill_policy == "dense", all_dense=True),
+    Row("`dense_layers` that are all layers", DENSE, "dense_layers={config.dense_layers} of {of}",
+        lambda layer: layer.position is not None and layer.config.dense_layers >= layer.of, all_dense=True),
     Row("the first `dense_layers`", DENSE, "dense_layers={config.dense_layers}",
         lambda layer: layer.position is not None and layer.position < layer.config.dense_layers),
 )  # fmt: skip
@@ -151,7 +154,7 @@ def decide(layer: Layer) -> Decision:
     """How ``layer`` runs."""
     for row in ROWS:
         if row.holds(layer):
-            return Decision(row.treatment, row.reason.format_map(vars(layer)))
+            return Decision(row.treatment, row.reason.format_map(vars(layer)), row.all_dense)
     return Decision(Treatment.SPARSE)
 
 

@@ -64,8 +64,8 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
         if self.selects and self.workspace.freeze is not None and device.type != "cpu":
             impl.warm_up_freeze()
         self.dense = dense.DenseBuilder(kv_cache_spec, layer_names, vllm_config, device, impl.stock_backend)
-        # Hybrid models have several groups of layers, each with a builder, and vLLM may build each twice: steps are
-        # counted by the one that has the engine's first sparse layer, and samples of a workspace likewise.
+        # Hybrid models have several groups of layers, each with a builder, and vLLM may build each twice: steps
+        # are counted by the one that has the engine's first sparse layer, and samples of a workspace likewise.
         self.counts = impl.counts if SparseImpl.first(vllm_config) in sparse else None
         self.guard = self.workspace.guard if SparseImpl.first(vllm_config, self.workspace) in sparse else None
         counters = (

@@ -98,8 +98,8 @@ def _wrap_classmethod(cls: type, name: str, wrapper) -> None:
 def _choose_backend(original, selected_backend, attn_selector_config, num_heads=None) -> str:
     """What vLLM's selector gets for ``sparse``: its own choice.
 
-    The layers that can be sparse never ask it (:mod:`vllm_sparse.backend.hooks`); who does is a layer that wraps another
-    backend, such as chunked-local attention, or one with latent attention.
+    The layers that can be sparse never ask it (:mod:`vllm_sparse.backend.hooks`); who does is a layer that wraps
+    another backend, such as chunked-local attention, or one with latent attention.
     """
     if selected_backend is not None and selected_backend.name == NAME:
         from vllm_sparse.backend import hooks
@@ -204,7 +204,7 @@ def _check_kv_dtype(asked: str, model: Any) -> None:
     if scheme:
         raise ConfigError(
             f"--kv-cache-dtype: the checkpoint's kv_cache_scheme asks for {asked}, and sparse attention has no "
-            f"quantised KV cache yet; allowed for this model: {own}, given by name, which vLLM puts before the scheme"
+            f"quantised KV cache yet; allowed for this model: {own}, given by name, which comes before the scheme"
         )
     raise ConfigError(
         f"--kv-cache-dtype: {asked!r} is not supported by the sparse backend beside a model of {own}; "

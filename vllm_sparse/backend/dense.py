@@ -8,6 +8,7 @@ rows are simply left out of the view.
 from __future__ import annotations
 
 import logging
+from functools import cache
 from typing import Any
 
 import torch
@@ -29,11 +30,16 @@ def reader_of_pages(stock: type, dtype: torch.dtype, head_size: int) -> type:
     if stock.get_name() in READERS:
         return stock
     reader = _nearest_reader(dtype, head_size)
-    logger.warning_once(
-        "sparse attention: dense rows run %s: %s, which vLLM would choose here, was not seen to read pages with "
-        "summaries", reader.get_name(), stock.get_name(),
-    )  # fmt: skip
+    _say_once(reader.get_name(), stock.get_name())
     return reader
+
+
+@cache
+def _say_once(reader: str, stock: str) -> None:
+    logger.warning(
+        "sparse attention: dense rows run %s: %s, which vLLM would choose here, was not seen to read pages with "
+        "summaries", reader, stock,
+    )  # fmt: skip
 
 
 def _nearest_reader(dtype: torch.dtype, head_size: int) -> type:

@@ -1,9 +1,9 @@
 """Where vLLM is hooked in processes whose engine asks for the sparse backend.
 
-1. ``Attention.__init__``: what :mod:`vllm_sparse.support` decides about a layer is done there, where all that decides
-   is at hand: one layer gets this backend, the next one what vLLM would have chosen without us.
-2. The wrapper that executors of all kinds call workers through, so that it serves CPUs and GPUs: memory for offload,
-   what a layer's cache turns out to be, one line about what runs how, counters that start at 0, sleep.
+1. ``Attention.__init__``: what :mod:`vllm_sparse.support` decides about a layer is done there, where all that
+   decides is at hand: one layer gets this backend, the next one what vLLM would have chosen without us.
+2. The wrapper that executors of all kinds call workers through, so that it serves CPUs and GPUs: memory for
+   offload, what a layer's cache turns out to be, one line about what runs how, counters that start at 0, sleep.
 
 Every hook passes straight through for engines that do not ask for this backend.
 """
@@ -207,16 +207,15 @@ def _build_ours(original, layer, bound, vllm_config, config: SparseConfig, decis
     from vllm_sparse.backend.backend import SparseBackend
     from vllm_sparse.policies import get_decode_policy
 
-    policy = get_decode_policy(config.decode_policy)
     arguments = bound.arguments
-    target = _target(vllm_config, arguments)
-    arguments["attn_backend"] = SparseBackend.storing(policy.summary, config.offload is not None)
+    summary = "none" if decision.all_dense else get_decode_policy(config.decode_policy).summary
+    arguments["attn_backend"] = SparseBackend.storing(summary, config.offload is not None)
     original(*bound.args, **bound.kwargs)
     with without_sparse(vllm_config):
         stock = get_attn_backend(
             arguments["head_size"], layer.dtype, layer.kv_cache_dtype, num_heads=arguments["num_heads"]
         )
-    layer.impl.settle(vllm_config, arguments["prefix"], decision, stock, None if target is None else target.impl)
+    layer.impl.settle(vllm_config, arguments["prefix"], decision, summary, stock)
 
 
 # Workers

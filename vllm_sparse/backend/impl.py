@@ -55,7 +55,7 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
         kv_sharing_target_layer_name: str | None = None,
         **optional,
     ) -> None:
-        """As vLLM calls it; ``optional`` are arguments that ``support`` found absent, and :meth:`settle` comes next."""
+        """As vLLM calls it, with ``optional`` arguments that ``support`` found absent; :meth:`settle` is next."""
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
         self.head_size, self.scale, self.kv_cache_dtype = head_size, float(scale), kv_cache_dtype
         self.attn_type = attn_type
@@ -71,22 +71,22 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
         vllm_config,
         name: str,
         decision: Decision,
+        summary: str,
         stock: type,
-        target: SparseImpl | None = None,
     ) -> None:
         """Take what vLLM does not tell a constructor, and share or allocate the buffers of a step.
 
         Args:
             name: of the layer.
             decision: sparse or dense, and why.
+            summary: what its pages store beside K and V.
             stock: the backend that vLLM would have chosen.
-            target: the layer whose cache this one attends to, if it has none of its own.
 
         Raises:
             ConfigError: offload, and this layer would read its whole context from the host in every step.
         """
         self.config = SparseConfig.from_vllm(vllm_config)
-        self.name, self.decision = name, decision
+        self.name, self.decision, self.summary = name, decision, summary
         self.layer_index = hooks.layer_number(name)
         self.policy = get_decode_policy(self.config.decode_policy)
         self.stock_impl = self.stock_backend = None
@@ -145,7 +145,7 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
     def page_rows(self) -> int:
         """Rows of a page in the cache that vLLM gives this layer."""
         rows = summary_rows(
-            self.policy.summary, self.page_size, self.head_size, self.cache_dtype.itemsize,
+            self.summary, self.page_size, self.head_size, self.cache_dtype.itemsize,
             least=int(self.config.offload is not None),
         )  # fmt: skip
         return rows if self.config.offload is not None else self.page_size + rows
@@ -240,9 +240,9 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
         """Write K and V of new tokens and refresh the summaries of the pages they touch."""
         if self.config.offload is not None:
             if self.offloaded is not None:
-                self.offloaded.write(key, value, slot_mapping, kv_cache, self.policy.summary)
+                self.offloaded.write(key, value, slot_mapping, kv_cache, self.summary)
             return
-        self.kernels.page_write(key, value, kv_cache, slot_mapping, self.page_size, self.policy.summary)
+        self.kernels.page_write(key, value, kv_cache, slot_mapping, self.page_size, self.summary)
 
     def forward(
         self,

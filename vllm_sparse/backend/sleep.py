@@ -1,10 +1,10 @@
 """Sleep mode: what must survive it lies in memory that sleeping discards.
 
-vLLM's sleep gives back the memory of weights and KV cache, with or without a copy of the weights, and waking maps other
-memory at the same addresses. Our buffers lie there too: layers are built while weights are loaded, metadata builders
-while the cache is. What they hold from step to step (counters, budgets and patterns of heads, arrivals of programs that must
-start at 0) is copied to the CPU before, and back once everything is awake; large buffers are written before
-they are read in every step and start as zeros.
+vLLM's sleep gives back the memory of weights and KV cache, with or without a copy of the weights, and waking maps
+other memory at the same addresses. Our buffers lie there too: layers are built while weights are loaded, metadata
+builders while the cache is. What they hold from step to step (counters, budgets and patterns of heads, arrivals of
+programs that must start at 0) is copied to the CPU before, and back once everything is awake; large buffers are
+written before they are read in every step and start as zeros.
 """
 
 from __future__ import annotations

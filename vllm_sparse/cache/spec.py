@@ -21,8 +21,8 @@ class SparseAttentionSpec(FullAttentionSpec):
     """Full attention whose pages end in ``summary_rows`` extra rows per KV head.
 
     vLLM manages its blocks as those of its base class: prefix hits and preemption are those of full attention,
-    since a summary is a function of its page's keys and lives in the page. With offload a block names a page of the
-    host pool as well, so they span host memory.
+    since a summary is a function of its page's keys and lives in the page. With offload a block names a page of
+    the host pool as well, so they span host memory.
     """
 
     page_size: int

@@ -31,8 +31,8 @@ class Engine(ABC):
     """Computes attention over chosen pages. Engines know nothing of how pages are chosen."""
 
     reads_unlisted_rows = False
-    """Whether :meth:`attend` reads rows that ``table.routes`` leaves to the block table. Of an engine that does not,
-    prompt tokens in decode steps go to a dense backend beside it."""
+    """Whether :meth:`attend` reads rows that ``table.routes`` leaves to the block table. Of an engine that does
+    not, prompt tokens in decode steps go to a dense backend beside it."""
 
     @classmethod
     @abstractmethod

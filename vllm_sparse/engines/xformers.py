@@ -52,8 +52,8 @@ class XFormersEngine(Engine):
         if not uneven and page_rows // tile_tokens == page_size // tile_tokens:
             return None
         return (
-            f"the xformers engine needs pages of {page_size} to {page_size + tile_tokens - 1} rows, each KV head's "
-            f"together and whole pages apart, not {UnitGrid.of(kv).stride / kv.stride(2):g} rows"
+            f"the xformers engine needs pages of {page_size} to {page_size + tile_tokens - 1} rows, each KV "
+            f"head's together and whole pages apart, not {UnitGrid.of(kv).stride / kv.stride(2):g} rows"
         )
 
     def attend(self, q, kv, table, page_size, scale, out, host=None):

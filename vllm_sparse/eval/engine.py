@@ -49,8 +49,8 @@ class Found:
 
 
 class EvalEngine:
-    def __init__(self, llm: Any, summary: str, common: dict):
-        self.llm, self.summary, self.common = llm, summary, common
+    def __init__(self, llm: Any, common: dict):
+        self.llm, self.common = llm, common
         self.tokenizer = llm.get_tokenizer()
         self._warm: list[str] = []
         self._prefill_density: float | None = None
@@ -82,7 +82,7 @@ class EvalEngine:
             generation_config="vllm", disable_log_stats=True,
         )  # fmt: skip
         try:
-            engine = cls(llm, summary, common)
+            engine = cls(llm, common)
             engine._check_sparse(args.model)
             yield engine
         finally:
@@ -107,11 +107,11 @@ class EvalEngine:
 
         from vllm_sparse.eval.force import FORCED
 
-        self.llm.collective_rpc("eval_switch", args=(setting.mapping(self.common), self.summary, 0))
+        self.llm.collective_rpc("eval_switch", args=(setting.mapping(self.common), 0))
         self._warm_up(setting, samples)
         scored = samples[0].task == TEXT
         watched = recall_every if scored and setting.policy != "dense" else 0
-        self.llm.collective_rpc("eval_switch", args=(setting.mapping(self.common), self.summary, watched))
+        self.llm.collective_rpc("eval_switch", args=(setting.mapping(self.common), watched))
         before = self._counts()
         params = [
             SamplingParams(

@@ -16,10 +16,10 @@ class EvalWorker:
     """Methods for ``collective_rpc``: plain data in and out, so that workers may be other processes.
 
     The engine must run eagerly, for a CUDA graph would replay the setting it was captured with, and must
-    have started with the largest budget and with summaries of ``summary``.
+    have started with the largest budget and with a policy whose summaries are those of all settings.
     """
 
-    def eval_switch(self, settings: dict, summary: str, recall_every: int) -> None:
+    def eval_switch(self, settings: dict, recall_every: int) -> None:
         """Attend by ``settings`` from the next step on, as if the engine had started with them."""
         config = SparseConfig.from_mapping(settings, "settings")
         config = compat.with_tables(self.vllm_config, config)
@@ -30,8 +30,6 @@ class EvalWorker:
         for impl in self._layers():
             impl.config = config
             policy = get_decode_policy(config.decode_policy)
-            if policy.summary == "none":
-                policy.summary = summary  # pages stay what other settings find in the prefix cache
             probe = getattr(impl, "recall_probe", None)
             if probe is None:
                 probe = impl.recall_probe = RecallProbe(impl, exact)
