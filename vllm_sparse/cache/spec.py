@@ -14,7 +14,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from vllm_sparse import summaries
-from vllm_sparse.backend import compat
+from vllm_sparse.backend import compat, connectors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,3 +76,6 @@ class SparseAttentionManager(FullAttentionManager):
 # Registering first would make vLLM believe that its own specs are registered already.
 KVCacheSpecRegistry._ensure_registered()
 KVCacheSpecRegistry.register(SparseAttentionSpec, SparseAttentionManager, uniform_type_base_spec=FullAttentionSpec)
+
+# Whatever process manages blocks of such pages has loaded this module before its first request.
+connectors.install_request_hook()
