@@ -17,7 +17,7 @@ CONFIG = {"kv_connector": "BlockStore", "kv_role": "kv_both"}
 
 
 class BlockStore(KVConnectorBase_V1, SupportsHMA):
-    """Stores the blocks of requests that finish, and loads those of prompts, all groups of layers alike."""
+    """Stores the blocks of requests that finish, and loads those of prompts, where layers form one group."""
 
     stored: ClassVar[dict] = {}
     """(block hash, layer) -> a block's numbers."""
@@ -29,7 +29,8 @@ class BlockStore(KVConnectorBase_V1, SupportsHMA):
 
     def __init__(self, vllm_config, role, kv_cache_config):
         super().__init__(vllm_config, role, kv_cache_config)
-        self.block_size, self.groups = vllm_config.cache_config.block_size, kv_cache_config.kv_cache_groups
+        self.block_size = vllm_config.cache_config.block_size
+        self.layer = kv_cache_config.kv_cache_groups[0].layer_names[0]
         BlockStore.kv_cache_config = kv_cache_config
         BlockStore.loaded = []
 
@@ -52,7 +53,7 @@ class BlockStore(KVConnectorBase_V1, SupportsHMA):
         first = num_computed_tokens // self.block_size
         hashes = request.block_hashes[: (request.num_tokens - 1) // self.block_size]
         last = first
-        while last < len(hashes) and (hashes[last], self.groups[0].layer_names[0]) in self.stored:
+        while last < len(hashes) and (hashes[last], self.layer) in self.stored:
             last += 1
         self.range = range(first, last)
         return len(self.range) * self.block_size, False
@@ -60,21 +61,21 @@ class BlockStore(KVConnectorBase_V1, SupportsHMA):
     def update_state_after_alloc(self, request, blocks, num_external_tokens):
         if not num_external_tokens:
             return
-        for group, block_ids in zip(self.groups, blocks.get_block_ids(), strict=True):
-            for index in self.range:
-                self.loaded.append(block_ids[index])
-                for name in group.layer_names:
-                    self.caches[name][block_ids[index]] = self.stored[request.block_hashes[index], name]
+        for index in self.range:
+            block = blocks.get_block_ids()[0][index]
+            self.loaded.append(block)
+            for name, cache in self.caches.items():
+                cache[block] = self.stored[request.block_hashes[index], name]
 
     def build_connector_meta(self, scheduler_output):
         return KVConnectorMetadata()
 
     def request_finished_all_groups(self, request, block_ids):
-        for group, ids in zip(self.groups, block_ids, strict=True):
+        if len(block_ids) == 1:
             full = (request.num_tokens - 1) // self.block_size
-            for block_hash, block in zip(request.block_hashes[:full], ids, strict=False):
-                for name in group.layer_names:
-                    self.stored[block_hash, name] = self.caches[name][block].clone()
+            for block_hash, block in zip(request.block_hashes[:full], block_ids[0], strict=False):
+                for name, cache in self.caches.items():
+                    self.stored[block_hash, name] = cache[block].clone()
         return False, None
 
 

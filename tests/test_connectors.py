@@ -11,6 +11,7 @@ pytest.importorskip("vllm")
 
 from vllm.config import KVTransferConfig
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine.core import EngineCore
 
 from vllm_sparse.backend import compat, connectors
@@ -191,7 +192,9 @@ def test_requests_that_name_a_peer_of_another_format_are_refused():
     connectors.check_peer(quest, None)
     for peer in (engine("snapkv"), engine("sketch"), engine("dense"), engine("quest", 32), "stock", 7):
         for own, other in ((quest, peer), (peer, quest)):
-            with pytest.raises(ValueError, match=r"kv_transfer_params\.remote_engine_id: .*same sparse settings"):
+            with pytest.raises(
+                VLLMValidationError, match=r"kv_transfer_params\.remote_engine_id: .*same sparse settings"
+            ):
                 connectors.check_peer(own, {"remote_engine_id": other})
 
 
@@ -261,6 +264,17 @@ def test_engines_with_a_connector_hash_blocks_by_their_settings(monkeypatch):
 def test_a_request_for_pages_of_stock_vllm_is_refused_where_it_arrives(monkeypatch):
     own = check(transfer("MooncakeConnector"))
     added(monkeypatch, own, remote_engine_id=check(transfer("MooncakeConnector")).engine_id)
-    with pytest.raises(ValueError, match="its id says nothing"):
+    with pytest.raises(VLLMValidationError, match="its id says nothing"):
         added(monkeypatch, own, remote_engine_id="ca5e")
     added(monkeypatch, own, "FLASH_ATTN", remote_engine_id="ca5e")
+
+
+def test_every_process_that_manages_our_blocks_has_the_hook():
+    """Other processes send their specs there, and unpickling one loads the module that installs it."""
+    from vllm_sparse.cache.spec import SparseAttentionSpec
+
+    assert SparseAttentionSpec.__module__ == "vllm_sparse.cache.spec"
+    assert EngineCore.preprocess_add_request._vllm_sparse
+    hooked = EngineCore.preprocess_add_request
+    connectors.install_request_hook()
+    assert EngineCore.preprocess_add_request is hooked

@@ -187,14 +187,16 @@ def check_peer(engine_id: str, params: dict | None) -> None:
     """Refuse a request whose pages are with an engine of another page format.
 
     Raises:
-        ValueError: the peer stores something else beside K and V, or nothing, as stock vLLM does.
+        VLLMValidationError: the peer stores something else beside K and V, or nothing, as stock vLLM does.
     """
+    from vllm.exceptions import VLLMValidationError
+
     peer = (params or {}).get("remote_engine_id")
     if not peer:
         return
     own, others = ("".join(MARK.findall(str(name))) or "nothing" for name in (engine_id, peer))
     if own != others:
-        raise ValueError(
+        raise VLLMValidationError(
             f"kv_transfer_params.remote_engine_id: {peer!r} has pages of another format: its id says {others}, "
             f"and that of this engine {own}; allowed: engines with the sparse backend, the same sparse settings "
             f"and the same --block-size"
