@@ -9,15 +9,15 @@ import torch
 
 pytest.importorskip("vllm")
 
-from vllm.v1.kv_cache_interface import (  # noqa: E402
+from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
     SlidingWindowSpec,
     compute_layer_kv_cache_shape_bytes,
 )
 
-from vllm_sparse.backend.backend import SparseBackend  # noqa: E402
-from vllm_sparse.cache.spec import SparseAttentionSpec, page_size_of  # noqa: E402
-from vllm_sparse.summaries import SUMMARIES, summary_rows  # noqa: E402
+from vllm_sparse.backend.backend import SparseBackend
+from vllm_sparse.cache.spec import SparseAttentionSpec, page_size_of
+from vllm_sparse.summaries import SUMMARIES, summary_rows
 
 try:
     from vllm.v1.core.kv_cache_planning import is_kv_cache_spec_uniform, unify_kv_cache_spec_page_size
@@ -46,7 +46,9 @@ def test_bytes_are_proportional_to_tokens_and_exact_for_one(summary, size):
     rows = 16 + summary_rows(summary, 16, size, 2)
     assert page.page_size_bytes == 8 * rows * 2 * size * 2
     one = sparse(size=size, block=1, summary=summary)
-    assert one.page_size_bytes * 16 == page.page_size_bytes, "vLLM aligns hybrids' blocks by the bytes of one token"
+    assert one.page_size_bytes * 16 == page.page_size_bytes, (
+        "vLLM aligns hybrids' blocks by the bytes of one token"
+    )
     for pages in (2, 33, 49):
         large = sparse(size=size, block=16 * pages, summary=summary)
         if page_size_of(16 * pages, None) == 16:
@@ -75,7 +77,7 @@ def test_layers_that_differ_are_told_so_as_vllm_asks():
     "layers",
     [
         (sparse(8), sparse(4)), (sparse(8), full(4)), (sparse(4), sliding(8)), (sparse(8), sliding(4)),
-        (sparse(8), sliding(8)), (sparse(2, 64), sliding(8, 128)), (sparse(8), sparse(3)), (sparse(8, 128), full(8, 64)),
+        (sparse(8), sliding(8)), (sparse(2, 64), sliding(8)), (sparse(8), sparse(3)), (sparse(8), full(8, 64)),
     ],
 )  # fmt: skip
 def test_vllm_brings_layers_of_other_sizes_to_one(layers):

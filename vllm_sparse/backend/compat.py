@@ -190,6 +190,9 @@ def _check_config(original, vllm_config) -> None:
         found = offload.check(vllm_config, config)
         _carry(vllm_config, config, found, "offload")
         vllm_config.additional_config[offload.ADMITTED] = found.offload.host_gib
+    from vllm_sparse.backend import connectors
+
+    connectors.check(vllm_config, config)
 
 
 def _check_kv_dtype(asked: str, model: Any) -> None:

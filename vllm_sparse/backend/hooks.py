@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from vllm_sparse import metrics, support
-from vllm_sparse.backend import compat
+from vllm_sparse.backend import compat, connectors
 from vllm_sparse.config import ConfigError, SparseConfig
 from vllm_sparse.support import Decision, Layer, Treatment
 
@@ -37,6 +37,7 @@ def install() -> None:
         return
     _hook_layers(Attention)
     _hook_workers(WorkerWrapperBase)
+    connectors.install_request_hook()
     # ``collective_rpc("sparse_metrics")``: the counts of every worker, by a name that needs no pickle.
     WorkerBase.sparse_metrics = metrics.snapshot
     WorkerWrapperBase._vllm_sparse = True

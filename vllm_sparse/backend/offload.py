@@ -41,6 +41,9 @@ def check(vllm_config: Any, config: SparseConfig) -> SparseConfig:
         "--kv-transfer-config": vllm_config.kv_transfer_config is not None and (
             "a KV connector sees the bytes on the GPU only, which are summaries"
         ),
+        "--kv-offloading-size": getattr(vllm_config.cache_config, "kv_offloading_size", None) is not None and (
+            "it is a KV connector, which sees the bytes on the GPU only, which are summaries"
+        ),
         "--enable-sleep-mode": getattr(vllm_config.model_config, "enable_sleep_mode", False) and (
             "it would discard summaries and hot units but not the host pool"
         ),

@@ -1,0 +1,280 @@
+"""KV connectors: which are allowed, and what keeps pages apart that hold different summaries."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from vllm.config import KVTransferConfig
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+from vllm.exceptions import VLLMValidationError
+from vllm.v1.engine.core import EngineCore
+
+from vllm_sparse.backend import compat, connectors
+from vllm_sparse.config import ConfigError, SparseConfig
+from vllm_sparse.offload.config import OffloadConfig
+from vllm_sparse.policies.registry import DECODE_POLICIES
+
+QUEST = SparseConfig(decode_policy="quest")
+STOCK = SparseConfig(decode_policy="dense")
+BLOCKS, SLOTS, NEITHER = (
+    [name for name, known in connectors.CONNECTORS.items() if known.copies == copies]
+    for copies in (connectors.BLOCKS, connectors.SLOTS, connectors.NEITHER)
+)
+MINE = "my.package.connector"
+
+
+def transfer(name, module_path=None, **extra):
+    return KVTransferConfig(
+        kv_connector=name, kv_role="kv_both", kv_connector_module_path=module_path, kv_connector_extra_config=extra
+    )
+
+
+def check(kv_transfer_config, config=QUEST, block_size=16, **cache):
+    """The engine's config after the check."""
+    cache = {"block_size": block_size, "kv_offloading_size": None, "kv_offloading_backend": "native", **cache}
+    vllm_config = SimpleNamespace(cache_config=SimpleNamespace(**cache), kv_transfer_config=kv_transfer_config)
+    connectors.check(vllm_config, config)
+    return kv_transfer_config
+
+
+def multi(*inner):
+    return transfer("MultiConnector", connectors=[inner_config(each) for each in inner])
+
+
+def inner_config(config):
+    return {
+        "kv_connector": config.kv_connector,
+        "kv_role": "kv_both",
+        "kv_connector_module_path": config.kv_connector_module_path,
+        "kv_connector_extra_config": config.kv_connector_extra_config,
+    }
+
+
+def test_every_connector_of_this_vllm_has_been_looked_at():
+    assert set(KVConnectorFactory._registry) - {"BlockStore"} == {*connectors.CONNECTORS, "MultiConnector"}
+    for known in connectors.CONNECTORS.values():
+        assert known.reason and bool(known.apart) == (known.copies == connectors.BLOCKS)
+
+
+@pytest.mark.parametrize("policy", DECODE_POLICIES)
+@pytest.mark.parametrize("name", BLOCKS)
+def test_connectors_that_copy_whole_blocks_are_allowed(name, policy):
+    check(transfer(name), SparseConfig(decode_policy=policy))
+    check(multi(transfer(name), multi(transfer(name))), SparseConfig(decode_policy=policy))
+
+
+REFUSED = {
+    **{name: (transfer(name), name, connectors.CONNECTORS[name].reason) for name in (*SLOTS, *NEITHER)},
+    "unknown": (transfer("UMBPConnector"), "UMBPConnector", "is not known"),
+    "of a module": (transfer("MyConnector", MINE), "MyConnector", MINE),
+    "a module's of a known name": (transfer("NixlConnector", MINE), "NixlConnector", MINE),
+    "a module's MultiConnector": (transfer("MultiConnector", MINE), "MultiConnector", MINE),
+    "inside": (multi(transfer("NixlConnector"), transfer("ExampleConnector")), "ExampleConnector", "token slot"),
+    "a module's inside": (multi(transfer("NixlConnector", MINE)), "NixlConnector", MINE),
+    "deep inside": (multi(multi(transfer("HF3FSKVConnector"))), "HF3FSKVConnector", "by their tokens alone"),
+    "offloading by another's code": (
+        transfer("OffloadingConnector", spec_name="MySpec", spec_module_path=MINE), "MySpec", "is not known",
+    ),
+    "offloading by another's code inside": (
+        multi(transfer("OffloadingConnector", spec_name="MySpec")), "MySpec", "is not known",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_others_are_refused_by_name(case):
+    config, name, reason = REFUSED[case]
+    with pytest.raises(ConfigError) as error:
+        check(config)
+    message = str(error.value)
+    assert message.startswith("--kv-transfer-config: ") and repr(name) in message and reason in message
+    assert "; allowed: " in message
+
+
+@pytest.mark.parametrize("name", SLOTS)
+def test_pages_of_dense_policies_have_nothing_to_lose(name):
+    check(transfer(name), STOCK)
+    check(multi(transfer("NixlConnector"), transfer(name)), STOCK)
+    for sparse in ({"prefill_policy": "a_shape"}, {"decode_policy": "streaming"}):
+        with pytest.raises(ConfigError, match=name):
+            check(transfer(name), replace(STOCK, **sparse))
+    for other in (*NEITHER, "UMBPConnector"):
+        with pytest.raises(ConfigError, match=other):
+            check(transfer(other), STOCK)
+
+
+def test_offloading_options_of_vllm_are_connectors_too():
+    assert check(None, kv_offloading_size=4.0) is None
+    check(KVTransferConfig(), kv_offloading_size=4.0)
+    with pytest.raises(ConfigError, match=r"--kv-offloading-backend: 'lmcache'.*allowed: native"):
+        check(None, kv_offloading_size=4.0, kv_offloading_backend="lmcache")
+    check(None, kv_offloading_backend="lmcache")  # without a size it is not read
+    spec = KVTransferConfig(kv_connector_extra_config={"spec_name": "MySpec"})
+    with pytest.raises(ConfigError, match="MySpec"):
+        check(spec, kv_offloading_size=4.0)
+
+
+def test_offload_refuses_every_connector():
+    from vllm_sparse.backend import offload
+
+    config = SparseConfig(offload=OffloadConfig(host_gib=1.0))
+    for option, value in (("--kv-transfer-config", "NixlConnector"), ("--kv-offloading-size", None)):
+        vllm_config = SimpleNamespace(
+            speculative_config=None, model_config=None, additional_config={},
+            kv_transfer_config=value and transfer(value),
+            cache_config=SimpleNamespace(kv_offloading_size=None if value else 4.0),
+        )  # fmt: skip
+        with pytest.raises(ConfigError, match=f"{option}: not supported with sparse.offload"):
+            offload.check(vllm_config, config)
+
+
+# Peers.
+
+
+def test_engine_ids_say_what_pages_hold():
+    ids = {
+        policy: check(transfer("NixlConnector"), SparseConfig(decode_policy=policy)).engine_id
+        for policy in DECODE_POLICIES
+    }
+    marks = {policy: "".join(connectors.MARK.findall(engine_id)) for policy, engine_id in ids.items()}
+    assert all(marks[policy] and ids[policy].endswith(marks[policy]) for policy in marks)
+    assert len(set(ids.values())) == len(ids), "engines are no longer told apart"
+    alike = {}
+    for policy, mark in marks.items():
+        alike.setdefault(mark, set()).add(policy)
+    assert sorted(map(sorted, alike.values())) == [
+        ["ada_snapkv"], ["arkvale", "midbound", "quest"], ["dense", "oracle", "random", "streaming"],
+        ["sketch"], ["sketch2", "twilight"], ["snapkv"],
+    ]  # fmt: skip
+
+
+def test_marks_of_pages_change_with_what_their_bytes_mean(monkeypatch):
+    snapkv = SparseConfig(decode_policy="snapkv")
+    assert connectors.page_format(QUEST, 16) != connectors.page_format(QUEST, 32)
+    assert connectors.page_format(QUEST, 16) == connectors.page_format(replace(QUEST, budget_tokens=999), 16)
+    for changes in ({"budget_tokens": 1024}, {"sink_tokens": 64}, {"window_tokens": 64}):
+        assert connectors.page_format(snapkv, 16) != connectors.page_format(replace(snapkv, **changes), 16)
+    assert connectors.page_format(snapkv, 16) == connectors.page_format(replace(snapkv, engine="torch"), 16)
+    before = connectors.page_format(QUEST, 16), connectors.cache_salt(QUEST)
+    monkeypatch.setattr(connectors, "FORMAT", 12)
+    after = connectors.page_format(QUEST, 16), connectors.cache_salt(QUEST)
+    assert before[0] != after[0] and before[1] != after[1]
+    assert connectors.MARK.fullmatch(after[0])
+
+
+@pytest.mark.parametrize("policy", DECODE_POLICIES)
+def test_an_engine_id_is_marked_once(policy):
+    """vLLM checks its config several times, appends ranks to engine ids, and users may reuse their objects."""
+    config = SparseConfig(decode_policy=policy)
+    given = transfer("MooncakeConnector")
+    own = given.engine_id
+    once = check(given, config).engine_id
+    assert once == own + connectors.page_format(config, 16)
+    assert check(given, config).engine_id == once
+    given.engine_id += "_dp3"
+    assert check(given, config).engine_id == once + "_dp3"
+    assert check(given, QUEST).engine_id == own + connectors.page_format(QUEST, 16) + "_dp3"
+
+
+def test_requests_that_name_a_peer_of_another_format_are_refused():
+    def engine(policy, block_size=16):
+        return check(transfer("NixlConnector"), SparseConfig(decode_policy=policy), block_size).engine_id
+
+    quest = engine("quest")
+    for peer in (engine("quest"), engine("midbound"), engine("quest") + "_dp1", None):
+        connectors.check_peer(quest, {"remote_engine_id": peer, "do_remote_prefill": True})
+    connectors.check_peer(quest, {})
+    connectors.check_peer(quest, None)
+    for peer in (engine("snapkv"), engine("sketch"), engine("dense"), engine("quest", 32), "stock", 7):
+        for own, other in ((quest, peer), (peer, quest)):
+            with pytest.raises(
+                VLLMValidationError, match=r"kv_transfer_params\.remote_engine_id: .*same sparse settings"
+            ):
+                connectors.check_peer(own, {"remote_engine_id": other})
+
+
+# Stores.
+
+
+def test_block_hashes_are_those_of_an_engines_settings():
+    salts = {connectors.cache_salt(SparseConfig(decode_policy=policy)) for policy in DECODE_POLICIES}
+    assert len(salts) == len(DECODE_POLICIES)
+    salt = connectors.cache_salt(QUEST)
+    for changes in ({"budget_tokens": 1024}, {"prefill_policy": "a_shape"}, {"min_context_tokens": 0}):
+        assert connectors.cache_salt(replace(QUEST, **changes)) != salt
+    for changes in ({"engine": "torch"}, {"guard_every_steps": 8}):
+        assert connectors.cache_salt(replace(QUEST, **changes)) == salt
+
+
+def added(monkeypatch, kv_transfer_config, backend="SPARSE", sparse=None, salt=None, **params):
+    """A request as an engine adds it."""
+    monkeypatch.setattr(compat, "asks_for_sparse", lambda vllm_config: backend == "SPARSE")
+    vllm_config = SimpleNamespace(
+        kv_transfer_config=kv_transfer_config, additional_config={"sparse": sparse or {"decode_policy": "quest"}}
+    )
+    engine = SimpleNamespace(
+        vllm_config=vllm_config, mm_receiver_cache=None, request_block_hasher=hasher(),
+    )  # fmt: skip
+    from vllm import SamplingParams
+    from vllm.v1.engine import EngineCoreRequest
+
+    request = EngineCoreRequest(
+        request_id="0", prompt_token_ids=list(range(40)), mm_features=None, arrival_time=0.0, lora_request=None,
+        sampling_params=SamplingParams(extra_args={"kv_transfer_params": params} if params else None),
+        pooling_params=None, cache_salt=salt, data_parallel_rank=None,
+    )  # fmt: skip
+    connectors.install_request_hook()
+    return EngineCore.preprocess_add_request(engine, request)[0]
+
+
+def hasher():
+    from vllm.utils.hashing import sha256
+    from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+
+    init_none_hash(sha256)
+    return get_request_block_hasher(16, sha256)
+
+
+def test_engines_with_a_connector_hash_blocks_by_their_settings(monkeypatch):
+    def hashes(*args, **kwargs):
+        request = added(monkeypatch, *args, **kwargs)
+        assert len(request.block_hashes) == 2
+        return tuple(request.block_hashes)
+
+    stored = transfer("OffloadingConnector")
+    quest = hashes(stored)
+    assert quest == hashes(stored)
+    assert quest == hashes(multi(stored)), "the same settings in another connector"
+    stock = hashes(stored, "FLASH_ATTN")
+    different = [
+        stock, quest, hashes(stored, salt="tenant"), hashes(stored, sparse={"decode_policy": "snapkv"}),
+        hashes(stored, sparse={"decode_policy": "quest", "budget_tokens": 1024}),
+        hashes(stored, sparse={"decode_policy": "dense"}),
+    ]  # fmt: skip
+    assert len({one for pair in different for one in pair}) == 2 * len(different)
+    # Without a connector blocks never leave the engine, and hashes are those of stock, which routers count on.
+    assert hashes(None) == hashes(KVTransferConfig()) == hashes(None, "FLASH_ATTN") == stock
+
+
+def test_a_request_for_pages_of_stock_vllm_is_refused_where_it_arrives(monkeypatch):
+    own = check(transfer("MooncakeConnector"))
+    added(monkeypatch, own, remote_engine_id=check(transfer("MooncakeConnector")).engine_id)
+    with pytest.raises(VLLMValidationError, match="its id says nothing"):
+        added(monkeypatch, own, remote_engine_id="ca5e")
+    added(monkeypatch, own, "FLASH_ATTN", remote_engine_id="ca5e")
+
+
+def test_every_process_that_manages_our_blocks_has_the_hook():
+    """Other processes send their specs there, and unpickling one loads the module that installs it."""
+    from vllm_sparse.cache.spec import SparseAttentionSpec
+
+    assert SparseAttentionSpec.__module__ == "vllm_sparse.cache.spec"
+    assert EngineCore.preprocess_add_request._vllm_sparse
+    hooked = EngineCore.preprocess_add_request
+    connectors.install_request_hook()
+    assert EngineCore.preprocess_add_request is hooked
