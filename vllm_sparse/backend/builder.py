@@ -60,6 +60,8 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
             longest = vllm_config.model_config.max_model_len
             freeze.check(self.config, self.page_size, impl.head_size, impl.cache_dtype.itemsize, longest)
         for layer in impls:
+            # What was allocated for pages of another size goes, and building again allocates nothing.
+            layer.workspace = self.workspace
             layer.bind_prefill(self.workspace.prefill)
             layer.bind_freeze(self.workspace.freeze)
         if self.selects and self.workspace.prefill is not None and device.type != "cpu":
@@ -159,7 +161,7 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
             if dense_beside:
                 decodes = common if not num_prefills else dense.decode_rows(common, num_decodes, num_decode_tokens)
                 rows = dense.short_rows(decodes, plan.dense_seq_lens)
-                metadata.dense_short = self.dense.build("short", rows, fast_build)
+                metadata.dense_short = self.dense.build("eager" if num_prefills else "short", rows, fast_build)
             if self.tracker is not None:
                 self.tracker.step()
                 if workspace.guard is not None:
