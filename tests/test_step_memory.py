@@ -163,6 +163,7 @@ class Scheduled:
     block_table_tensor: torch.Tensor
     slot_mapping: torch.Tensor
     num_actual_tokens: int = 0
+    max_query_len: int = 1
     seq_lens_cpu_upper_bound: torch.Tensor | None = None
 
     def __post_init__(self):
@@ -201,6 +202,30 @@ def test_tables_of_an_offloaded_prefill_are_bounded_and_hits_on_this_step_are_fo
     found = torch.cat([run.late_places >= 0 for run in runs]).tolist()
     blocks = torch.cat([run.old_blocks for run in runs]).tolist()
     assert found == [block in written for block in blocks] and sum(found) == 2
+
+
+def test_decode_rows_beside_prefill_are_built_as_stock_builds_a_mixed_step():
+    """FlashAttention splits rows of one query as if it had the GPU's memory for itself; within graphs 32 times."""
+    pytest.importorskip("vllm")
+    from vllm_sparse.backend import dense
+
+    class Builder:
+        def __init__(self, *args):
+            self.use_full_cuda_graph, self.aot_sliding_window = True, None
+
+        def build(self, prefix, common, fast_build):
+            return self, common
+
+    backend = SimpleNamespace(get_builder_cls=lambda: Builder)
+    builder = dense.DenseBuilder(None, [], None, DEVICE, backend)
+    made = {rows: builder.build(rows, None)[0] for rows in ("all", "prefill", "short", "eager")}
+    assert len(set(map(id, made.values()))) == 4, "two kinds of rows share one buffer of scheduling data"
+    assert [each.use_full_cuda_graph for each in made.values()] == [True, True, True, False]
+    assert all(each.aot_sliding_window == (-1, -1) for each in made.values())
+    starts, ones = torch.tensor([0, 1, 2, 300]), torch.ones(3, 4, dtype=torch.int32)
+    common = Scheduled(3, starts, torch.tensor([50, 60, 298]), ones, torch.zeros(300), 300, 298)
+    rows = dense.decode_rows(common, 2, 2)
+    assert (rows.num_reqs, rows.num_actual_tokens, rows.max_query_len) == (2, 2, 298)
 
 
 def workspace_of(config: SparseConfig, max_model_len: int = 131072, max_num_seqs: int = 32):

@@ -65,15 +65,22 @@ class DenseBuilder:
 
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device, backend):
         self._builders: dict[str, Any] = {}
-        if backend is not None:
-            for rows in ("all", "prefill", "short", "eager"):
-                cls = backend.get_builder_cls()
-                builder = self._builders[rows] = cls(kv_cache_spec, layer_names, vllm_config, device)
-                if hasattr(builder, "aot_sliding_window"):
-                    # Else FlashAttention looks for a window among layers that are not ours.
-                    builder.aot_sliding_window = (-1, -1)
-                if rows == "eager" and hasattr(builder, "use_full_cuda_graph"):
-                    builder.use_full_cuda_graph = False
+        if backend is None:
+            return
+
+        def make() -> Any:
+            builder = backend.get_builder_cls()(kv_cache_spec, layer_names, vllm_config, device)
+            if hasattr(builder, "aot_sliding_window"):
+                # Else FlashAttention looks for a window among layers that are not ours.
+                builder.aot_sliding_window = (-1, -1)
+            return builder
+
+        self._builders = {rows: make() for rows in ("all", "prefill", "short")}
+        eager = self._builders["prefill"]
+        if hasattr(eager, "use_full_cuda_graph"):
+            eager = make()
+            eager.use_full_cuda_graph = False
+        self._builders["eager"] = eager
 
     def build(self, rows: str, common, fast_build: bool = False) -> Any:
         """Dense metadata for ``common``; the common metadata itself where torch attends."""
