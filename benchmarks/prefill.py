@@ -6,6 +6,11 @@
 A spec ``1q32ks128k`` prefills the last 32K of 128K tokens, in chunks. Data is random, so the density
 follows from the sizes that ``--sparse`` gives, and the row says what it was. Checks results first, prints
 milliseconds of estimate, table building and attention, and appends JSON lines.
+
+Short chunks of long contexts are what FlashAttention-3 splits; how much that gains, ``--parts-mib`` tells:
+
+    python -m benchmarks.prefill 1q256s64k 1q512s64k 1q4ks64k --engines fa3 --parts-mib 0    # not at all
+    python -m benchmarks.prefill 1q256s64k 1q512s64k 1q4ks64k --engines fa3 --parts-mib 65536    # as it likes
 """
 
 from __future__ import annotations
@@ -21,6 +26,7 @@ from vllm_sparse.kernels import reference
 from benchmarks import results
 from benchmarks.batch_spec import parse
 from vllm_sparse.config import SparseConfig
+from vllm_sparse.engines import fa3
 from vllm_sparse.engines.registry import engine_class
 from vllm_sparse.head_patterns import HeadPatterns
 from vllm_sparse.policies import get_prefill_policy
@@ -69,10 +75,14 @@ def main() -> None:
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--page-size", type=int, default=16)
     parser.add_argument("--engines", nargs="*", default=["fa3", "triton"])
+    parser.add_argument(
+        "--parts-mib", type=int, default=fa3.PARTS_BYTES >> 20, help="memory for parts of split rows"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=results.RESULTS)
     args = parser.parse_args()
     torch.manual_seed(0)
+    fa3.PARTS_BYTES = args.parts_mib << 20
     print(f"{'batch':>14} {'engine':>8} {'density':>8} {'estimate':>9} {'table':>8} {'attend':>9} {'all':>9} "
           f"{'dense FA3':>10} {'ratio':>6}")  # fmt: skip
     rows = []
@@ -136,6 +146,7 @@ def bench(spec: str, args) -> list[dict]:
                 "sparse_ms": round(sparse_ms, 4), "baseline_ms": round(dense_ms, 4),
                 "speedup": round(dense_ms / sparse_ms, 3),
                 "overhead": round((whole_ms - attend_ms) / attend_ms, 4),
+                "parts_mib": args.parts_mib,
                 "buffers_mib": round(buffers.num_bytes / 2**20, 1),
                 "temporary_mib": round((torch.cuda.max_memory_allocated() - held) / 2**20, 1),
             }

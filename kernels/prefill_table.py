@@ -3,6 +3,7 @@
     chosen[r, p] = keep[r, p]  or  p < sink_pages  or  window_start <= p,    p <= last
     units[r]     = units of the chosen pages, ascending
     lengths[r]   = tokens of those pages up to the block's last query
+    starts[r]    = first query of the block, counted over the queries of all heads in turn
 
 ``last`` is the page of the block's last query and ``window_start`` the page of the first token that
 the recent window of its first query holds, so a block's own pages are always there, complete and at
@@ -28,7 +29,7 @@ from vllm_sparse.query_blocks import BLOCK_TOKENS, QueryBlocks
     ]
 )  # fmt: skip
 def _prefill_table(
-    keep, block_table, units, lengths, counters, keep_stride, units_stride, units_per_block,
+    keep, block_table, units, lengths, starts, counters, keep_stride, units_stride, units_per_block,
     units_per_head, first_position, end_position, num_blocks, sink_pages, window_tokens,
     GROUP: tl.constexpr, PAGE: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -53,6 +54,10 @@ def _prefill_table(
         kept += tl.sum(count, axis=0)
     length = end - (pages_before_end - kept) * PAGE
     tl.store(lengths + row, length)
+    num_tokens = end_position - first_position
+    tl.store(starts + row, row // num_blocks * num_tokens + start - first_position)
+    if row == tl.num_programs(0) - 1:
+        tl.store(starts + row + 1, (row // num_blocks + 1) * num_tokens)
     # Query i of n sees length - (n - 1 - i) tokens of the table, and end - (n - 1 - i) of its context.
     queries = (end - start).to(tl.int64)
     unseen = queries * (queries - 1) // 2
@@ -82,18 +87,18 @@ def prefill_table(
         sink_pages: first pages that are always kept.
         window_tokens: each query keeps at least so many tokens up to its own.
         counters: int64 [2]: (query, key) pairs attended, and causal ones, are added.
-        table: [q_heads * num_blocks] rows of num_pages, overwritten.
+        table: [q_heads * num_blocks] rows of num_pages, with ``starts``; overwritten.
     """
     rows, num_pages = keep.shape
     num_blocks = blocks.num_blocks
     q_heads = rows // num_blocks
     assert rows == q_heads * num_blocks == table.lengths.shape[0] and table.units.shape == keep.shape
-    assert num_pages == blocks.num_pages(page_size)
+    assert num_pages == blocks.num_pages(page_size) and table.starts.shape == (rows + 1,)
     assert keep.stride(1) == table.units.stride(1) == block_table.stride(0) == 1
     grid = UnitGrid.of(kv)
     _prefill_table[(rows,)](
-        keep, block_table, table.units, table.lengths, counters, keep.stride(0), table.units.stride(0),
-        grid.per_block, grid.per_head, blocks.first_position, blocks.end_position, num_blocks, sink_pages,
-        window_tokens,
+        keep, block_table, table.units, table.lengths, table.starts, counters, keep.stride(0),
+        table.units.stride(0), grid.per_block, grid.per_head, blocks.first_position, blocks.end_position, num_blocks,
+        sink_pages, window_tokens,
         GROUP=q_heads // kv.shape[1], PAGE=page_size, BLOCK_TOKENS=BLOCK_TOKENS, BLOCK=1024, num_warps=4,
     )  # fmt: skip

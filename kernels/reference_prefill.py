@@ -278,6 +278,9 @@ def prefill_table(
     chosen = (keep.bool().unflatten(0, (q_heads, -1)) | always) & (page < before_end[:, None])
     lengths = end - (before_end - chosen.sum(-1)) * page_size
     table.lengths.copy_(lengths.flatten())
+    heads = torch.arange(q_heads, device=keep.device)[:, None]
+    table.starts[:-1] = (heads * blocks.num_tokens + start - blocks.first_position).flatten()
+    table.starts[-1] = q_heads * blocks.num_tokens
     head = torch.arange(q_heads, device=keep.device) // (q_heads // kv.shape[1])
     unit = UnitGrid.of(kv).units(block_table[:pages], head[:, None])
     for row, mask in enumerate(chosen.flatten(0, 1)):

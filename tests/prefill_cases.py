@@ -70,7 +70,7 @@ def make_chunk(
 
 
 def poison(buffers: PrefillBuffers) -> None:
-    for name in ("units", "lengths", "band_count"):
+    for name in ("units", "lengths", "starts", "band_count"):
         getattr(buffers, name).fill_(2**30)
     for name in ("keep", "page_keep", "query_aware"):
         getattr(buffers, name).fill_(77)

@@ -35,6 +35,9 @@ class PageTable:
     ``units`` and are all pages of ``block_table``; None: there are no such rows."""
     block_table: torch.Tensor | None = None
     """int32 [num_reqs, max_pages], beside ``routes``."""
+    starts: torch.Tensor | None = None
+    """int32 [rows + 1], of query blocks alone: the first query of each row, and after them the number of all,
+    where queries lie by head. None in decode, where a row is one token."""
 
     @classmethod
     def empty(cls, num_reqs: int, kv_heads: int, max_pages: int, device: torch.device) -> PageTable:

@@ -42,6 +42,8 @@ class PrefillBuffers:
     """uint8 [capacity]: pages to keep, one for each of ``units``."""
     lengths: torch.Tensor
     """int32 [max_blocks * q_heads]."""
+    starts: torch.Tensor
+    """int32 [max_blocks * q_heads + 1]."""
     masses: torch.Tensor
     """float32 [2, q_heads, max_pages]: estimated mass of pages, and of bands of diagonals."""
     page_keep: torch.Tensor
@@ -93,6 +95,7 @@ class PrefillBuffers:
             units=zeros(capacity, dtype=torch.int32),
             keep=zeros(capacity, dtype=torch.uint8),
             lengths=zeros(max_blocks * q_heads, dtype=torch.int32),
+            starts=zeros(max_blocks * q_heads + 1, dtype=torch.int32),
             masses=zeros(2, q_heads, max_pages, dtype=torch.float32),
             page_keep=zeros(q_heads, max_pages, dtype=torch.uint8),
             band_count=zeros(q_heads, max_pages + 1, dtype=torch.int32),
@@ -120,7 +123,8 @@ class PrefillBuffers:
     def table(self, blocks: QueryBlocks) -> PageTable:
         """An uninitialised table for ``blocks``, [q_heads * num_blocks] rows."""
         rows, pages = self.q_heads * blocks.num_blocks, blocks.num_pages(self.page_size)
-        return PageTable(self.units[: rows * pages].view(rows, pages), self.lengths[:rows])
+        units = self.units[: rows * pages].view(rows, pages)
+        return PageTable(units, self.lengths[:rows], self.starts[: rows + 1])
 
     def keep_mask(self, blocks: QueryBlocks) -> torch.Tensor:
         """An uninitialised mask uint8 [q_heads * num_blocks, num_pages]."""

@@ -42,7 +42,7 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
         for position, impl in enumerate(impls):
             impl.bind(position, self.page_size)
             if not impl.workspace.fits(self.page_size, impl.num_heads, impl.num_kv_heads):
-                impl.share_workspace(vllm_config, self.page_size)
+                impl.share_workspace(vllm_config, self.page_size)  # vLLM took another page size than it had then
         sparse = [impl for impl in impls if impl.is_sparse]
         self.selects = bool(sparse)
         self.first_layer = impl = impls[0]
@@ -171,7 +171,7 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
             if dense_beside:
                 decodes = common if not num_prefills else dense.decode_rows(common, num_decodes, num_decode_tokens)
                 rows = dense.short_rows(decodes, plan.dense_seq_lens)
-                metadata.dense_short = self.dense.build("short", rows, fast_build)
+                metadata.dense_short = self.dense.build("eager" if num_prefills else "short", rows, fast_build)
             if self.counts is not None:
                 self.counts.decode.step()
                 if self.counts.hot is not None:

@@ -81,21 +81,31 @@ class TorchDense:
 
 
 class DenseBuilder:
-    """Builds the metadata of dense attention for all, prefill, or short decode rows of a step.
+    """Builds the metadata of dense attention for rows of a step: all, its prefill, or short decode rows.
 
-    One stock builder each: a builder keeps one buffer of scheduling data for CUDA graphs, and a
-    step can need all three.
+    One stock builder each: a builder keeps one buffer of scheduling data for CUDA graphs, and a step can need
+    all three. A fourth, ``eager``, keeps none, so a step can take from it as often as it likes: for rows that are
+    in no graph, decode rows beside prefill and parts of an offloaded prefill.
     """
 
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device, backend):
         self._builders: dict[str, Any] = {}
-        if backend is not None:
-            for rows in ("all", "prefill", "short"):
-                cls = backend.get_builder_cls()
-                builder = self._builders[rows] = cls(kv_cache_spec, layer_names, vllm_config, device)
-                if hasattr(builder, "aot_sliding_window"):
-                    # Else FlashAttention looks for a window among layers that are not ours.
-                    builder.aot_sliding_window = (-1, -1)
+        if backend is None:
+            return
+
+        def make() -> Any:
+            builder = backend.get_builder_cls()(kv_cache_spec, layer_names, vllm_config, device)
+            if hasattr(builder, "aot_sliding_window"):
+                # Else FlashAttention looks for a window among layers that are not ours.
+                builder.aot_sliding_window = (-1, -1)
+            return builder
+
+        self._builders = {rows: make() for rows in ("all", "prefill", "short")}
+        eager = self._builders["prefill"]
+        if hasattr(eager, "use_full_cuda_graph"):
+            eager = make()
+            eager.use_full_cuda_graph = False
+        self._builders["eager"] = eager
 
     def build(self, rows: str, common, fast_build: bool = False) -> Any:
         """Dense metadata for ``common``; the common metadata itself where torch attends."""
@@ -140,7 +150,11 @@ def short_rows(common, dense_seq_lens: torch.Tensor):
 
 
 def decode_rows(common, num_decodes: int, num_decode_tokens: int):
-    """``common`` with only its decode rows."""
+    """``common`` with only its decode rows.
+
+    Its longest query stays that of the step: by it stock tells that such rows run beside prefill, at whose size
+    there is no memory for parts of split rows.
+    """
     return compat.replace_rows(
         common,
         query_start_loc=common.query_start_loc[: num_decodes + 1],
@@ -148,7 +162,6 @@ def decode_rows(common, num_decodes: int, num_decode_tokens: int):
         seq_lens=common.seq_lens[:num_decodes],
         num_reqs=num_decodes,
         num_actual_tokens=num_decode_tokens,
-        max_query_len=1,
         block_table_tensor=common.block_table_tensor[:num_decodes],
         slot_mapping=common.slot_mapping[:num_decode_tokens],
     )

@@ -12,6 +12,7 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 from vllm_sparse import kernels, metrics
 from vllm_sparse.backend import dense, hooks
 from vllm_sparse.backend.metadata import SparseMetadata
+from vllm_sparse.backend.rehearsal import MOST_IN_PLACE, Rehearsal
 from vllm_sparse.backend.workspace import Workspace
 from vllm_sparse.budget_table import BudgetTable
 from vllm_sparse.config import ConfigError, SparseConfig
@@ -31,9 +32,6 @@ from vllm_sparse.summaries import summary_rows
 from vllm_sparse.support import Decision, Treatment
 
 logger = logging.getLogger("vllm.vllm_sparse")
-
-MOST_IN_PLACE = 1 << 22
-"""Units that are read on the host by one launch where whole contexts are: what its page table holds."""
 
 
 class SparseImpl(AttentionImpl[SparseMetadata]):
@@ -168,6 +166,13 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
             self.layer_index = position
         self.kernels = kernels.for_device(self.device)
         self.bind_budget()
+        self._choose_engines(page_size)
+        if self.stock_impl is None:
+            self.dense = dense.TorchDense(self.scale, page_size)
+        else:
+            self.dense = dense.StockDense(self.stock_impl, page_size)
+
+    def _choose_engines(self, page_size: int) -> None:
         shape = AttentionShape(
             self.device, self.dtype, self.num_heads, self.num_kv_heads, self.head_size, page_size
         )
@@ -176,17 +181,17 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
         else:
             self.engine = choose_engine(self.config.engine, shape, OFFLOAD_ORDER)
         self.prefill_engine = choose_engine(self.config.engine, shape, PREFILL_ORDER)
-        if self.stock_impl is None:
-            self.dense = dense.TorchDense(self.scale, page_size)
-        else:
-            self.dense = dense.StockDense(self.stock_impl, page_size)
+
+    @property
+    def coverage(self) -> float:
+        """Share of its estimated attention at which a decode row ends before its budget; 0: it does not."""
+        return (self.policy.coverage or self.config.decode_coverage) if self.policy.adaptive else 0.0
 
     def bind_budget(self) -> None:
         """Settle what selection keeps, from config and policy."""
         config = self.config
         self.budget_pages = config.largest_pages(self.page_size)
         self.sink_pages = config.sink_pages(self.page_size)
-        self.coverage = (self.policy.coverage or config.decode_coverage) if self.policy.adaptive else 0.0
         self.head_pages = None
         if isinstance(config.head_budgets, BudgetTable):
             rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
@@ -222,10 +227,27 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
             return HeadPatterns.uniform(self.config, self.num_heads, self.page_size, self.device)
         return HeadPatterns.of(patterns, self.page_size, self.device)
 
+    def _prefill_rows(self) -> int:
+        """Rows of the pages that prefill reads: with offload of contexts read back, without summaries."""
+        return self.page_size if self.config.offload is not None else self.page_rows()
+
     def warm_up_prefill(self) -> None:
         """Compile the kernels of sparse prefill; layers of equal shape share them."""
-        rows = self.page_size if self.config.offload is not None else self.page_rows()
+        rows = self._prefill_rows()
         self.prefill.warm_up(self.num_kv_heads, rows, self.head_size, self.num_heads, self.dtype)
+
+    def rehearse(self, query: torch.Tensor, output: torch.Tensor) -> None:
+        """Make the calls that allocate, while vLLM measures a step (:mod:`vllm_sparse.backend.rehearsal`)."""
+        workspace = self.workspace
+        if not self.is_sparse or len(query) <= workspace.rehearsed_tokens:
+            return
+        workspace.rehearsed_tokens = len(query)
+        self.page_size = workspace.page_size
+        self._choose_engines(self.page_size)
+        shape = (1, self.num_kv_heads, self._prefill_rows(), 2 * self.head_size)
+        kv = torch.zeros(shape, dtype=self.cache_dtype, device=query.device)
+        engines = (self.engine, self.prefill_engine)
+        Rehearsal(self.config, workspace, *engines, kv, self.coverage, self.scale).run(query, output)
 
     def warm_up_freeze(self) -> None:
         """Compile what a chunk's list takes, so that the first request does not wait for it."""
@@ -268,6 +290,8 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
         if output_scale is not None or output_block_scale is not None:
             raise ValueError("the sparse backend does not quantise its output")
         if attn_metadata is None:
+            if self.device.type != "cpu":
+                self.rehearse(query, output)
             return output.zero_()
         if self.config.offload is not None:
             return self._attend_offloaded(layer, query, key, value, kv_cache, attn_metadata, output)
@@ -356,6 +380,7 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
         heads = torch.arange(self.num_kv_heads, dtype=torch.int32, device=query.device)
         requests = max(1, MOST_IN_PLACE // (self.num_kv_heads * block_table.shape[1]))
         for rows in (slice(at, at + requests) for at in range(0, len(query), requests)):
-            units = block_table[rows, None, :] * self.num_kv_heads + heads[:, None]
+            # ~(block * kv_heads + head), without a copy of it.
+            units = block_table[rows, None, :] * -self.num_kv_heads + ~heads[:, None]
             lengths = seq_lens[rows, None].expand(-1, self.num_kv_heads)
-            self._attend_on_host(query[rows], PageTable(~units.flatten(0, 1), lengths.flatten()), out[rows])
+            self._attend_on_host(query[rows], PageTable(units.flatten(0, 1), lengths.flatten()), out[rows])

@@ -12,6 +12,9 @@ from vllm_sparse.offload.context import ContextRun
 from vllm_sparse.prefill import SparsePrefill, plan_chunks
 from vllm_sparse.query_blocks import QueryBlocks
 
+MOST_TABLE_ENTRIES = 1 << 20
+"""Requests times pages of the longest, of those that a dense run takes together: its block table has 4 MiB."""
+
 
 def sparse_chunks(common, num_decodes: int, config: SparseConfig) -> list[QueryBlocks]:
     """Chunks of vLLM's common metadata that choose pages; none in dummy runs, which carry no lengths.
@@ -51,11 +54,11 @@ def dense_rows(prefills, chunks: list[QueryBlocks], num_decodes: int):
     """Common metadata of prefill rows with length 0 for those in ``chunks``."""
     if not chunks:
         return prefills
-    dense = torch.ones(prefills.num_reqs, dtype=prefills.seq_lens.dtype)
-    dense[[chunk.request - num_decodes for chunk in chunks]] = 0
-    if prefills.seq_lens.is_cuda:
-        dense = dense.pin_memory().to(prefills.seq_lens.device, non_blocking=True)
-    return compat.replace_rows(prefills, seq_lens=prefills.seq_lens * dense)
+    is_dense = torch.ones(prefills.num_reqs, dtype=prefills.seq_lens.dtype, device="cpu")
+    is_dense[[chunk.request - num_decodes for chunk in chunks]] = 0
+    return compat.replace_rows(
+        prefills, seq_lens=prefills.seq_lens * _to_device(is_dense, prefills.seq_lens.device)
+    )
 
 
 @dataclass
@@ -105,11 +108,11 @@ def context_runs(
             first, last = together[0].request, together[-1].request + 1
             run = _run_of(together, slice(starts[first], starts[last]), common.block_table_tensor)
             rows = dense.rows_between(common, first, last, run.block_table)
-            run.dense = builder.build("prefill", rows, fast_build=True)
+            run.dense = builder.build("eager", rows, fast_build=True)
             runs.append(run)
             together.clear()
 
-    staged = num_decodes
+    staged, widest = num_decodes, 0
     for request in range(num_decodes, common.num_reqs):
         start, end, seq_len = starts[request], starts[request + 1], lens[request]
         if start == end:
@@ -117,9 +120,15 @@ def context_runs(
         seq_len = max(seq_len, end - start)  # dummy runs may carry no lengths
         old, pages = (seq_len - (end - start)) // page_size, -(-seq_len // page_size)
         place = together[-1].place + together[-1].num_pages if together else 0
-        if together and (request in chunks or request > together[-1].request + 1 or place + pages > max_pages):
+        widest = max(pages, widest) if together else pages
+        if together and (
+            request in chunks
+            or request > together[-1].request + 1
+            or place + pages > max_pages
+            or (len(together) + 1) * widest > MOST_TABLE_ENTRIES
+        ):
             add_dense_run()
-            place = 0
+            place, widest = 0, pages
         read = sparse.pages_in_reach(chunks[request]) if request in chunks else None
         if read is None:
             read = torch.arange(old, dtype=torch.int32, device="cpu")
@@ -135,19 +144,19 @@ def context_runs(
     if runs and num_decodes + len(every) > 1:  # else nothing is hit that others write
         written = _written_blocks(common, num_decodes, every, page_size)
         for run in runs:
-            late = (run.old_blocks[:, None] == written).any(1)
-            run.late_places = torch.where(late, run.old_places, -1)
+            nearest = torch.searchsorted(written, run.old_blocks).clamp_(max=len(written) - 1)
+            run.late_places = torch.where(written[nearest] == run.old_blocks, run.old_places, -1)
     return runs
 
 
 def _written_blocks(common, num_decodes: int, contexts: list[_Context], page_size: int) -> torch.Tensor:
-    """int32 [pages]: the blocks that this step's tokens go to."""
+    """int32 [pages], ascending: the blocks that this step's tokens go to."""
     rows = [context.request for context in contexts for _ in range(context.old_pages, context.num_pages)]
     pages = [page for context in contexts for page in range(context.old_pages, context.num_pages)]
     both = torch.tensor([rows, pages], dtype=torch.int32, device="cpu")
     rows, pages = _to_device(both, common.block_table_tensor.device).long()
     decodes = common.slot_mapping[:num_decodes] // page_size
-    return torch.cat([common.block_table_tensor[rows, pages], decodes.int()])
+    return torch.cat([common.block_table_tensor[rows, pages], decodes.int()]).sort().values
 
 
 def _to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:

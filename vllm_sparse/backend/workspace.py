@@ -46,6 +46,8 @@ class Workspace:
     """None where pages hold no lists."""
     guard: Guard | None = None
     """None where ``guard_every_steps`` is 0."""
+    rehearsed_tokens: int = 0
+    """Of the largest step whose calls were rehearsed (:mod:`vllm_sparse.backend.rehearsal`)."""
 
     def fits(self, page_size: int, q_heads: int, kv_heads: int) -> bool:
         """Whether layers of this shape can share these buffers."""

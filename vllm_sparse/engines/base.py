@@ -87,7 +87,7 @@ class Engine(ABC):
         Args:
             q: [num_tokens, q_heads, head_dim], blocks of 128 tokens, the last one may be partial.
             kv: [num_blocks, kv_heads, page_size + summary rows, 2 * head_dim].
-            table: the chosen pages; row ``head * num_blocks + block``, a block's own pages last.
+            table: the chosen pages; row ``head * num_blocks + block``, a block's own pages last; with ``starts``.
             page_size: tokens per page.
             scale: softmax scale.
             out: [num_tokens, q_heads, head_dim], the dtype of ``q``.

@@ -1,8 +1,13 @@
-"""FlashAttention-3 as a page-sparse engine, unmodified."""
+"""FlashAttention-3 as a page-sparse engine, unmodified.
+
+It allocates for itself in each call: scheduling data (8 bytes a row), log-sums (4 bytes a query and head), and
+where it splits rows float32 outputs of every part, for which it assumes that one row is long and all others are
+short: it asks for as many parts of each as fill the GPU with one. :func:`most_splits` bounds them by their memory.
+"""
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
+from functools import cache
 
 import torch
 
@@ -11,6 +16,26 @@ from vllm_sparse.page_table import single_head_pages
 from vllm_sparse.query_blocks import BLOCK_TOKENS
 
 MAX_ROWS = 1 << 17
+PARTS_BYTES = 32 << 20
+"""Most that the parts of split rows take. At head_dim 128 it is two parts of each of up to 254 blocks of queries;
+more blocks fill a GPU unsplit."""
+TILE_TOKENS, UNSPLIT_TILES = 128, 4
+"""Keys that FlashAttention takes at a time, and what it never splits by its own choice."""
+MOST_SPLITS = 128
+"""The most that it chooses."""
+
+
+def most_splits(queries: int, head_dim: int, row_tokens: int) -> int:
+    """Parts that each row may be split into; how many it is, the device tells from the lengths of all rows.
+
+    Args:
+        queries: of all rows, over all their query heads.
+        row_tokens: most keys of a row.
+    """
+    tiles = -(-row_tokens // TILE_TOKENS)
+    if tiles <= UNSPLIT_TILES:
+        return 1
+    return max(1, min(MOST_SPLITS, tiles, PARTS_BYTES // (4 * queries * (head_dim + 1))))
 
 
 class FA3Engine(Engine):
@@ -47,6 +72,7 @@ class FA3Engine(Engine):
         rows, group = num_reqs * kv_heads, q_heads // kv_heads
         assert rows <= MAX_ROWS, f"{rows} rows of (request, KV head) in a step; at most {MAX_ROWS}"
         keys, values = single_head_pages(kv, page_size)
+        row_tokens = table.units.shape[1] * page_size
         result = self._attend(
             q=q.reshape(rows, group, head_dim),
             k=keys,
@@ -54,10 +80,11 @@ class FA3Engine(Engine):
             cu_seqlens_q=self._starts[: rows + 1],
             max_seqlen_q=1,
             seqused_k=table.lengths,
-            max_seqlen_k=table.units.shape[1] * page_size,
+            max_seqlen_k=row_tokens,
             block_table=table.units,
             softmax_scale=scale,
             causal=True,
+            num_splits=most_splits(num_reqs * q_heads, head_dim, row_tokens),
             fa_version=3,
         )
         # It writes zeros for empty sequences, and those rows of ``out`` belong to the dense backend.
@@ -71,30 +98,23 @@ class FA3Engine(Engine):
         keys, values = single_head_pages(kv, page_size)
         by_head, result = scratch[:, : q.numel()].view(2, q_heads, num_tokens, head_dim)
         by_head.copy_(q.transpose(0, 1))
+        row_tokens = table.units.shape[1] * page_size
         self._attend(
             q=by_head.view(-1, 1, head_dim),
             k=keys,
             v=values,
             out=result.view(-1, 1, head_dim),
-            cu_seqlens_q=_block_starts(num_tokens, q_heads, q.device.index),
+            cu_seqlens_q=table.starts,
             max_seqlen_q=min(num_tokens, BLOCK_TOKENS),
             seqused_k=table.lengths,
-            max_seqlen_k=table.units.shape[1] * page_size,
+            max_seqlen_k=row_tokens,
             block_table=table.units,
             softmax_scale=scale,
             causal=True,
+            num_splits=most_splits(num_tokens * q_heads, head_dim, row_tokens),
             fa_version=3,
         )
         out.copy_(result.transpose(0, 1))
-
-
-@lru_cache(maxsize=64)
-def _block_starts(num_tokens: int, q_heads: int, device_index: int) -> torch.Tensor:
-    """int32 [q_heads * num_blocks + 1]: sequences are the blocks of each head's tokens in turn."""
-    blocks = torch.arange(0, num_tokens, BLOCK_TOKENS, dtype=torch.int32)
-    starts = torch.arange(q_heads, dtype=torch.int32)[:, None] * num_tokens + blocks
-    starts = torch.cat([starts.flatten(), torch.tensor([q_heads * num_tokens], dtype=torch.int32)])
-    return starts.to(f"cuda:{device_index}")
 
 
 @cache

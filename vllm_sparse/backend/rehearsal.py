@@ -1,0 +1,113 @@
+"""Rehearsal: the calls of a step that allocate, made while vLLM measures what a step needs.
+
+What lasts lies in the workspace. Beside it a step's calls allocate and free: attention kernels for log-sums and
+for the parts of rows that they split, selection for the candidates of long contexts. vLLM runs the model once, at
+its largest step and without metadata, and gives what is left of the GPU to the KV cache. In that run these calls
+are made, each at the sizes at which it takes most and over rows without tokens, so that no step needs more than
+was measured. Kernels are loaded by it, too, which takes memory that is not torch's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from vllm_sparse import kernels
+from vllm_sparse.backend.workspace import Workspace
+from vllm_sparse.config import SparseConfig
+from vllm_sparse.engines.base import Engine
+from vllm_sparse.page_table import PageTable
+from vllm_sparse.query_blocks import BLOCK_TOKENS, QueryBlocks
+
+MOST_IN_PLACE = 1 << 22
+"""Units that are read on the host by one launch where whole contexts are: what its page table holds."""
+
+
+@dataclass
+class Rehearsal:
+    """One layer's calls; ``kv`` is one page, in place of a cache."""
+
+    config: SparseConfig
+    workspace: Workspace
+    engine: Engine
+    prefill_engine: Engine
+    kv: torch.Tensor
+    """[1, kv_heads, page_size + summary rows, 2 * head_dim]."""
+    coverage: float
+    scale: float
+
+    def run(self, query: torch.Tensor, output: torch.Tensor) -> None:
+        """Make every call; ``output`` holds nothing afterwards.
+
+        Args:
+            query, output: [num_tokens, q_heads, head_dim] of a step as large as any.
+        """
+        if self.config.decode_policy != "dense":
+            for rows in _sizes(min(len(query), len(self.workspace.plan.table_seq_lens))):
+                self.decode(query[:rows], output[:rows])
+        buffers = self.workspace.prefill
+        if buffers is not None:
+            for blocks in _sizes(min(buffers.max_blocks, -(-len(query) // BLOCK_TOKENS))):
+                tokens = min(len(query), blocks * BLOCK_TOKENS)
+                self.attend_blocks(query[:tokens], output[:tokens], blocks)
+        if self.workspace.freeze is not None:
+            self.list_pages()
+
+    def decode(self, query: torch.Tensor, output: torch.Tensor) -> None:
+        """Select and attend for rows of no context."""
+        workspace, page_size = self.workspace, self.workspace.page_size
+        table = workspace.table.rows(len(query) * workspace.kv_heads)
+        plan = workspace.plan.rows(len(query))
+        for left in (table.lengths, plan.table_seq_lens, plan.totals):
+            left.zero_()
+        block_table = self._block_table(len(query))
+        table.routes, table.block_table = plan.score_offsets, block_table
+        kernels.for_device(query.device).select_pages(
+            workspace.scores, block_table, plan, self.kv, page_size,
+            self.config.largest_pages(page_size), self.config.sink_pages(page_size), self.config.window_tokens,
+            table, self.coverage,
+        )  # fmt: skip
+        self.engine.attend(query, self.kv, table, page_size, self.scale, output)
+        if self.config.offload is not None and self.config.offload.host_dtype == "fp8":
+            torch.empty(min(MOST_IN_PLACE, workspace.kv_heads * len(query) * workspace.max_pages),
+                        dtype=torch.int32, device=query.device)  # fmt: skip
+
+    def attend_blocks(self, query: torch.Tensor, output: torch.Tensor, blocks: int) -> None:
+        """Attend for ``blocks`` query blocks without queries: as many rows, as wide as a table gets with them."""
+        buffers = self.workspace.prefill
+        rows = buffers.q_heads * blocks
+        pages = min(buffers.max_pages, len(buffers.units) // rows)
+        table = PageTable(
+            buffers.units[: rows * pages].view(rows, pages), buffers.lengths[:rows], buffers.starts[: rows + 1]
+        )
+        table.lengths.zero_()
+        table.starts.zero_()
+        self.prefill_engine.attend_blocks(
+            query, self.kv, table, buffers.page_size, self.scale, output, buffers.scratch
+        )
+
+    def list_pages(self) -> None:
+        """List the pages of the longest context, none of them attended to."""
+        workspace = self.workspace
+        chunk = QueryBlocks(0, 0, 1, (workspace.max_pages - 1) * workspace.page_size - 1)
+        budget = self.config.budget_pages(workspace.page_size)
+        kernels.for_device(self.kv.device).list_pages(
+            None, self.kv, self._block_table(1)[0], chunk, workspace.page_size,
+            self.config.sink_pages(workspace.page_size), self.config.window_tokens, budget, budget, budget,
+        )  # fmt: skip
+
+    def _block_table(self, rows: int) -> torch.Tensor:
+        """int32 [rows, max_pages]: every page is the one there is."""
+        pages = torch.zeros(1, self.workspace.max_pages, dtype=torch.int32, device=self.kv.device)
+        return pages.expand(rows, -1)
+
+
+def _sizes(most: int) -> Iterator[int]:
+    """1, 2, 4, ... and ``most``: a call takes most with all rows, or with fewer that it has to split."""
+    size = 1
+    while size < most:
+        yield size
+        size *= 2
+    yield most
