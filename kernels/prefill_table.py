@@ -98,7 +98,7 @@ def prefill_table(
     grid = UnitGrid.of(kv)
     _prefill_table[(rows,)](
         keep, block_table, table.units, table.lengths, table.starts, counters, keep.stride(0),
-        table.units.stride(0), grid.per_block, grid.per_head, blocks.first_position, blocks.end_position, num_blocks,
-        sink_pages, window_tokens,
+        table.units.stride(0), grid.per_block, grid.per_head, blocks.first_position, blocks.end_position,
+        num_blocks, sink_pages, window_tokens,
         GROUP=q_heads // kv.shape[1], PAGE=page_size, BLOCK_TOKENS=BLOCK_TOKENS, BLOCK=1024, num_warps=4,
     )  # fmt: skip

@@ -1,0 +1,136 @@
+"""What vLLM does on a GPU alone: its runner builds everything twice, graphs replay prompt tokens, engines sleep."""
+
+from __future__ import annotations
+
+import gc
+from contextlib import contextmanager
+
+import pytest
+import torch
+from cases import ON_GPU
+from test_gpu_engine import ENGINE, GRAPHS, SPARSE, assert_same
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not ON_GPU, reason="needs a CUDA GPU")]
+
+EVERYTHING = {**SPARSE, "budget_tokens": 4096}
+LAYERS = 4
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    pytest.importorskip("vllm")
+    import tiny_model
+
+    root = tmp_path_factory.mktemp("models")
+
+    def make(model_type: str = "llama", **changes):
+        settings = {"num_attention_heads": 8, "head_dim": 64, "num_hidden_layers": LAYERS, **changes}
+        name = f"{model_type}-{abs(hash(repr(sorted(changes.items()))))}"
+        return str(tiny_model.make(root / name, model_type, **settings))
+
+    return make
+
+
+@contextmanager
+def engine(model: str, sparse: dict | None, **settings):
+    from vllm import LLM
+
+    from vllm_sparse import metrics
+
+    metrics.reset()
+    if sparse is not None:
+        settings |= {"attention_backend": "sparse", "additional_config": {"sparse": sparse}}
+    llm = LLM(model, **{**ENGINE, "compilation_config": GRAPHS, **settings})
+    try:
+        yield llm
+    finally:
+        del llm
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def answers(llm, lengths=(3000, 700, 40), max_tokens: int = 24) -> list:
+    import tiny_engine
+    from vllm import SamplingParams
+
+    params = SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True, logprobs=4)
+    batch = [{"prompt_token_ids": tokens} for tokens in tiny_engine.prompts(lengths)]
+    return [output.outputs[0] for output in llm.generate(batch, params, use_tqdm=False)]
+
+
+@pytest.mark.parametrize("runner", ["0", "1"], ids=["V1", "V2"])
+def test_counts_are_those_of_the_requests_on_both_runners(model, runner, monkeypatch):
+    from vllm_sparse import metrics
+
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", runner)
+    with engine(model(), {**SPARSE, "guard_every_steps": 2}) as llm:
+        assert metrics.snapshot()["context_tokens"] == 0, "warm-up was counted"
+        answers(llm, (3000, 700), 17)
+        (counts,) = llm.collective_rpc("sparse_metrics")
+    assert counts["sparse_layers"] == LAYERS - 1 and counts["dense_layers"] == {"dense_layers=1": 1}
+    assert counts["context_tokens"] == sum(sum(range(length + 1, length + 17)) for length in (3000, 700))
+    short = sum(range(701, 717))
+    chosen = counts["attended_tokens"] - short
+    assert 16 * (512 - 16) < chosen <= 16 * 512
+    (shares,) = counts["guard_shares"]
+    assert shares[0] is None and all(0 < share < 1 for share in shares[1:])
+
+
+def test_a_prompt_token_that_comes_alone_attends_to_everything_in_a_graph_too(model):
+    """2,049 tokens in chunks of 1,024: the last one alone is a step of one token, which replays a decode graph."""
+    first = {}
+    for chunk in (1024, 4096):
+        with engine(model(), SPARSE, max_num_batched_tokens=chunk) as llm:
+            first[chunk] = answers(llm, (2049,), 1) + answers(llm, (2049, 1025), 1)
+    assert_same(first[1024], first[4096])
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_sleep_changes_no_answer(model, level):
+    sparse = {**SPARSE, "prefill_policy": "vertical_slash", "min_prefill_tokens": 512, "guard_every_steps": 3}
+    path = model()
+    with engine(path, sparse, enable_sleep_mode=True) as llm:
+        before, (counts,) = answers(llm), llm.collective_rpc("sparse_metrics")
+        llm.sleep(level=level)
+        junk = torch.full((1 << 30,), 0x5A, dtype=torch.uint8, device="cuda")  # what the memory may hold next
+        del junk
+        torch.cuda.empty_cache()
+        if level == 1:
+            llm.wake_up(tags=["kv_cache"])
+            llm.wake_up(tags=["weights"])
+        else:
+            llm.wake_up(tags=["weights"])
+            llm.collective_rpc("reload_weights")
+            llm.wake_up(tags=["kv_cache"])
+        assert llm.collective_rpc("sparse_metrics")[0] == counts, "counts did not survive"
+        assert_same(answers(llm), before)
+        assert llm.collective_rpc("sparse_metrics")[0]["context_tokens"] == 2 * counts["context_tokens"]
+
+
+def test_full_attention_beside_sliding_windows_of_other_sizes(model):
+    """Gemma 3's layers, two of six full: vLLM pads their blocks, or those of the others, to one size."""
+    path = model(
+        "gemma3_text", num_hidden_layers=6, sliding_window=64, query_pre_attn_scalar=64,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
+    )  # fmt: skip
+    with engine(path, None, attention_backend="TRITON_ATTN") as llm:
+        stock = answers(llm)
+    with engine(path, {**EVERYTHING, "dense_layers": 1}) as llm:
+        found = answers(llm)
+        (counts,) = llm.collective_rpc("sparse_metrics")
+    assert (counts["sparse_layers"], counts["dense_layers"]) == (1, {"dense_layers=1": 1})
+    assert counts["stock_layers"] == {"sliding window": 4}
+    assert_same(found, stock)
+
+
+def test_a_draft_model_with_other_heads_starts_and_answers_as_stock(model):
+    path, draft = model(), model(num_key_value_heads=1, num_attention_heads=4, num_hidden_layers=1, seed=1)
+    drafts = {"method": "draft_model", "model": draft, "num_speculative_tokens": 3}
+    with engine(path, None, attention_backend="TRITON_ATTN") as llm:
+        stock = answers(llm)
+    with engine(path, EVERYTHING, speculative_config=drafts) as llm:
+        found = answers(llm)
+        (counts,) = llm.collective_rpc("sparse_metrics")
+    assert counts["sparse_layers"] == LAYERS - 1 and counts["dense_verification_steps"] > 0
+    assert sum(counts["stock_layers"].values()) == 1, counts["stock_layers"]
+    assert_same(found, stock)
