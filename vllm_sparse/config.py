@@ -384,7 +384,7 @@ def _from_text(text: str) -> SparseConfig:
     if not written.startswith("{"):
         path = os.path.expanduser(written)
         try:
-            written = read_file(path)
+            written = read_file(path).decode("utf-8", errors="replace")
         except TextError as error:
             raise ConfigError(
                 f"{ENV_CONFIG}: {shown(text)} is neither a JSON object nor a readable file: it {error}"

@@ -50,8 +50,8 @@ class HeadPattern:
         whole = all(type(n) is int and 0 <= n < 2**31 for n in sizes)
         if not whole or not is_number(share, 0, 1) or 0 < share < LEAST_COVERAGE:
             raise TableError(
-                f"has the candidate {shown(values)}; allowed: tokens from 0 to {2**31 - 1}, a coverage of 0, or "
-                f"{LEAST_COVERAGE} to 1"
+                f"has the candidate {shown(values)}; allowed: tokens from 0 on, up to {2**31 - 1}, "
+                f"a coverage of 0 to 1, from {LEAST_COVERAGE}"
             )
         return cls(*sizes, float(share))
 

@@ -19,8 +19,8 @@ SAMPLES, SAMPLE_BYTES = 16, 4096
 def is_same(recorded: str, weights: str | None, model: str) -> bool | None:
     """Whether ``recorded``, a model's name in a file, and its ``weights`` are those of ``model``.
 
-    Both are names as for `vllm serve`: of a hub model, its snapshot on disk, or a directory. None where that cannot
-    be told: a directory may be a copy of a hub model whose weights nobody recorded.
+    Both are names as for `vllm serve`: of a hub model, its snapshot on disk, or a directory. None where that
+    cannot be told: a directory may be a copy of a hub model whose weights nobody recorded.
     """
     ours, theirs = _names(model), _names(recorded)
     if any(one[-1] == other[-1] and (len(one) != len(other) or one == other) for one in ours for other in theirs):

@@ -28,33 +28,37 @@ def shown(value: Any) -> str:
     return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
 
 
-def parse_json(content: str | bytes) -> Any:
+def parse_json(text: str) -> Any:
     """The value that JSON holds; unlike :func:`json.loads` it takes no key twice.
 
     Raises:
         TextError: "not valid JSON", and why.
     """
     try:
-        text = content.decode("utf-8-sig") if isinstance(content, bytes) else content.removeprefix("\ufeff")
-        return json.loads(text, object_pairs_hook=_once)
-    except TextError:
-        raise
-    except UnicodeDecodeError as error:
-        why = f"no UTF-8 text: {error.reason} at byte {error.start}"
+        return _parse(text)
+    except TextError as error:
+        raise TextError(f"not valid JSON ({error})") from None
+
+
+def _parse(text: str) -> Any:
+    try:
+        return json.loads(text.removeprefix("\ufeff"), object_pairs_hook=_once)
     except json.JSONDecodeError as error:
         why = str(error)
     except RecursionError:
         why = "it is nested too deeply"
+    except TextError:
+        raise
     except ValueError:  # Python reads no numbers of more than 4,300 digits
         why = "a number has thousands of digits"
-    raise TextError(f"not valid JSON ({why})")
+    raise TextError(why)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise TextError(f"not valid JSON (the key {shown(key)} comes twice)")
+            raise TextError(f"the key {shown(key)} comes twice")
         found[key] = value
     return found
 
@@ -87,13 +91,15 @@ def read_json(path: str | os.PathLike) -> Any:
     """The JSON value in a file.
 
     Raises:
-        TextError: "cannot be read" or "is not valid JSON", and why.
+        TextError: "cannot be read" or "is not JSON", and why.
     """
     content = read_file(path)
     try:
-        return parse_json(content)
+        return _parse(content.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise TextError(f"is not JSON (no UTF-8 text: {error.reason} at byte {error.start})") from None
     except TextError as error:
-        raise TextError(f"is {error}") from None
+        raise TextError(f"is not JSON ({error})") from None
 
 
 def is_number(value: Any, least: float, most: float) -> bool:
