@@ -378,13 +378,14 @@ def _require_choice(name: str, value: str, allowed) -> None:
 
 def _from_text(text: str) -> SparseConfig:
     """Parse ``VLLM_SPARSE_CONFIG``: a JSON object, or the path of a file with one."""
-    source, written = ENV_CONFIG, text.strip().removeprefix("\ufeff")
+    source: str = ENV_CONFIG
+    written: str | bytes = text.strip().removeprefix("\ufeff")
     if not written:
         return SparseConfig()
     if not written.startswith("{"):
         path = os.path.expanduser(written)
         try:
-            written = read_file(path).decode("utf-8", errors="replace")
+            written = read_file(path)
         except TextError as error:
             raise ConfigError(
                 f"{ENV_CONFIG}: {shown(text)} is neither a JSON object nor a readable file: it {error}"

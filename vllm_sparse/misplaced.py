@@ -40,6 +40,17 @@ def find(additional: Any) -> list[str]:
     return found
 
 
+def unread(additional: Any) -> list[str]:
+    """One sentence for each thing in ``additional`` that is ours, where nothing of it is read."""
+    if not isinstance(additional, dict):
+        return []
+    ours = additional.get(KEY)
+    # An engine's settings reach its draft model's config in full, as nobody writes them.
+    carried = isinstance(ours, dict) and set(ours) >= set(_names()[0])
+    named = [] if KEY not in additional or carried else [f"additional_config[{KEY!r}] is not read."]
+    return named + find(additional)
+
+
 def hint(key: Any, source: str, inside: str = "") -> str:
     """Where ``key`` belongs, of an object that settings (or, ``inside``, a part of them) are read from; '' if that
     is not known."""

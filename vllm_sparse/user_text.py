@@ -28,21 +28,24 @@ def shown(value: Any) -> str:
     return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
 
 
-def parse_json(text: str) -> Any:
-    """The value that JSON holds; unlike :func:`json.loads` it takes no key twice.
+def parse_json(content: str | bytes) -> Any:
+    """The value that JSON in UTF-8 holds; unlike :func:`json.loads` it takes no key twice.
 
     Raises:
         TextError: "not valid JSON", and why.
     """
     try:
-        return _parse(text)
+        return _parse(content)
     except TextError as error:
         raise TextError(f"not valid JSON ({error})") from None
 
 
-def _parse(text: str) -> Any:
+def _parse(content: str | bytes) -> Any:
     try:
+        text = content.decode() if isinstance(content, bytes) else content
         return json.loads(text.removeprefix("\ufeff"), object_pairs_hook=_once)
+    except UnicodeDecodeError as error:
+        why = f"no UTF-8 text: {error.reason} at byte {error.start}"
     except json.JSONDecodeError as error:
         why = str(error)
     except RecursionError:
@@ -95,9 +98,7 @@ def read_json(path: str | os.PathLike) -> Any:
     """
     content = read_file(path)
     try:
-        return _parse(content.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise TextError(f"is not JSON (no UTF-8 text: {error.reason} at byte {error.start})") from None
+        return _parse(content)
     except TextError as error:
         raise TextError(f"is not JSON ({error})") from None
 
