@@ -7,6 +7,7 @@ import math
 import os
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,40 +18,60 @@ CPU_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_CI_ENV": "1"}
 """vLLM's own default on a CPU is a share of memory, which rarely is free."""
 
 
+ALLOWED = "; allowed:"
 MOST_RANKS = 4096
 """GPUs that one engine might have."""
+MOST_REASON = 1000
+"""Characters of a reason that somebody else gives."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Refuses values as configurations are refused: one sentence that names option, value and what is allowed."""
+
+    def error(self, message: str):
+        if message.startswith("argument --") and ALLOWED in message:
+            raise ConfigError(message.removeprefix("argument "))
+        super().error(message)
 
 
 def whole(least: int = 0, most: int = MOST) -> Callable[[str], int]:
     """The type of an option that is a whole number in these bounds."""
 
     def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = None
+        value = _number(int, text)
         if value is None or not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"{shown(text)}; allowed: a whole number from {least} to {most}")
+            given = shown(text) if value is None else _short(text)
+            raise argparse.ArgumentTypeError(f"{given}{ALLOWED} {least} or more, up to {most}, in whole numbers")
         return value
 
     return parse
 
 
-def real(least: float = 0.0, most: float = math.inf, without_least: bool = False) -> Callable[[str], float]:
-    """The type of an option that is a finite number in these bounds; ``without_least``: above the least."""
+def real(least: float = 0.0, most: float = math.inf, above: bool = False) -> Callable[[str], float]:
+    """The type of an option that is a finite number in these bounds, or ``above`` the least of them."""
 
     def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not least <= value <= most or not math.isfinite(value) or (without_least and value == least):
-            begin = f"above {least:g}" if without_least else f"from {least:g} on"
+        value = _number(float, text)
+        good = value is not None and math.isfinite(value) and least <= value <= most
+        if not good or (above and value == least):
+            given = shown(text) if value is None else _short(text)
+            begin = f"above {least:g}" if above else f"{least:g} or more"
             end = f", up to {most:g}" if math.isfinite(most) else ""
-            raise argparse.ArgumentTypeError(f"{shown(text)}; allowed: a number {begin}{end}")
+            raise argparse.ArgumentTypeError(f"{given}{ALLOWED} {begin}{end}")
         return value
 
     return parse
+
+
+def _number(kind: Callable[[str], Any], text: str) -> Any:
+    try:
+        return kind(text)
+    except ValueError:
+        return None
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= MOST_SHOWN and text.isprintable() else shown(text)
 
 
 def several(kind: Callable[[str], Any]) -> Callable[[str], list]:
@@ -59,7 +80,7 @@ def several(kind: Callable[[str], Any]) -> Callable[[str], list]:
     def parse(text: str) -> list:
         parts = [part.strip() for part in text.split(",") if part.strip()]
         if not parts:
-            raise argparse.ArgumentTypeError(f"{shown(text)}; allowed: one or more, with commas between them")
+            raise argparse.ArgumentTypeError(f"{shown(text)}{ALLOWED} one or more, with commas between them")
         return [kind(part) for part in parts]
 
     return parse
@@ -70,16 +91,16 @@ def json_object(text: str) -> dict[str, Any]:
     try:
         found = parse_json(text)
     except TextError as error:
-        raise argparse.ArgumentTypeError(f"{error}; allowed: an object such as {{}}") from None
+        raise argparse.ArgumentTypeError(f"{error}{ALLOWED} a JSON object such as {{}}") from None
     if not isinstance(found, dict):
-        raise argparse.ArgumentTypeError(f"{shown(found)}; allowed: an object such as {{}}")
+        raise argparse.ArgumentTypeError(f"{shown(found)}{ALLOWED} a JSON object such as {{}}")
     return found
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a directory or a hub name, as for `vllm serve`")
     parser.add_argument("--text", type=Path, help="sample text, UTF-8; default: the essays of the demo")
-    parser.add_argument("--block-size", type=whole(), help="tokens of a page; default: vLLM's")
+    parser.add_argument("--block-size", type=whole(1), help="tokens of a page; default: vLLM's")
     parser.add_argument("--tensor-parallel-size", type=whole(1, MOST_RANKS), default=1)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--trust-remote-code", action="store_true")
@@ -93,12 +114,38 @@ def model_config(args: argparse.Namespace):
     """
     from vllm import EngineArgs
 
+    if not args.model.strip():
+        raise ConfigError(f"MODEL: {args.model!r}; allowed: a directory or a hub name")
     try:
-        return EngineArgs(
+        model = EngineArgs(
             model=args.model, dtype=args.dtype, trust_remote_code=args.trust_remote_code
         ).create_model_config()
     except Exception as error:  # of vLLM, Transformers, the hub, or the model's own code
-        raise unusable_model(args.model, error) from error
+        raise unusable_model(args, error) from error
+    heads, ranks = getattr(model.hf_text_config, "num_attention_heads", 0), args.tensor_parallel_size
+    if heads % ranks:
+        raise ConfigError(f"--tensor-parallel-size: {ranks}; allowed: what divides the model's {heads} heads")
+    return model
+
+
+def start_engine(args: argparse.Namespace, **settings: Any):
+    """A vLLM engine that runs sparse.
+
+    Raises:
+        ConfigError: vLLM refuses model or settings.
+    """
+    from vllm import LLM
+
+    settle_cpu()
+    try:
+        return LLM(
+            args.model, attention_backend="sparse", dtype=args.dtype, trust_remote_code=args.trust_remote_code,
+            tensor_parallel_size=args.tensor_parallel_size, block_size=args.block_size, **settings,
+        )  # fmt: skip
+    except ConfigError:
+        raise
+    except ValueError as error:  # also pydantic's, of a whole configuration
+        raise unusable_model(args, error) from error
 
 
 def tokenizer(args: argparse.Namespace, model: Any):
@@ -112,22 +159,18 @@ def tokenizer(args: argparse.Namespace, model: Any):
     try:
         return cached_tokenizer_from_config(model)
     except Exception as error:
-        raise unusable_model(args.model, error, "has no tokenizer that can be read") from error
+        raise unusable_model(args, error, "has no tokenizer that can be read") from error
 
 
-def unusable_model(name: str, error: Exception, problem: str = "cannot be used") -> ConfigError:
+def unusable_model(args: argparse.Namespace, error: Exception, problem: str = "cannot be used") -> ConfigError:
     """What to raise for a model, with the part of ``error`` that says most."""
-    if not name.strip():
-        return ConfigError(f"MODEL: {name!r}; allowed: a directory or a hub name")
     said = str(error)
-    try:  # of several lines of pydantic, what was raised inside
-        said = "; ".join(str(found["msg"]) for found in error.errors(include_url=False, include_input=False))
-    except (AttributeError, TypeError):
-        pass
+    if hasattr(error, "errors"):  # of pydantic's many lines, what was raised inside
+        said = "; ".join(found["msg"].removeprefix("Value error, ") for found in error.errors())
     said = " ".join(said.split()) or type(error).__name__
-    if len(said) > 4 * MOST_SHOWN:
-        said = f"{said[: 4 * MOST_SHOWN]}..."
-    return ConfigError(f"MODEL: {shown(name)} {problem}: {said}. Allowed: a directory or a hub name of a model")
+    said = said if len(said) <= MOST_REASON else f"{said[:MOST_REASON]}..."
+    dtype = "" if args.dtype == "auto" else f" with --dtype {args.dtype}"
+    return ConfigError(f"MODEL: {shown(args.model)}{dtype} {problem}: {said}")
 
 
 def stay_in_process() -> None:
@@ -180,20 +223,21 @@ def check_writable(out: Path, option: str = "--out") -> None:
     """Refuse now what could not be written after minutes of measuring."""
     try:
         if out.is_dir() or not out.name:
-            raise ConfigError(f"{option}: {out} is a directory; allowed: the path of a file")
+            raise ConfigError(f"{option}: {_short(str(out))} is a directory; allowed: the path of a file")
         if out.exists() and not out.is_file():
-            raise ConfigError(f"{option}: {out} is no regular file; allowed: the path of a file")
+            raise ConfigError(f"{option}: {_short(str(out))} is no regular file; allowed: the path of a file")
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out.parent):
             pass
         if out.exists():
             with out.open("a"):
                 pass
-        out.with_name(f"{out.name}.{os.getpid()}").exists()  # as long a name as will be written
+        with suppress(FileNotFoundError):  # the longest name that will be written
+            os.stat(out.with_name(f"{out.name}.partial.{os.getpid()}"))
+    except ConfigError:
+        raise
     except (OSError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
         why = getattr(error, "strerror", None) or error
         raise ConfigError(
-            f"{option}: {shown(str(out))} cannot be written ({why}); allowed: a place that can"
+            f"{option}: {_short(str(out))} cannot be written ({why}); allowed: a place that can"
         ) from None

@@ -10,7 +10,7 @@ from vllm_sparse import commands
 from vllm_sparse.config import MOST, ConfigError, SparseConfig
 from vllm_sparse.offload.config import HOST_DTYPES, MOST_GIB
 from vllm_sparse.offload.sizing import GIB, CacheShape, Split, StepLimits, split_memory
-from vllm_sparse.user_text import TextError, parse_json, shown
+from vllm_sparse.user_text import shown
 
 OVERHEAD_GIB = 2.25
 """Activations, CUDA graphs and workspaces of one GPU where vLLM has not measured them yet."""
@@ -97,7 +97,7 @@ def make_plan(
     )
 
 
-def read_model(name: str, dtype: str, trust_remote_code: bool) -> Model:
+def read_model(args: argparse.Namespace) -> Model:
     """Shape and size of a directory or hub name, from its configuration alone.
 
     Raises:
@@ -106,12 +106,13 @@ def read_model(name: str, dtype: str, trust_remote_code: bool) -> Model:
     import torch
     import transformers
 
+    name, dtype, trust_remote_code = args.model, args.dtype, args.trust_remote_code
     try:
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # of Transformers, the hub, or the model's own code
-        raise commands.unusable_model(name, error, "has no configuration that can be read") from error
+        raise commands.unusable_model(args, error, "has no configuration that can be read") from error
     text = config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
     heads = getattr(text, "num_attention_heads", None)
@@ -146,15 +147,15 @@ def _most_tokens(text) -> int | None:
     return most if kind in (None, "su", "longrope", "llama3", "default") else int(factor * most)
 
 
-def add_command(commands) -> None:
-    parser = commands.add_parser(
+def add_command(subparsers) -> None:
+    parser = subparsers.add_parser(
         "plan",
         help="say how much context fits a GPU and a host",
         description="Say how many tokens of context fit, with all pages on the GPU and with sparse.offload.",
     )
     parser.set_defaults(run=run)
     parser.add_argument("model", metavar="MODEL", help="a directory or a hub name, as for `vllm serve`")
-    gib = commands.real(0, MOST_GIB, without_least=True)
+    gib = commands.real(0, MOST_GIB, above=True)
     parser.add_argument("--gpu", type=gib, required=True, help="memory of each GPU, GiB")
     parser.add_argument(
         "--host", type=commands.real(0, MOST_GIB), required=True, help="host memory for K and V, GiB, of all ranks"
@@ -166,7 +167,7 @@ def add_command(commands) -> None:
         "--context", type=tokens, help="--max-model-len, such as 128k; default: 128k, or what the model takes"
     )
     parser.add_argument(
-        "--gpu-memory-utilization", type=commands.real(0, 1, without_least=True), default=0.9,
+        "--gpu-memory-utilization", type=commands.real(0, 1, above=True), default=0.9,
     )  # fmt: skip
     parser.add_argument("--kv-gib", type=gib, help="GPU memory for KV as vLLM logs it; default: estimated")
     parser.add_argument("--tensor-parallel-size", type=commands.whole(1, commands.MOST_RANKS), default=1)
@@ -174,7 +175,7 @@ def add_command(commands) -> None:
     parser.add_argument("--max-num-batched-tokens", type=commands.whole(1), default=8192)
     parser.add_argument("--block-size", type=commands.whole(), default=16)
     parser.add_argument("--dtype", default="auto", choices=("auto", "float16", "bfloat16", "float32"))
-    parser.add_argument("--sparse", default="{}", help="sparse settings as JSON")
+    parser.add_argument("--sparse", type=commands.json_object, default={}, help="sparse settings as JSON")
     parser.add_argument("--trust-remote-code", action="store_true")
 
 
@@ -184,7 +185,7 @@ def tokens(text: str) -> int:
     number = int(match[1]) << {"": 0, "k": 10, "m": 20}[match[2]] if match else 0
     if not 1 <= number <= MOST:
         raise argparse.ArgumentTypeError(
-            f"{shown(text)} is not a number of tokens such as 131072, 128k or 1m; allowed: 1 to {MOST}"
+            f"{shown(text)}; allowed: a number of tokens such as 131072, 128k or 1m, up to {MOST}"
         )
     return number
 
@@ -195,18 +196,14 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ConfigError: an argument that cannot be used, or a model that does not fit the GPU.
     """
-    try:
-        settings = parse_json(args.sparse)
-    except TextError as error:
-        raise ConfigError(f"--sparse: {error}") from None
-    if isinstance(settings, dict):
-        if settings.get("offload") is None:
-            settings["offload"] = {}
-        if args.host_dtype and isinstance(settings["offload"], dict):
-            settings["offload"]["host_dtype"] = args.host_dtype
+    settings = dict(args.sparse)
+    if settings.get("offload") is None:
+        settings["offload"] = {}
+    if args.host_dtype and isinstance(settings["offload"], dict):
+        settings["offload"]["host_dtype"] = args.host_dtype
     config = SparseConfig.from_mapping(settings, "--sparse")
     config.check_page_size(args.block_size)
-    model, ranks = read_model(args.model, args.dtype, args.trust_remote_code), args.tensor_parallel_size
+    model, ranks = read_model(args), args.tensor_parallel_size
     if ranks < 1 or (model.kv_heads % ranks and ranks % model.kv_heads):
         raise ConfigError(f"--tensor-parallel-size: {ranks} does not divide {model.kv_heads} KV heads")
     most = model.most_tokens
