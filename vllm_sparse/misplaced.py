@@ -71,7 +71,8 @@ def hint(key: Any, source: str, inside: str = "") -> str:
 def means_sparse(key: str) -> bool:
     """Whether a key is :data:`KEY`, misspelt or otherwise."""
     letters = _letters(key)
-    return letters in ALIKE or bool(difflib.get_close_matches(letters, ALIKE[:2], 1, 0.8))
+    near = letters[:1] in ("s", "v") and difflib.get_close_matches(letters, ALIKE[:2], 1, 0.8)  # no "parser"
+    return letters in ALIKE or bool(near)
 
 
 def _letters(key: str) -> str:

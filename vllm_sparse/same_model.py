@@ -12,7 +12,7 @@ from pathlib import Path
 
 SNAPSHOT = re.compile(r"models--([^/]+)/snapshots/")
 WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
-SAMPLES, SAMPLE_BYTES = 16, 4096
+SAMPLES, SAMPLE_BYTES = 256, 4096
 """Read of each file: enough to tell fine-tunes apart, at any size in milliseconds."""
 
 
