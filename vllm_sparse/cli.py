@@ -18,8 +18,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     tune.add_command(commands)
     evaluate.add_command(commands)
     plan.add_command(commands)
-    # A path may hold what the terminal's encoding lacks.
-    sys.stdout.reconfigure(errors="backslashreplace")
+    for stream in (sys.stdout, sys.stderr):  # a path may hold what the terminal's encoding lacks
+        stream.reconfigure(errors="backslashreplace")
     try:
         arguments = parser.parse_args(argv)
         arguments.run(arguments)

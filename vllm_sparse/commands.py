@@ -197,8 +197,9 @@ def sample_text(path: Path | None) -> str:
         try:
             return path.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:  # no such file, no path at all, or no UTF-8
+            why = getattr(error, "strerror", None) or error
             raise ConfigError(
-                f"--text: {str(path)!r} is no readable text ({error}); allowed: a UTF-8 file"
+                f"--text: {shown(str(path))} is no readable text ({why}); allowed: a UTF-8 file"
             ) from None
     try:
         from vllm_sparse.demo.texts import essays
