@@ -1,4 +1,4 @@
-"""What vLLM does on a GPU alone: its runner builds everything twice, graphs replay prompt tokens, engines sleep."""
+"""What vLLM does on a GPU alone: its runner builds all twice, graphs replay prompt tokens, engines sleep."""
 
 from __future__ import annotations
 

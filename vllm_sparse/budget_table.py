@@ -10,9 +10,12 @@ from typing import Any
 
 from vllm_sparse import pattern_table
 from vllm_sparse.pattern_table import TableError
+from vllm_sparse.user_text import is_number, shown
 
 FORMAT = 1
 FILE_NAME, FOLDER = "vllm_sparse_budgets.json", "budgets"
+LEAST, MOST = 1e-4, 1e4
+"""Shares; `vllm-sparse tune` gives 0.25 to 2."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,8 @@ class BudgetTable:
         if not isinstance(rows, list) or not all(row is None or isinstance(row, list) for row in rows):
             raise TableError("has no list of 'shares' for each layer")
         for share in (share for row in rows for share in row or ()):
-            if type(share) not in (int, float) or not 0 < share < math.inf:
-                raise TableError(f"has the share {share!r}; allowed: numbers above 0")
+            if not is_number(share, LEAST, MOST):
+                raise TableError(f"has the share {shown(share)}; allowed: numbers above 0, {LEAST:g} to {MOST:g}")
         return cls(tuple(None if row is None else tuple(map(float, row)) for row in rows))
 
     def to_mapping(self) -> dict:
@@ -72,8 +75,9 @@ def default_path(model: str) -> Path:
     return pattern_table.default_path(model, FILE_NAME, FOLDER)
 
 
-def read(path: Path, num_layers: int, kv_heads: int) -> BudgetTable:
-    """The budgets in ``path`` for a model of ``num_layers`` layers and ``kv_heads`` KV heads.
+def read(path: Path, num_layers: int, kv_heads: int, model: str = "") -> BudgetTable:
+    """The budgets in ``path`` for a model of ``num_layers`` layers and ``kv_heads`` KV heads; ``model``: its name,
+    where it is to be compared.
 
     Raises:
         TableError: they are no budgets, or those of another model; says which value was wrong.
@@ -82,6 +86,7 @@ def read(path: Path, num_layers: int, kv_heads: int) -> BudgetTable:
     table = BudgetTable.from_mapping(content)
     if len(table.shares) != num_layers or any(row is not None and len(row) != kv_heads for row in table.shares):
         raise TableError(f"does not have {num_layers} rows of {kv_heads} shares")
+    pattern_table.check_model(content, model)
     return table
 
 

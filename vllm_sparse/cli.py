@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
 from vllm_sparse import plan
+from vllm_sparse.commands import Parser
 from vllm_sparse.config import ConfigError
 from vllm_sparse.eval import command as evaluate
 from vllm_sparse.tune import command as tune
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="vllm-sparse", description="Page-sparse attention for vLLM.")
+    parser = Parser(prog="vllm-sparse", description="Page-sparse attention for vLLM.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     tune.add_command(commands)
     evaluate.add_command(commands)
     plan.add_command(commands)
-    arguments = parser.parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):  # a path may hold what the terminal's encoding lacks
+        stream.reconfigure(errors="backslashreplace")
     try:
+        arguments = parser.parse_args(argv)
         arguments.run(arguments)
     except ConfigError as error:
         print(f"vllm-sparse: {error}", file=sys.stderr)

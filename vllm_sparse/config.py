@@ -5,6 +5,8 @@ Sources, the first one found wins:
 1. ``--additional-config '{"sparse": {...}}'`` (``LLM(additional_config=...)``): picklable, part of
    vLLM's own config hash, and carried to every worker by vLLM.
 2. ``VLLM_SPARSE_CONFIG``: the same object as JSON, or the path of a file that holds it.
+
+Settings that stand elsewhere are refused (:mod:`vllm_sparse.misplaced`), never passed over.
 """
 
 from __future__ import annotations
@@ -14,15 +16,15 @@ import json
 import logging
 import os
 from dataclasses import dataclass, fields, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from vllm_sparse import budget_table, pattern_table
+from vllm_sparse import budget_table, misplaced, pattern_table
 from vllm_sparse.budget_table import BudgetTable
 from vllm_sparse.offload.config import OffloadConfig
 from vllm_sparse.pattern_table import HeadPattern, PatternTable, TableError
 from vllm_sparse.summaries import FROZEN
+from vllm_sparse.user_text import TextError, parse_json, read_file, shown
 
 logger = logging.getLogger("vllm.vllm_sparse")
 
@@ -37,6 +39,10 @@ OFFLOAD_ENGINES = ("auto", "triton", "torch")
 """Values of ``engine`` that attend over units on the GPU and on the host alike."""
 PAGE_SIZES = (16, 32, 64, 128, 256)
 """Tokens per page: powers of two (kernel tiles) and multiples of 16 (FlashAttention-3)."""
+MOST = 2**31 - 1
+"""Largest whole number of any key, and "always" or "never" where that is meant: kernels count in 32 bits."""
+LEAST_COVERAGE = 1e-6
+"""Of what is not 0; in 32 bits, less may be 0 all the same."""
 
 
 class ConfigError(ValueError):
@@ -103,7 +109,7 @@ class SparseConfig:
                 continue
             if type(value) is not expected and not (expected is float and type(value) is int):
                 raise ConfigError(
-                    f"sparse.{field.name}: expected {_NAMES[expected]}, got {value!r}. "
+                    f"sparse.{field.name}: expected {_NAMES[expected]}, got {shown(value)}. "
                     f"Example: {json.dumps({field.name: default})}"
                 )
         _require_choice("decode_policy", self.decode_policy, DECODE_POLICIES)
@@ -113,24 +119,35 @@ class SparseConfig:
             "sink_tokens", "window_tokens", "min_context_tokens", "dense_layers",
             "min_prefill_tokens", "vertical_tokens", "slash_tokens", "guard_every_steps",
         ):  # fmt: skip
-            if getattr(self, name) < 0:
-                raise ConfigError(f"sparse.{name}: {getattr(self, name)} is negative; allowed: 0 or more")
+            if not 0 <= getattr(self, name) <= MOST:
+                raise ConfigError(f"sparse.{name}: {shown(getattr(self, name))}; allowed: 0 or more, up to {MOST}")
+        for name in TABLES:
+            if isinstance(getattr(self, name), str) and not getattr(self, name).strip():
+                raise ConfigError(f"sparse.{name}: {getattr(self, name)!r}; allowed: none, auto, or a file's path")
         if self.prefill_policy != PATTERN_POLICY and self.head_patterns not in ("auto", "none"):
             raise ConfigError(
                 f"sparse.head_patterns: {_shown(self.head_patterns)} is for prefill_policy={PATTERN_POLICY!r} and "
                 f"would not be read by {self.prefill_policy!r}; allowed with it: auto, none"
             )
-        if self.budget_tokens < 1:
-            raise ConfigError(f"sparse.budget_tokens: {self.budget_tokens}; allowed: at least one page")
-        if not 0 <= self.prefill_coverage <= 1:
-            raise ConfigError(f"sparse.prefill_coverage: {self.prefill_coverage}; allowed: 0 (fixed sizes) to 1")
+        if not 1 <= self.budget_tokens <= MOST:
+            raise ConfigError(
+                f"sparse.budget_tokens: {shown(self.budget_tokens)}; allowed: at least one page, up to {MOST}"
+            )
+        if self.prefill_coverage != 0 and not LEAST_COVERAGE <= self.prefill_coverage <= 1:
+            raise ConfigError(
+                f"sparse.prefill_coverage: {shown(self.prefill_coverage)}; allowed: 0 (fixed sizes) to 1, "
+                f"from {LEAST_COVERAGE}"
+            )
         if self.guard_every_steps and self.decode_policy == "dense":
             raise ConfigError(
                 f"sparse.guard_every_steps: {self.guard_every_steps} with decode_policy='dense', which chooses no "
                 f"pages to measure; allowed with it: 0"
             )
-        if not 0 < self.decode_coverage <= 1:
-            raise ConfigError(f"sparse.decode_coverage: {self.decode_coverage}; allowed: above 0, up to 1")
+        if not LEAST_COVERAGE <= self.decode_coverage <= 1:
+            raise ConfigError(
+                f"sparse.decode_coverage: {shown(self.decode_coverage)}; allowed: above 0, up to 1, "
+                f"from {LEAST_COVERAGE}"
+            )
         if self.head_budgets != "none" and self._policy.adaptive:
             says = "decode_coverage says" if self._policy.coverage is None else "shares of the prompt say"
             raise ConfigError(
@@ -145,7 +162,7 @@ class SparseConfig:
     def _check_offload(self) -> None:
         """Refuse what would read whole contexts from the host in every step, or what cannot read it at all."""
         if not isinstance(self.offload, OffloadConfig):
-            raise ConfigError(f"sparse.offload: expected an object, got {self.offload!r}")
+            raise ConfigError(f"sparse.offload: expected an object, got {shown(self.offload)}")
         if self.dense_layers > 0:
             raise ConfigError(
                 f"sparse.dense_layers: {self.dense_layers} with sparse.offload: a dense layer would read its "
@@ -177,11 +194,12 @@ class SparseConfig:
     def from_mapping(cls, values: Any, source: str) -> SparseConfig:
         """Check and build a config from a JSON object; ``source`` names it in errors."""
         if not isinstance(values, dict):
-            raise ConfigError(f"{source}: expected a JSON object of sparse settings, got {values!r}")
+            raise ConfigError(f"{source}: expected a JSON object of sparse settings, got {shown(values)}")
         known = [field.name for field in fields(cls)]
         for key in values:
             if key not in known:
-                raise ConfigError(f"{source}: unknown key {key!r}.{nearest(key, known)}")
+                hint = misplaced.hint(key, source) or nearest(key, known)
+                raise ConfigError(f"{source}: unknown key {shown(key)}.{hint}")
         for key, table in TABLES.items():
             if isinstance(values.get(key), dict):
                 try:
@@ -204,8 +222,14 @@ class SparseConfig:
 
     @classmethod
     def from_vllm(cls, vllm_config: Any) -> SparseConfig:
-        """The config of an engine: from its ``additional_config``, else from the environment."""
+        """The config of an engine: from its ``additional_config``, else from the environment.
+
+        Raises:
+            ConfigError: it cannot be served, or settings stand where nothing would read them.
+        """
         additional = getattr(vllm_config, "additional_config", None) or {}
+        if found := misplaced.find(additional):
+            raise ConfigError(" ".join(found))
         if isinstance(additional, dict) and "sparse" in additional:
             return cls.from_mapping(additional["sparse"], "additional_config['sparse']")
         return _from_text(os.environ.get(ENV_CONFIG, ""))
@@ -223,7 +247,7 @@ class SparseConfig:
         if path is None:
             return replace(self, head_patterns="none")
         try:
-            table = pattern_table.read(path, num_layers, q_heads)
+            table = pattern_table.read(path, num_layers, q_heads, model)
         except TableError as error:
             raise _stale("head_patterns", asked, path, error, f"tune {model}") from None
         logger.info("sparse attention: prefill patterns for each head from %s", path)
@@ -246,7 +270,7 @@ class SparseConfig:
             logger.info("sparse attention: the same decode budget for all heads: there is no %s", default)
             return replace(self, head_budgets="none")
         try:
-            table = budget_table.read(path, num_layers, kv_heads)
+            table = budget_table.read(path, num_layers, kv_heads, model)
         except TableError as error:
             raise _stale("head_budgets", asked, path, error, f"tune {model} --decode") from None
         table = table.scaled(self.dense_layers)
@@ -280,7 +304,8 @@ class SparseConfig:
         return [self._pages_of_share(share, page_size) for share in shares or (1.0,) * kv_heads]
 
     def _pages_of_share(self, share: float, page_size: int) -> int:
-        return max(round(share * self.budget_pages(page_size)), self.least_pages(page_size))
+        pages = min(round(share * self.budget_pages(page_size)), MOST // page_size)
+        return max(pages, self.least_pages(page_size))
 
     def largest_pages(self, page_size: int) -> int:
         """The largest budget of any head: what tables are sized for."""
@@ -321,7 +346,7 @@ _NAMES = {int: "a whole number", float: "a number", str: "a string"}
 
 
 def _shown(value: Any) -> str:
-    return repr(value) if isinstance(value, str) else "a table"
+    return shown(value) if isinstance(value, str) else "a table"
 
 
 def _table_path(asked: str, default: Path) -> Path | None:
@@ -338,7 +363,8 @@ def _stale(key: str, asked: str, path: Path, error: TableError, command: str) ->
     )
 
 
-def nearest(word: str, known: list[str]) -> str:
+def nearest(word: Any, known: list[str]) -> str:
+    word = word.strip().casefold() if isinstance(word, str) else ""
     begun = [name for name in known if word and name.startswith(word)]
     match = begun or difflib.get_close_matches(word, known, n=1)
     hint = f" Did you mean {match[0]!r}?" if match else ""
@@ -347,24 +373,26 @@ def nearest(word: str, known: list[str]) -> str:
 
 def _require_choice(name: str, value: str, allowed) -> None:
     if value not in allowed:
-        raise ConfigError(f"sparse.{name}: unknown value {value!r}.{nearest(value, list(allowed))}")
+        raise ConfigError(f"sparse.{name}: unknown value {shown(value)}.{nearest(value, list(allowed))}")
 
 
-@cache
 def _from_text(text: str) -> SparseConfig:
     """Parse ``VLLM_SPARSE_CONFIG``: a JSON object, or the path of a file with one."""
-    if not text.strip():
+    source: str = ENV_CONFIG
+    written: str | bytes = text.strip().removeprefix("\ufeff")
+    if not written:
         return SparseConfig()
-    source = ENV_CONFIG
-    if not text.lstrip().startswith("{"):
-        path = Path(text).expanduser()
-        if not path.is_file():
-            raise ConfigError(f"{ENV_CONFIG}: {text!r} is neither a JSON object nor a readable file")
-        source, text = f"{ENV_CONFIG} (file {path.name})", path.read_text(errors="replace")
+    if not written.startswith("{"):
+        path = os.path.expanduser(written)
+        try:
+            written = read_file(path)
+        except TextError as error:
+            raise ConfigError(
+                f"{ENV_CONFIG}: {shown(text)} is neither a JSON object nor a readable file: it {error}"
+            ) from None
+        source = f"{ENV_CONFIG} (file {os.path.basename(path)})"
     try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(
-            f'{source}: not valid JSON ({error}); write an object such as {{"budget_tokens": 2048}}'
-        ) from None
+        values = parse_json(written)
+    except TextError as error:
+        raise ConfigError(f'{source}: {error}; write an object such as {{"budget_tokens": 2048}}') from None
     return SparseConfig.from_mapping(values, source)

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
-import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from vllm_sparse import same_model, user_text
+from vllm_sparse.user_text import TextError, is_number, shown
+
+logger = logging.getLogger("vllm.vllm_sparse")
+
 FORMAT = 1
 FILE_NAME = "vllm_sparse_patterns.json"
-_SNAPSHOT = re.compile(r"models--([^/]+)/snapshots/")
+LEAST_COVERAGE = 1e-6
+"""Of a candidate's that is not 0; in 32 bits, less may be 0 all the same."""
 
 
 class TableError(ValueError):
@@ -39,11 +45,14 @@ class HeadPattern:
     def from_mapping(cls, values: Any) -> HeadPattern:
         known = [field.name for field in fields(cls)]
         if not isinstance(values, dict) or set(values) != set(known):
-            raise TableError(f"has the candidate {values!r}, not an object of {', '.join(known)}")
+            raise TableError(f"has the candidate {shown(values)}, not an object of {', '.join(known)}")
         sizes, share = [values[name] for name in known[:-1]], values["coverage"]
         whole = all(type(n) is int and 0 <= n < 2**31 for n in sizes)
-        if not whole or type(share) not in (int, float) or not 0 <= share <= 1:
-            raise TableError(f"has the candidate {values!r}; allowed: tokens from 0 on, a coverage of 0 to 1")
+        if not whole or not is_number(share, 0, 1) or 0 < share < LEAST_COVERAGE:
+            raise TableError(
+                f"has the candidate {shown(values)}; allowed: tokens from 0 on, up to {2**31 - 1}, "
+                f"a coverage of 0 to 1, from {LEAST_COVERAGE}"
+            )
         return cls(*sizes, float(share))
 
 
@@ -66,7 +75,7 @@ class PatternTable:
             raise TableError("has no list of 'patterns' for each layer")
         for choice in (choice for row in rows for choice in row or ()):
             if type(choice) is not int or not 0 <= choice < len(candidates):
-                raise TableError(f"has the pattern {choice!r}; allowed: 0 to {len(candidates) - 1}")
+                raise TableError(f"has the pattern {shown(choice)}; allowed: 0 to {len(candidates) - 1}")
         return cls(candidates, tuple(None if row is None else tuple(row) for row in rows))
 
     def to_mapping(self) -> dict:
@@ -90,7 +99,7 @@ class PatternTable:
 def default_path(model: str, file_name: str = FILE_NAME, folder: str = "patterns") -> Path:
     """Where the patterns of a model directory or of a hub name lie unless somebody says otherwise."""
     # Offline, vLLM replaces a hub name by the place of its snapshot.
-    snapshot = _SNAPSHOT.search(model)
+    snapshot = same_model.SNAPSHOT.search(model)
     if snapshot is None and os.path.isdir(model):
         return Path(model) / file_name
     name = snapshot[1] if snapshot else model.replace("/", "--")
@@ -105,28 +114,50 @@ def read_json(path: Path, **wanted: int) -> dict:
         TableError: it is not there, or another one; says which value was wrong.
     """
     try:
-        content = json.loads(path.read_text())
-    except OSError as error:
-        raise TableError(f"cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise TableError(f"is not JSON ({error})") from None
+        content = user_text.read_json(path)
+    except TextError as error:
+        raise TableError(str(error)) from None
     if not isinstance(content, dict):
         raise TableError("is not a JSON object")
     for key, value in wanted.items():
-        if content.get(key) != value:
-            raise TableError(f"has {key} {content.get(key)!r}, this needs {value}")
+        if type(content.get(key)) is not int or content[key] != value:
+            raise TableError(f"has {key} {shown(content.get(key))}, this needs {value}")
     return content
 
 
-def read(path: Path, num_layers: int, q_heads: int) -> PatternTable:
-    """The patterns in ``path`` for a model of ``num_layers`` layers and ``q_heads`` query heads.
+def check_model(content: dict, model: str) -> None:
+    """Raise :class:`TableError` where a file's content was made for another model than ``model``."""
+    recorded = content.get("model")
+    if not model or recorded is None:
+        return
+    if not isinstance(recorded, str):
+        raise TableError(f"has model {shown(recorded)}, this needs a name")
+    same = same_model.is_same(recorded, content.get("weights"), model)
+    if same is None:
+        logger.warning(
+            "sparse attention: a file that was made for %s is taken for the directory %s, as for a copy of it; "
+            "only a file with \"weights\", as `vllm-sparse tune` writes now, can tell",
+            recorded, model,
+        )  # fmt: skip
+    elif not same:
+        raise TableError(
+            f"was made for the model {shown(recorded)}, not for {model!r}. Where it is meant for both, write "
+            f'"model": {json.dumps(model)} into it'
+        )
+
+
+def read(path: Path, num_layers: int, q_heads: int, model: str = "") -> PatternTable:
+    """The patterns in ``path`` for a model of ``num_layers`` layers and ``q_heads`` query heads; ``model``: its
+    name, where it is to be compared.
 
     Raises:
         TableError: they are no patterns, or those of another model; says which value was wrong.
     """
-    table = PatternTable.from_mapping(read_json(path, format=FORMAT, num_layers=num_layers, q_heads=q_heads))
+    content = read_json(path, format=FORMAT, num_layers=num_layers, q_heads=q_heads)
+    table = PatternTable.from_mapping(content)
     if len(table.choices) != num_layers or any(row is not None and len(row) != q_heads for row in table.choices):
         raise TableError(f"does not have {num_layers} rows of {q_heads} patterns")
+    check_model(content, model)
     return table
 
 

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from dataclasses import dataclass
 
-from vllm_sparse.config import ConfigError, SparseConfig
-from vllm_sparse.offload.config import HOST_DTYPES
+from vllm_sparse import commands
+from vllm_sparse.config import MOST, ConfigError, SparseConfig
+from vllm_sparse.offload.config import HOST_DTYPES, MOST_GIB
 from vllm_sparse.offload.sizing import GIB, CacheShape, Split, StepLimits, split_memory
+from vllm_sparse.user_text import shown
 
 OVERHEAD_GIB = 2.25
 """Activations, CUDA graphs and workspaces of one GPU where vLLM has not measured them yet."""
 MOST_CAPTURED = 512
 """Requests of the largest decode batch that vLLM captures CUDA graphs for by default."""
+DEFAULT_CONTEXT = 131072
+LENGTHS = (
+    "max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "model_max_length",
+    "max_sequence_length", "max_seq_length", "seq_len",
+)  # fmt: skip
+"""Where configurations say how long a context the model takes, as vLLM looks for it."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +33,8 @@ class Model:
     head_dim: int
     item_bytes: int
     weight_bytes: int
+    most_tokens: int | None = None
+    """Of a context; None where its configuration does not say."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +97,7 @@ def make_plan(
     )
 
 
-def read_model(name: str, dtype: str, trust_remote_code: bool) -> Model:
+def read_model(args: argparse.Namespace) -> Model:
     """Shape and size of a directory or hub name, from its configuration alone.
 
     Raises:
@@ -97,12 +106,13 @@ def read_model(name: str, dtype: str, trust_remote_code: bool) -> Model:
     import torch
     import transformers
 
+    name, dtype, trust_remote_code = args.model, args.dtype, args.trust_remote_code
     try:
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"MODEL: {name!r} has no configuration that can be read: {error}") from None
+    except Exception as error:  # of Transformers, the hub, or the model's own code
+        raise commands.unusable_model(args, error, "has no configuration that can be read") from error
     text = config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
     heads = getattr(text, "num_attention_heads", None)
@@ -120,40 +130,64 @@ def read_model(name: str, dtype: str, trust_remote_code: bool) -> Model:
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
         item_bytes=kept,
         weight_bytes=parameters * kept,
+        most_tokens=_most_tokens(text),
     )
 
 
-def add_command(commands) -> None:
-    parser = commands.add_parser(
+def _most_tokens(text) -> int | None:
+    """The longest context of a model, as vLLM derives it."""
+    lengths = [length for name in LENGTHS if type(length := getattr(text, name, None)) is int]
+    if not lengths:
+        return None
+    most = min(lengths)
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    kind, factor = rope.get("rope_type", rope.get("type")), rope.get("factor") or 1
+    if kind in ("yarn", "deepseek_yarn"):
+        return max(most, int(factor * (rope.get("original_max_position_embeddings") or 0)))
+    return most if kind in (None, "su", "longrope", "llama3", "default") else int(factor * most)
+
+
+def add_command(subparsers) -> None:
+    parser = subparsers.add_parser(
         "plan",
         help="say how much context fits a GPU and a host",
         description="Say how many tokens of context fit, with all pages on the GPU and with sparse.offload.",
     )
     parser.set_defaults(run=run)
     parser.add_argument("model", metavar="MODEL", help="a directory or a hub name, as for `vllm serve`")
-    parser.add_argument("--gpu", type=float, required=True, help="memory of each GPU, GiB")
-    parser.add_argument("--host", type=float, required=True, help="host memory for K and V, GiB, of all ranks")
+    gib = commands.real(0, MOST_GIB, above=True)
+    parser.add_argument("--gpu", type=gib, required=True, help="memory of each GPU, GiB")
+    parser.add_argument(
+        "--host", type=commands.real(0, MOST_GIB), required=True, help="host memory for K and V, GiB, of all ranks"
+    )
     parser.add_argument(
         "--host-dtype", choices=HOST_DTYPES, help="how the host stores them; default: as --sparse says"
     )
-    parser.add_argument("--context", type=tokens, default=tokens("128k"), help="--max-model-len, such as 128k")
-    parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
-    parser.add_argument("--kv-gib", type=float, help="GPU memory for KV as vLLM logs it; default: estimated")
-    parser.add_argument("--tensor-parallel-size", type=int, default=1)
-    parser.add_argument("--max-num-seqs", type=int, default=256)
-    parser.add_argument("--max-num-batched-tokens", type=int, default=8192)
-    parser.add_argument("--block-size", type=int, default=16)
+    parser.add_argument(
+        "--context", type=tokens, help="--max-model-len, such as 128k; default: 128k, or what the model takes"
+    )
+    parser.add_argument(
+        "--gpu-memory-utilization", type=commands.real(0, 1, above=True), default=0.9,
+    )  # fmt: skip
+    parser.add_argument("--kv-gib", type=gib, help="GPU memory for KV as vLLM logs it; default: estimated")
+    parser.add_argument("--tensor-parallel-size", type=commands.whole(1, commands.MOST_RANKS), default=1)
+    parser.add_argument("--max-num-seqs", type=commands.whole(1, 1 << 20), default=256)
+    parser.add_argument("--max-num-batched-tokens", type=commands.whole(1), default=8192)
+    parser.add_argument("--block-size", type=commands.whole(), default=16)
     parser.add_argument("--dtype", default="auto", choices=("auto", "float16", "bfloat16", "float32"))
-    parser.add_argument("--sparse", default="{}", help="sparse settings as JSON")
+    parser.add_argument("--sparse", type=commands.json_object, default={}, help="sparse settings as JSON")
     parser.add_argument("--trust-remote-code", action="store_true")
 
 
 def tokens(text: str) -> int:
     """``128k`` as 131,072, ``1m`` as 1,048,576."""
-    match = re.fullmatch(r"(\d+)([km]?)", text.lower())
-    if not match or not int(match[1]):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of tokens such as 131072, 128k or 1m")
-    return int(match[1]) << {"": 0, "k": 10, "m": 20}[match[2]]
+    match = re.fullmatch(r"([0-9]{1,10})([km]?)", text.strip().lower())
+    number = int(match[1]) << {"": 0, "k": 10, "m": 20}[match[2]] if match else 0
+    if not 1 <= number <= MOST:
+        raise argparse.ArgumentTypeError(
+            f"{shown(text)}; allowed: a number of tokens such as 131072, 128k or 1m, up to {MOST}"
+        )
+    return number
 
 
 def run(args: argparse.Namespace) -> None:
@@ -162,20 +196,23 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ConfigError: an argument that cannot be used, or a model that does not fit the GPU.
     """
-    try:
-        settings = json.loads(args.sparse)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"--sparse: not valid JSON ({error})") from None
-    if isinstance(settings, dict):
-        if settings.get("offload") is None:
-            settings["offload"] = {}
-        if args.host_dtype and isinstance(settings["offload"], dict):
-            settings["offload"]["host_dtype"] = args.host_dtype
+    settings = dict(args.sparse)
+    if settings.get("offload") is None:
+        settings["offload"] = {}
+    if args.host_dtype and isinstance(settings["offload"], dict):
+        settings["offload"]["host_dtype"] = args.host_dtype
     config = SparseConfig.from_mapping(settings, "--sparse")
     config.check_page_size(args.block_size)
-    model, ranks = read_model(args.model, args.dtype, args.trust_remote_code), args.tensor_parallel_size
+    model, ranks = read_model(args), args.tensor_parallel_size
     if ranks < 1 or (model.kv_heads % ranks and ranks % model.kv_heads):
         raise ConfigError(f"--tensor-parallel-size: {ranks} does not divide {model.kv_heads} KV heads")
+    most = model.most_tokens
+    if args.context is None:
+        args.context = min(DEFAULT_CONTEXT, most or DEFAULT_CONTEXT)
+    elif most is not None and args.context > most:
+        raise ConfigError(f"--context: {args.context}; allowed for this model: 1 to {most}")
+    if args.kv_gib is not None and args.kv_gib > args.gpu:
+        raise ConfigError(f"--kv-gib: {args.kv_gib:g} of --gpu {args.gpu:g}; allowed: up to {args.gpu:g}")
     config = config.with_budgets(args.model, model.layers, model.kv_heads)
     usable = args.gpu * args.gpu_memory_utilization
     kv_gib = args.kv_gib

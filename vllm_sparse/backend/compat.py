@@ -6,13 +6,20 @@ These hooks pass straight through unless the backend named ``sparse`` was asked 
    other processes; where it arrives, the hooks of :mod:`vllm_sparse.backend.hooks` are installed.
 2. The platform's backend choice, which answers with vLLM's own.
 3. The platform's config check, where a wrong sparse config is refused before anything starts.
+
+Who did not ask for it is never stopped: the hooks are installed all or none, and what fails in them without the
+name being asked for is said and passed over.
 """
 
 from __future__ import annotations
 
 import copyreg
 import functools
+import inspect
 import logging
+import multiprocessing
+import os
+from contextlib import ExitStack
 from typing import Any
 
 NAME = "SPARSE"
@@ -27,25 +34,38 @@ logger = logging.getLogger("vllm.vllm_sparse")
 
 
 def install() -> None:
-    """Install the hooks; re-entrant."""
+    """Install the hooks, all of them or none; re-entrant."""
     from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     _check_version()
-    add_backend_name()
     platform = current_platform if isinstance(current_platform, type) else type(current_platform)
-    _wrap_classmethod(platform, "get_attn_backend_cls", _choose_backend)
-    _wrap_classmethod(platform, "check_and_update_config", _check_config)
+    with ExitStack() as undo:
+        if NAME not in AttentionBackendEnum.__members__:
+            undo.callback(_remove_backend_name)
+        add_backend_name()
+        _wrap_classmethod(platform, "get_attn_backend_cls", _choose_backend, undo)
+        _wrap_classmethod(platform, "check_and_update_config", _check_config, undo)
+        undo.pop_all()
+
+
+@functools.cache
+def log_once(level: int, text: str) -> None:
+    """Log ``text`` once, and not in each of an engine's processes as well."""
+    if multiprocessing.parent_process() is None:
+        logger.log(level, text)
 
 
 def _check_version() -> None:
     import vllm
 
     release = getattr(vllm, "__version_tuple__", (0, 0))[:2]
-    if release == (0, 0) or TESTED[0] <= release <= TESTED[1]:
+    if release < (0, 2) or TESTED[0] <= release <= TESTED[1]:  # builds from source may know no release
         return
-    logger.warning(
-        "vllm-sparse is tested with vLLM %d.%d to %d.%d; this is %s", *TESTED[0], *TESTED[1], vllm.__version__
-    )
+    served = f"{TESTED[0][0]}.{TESTED[0][1]} to {TESTED[1][0]}.{TESTED[1][1]}"
+    if release < TESTED[0]:
+        raise RuntimeError(f"this is vLLM {vllm.__version__}, and vllm-sparse serves {served}")
+    log_once(logging.WARNING, f"vllm-sparse is tested with vLLM {served}; this is {vllm.__version__}")
 
 
 def add_backend_name() -> Any:
@@ -65,25 +85,58 @@ def add_backend_name() -> Any:
         # Engine and worker processes unpickle vLLM's config before they load plugins, and a member
         # pickles as a look-up of its value: ours must add itself first.
         copyreg.pickle(AttentionBackendEnum, _reduce_backend_name)
+    elif member.value != BACKEND_PATH:
+        raise RuntimeError(f"another backend has the name {NAME}: {member.value}")
     return member
 
 
 def _arrive() -> Any:
     """The member in a process that was sent it: an engine that asks for it is about to be built here."""
-    from vllm_sparse.backend import hooks
-
     member = add_backend_name()
-    hooks.install()
+    _install_hooks()
     return member
+
+
+def _install_hooks() -> None:
+    """Hook layers and workers, which nobody needs who did not ask.
+
+    Raises:
+        RuntimeError: this vLLM cannot be hooked; says why.
+    """
+    try:
+        from vllm_sparse.backend import hooks
+
+        hooks.install()
+    except Exception as error:
+        raise RuntimeError(
+            f"--attention-backend sparse is not available: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _remove_backend_name() -> None:
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    member = AttentionBackendEnum._member_map_.pop(NAME, None)
+    if member is None:
+        return
+    AttentionBackendEnum._value2member_map_.pop(member._value_, None)
+    if NAME in AttentionBackendEnum._member_names_:
+        AttentionBackendEnum._member_names_.remove(NAME)
+    if NAME in vars(AttentionBackendEnum):
+        delattr(AttentionBackendEnum, NAME)
+    copyreg.dispatch_table.pop(AttentionBackendEnum, None)
 
 
 def _reduce_backend_name(member: Any) -> tuple:
     return (_arrive, ()) if member.name == NAME else (type(member), (member.value,))
 
 
-def _wrap_classmethod(cls: type, name: str, wrapper) -> None:
-    original = cls.__dict__.get(name) or getattr(cls, name)
-    function = getattr(original, "__func__", original)
+def _wrap_classmethod(cls: type, name: str, wrapper, undo: ExitStack) -> None:
+    """Put ``wrapper`` around a class method; ``undo`` gets what takes it away."""
+    original = inspect.getattr_static(cls, name)
+    if not isinstance(original, classmethod):
+        raise TypeError(f"{cls.__name__}.{name} is no class method")
+    function = original.__func__
     if getattr(function, "_vllm_sparse", False):
         return
 
@@ -92,29 +145,35 @@ def _wrap_classmethod(cls: type, name: str, wrapper) -> None:
         return wrapper(functools.partial(function, cls), *args, **kwargs)
 
     wrapped._vllm_sparse = True
+    if name in vars(cls):
+        undo.callback(setattr, cls, name, original)
+    else:
+        undo.callback(delattr, cls, name)
     setattr(cls, name, classmethod(wrapped))
 
 
-def _choose_backend(original, selected_backend, attn_selector_config, num_heads=None) -> str:
+def _choose_backend(original, *args, **kwargs) -> str:
     """What vLLM's selector gets for ``sparse``: its own choice.
 
     The layers that can be sparse never ask it (:mod:`vllm_sparse.backend.hooks`); who does is a layer that wraps
     another backend, such as chunked-local attention, or one with latent attention.
     """
-    if selected_backend is not None and selected_backend.name == NAME:
-        from vllm_sparse.backend import hooks
+    if not any(getattr(value, "name", None) == NAME for value in (*args, *kwargs.values())):
+        return original(*args, **kwargs)
+    from vllm_sparse.backend import hooks
 
-        if not hooks.installed():
-            raise RuntimeError("--attention-backend: sparse was asked for, and this process has no hooks for it")
-        selected_backend = None
-    return original(selected_backend, attn_selector_config=attn_selector_config, num_heads=num_heads)
+    if not hooks.installed():
+        raise RuntimeError("--attention-backend: sparse was asked for, and this process has no hooks for it")
+    args = [None if getattr(value, "name", None) == NAME else value for value in args]
+    kwargs = {key: None if getattr(value, "name", None) == NAME else value for key, value in kwargs.items()}
+    return original(*args, **kwargs)
 
 
 def asks_for_sparse(vllm_config) -> bool:
     """Whether an engine's config names this backend for any of its layers, those of drafts included."""
-    attention = vllm_config.attention_config
-    chosen = [attention.backend, *(getattr(attention, "backend_per_kind", None) or {}).values()]
-    chosen.append(getattr(vllm_config.speculative_config, "attention_backend", None))
+    attention = getattr(vllm_config, "attention_config", None)
+    chosen = [getattr(attention, "backend", None), *(getattr(attention, "backend_per_kind", None) or {}).values()]
+    chosen.append(getattr(getattr(vllm_config, "speculative_config", None), "attention_backend", None))
     return any(getattr(backend, "name", None) == NAME for backend in chosen)
 
 
@@ -131,19 +190,52 @@ def kv_dtype(vllm_config) -> str:
     return str(vllm_config.model_config.dtype).removeprefix("torch.") if asked == "auto" else asked
 
 
-def _check_config(original, vllm_config) -> None:
-    original(vllm_config)
-    if not asks_for_sparse(vllm_config):
-        return
+def _check_config(original, *args, **kwargs) -> Any:
+    found = original(*args, **kwargs)
+    vllm_config = next(iter((*args, *kwargs.values())), None)
+    try:
+        asked = asks_for_sparse(vllm_config)
+        if not asked:
+            _say_what_is_not_read(vllm_config)
+    except Exception as error:
+        log_once(
+            logging.WARNING,
+            f"vllm-sparse: cannot tell whether this vLLM was asked for it: {type(error).__name__}: {error}",
+        )
+        return found
+    if asked:
+        _check_asked(vllm_config)
+    return found
+
+
+def _say_what_is_not_read(vllm_config) -> None:
+    """Name settings of ours in an engine that was not asked to be sparse, which is not stopped for them."""
+    from vllm_sparse import misplaced
+    from vllm_sparse.config import ENV_CONFIG
+
+    unasked = "--attention-backend sparse was not asked for"
+    if found := misplaced.unread(getattr(vllm_config, "additional_config", None)):
+        log_once(logging.WARNING, f"vllm-sparse: {unasked}, so attention is vLLM's own. {' '.join(found)}")
+    if os.environ.get(ENV_CONFIG, "").strip():  # may be meant for other engines of this shell
+        log_once(logging.INFO, f"vllm-sparse: {ENV_CONFIG} is not read: {unasked}")
+
+
+def _check_asked(vllm_config) -> None:
     from vllm.platforms import current_platform
 
     from vllm_sparse import support
-    from vllm_sparse.backend import hooks
     from vllm_sparse.config import TABLES, ConfigError, SparseConfig
     from vllm_sparse.policies.registry import DECODE_POLICIES
     from vllm_sparse.summaries import FROZEN
 
-    hooks.install()
+    _install_hooks()
+    if not current_platform.is_cpu():
+        try:
+            import triton  # noqa: F401
+        except ImportError as error:
+            raise ConfigError(
+                f"--attention-backend sparse: its kernels need Triton, which cannot be imported here ({error})"
+            ) from None
     config, model = SparseConfig.from_vllm(vllm_config), vllm_config.model_config
     left = model and support.stock_model(config, model.is_hybrid, model.is_encoder_decoder)
     if left:

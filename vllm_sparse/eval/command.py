@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -24,6 +23,7 @@ from vllm_sparse.summaries import FROZEN
 LENGTHS = (4096, 8192, 16384, 32768)
 LEAST_LENGTH = 256
 CPU_CHUNK, GPU_CHUNK, GPU_BATCH = 2048, 8192, 8
+MOST_SAMPLES, MOST_CHUNK, MOST_BATCH = 10_000, 1 << 20, 1024
 
 
 def add_command(subparsers) -> None:
@@ -38,36 +38,44 @@ def add_command(subparsers) -> None:
     commands.add_model_options(parser)
     decode = [name for name in DECODE_POLICIES if name != "dense"]
 
-    def option(name: str, about: str, kind: Callable = int, **more) -> None:
+    names, whole, real, several = commands.several(str), commands.whole, commands.real, commands.several
+
+    def option(name: str, about: str, kind: Callable, **more) -> None:
         parser.add_argument(name, type=kind, help=about, **more)
 
     option("--policies", f"of decode, with commas; default: {','.join(decode)}", names, default=decode)
-    option("--budgets", "tokens; default: 256,512,1024,2048", whole_numbers, default=[256, 512, 1024, 2048])
+    option("--budgets", "tokens; default: 256,512,1024,2048", several(whole(1)), default=[256, 512, 1024, 2048])
     option(
         "--prefill-policies",
         f"of prefill, alone and with each of decode; default: dense; known: {','.join(PREFILL_POLICIES)}",
         names,
         default=["dense"],
     )
-    option("--coverages", "of prefill policies that estimate; default: 0.98", numbers, default=[0.98])
+    option("--coverages", "of prefill policies that estimate; default: 0.98", several(real()), default=[0.98])
     tasks = [TEXT, "niah_single"]
     option("--tasks", f"default: {','.join(tasks)}; known: {','.join(TASKS)}", names, default=tasks)
-    option("--lengths", "tokens of prompt and answer; default: 4096 to 32768, as the model takes", whole_numbers)
-    option("--passages", f"samples of {TEXT} per length; default: 2", default=2)
-    option("--score-tokens", "last tokens of a text, which are scored; default: 256", default=256)
-    option("--needles", "samples of each other task per length, spread over depths; default: 5", default=5)
+    option(
+        "--lengths", "tokens of prompt and answer; default: 4096 to 32768, as the model takes", several(whole(1))
+    )
+    option("--passages", f"samples of {TEXT} per length; default: 2", whole(1, MOST_SAMPLES), default=2)
+    option("--score-tokens", "last tokens of a text, which are scored; default: 256", whole(1), default=256)
+    option(
+        "--needles", "samples of each other task per length, spread over depths; default: 5",
+        whole(1, MOST_SAMPLES), default=5,
+    )  # fmt: skip
     parser.add_argument(
         "--split",
         choices=samples.SPLITS,
         default="report",
         help="half of the text and of the seeds: choose settings on dev, publish report",
     )
-    option("--recall-every", "decode steps of a text between two that are weighed; 0: none", default=16)
-    option("--sparse", "further sparse settings of all runs, as JSON", json_object, default={})
+    option("--recall-every", "decode steps of a text between two that are weighed; 0: none", whole(), default=16)
+    option("--sparse", "further sparse settings of all runs, as JSON", commands.json_object, default={})
     option("--out", "results; the page is beside them; default: eval.jsonl", Path, default=Path("eval.jsonl"))
-    option("--chunk", "tokens of a step of prefill; default: 8192, on a CPU 2048")
-    option("--batch", "samples at a time; default: 8, on a CPU 1")
-    option("--gpu-memory-utilization", "as for `vllm serve`; default: 0.8", float, default=0.8)
+    option("--chunk", "tokens of a step of prefill; default: 8192, on a CPU 2048", whole(1, MOST_CHUNK))
+    option("--batch", "samples at a time; default: 8, on a CPU 1", whole(1, MOST_BATCH))
+    share = real(0, 1, above=True)
+    option("--gpu-memory-utilization", "as for `vllm serve`; default: 0.8", share, default=0.8)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -79,13 +87,16 @@ def run(args: argparse.Namespace) -> None:
     settings = _checked(args)
     report = _report()
     commands.check_writable(args.out)
+    commands.check_writable(args.out.with_suffix(".html"))
     commands.stay_in_process()
     # Logits processors of one kind only; vLLM's second runner has another interface for them.
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
-    _settle(args, settings, commands.model_config(args))
+    model = commands.model_config(args)
+    _settle(args, settings, model)
     text = commands.sample_text(args.text)
     rows = Rows(args.out)
     run = Run(args, settings, text, rows)
+    run.check_samples(commands.tokenizer(args, model))
     run.all()
     found = summary.Summary([row for row in rows.rows if run.is_mine(row)])
     page = args.out.with_suffix(".html")
@@ -105,38 +116,11 @@ def _report():
     return report
 
 
-def names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def whole_numbers(text: str) -> list[int]:
-    return [int(number) for number in text.split(",")]
-
-
-def numbers(text: str) -> list[float]:
-    return [float(number) for number in text.split(",")]
-
-
-def json_object(text: str) -> dict[str, Any]:
-    found = json.loads(text)
-    if not isinstance(found, dict):
-        raise ValueError(text)
-    return found
-
-
 def _checked(args: argparse.Namespace) -> list[Setting]:
     """The settings asked for; refuses what needs no model to be refused."""
-    for task in args.tasks or [""]:
+    for task in args.tasks:
         if task not in TASKS:
             raise ConfigError(f"--tasks: {task!r}; allowed: {', '.join(TASKS)}")
-    for name, least in (("passages", 1), ("score_tokens", 1), ("needles", 1), ("recall_every", 0)):
-        if getattr(args, name) < least:
-            raise ConfigError(f"--{name.replace('_', '-')}: {getattr(args, name)}; allowed: {least} or more")
-    for name in ("chunk", "batch"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ConfigError(f"--{name}: {getattr(args, name)}; allowed: 1 or more")
-    if not 0 < args.gpu_memory_utilization <= 1:
-        raise ConfigError(f"--gpu-memory-utilization: {args.gpu_memory_utilization}; allowed: above 0, up to 1")
     if args.out.suffix == ".html":
         raise ConfigError(f"--out: {args.out} is where the page would go; allowed: another ending, such as .jsonl")
     if TEXT in args.tasks and args.sparse.get("offload") is not None:
@@ -169,6 +153,8 @@ def _settle(args: argparse.Namespace, settings: list[Setting], model: Any) -> No
             freeze.check(config, args.block_size, *sizes)
     args.chunk = args.chunk or (CPU_CHUNK if on_cpu else GPU_CHUNK)
     args.batch = args.batch or (1 if on_cpu else GPU_BATCH)
+    if args.chunk < args.batch:
+        raise ConfigError(f"--chunk: {args.chunk}; allowed with --batch {args.batch}: {args.batch} or more")
     args.dtype = str(model.dtype).removeprefix("torch.")
 
 
@@ -207,6 +193,16 @@ class Run:
                 if any(self._missing(settings)):
                     self._group(kind, settings, bar.update)
 
+    def check_samples(self, tokenizer: Any) -> None:
+        """Refuse what cannot be made of the text before weights are loaded and anything is measured."""
+        samples = self._samples(tokenizer)
+        for task, length in dict.fromkeys((task, length) for task, length, *_ in self._missing(self.settings)):
+            samples.make(task, length, 0)
+
+    def _samples(self, tokenizer: Any) -> Samples:
+        args = self.args
+        return Samples(tokenizer, self.text, args.split, args.passages, args.score_tokens)
+
     def _seeds(self, task: str) -> range:
         return range(self.args.passages if task == TEXT else self.args.needles)
 
@@ -225,10 +221,7 @@ class Run:
         args = self.args
         with ExitStack() as stack:
             engine = stack.enter_context(EvalEngine.start(args, settings, kind, args.sparse))
-            make = Samples(engine.tokenizer, self.text, args.split, args.passages, args.score_tokens).make
-            for task in args.tasks:
-                for length in args.lengths:
-                    make(task, length, 0)  # what cannot be made is refused before anything is measured
+            make = self._samples(engine.tokenizer).make
             for task in args.tasks:
                 for length in args.lengths:
                     seeds = [

@@ -60,22 +60,18 @@ class EvalEngine:
     def start(cls, args, settings: list[Setting], summary: str, common: dict) -> Iterator[EvalEngine]:
         """``settings``: all that will run, of which the largest budget sizes the buffers."""
         import torch
-        from vllm import LLM
 
         from vllm_sparse import metrics
 
-        commands.settle_cpu()
         # What an engine before held is in cycles that have just become garbage.
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         metrics.reset()
-        llm = LLM(
-            args.model, attention_backend="sparse",
-            additional_config={"sparse": _widest(settings, summary).mapping(common)}, dtype=args.dtype,
-            trust_remote_code=args.trust_remote_code, tensor_parallel_size=args.tensor_parallel_size,
+        llm = commands.start_engine(
+            args, additional_config={"sparse": _widest(settings, summary).mapping(common)},
             max_model_len=max(args.lengths), max_num_batched_tokens=args.chunk, max_num_seqs=args.batch,
-            block_size=args.block_size, enable_prefix_caching=True, enforce_eager=True, async_scheduling=False,
+            enable_prefix_caching=True, enforce_eager=True, async_scheduling=False,
             max_logprobs=TOP_TOKENS, logits_processors=["vllm_sparse.eval.force:ForcedTokens"],
             worker_extension_cls="vllm_sparse.eval.worker.EvalWorker",
             gpu_memory_utilization=args.gpu_memory_utilization,

@@ -63,13 +63,16 @@ class Rows:
 
     def __init__(self, path: Path):
         self.path, self.rows = path, []
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        try:
+            text = path.read_text(encoding="utf-8") if path.exists() else ""
+        except UnicodeDecodeError:
+            raise self._refusal(1) from None
         *lines, last = text.split("\n")
         for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)
                 row["task"], row["policy"]
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 raise self._refusal(number) from None
             self.rows.append(row)
         if last:

@@ -5,7 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from vllm_sparse.user_text import shown
+
 HOST_DTYPES = ("auto", "fp8")
+MOST_GIB = 2**20
+"""No host has more."""
 
 
 @dataclass(frozen=True)
@@ -26,30 +30,34 @@ class OffloadConfig:
         from vllm_sparse.config import ConfigError
 
         for name, allowed, good in (
-            ("host_gib", "auto, or a number above 0", lambda x: x > 0),
+            ("host_gib", f"auto, or a number above 0, up to {MOST_GIB}", lambda x: 0 < x <= MOST_GIB),
             ("hot_fraction", "auto, or a number from 0 to below 1", lambda x: 0 <= x < 1),
         ):
             value = getattr(self, name)
             number = type(value) in (int, float) and good(value)
             if value != "auto" and not number:
-                raise ConfigError(f"sparse.offload.{name}: {value!r}; allowed: {allowed}")
+                raise ConfigError(f"sparse.offload.{name}: {shown(value)}; allowed: {allowed}")
         if self.host_dtype not in HOST_DTYPES:
-            raise ConfigError(f"sparse.offload.host_dtype: {self.host_dtype!r}; allowed: {', '.join(HOST_DTYPES)}")
+            raise ConfigError(
+                f"sparse.offload.host_dtype: {shown(self.host_dtype)}; allowed: {', '.join(HOST_DTYPES)}"
+            )
 
     @classmethod
     def from_mapping(cls, values: Any, source: str) -> OffloadConfig:
         """Check and build from a JSON object; ``source`` names it in errors."""
+        from vllm_sparse import misplaced
         from vllm_sparse.config import ConfigError, nearest
 
         known = [field.name for field in fields(cls)]
         if not isinstance(values, dict):
             raise ConfigError(
-                f"{source}: sparse.offload: expected an object of {', '.join(known)}, got {values!r}. "
+                f"{source}: sparse.offload: expected an object of {', '.join(known)}, got {shown(values)}. "
                 f'Example: {{"offload": {{"host_gib": 64}}}}'
             )
         for key in values:
             if key not in known:
-                raise ConfigError(f"{source}: unknown key {key!r} in sparse.offload.{nearest(key, known)}")
+                hint = misplaced.hint(key, source, inside="offload") or nearest(key, known)
+                raise ConfigError(f"{source}: unknown key {shown(key)} in sparse.offload.{hint}")
         return cls(**values)
 
     def to_mapping(self) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def read_limits(root: Path = Path("/")) -> HostLimits:
 
 
 def _free_ram(meminfo: Path) -> int:
-    for line in meminfo.read_text().splitlines():
+    for line in _lines(meminfo):
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     raise ConfigError(f"sparse.offload: {meminfo} does not say how much memory is available")

@@ -15,6 +15,8 @@ from vllm_sparse.query_blocks import BLOCK_TOKENS, QueryBlocks
 MOST_HASHES = 1 << 17
 """For random pages of a chunk, about a millisecond of the host; where it takes more, all pages count as drawn."""
 HASHES_AT_ONCE = 1 << 15
+MOST_TOKENS = 1 << 29
+"""More than any context; a pattern doubles its sizes in 32 bits."""
 
 
 class FixedPolicy(PrefillPolicy):
@@ -24,9 +26,13 @@ class FixedPolicy(PrefillPolicy):
     def pattern(self, vertical_tokens: int, slash_tokens: int) -> FixedPattern:
         """The pattern for tokens kept wherever the query is, and tokens kept by their distance."""
 
+    def _sized_pattern(self) -> FixedPattern:
+        sizes = self.config.vertical_tokens, self.config.slash_tokens
+        return self.pattern(*(min(size, MOST_TOKENS) for size in sizes))
+
     def pages_in_reach(self, chunk, q_heads):
         """The union of :mod:`vllm_sparse.kernels.fixed_pattern` over heads and blocks, without their product."""
-        pattern = self.pattern(self.config.vertical_tokens, self.config.slash_tokens)
+        pattern = self._sized_pattern()
         size = self.page_size
         page = torch.arange(max(0, chunk.first_position) // size, dtype=torch.int32, device="cpu")
         first_token = page * size
@@ -58,7 +64,7 @@ class FixedPolicy(PrefillPolicy):
         return starts
 
     def choose(self, q, kv, block_table, blocks, scale, buffers, keep):
-        pattern = self.pattern(self.config.vertical_tokens, self.config.slash_tokens)
+        pattern = self._sized_pattern()
         kernels.for_device(q.device).fixed_pattern(pattern, blocks, self.page_size, keep)
 
 

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import vllm_sparse
-from vllm_sparse import budget_table, commands, pattern_table
+from vllm_sparse import budget_table, commands, pattern_table, same_model
 from vllm_sparse.config import PAGE_SIZES, ConfigError, SparseConfig
 from vllm_sparse.pattern_table import HeadPattern
 from vllm_sparse.tune.budgets import LARGEST_SHARE, PageMasses
 from vllm_sparse.tune.search import CANDIDATES, Measurement
+from vllm_sparse.user_text import TextError, read_json
 
 DEFAULT_TOKENS, DEFAULT_CHUNK = 32768, 8192
 DEFAULT_TOLERANCE = 0.05
@@ -33,17 +33,22 @@ def add_command(subparsers) -> None:
     )
     parser.set_defaults(run=run)
     commands.add_model_options(parser)
-    parser.add_argument("--tokens", type=int, help="tokens of a passage; default: 32768, or what the model takes")
-    parser.add_argument("--passages", type=int, default=4, help="slices of the text that are measured")
-    parser.add_argument("--tolerance", type=float, help="relative error of a head's output; default: 0.05")
+    whole, real = commands.whole, commands.real
+
+    def option(name: str, kind: Callable, about: str, **more) -> None:
+        parser.add_argument(name, type=kind, help=about, **more)
+
+    option("--tokens", whole(1), "tokens of a passage; default: 32768, or what the model takes")
+    option("--passages", whole(1), "slices of the text that are measured", default=4)
+    option("--tolerance", real(), "relative error of a head's output; default: 0.05")
     parser.add_argument(
         "--decode", action="store_true", help="find budgets, on the half of the text that eval spares"
     )
-    parser.add_argument("--budget-tokens", type=int, help="their mean; default: 2048, or a quarter of a passage")
-    parser.add_argument("--dense-layers", type=int, help="first layers that have none; default: 2, as served")
-    parser.add_argument("--out", type=Path, help="default: where serving looks for this model's file")
-    parser.add_argument("--chunk", type=int, help="tokens of a step, best as served; default: 8192")
-    parser.add_argument("--min-prefill-tokens", type=int, help="contexts from here on count; default: as served")
+    option("--budget-tokens", whole(1), "their mean; default: 2048, or a quarter of a passage")
+    option("--dense-layers", whole(), "first layers that have none; default: 2, as served")
+    option("--out", Path, "default: where serving looks for this model's file")
+    option("--chunk", whole(1), "tokens of a step, best as served; default: 8192")
+    option("--min-prefill-tokens", whole(), "contexts from here on count; default: as served")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -58,10 +63,6 @@ def run(args: argparse.Namespace) -> None:
             raise ConfigError(f"{option}: {getattr(args, name)}; allowed {where} --decode only")
     if args.tolerance is None:
         args.tolerance = DEFAULT_TOLERANCE
-    if not args.tolerance >= 0:
-        raise ConfigError(f"--tolerance: {args.tolerance}; allowed: 0 or more")
-    if args.passages < 1:
-        raise ConfigError(f"--passages: {args.passages}; allowed: 1 or more")
     commands.stay_in_process()
     text = commands.sample_text(args.text)
     if args.decode:
@@ -73,17 +74,20 @@ def run(args: argparse.Namespace) -> None:
     settings = _settings(args, model.max_model_len, text)
     out = args.out or (budget_table if args.decode else pattern_table).default_path(args.model)
     commands.check_writable(out)
-    found = {"vllm_sparse": vllm_sparse.__version__, "sample_tokens": args.passages * settings["tokens"]}
+    commands.check_writable(_partial_path(out))
+    samples = _passages(commands.tokenizer(args, model), text, settings)
+    found = {"weights": same_model.weights_digest(args.model)}
+    found |= {"vllm_sparse": vllm_sparse.__version__, "sample_tokens": args.passages * settings["tokens"]}
     find = _find_budgets if args.decode else _find_patterns
-    find(args, settings, text, model, out, {"model": args.model, "settings": settings, **found})
+    find(args, settings, samples, model, out, {"model": args.model, "settings": settings, **found})
 
 
-def _find_patterns(args: argparse.Namespace, settings: dict, text: str, model, out: Path, about: dict) -> None:
+def _find_patterns(args: argparse.Namespace, settings: dict, samples: list, model, out: Path, about: dict) -> None:
     num_layers, q_heads = model.hf_text_config.num_hidden_layers, model.hf_text_config.num_attention_heads
     candidates = [asdict(candidate) for candidate in CANDIDATES]
-    of = {"model": args.model, "num_layers": num_layers, "q_heads": q_heads}
+    of = {"model": args.model, "weights": about["weights"], "num_layers": num_layers, "q_heads": q_heads}
     partial = Partial(_partial_path(out), {**of, **settings, "candidates": candidates})
-    _measure(args, settings, ("tune_start", candidates), "causal_pairs", text, partial)
+    _measure(args, settings, ("tune_start", candidates), "causal_pairs", samples, partial)
     found = Measurement.total([Measurement.of_workers(p, q_heads) for p in partial.passages])
     choices = found.choose(args.tolerance)
     pattern_table.write(out, found.table(choices, num_layers), q_heads, **about, tolerance=args.tolerance)
@@ -91,12 +95,12 @@ def _find_patterns(args: argparse.Namespace, settings: dict, text: str, model, o
     _print_summary(found, choices, args.tolerance, out)
 
 
-def _find_budgets(args: argparse.Namespace, settings: dict, text: str, model, out: Path, about: dict) -> None:
+def _find_budgets(args: argparse.Namespace, settings: dict, samples: list, model, out: Path, about: dict) -> None:
     num_layers, kv_heads = model.hf_text_config.num_hidden_layers, model.get_total_num_kv_heads()
-    of = {"model": args.model, "num_layers": num_layers, "kv_heads": kv_heads}
+    of = {"model": args.model, "weights": about["weights"], "num_layers": num_layers, "kv_heads": kv_heads}
     partial = Partial(_partial_path(out), {**of, **settings})
     most_tokens = int(LARGEST_SHARE * settings["budget_tokens"])
-    _measure(args, settings, ("tune_start_decode", most_tokens), "queries", text, partial)
+    _measure(args, settings, ("tune_start_decode", most_tokens), "queries", samples, partial)
     served = SparseConfig()
     dense_layers = served.dense_layers if args.dense_layers is None else args.dense_layers
     found = PageMasses.of_passages(partial.passages, kv_heads).from_layer(dense_layers)
@@ -154,10 +158,10 @@ class Partial:
         if not path.exists():
             return
         try:
-            before = json.loads(path.read_text())
+            before = read_json(path)
             other = [key for key, value in arguments.items() if before["arguments"].get(key) != value]
-            passages = before["passages"]
-        except (ValueError, KeyError, AttributeError):
+            passages = list(before["passages"])
+        except (TextError, KeyError, AttributeError, TypeError):
             other = ["contents that are no measurement"]
         if other:
             print(f"{path} was measured with another {', '.join(other)}: starting afresh", flush=True)
@@ -172,20 +176,20 @@ class Partial:
 
 
 def _measure(
-    args: argparse.Namespace, settings: dict, start: tuple, counted: str, text: str, partial: Partial
+    args: argparse.Namespace, settings: dict, start: tuple, counted: str, samples: list, partial: Partial
 ) -> None:
     """Measure the passages that ``partial`` lacks.
 
     Args:
         start: the method of :class:`vllm_sparse.tune.worker.TuneWorker` to call first, and its argument.
         counted: what a layer that was measured has a number of.
+        samples: tokens of each passage.
     """
     if len(partial.passages) >= settings["passages"]:
         return
     from vllm_sparse.demo.packages import progress
 
     with _engine(args, settings) as llm:
-        samples = _passages(llm.get_tokenizer(), text, settings)
         llm.collective_rpc(start[0], args=start[1:])
         chunks = -(-settings["tokens"] // settings["chunk"])
         done = len(partial.passages)
@@ -203,18 +207,13 @@ def _measure(
 
 @contextmanager
 def _engine(args: argparse.Namespace, settings: dict) -> Iterator[Any]:
-    from vllm import LLM
-
-    commands.settle_cpu()
     sparse = {
         "prefill_policy": "vertical_slash", "head_patterns": "none", "decode_policy": "dense", "dense_layers": 0,
         **{name: settings[name] for name in ("min_prefill_tokens", "sink_tokens", "window_tokens")},
     }  # fmt: skip
-    llm = LLM(
-        args.model, attention_backend="sparse", additional_config={"sparse": sparse}, dtype=args.dtype,
-        trust_remote_code=args.trust_remote_code, tensor_parallel_size=args.tensor_parallel_size,
-        max_model_len=settings["tokens"] + 1, max_num_batched_tokens=settings["chunk"], max_num_seqs=1,
-        block_size=args.block_size, enable_prefix_caching=False, enforce_eager=True,
+    llm = commands.start_engine(
+        args, additional_config={"sparse": sparse}, max_model_len=settings["tokens"] + 1,
+        max_num_batched_tokens=settings["chunk"], max_num_seqs=1, enable_prefix_caching=False, enforce_eager=True,
         # What is compared with the dense output lies beside vLLM's cache.
         gpu_memory_utilization=0.8, worker_extension_cls="vllm_sparse.tune.worker.TuneWorker",
     )  # fmt: skip

@@ -1,0 +1,269 @@
+"""Every option of every command: what cannot be used is refused by name, in one line, before weights are read."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+
+from vllm_sparse import cli
+from vllm_sparse.commands import Parser, json_object, real, several, whole
+from vllm_sparse.config import ConfigError
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 128,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2, "vocab_size": 512,
+    "max_position_embeddings": 8192, "dtype": "bfloat16",
+}  # fmt: skip
+LONG = "9" * 5000
+
+
+@pytest.fixture
+def model(tmp_path):
+    return configured(tmp_path / "model")
+
+
+def configured(path, **changes):
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps({**LLAMA, **changes}))
+    return path
+
+
+def refusal(capsys, *arguments) -> str:
+    """The one line that a command ends with."""
+    capsys.readouterr()
+    assert cli.main([str(argument) for argument in arguments]) == 1
+    said = capsys.readouterr().err
+    line = said.splitlines()[-1]
+    assert line.startswith("vllm-sparse: ") and said.count("vllm-sparse: ") == 1 and len(line) < 1500, said
+    return line
+
+
+def plan(capsys, *arguments) -> str:
+    assert cli.main(["plan", *map(str, arguments)]) == 0
+    return capsys.readouterr().out
+
+
+GIB = ("nan", "inf", "-inf", "-1", "1e30", "1e400", "x", "", LONG)
+# Values that each option of `plan` refuses.
+PLAN = {
+    "--gpu": (*GIB, "0"),
+    "--host": GIB,
+    "--kv-gib": (*GIB, "0", "81"),
+    "--gpu-memory-utilization": ("nan", "inf", "0", "-0.5", "1.5", "90", "x", "", LONG),
+    "--context": ("0", "-1", "1.5", "nan", "8193", "128k", "9999m", "2147483648", "١", "", LONG, "k"),
+    "--tensor-parallel-size": ("0", "-1", "3", "1.5", "nan", "10000000000", "", LONG),
+    "--max-num-seqs": ("0", "-1", "1.5", "nan", "10000000000", "", LONG),
+    "--max-num-batched-tokens": ("0", "-1", "1.5", "nan", "10000000000", "", LONG),
+    "--block-size": ("0", "-16", "24", "1.5", "nan", "10000000000", "", LONG),
+    "--sparse": (
+        "", "{", "[]", "null", "3", '{"a": ' * 9000, f'{{"budget_tokens": {LONG}}}', '{"budget_tokens": 1e400}',
+        '{"budget_tokens": 512, "budget_tokens": 256}', '{"sparse": {}}', '{"offload": []}',
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("option", PLAN)
+def test_plan_refuses_values_by_name(option, model, capsys):
+    for value in PLAN[option]:
+        given = {"--gpu": "80", "--host": "64", option: value}
+        said = refusal(capsys, "plan", model, *(f"{name}={text}" for name, text in given.items()))
+        assert option in said or (option == "--sparse" and "sparse." in said), (value, said)
+        assert any(words in said.casefold() for words in ("allowed", "expected", "divide", "stand in")), (
+            value,
+            said,
+        )
+
+
+def test_plan_takes_the_ends_of_what_is_allowed(model, capsys):
+    for option, value in (
+        ("--host", "0"), ("--gpu-memory-utilization", "1"), ("--context", "8192"), ("--context", "8k"),
+        ("--max-num-seqs", "1"), ("--kv-gib", "80"), ("--tensor-parallel-size", "4"), ("--gpu", "1048576"),
+        ("--max-num-batched-tokens", "1"), ("--block-size", "256"), ("--sparse", " {} "),
+    ):  # fmt: skip
+        given = {"--gpu": "80", "--host": "64", option: value}
+        assert "tokens" in plan(capsys, model, *(f"{name}={text}" for name, text in given.items()))
+
+
+def test_plan_counts_contexts_that_the_model_takes(tmp_path, capsys):
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192, "rope_theta": 1e4}
+    linear = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+    for number, (changes, context) in enumerate(
+        (
+            ({}, 8192), ({"max_position_embeddings": 1 << 20}, 131072), ({"rope_scaling": yarn}, 32768),
+            ({"rope_scaling": linear}, 16384),
+        )
+    ):  # fmt: skip
+        path = configured(tmp_path / f"model-{number}", **changes)
+        assert f"contexts of {context:,}\n" in plan(capsys, path, "--gpu=80", "--host=64")
+        if context != 131072:
+            said = refusal(capsys, "plan", path, "--gpu=80", "--host=64", f"--context={context + 1}")
+            assert f"--context: {context + 1}; allowed for this model: 1 to {context}" in said
+
+
+BROKEN = {
+    "nothing": None, "empty": b"", "no json": b"{", "deep": b'{"a":' * 100_000, "list": b"[]",
+    "unknown": b'{"x": 1}',
+    "no kind": b'{"model_type": "no-such-model"}', "no sizes": b'{"model_type": "llama", "hidden_size": "wide"}',
+    "binary": bytes(range(256)), "zero heads": json.dumps({**LLAMA, "num_attention_heads": 0}).encode(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_plan_names_a_model_that_cannot_be_read(case, tmp_path, capsys):
+    if BROKEN[case] is not None:
+        (tmp_path / "config.json").write_bytes(BROKEN[case])
+    said = refusal(capsys, "plan", tmp_path, "--gpu=80", "--host=64")
+    assert "MODEL" in said and str(tmp_path) in said
+
+
+@pytest.mark.parametrize(
+    "name", ["", " ", "/nowhere", "x" * 5000, "a\x00b", "no/such/model", "~nobodyxyz/x", "\ud800"]
+)
+def test_plan_names_a_model_that_is_not_there(name, capsys):
+    assert "MODEL" in refusal(capsys, "plan", name, "--gpu=80", "--host=64")
+
+
+@pytest.mark.parametrize("command", ["tune", "eval"])
+@pytest.mark.engine
+def test_models_that_are_not_there_are_refused_in_one_line(command, tmp_path, capsys):
+    pytest.importorskip("vllm")
+    text = tmp_path / "text.txt"
+    text.write_text("Some words. " * 4000)
+    out = tmp_path / "out.json"
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_bytes(b"{")
+    no_tokenizer = configured(tmp_path / "bare")
+    options = ["--text", text, "--out", out, *(("--policies", "quest") if command == "eval" else ())]
+    for name in ("", "/nowhere", "a\x00b", "no/such/model", tmp_path / "broken", no_tokenizer):
+        said = refusal(capsys, command, name, *options)
+        assert "MODEL" in said, said
+    said = refusal(capsys, command, no_tokenizer, *options, "--dtype", "float7")
+    assert "--dtype float7" in said
+    said = refusal(capsys, command, no_tokenizer, *options, "--tensor-parallel-size", 3)
+    assert "--tensor-parallel-size: 3; allowed: what divides the model's 4 heads" in said
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("command, ending", [("tune", "json"), ("tune --decode", "json"), ("eval", "jsonl")])
+@pytest.mark.engine
+def test_a_text_too_short_is_found_before_weights_are_read(tiny, command, ending, tmp_path, monkeypatch, capsys):
+    from vllm_sparse import commands
+
+    monkeypatch.setattr(commands, "start_engine", lambda *args, **more: pytest.fail("weights were read"))
+    text = tmp_path / "text.txt"
+    for content in ("", "Too few words. " * 20):
+        text.write_text(content)
+        options = ["--text", text, "--out", tmp_path / f"out.{ending}"]
+        options += ("--policies", "quest") if command == "eval" else ()
+        said = refusal(capsys, *command.split(), tiny.model(), *options)
+        assert "--text: " in said and "are too few" in said
+
+
+WHOLE = ("-1", "1.5", "nan", "inf", "x", "", "10000000000", LONG)
+# Values that each option of `tune` and `eval` refuses without a model.
+OPTIONS = {
+    "tune": {
+        "--tokens": ("0", *WHOLE), "--passages": ("0", *WHOLE), "--tolerance": ("-1", "nan", "inf", "x", "", LONG),
+        "--budget-tokens": ("0", *WHOLE), "--dense-layers": WHOLE, "--chunk": ("0", *WHOLE),
+        "--min-prefill-tokens": WHOLE, "--block-size": ("0", *WHOLE), "--tensor-parallel-size": ("0", *WHOLE),
+        "--text": ("/nowhere", "/", "", "a\x00b", "x" * 5000),
+    },
+    "eval": {
+        "--policies": ("", ",", "quset"),
+        "--budgets": ("", "0", "512,-1", "512,,nan", "1e3", "x", LONG, "10000000000"),
+        "--prefill-policies": ("", "slash"), "--coverages": ("", "nan", "inf", "-1", "x"),
+        "--tasks": ("", ",", "needle"), "--lengths": ("", "0", "-1", "nan", "4096,x", "10000000000"),
+        "--passages": ("0", "10001", *WHOLE), "--score-tokens": ("0", *WHOLE), "--needles": ("0", "10001", *WHOLE),
+        "--recall-every": WHOLE, "--chunk": ("0", *WHOLE), "--batch": ("0", "1025", *WHOLE),
+        "--gpu-memory-utilization": ("0", "1.5", "-1", "nan", "inf", "x", "", LONG),
+        "--sparse": ("", "{", "[]", "null", '{"a": ' * 9000, '{"sink_tokens": 1, "sink_tokens": 2}'),
+        "--block-size": ("0", *WHOLE), "--tensor-parallel-size": ("0", *WHOLE),
+        "--text": ("/nowhere", "/", "", "a\x00b", "x" * 5000),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", OPTIONS)
+def test_tune_and_eval_refuse_values_by_name(command, model, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    from vllm_sparse import commands
+
+    # The model is looked at after what needs none, but before the text.
+    monkeypatch.setattr(commands, "model_config", lambda args: commands.sample_text(args.text))
+    monkeypatch.setattr(commands, "settle_cpu", lambda: None)
+    for option, values in OPTIONS[command].items():
+        for value in values:
+            more = ["--decode"] if option in ("--budget-tokens", "--dense-layers") else []
+            out = f"--out={tmp_path / 'out.jsonl'}"
+            said = refusal(capsys, command, model, out, *more, f"{option}={value}")
+            named = {"--policies": "decode_policy", "--prefill-policies": "prefill_policy"}.get(option, option)
+            assert option in said or named in said, (option, value, said)
+            assert "allowed" in said.casefold(), (option, value, said)
+
+
+@pytest.mark.parametrize("command", ["tune", "tune --decode", "eval"])
+@pytest.mark.engine
+def test_places_that_cannot_be_written_are_refused_first(tiny, command, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    from vllm_sparse import commands
+
+    monkeypatch.setattr(commands, "tokenizer", lambda *args: pytest.fail("too late"))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "page.html").mkdir()
+    (tmp_path / "half.json.partial").mkdir()
+    text = tmp_path / "text.txt"
+    text.write_text("Some words. " * 9000)
+    for place in (
+        tmp_path / "folder", tmp_path / "file" / "x", tmp_path / "pipe", tmp_path / ("x" * 300), "", "/",
+        "/proc/nowhere/x", tmp_path / "a\x00b",
+        tmp_path / ("page.jsonl" if command == "eval" else "half.json"),
+    ):  # fmt: skip
+        said = refusal(capsys, *command.split(), tiny.model(), "--text", text, f"--out={place}")
+        assert "--out: " in said and "allowed" in said, (place, said)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"[" * 100_000 + b"\n", b'"x"\n', b"{}\n"])
+def test_files_that_are_no_results_are_not_continued(content, tmp_path):
+    from vllm_sparse.eval.rows import Rows
+
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"--out: line 1 of .* is no result"):
+        Rows(path)
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "[]", "{}", '{"arguments": 1, "passages": 2}', "\x00"])
+def test_partial_measurements_of_other_kinds_are_not_continued(content, tmp_path, capsys):
+    from vllm_sparse.tune.command import Partial
+
+    path = tmp_path / "x.partial"
+    path.write_text(content)
+    assert Partial(path, {"model": "m"}).passages == []
+    assert "contents that are no measurement: starting afresh" in capsys.readouterr().out
+
+
+def test_types_of_options_say_what_is_allowed():
+    parser = Parser()
+    parser.add_argument("--whole", type=whole(2, 5))
+    parser.add_argument("--real", type=real(0, 1, above=True))
+    parser.add_argument("--several", type=several(whole(1)))
+    parser.add_argument("--object", type=json_object)
+    arguments = parser.parse_args(["--whole=5", "--real=1", "--several=1, 2,", '--object={"a": 1}'])
+    assert vars(arguments) == {"whole": 5, "real": 1.0, "several": [1, 2], "object": {"a": 1}}
+    for words, said in (
+        ("--whole=6", "--whole: 6; allowed: 2 or more, up to 5, in whole numbers"),
+        ("--whole=x\n", r"--whole: 'x\n'; allowed: 2 or more, up to 5, in whole numbers"),
+        ("--real=0", "--real: 0; allowed: above 0, up to 1"),
+        ("--several=1,0", "--several: 0; allowed: 1 or more, up to 2147483647, in whole numbers"),
+        ("--object=[]", "--object: []; allowed: a JSON object such as {}"),
+    ):
+        with pytest.raises(ConfigError) as refused:
+            parser.parse_args([words])
+        assert str(refused.value) == said
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--unknown"])

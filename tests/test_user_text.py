@@ -1,0 +1,200 @@
+"""What users write is read strictly, in bounds, and never ends in an exception of Python's own."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from types import SimpleNamespace
+
+import pytest
+
+from vllm_sparse import budget_table, pattern_table, user_text
+from vllm_sparse.config import ENV_CONFIG, MOST, ConfigError, SparseConfig
+from vllm_sparse.pattern_table import TableError
+from vllm_sparse.user_text import TextError, parse_json, read_json, shown
+
+DIGITS = "9" * 5000
+DEEP = '{"a":' * 100_000
+TEXTS = {
+    "deep": (DEEP, "nested too deeply"),
+    "digits": (f'{{"budget_tokens": {DIGITS}}}', "thousands of digits"),
+    "twice": ('{"budget_tokens": 1, "budget_tokens": 2}', "the key 'budget_tokens' comes twice"),
+    "twice inside": ('{"offload": {"host_gib": 1, "host_gib": 2}}', "the key 'host_gib' comes twice"),
+    "comment": ('{"budget_tokens": 512} // more', "Extra data"),
+    "comma": ('{"budget_tokens": 512,}', "double quotes"),
+}
+WHOLE = [name for name, field in SparseConfig.__dataclass_fields__.items() if field.type in ("int", "int | None")]
+
+
+def of_environment(monkeypatch, text: str) -> SparseConfig:
+    monkeypatch.setattr(os, "environ", {**os.environ, ENV_CONFIG: text})  # which holds no zero bytes
+    return SparseConfig.from_vllm(SimpleNamespace(additional_config=None))
+
+
+@pytest.mark.parametrize("case", TEXTS)
+def test_texts_that_are_no_json_are_refused_wherever_they_stand(case, monkeypatch, tmp_path):
+    text, said = TEXTS[case]
+    with pytest.raises(TextError, match=f"^not valid JSON .*{said}"):
+        parse_json(text)
+    path = tmp_path / "settings.json"
+    path.write_text(text)
+    for value in (text, str(path)):
+        with pytest.raises(ConfigError, match=f"^{ENV_CONFIG}.*: not valid JSON .*{said}") as refusal:
+            of_environment(monkeypatch, value)
+        assert len(str(refusal.value)) < 500
+    for key, read in (("head_budgets", "with_budgets"), ("head_patterns", "with_patterns")):
+        config = SparseConfig(prefill_policy="vertical_slash", **{key: str(path)})
+        with pytest.raises(ConfigError, match=f"^sparse.{key}: .* is not JSON .*{said}"):
+            getattr(config, read)("m", 3, 2)
+
+
+@pytest.mark.parametrize(
+    "value, said",
+    [
+        ("~nobodyxyz/x", "No such file"), ("x" * 5000, "name too long"), ("é" * 300, "name too long"),
+        ("/", "it is a directory"), ("/dev/null", "no regular file"), ("a\x00b", "null byte"),
+        ("[" * 9000, "too long"), ("\ud800.json", ""),
+    ],
+    ids=range(8),
+)  # fmt: skip
+def test_paths_of_any_kind_are_refused_in_one_sentence(value, said, monkeypatch):
+    with pytest.raises(ConfigError, match=f"{ENV_CONFIG}: .* nor a readable file: it .*{said}") as refusal:
+        of_environment(monkeypatch, value)
+    assert len(str(refusal.value)) < 500
+    with pytest.raises(ConfigError, match=f"sparse.head_budgets: .*{said}.* Allowed: auto, none") as refusal:
+        SparseConfig(head_budgets=value).with_budgets("m", 3, 2)
+
+
+def test_pipes_are_not_waited_for_and_files_of_weights_are_not_read(monkeypatch, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ConfigError, match=r"nor a readable file: it cannot be read \(it is no regular file"):
+        of_environment(monkeypatch, str(tmp_path / "pipe"))
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.truncate(user_text.MOST_FILE_BYTES + 1)
+    with pytest.raises(TextError, match="67,108,865 bytes; allowed: up to 67,108,864"):
+        read_json(tmp_path / "model.safetensors")
+
+
+def test_byte_order_marks_and_spaces_around_are_no_matter(monkeypatch, tmp_path):
+    path = tmp_path / "settings.json"
+    path.write_bytes(b'\xef\xbb\xbf{"budget_tokens": 512}\r\n')
+    for value in (f" {path}\n", "\ufeff" + '{"budget_tokens": 512}', ' {"budget_tokens": 512}\n'):
+        assert of_environment(monkeypatch, value) == SparseConfig(budget_tokens=512)
+    path.write_bytes(b'{"head_budgets": "/tmp/\xe9"}')
+    with pytest.raises(ConfigError, match=r"not valid JSON \(no UTF-8 text"):
+        of_environment(monkeypatch, str(path))
+
+
+def test_a_file_that_changed_is_read_anew(monkeypatch, tmp_path):
+    path = tmp_path / "settings.json"
+    for budget in (512, 256):
+        path.write_text(json.dumps({"budget_tokens": budget}))
+        assert of_environment(monkeypatch, str(path)).budget_tokens == budget
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_whole_numbers_end_where_kernels_do(name):
+    assert len(WHOLE) == 9
+    for value in (MOST + 1, 10**30, 10**400, 10**5000, -1, -(10**30)):
+        with pytest.raises(ConfigError, match=rf"sparse.{name}: .*; allowed: .*{MOST}") as refusal:
+            SparseConfig(**{name: value})
+        assert len(str(refusal.value)) < 300
+    if name not in ("sink_tokens", "window_tokens"):  # a budget must hold these
+        config = SparseConfig(**{name: MOST})
+        assert config.table_pages(16) <= MOST // 16 + 1
+    for value in (2.0, True, None if name != "dense_layers" else "1", math.nan, "7", [1], {}):
+        with pytest.raises(ConfigError, match=rf"sparse.{name}: expected a whole number"):
+            SparseConfig(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["prefill_coverage", "decode_coverage"])
+def test_coverages_are_numbers_that_32_bits_hold(name):
+    for value in (math.nan, math.inf, -math.inf, 1e-320, 1e-7, -0.1, 1.0001, 10**400):
+        with pytest.raises(ConfigError, match=rf"sparse.{name}: .*; allowed: "):
+            SparseConfig(**{name: value})
+    for value in (1e-6, 0.5, 1, 1.0):
+        SparseConfig(**{name: value})
+
+
+@pytest.mark.parametrize("name, good", [("host_gib", 2**20), ("hot_fraction", 0)])
+def test_sizes_of_offload_are_finite_numbers(name, good):
+    SparseConfig.from_mapping({"offload": {name: good}}, "test")
+    for value in (math.nan, math.inf, 10**400, 10**5000, -1, True, None, "", "Auto", [1], 2**20 + 1):
+        with pytest.raises(
+            ConfigError, match=rf"sparse.offload.{name}: .*; allowed: auto, or a number"
+        ) as refusal:
+            SparseConfig.from_mapping({"offload": {name: value}}, "test")
+        assert len(str(refusal.value)) < 300
+
+
+def test_values_of_any_kind_are_shown_in_short():
+    deep: list = []
+    for _ in range(100_000):
+        deep = [deep]
+    assert shown(10**5000) == "a number of thousands of digits"
+    assert shown({"a": 10**5000}) == "a number of thousands of digits"
+    assert "nested too deeply" in shown(deep)
+    assert len(shown("x" * 10**6)) < 200
+    for values in ({"budget_tokens": 10**5000}, {"decode_policy": deep}, {"offload": deep}, {10**5000: 1}, deep):
+        with pytest.raises(ConfigError) as refusal:
+            SparseConfig.from_mapping(values, "test")
+        assert len(str(refusal.value)) < 800
+
+
+def test_empty_names_of_files_are_refused():
+    for key in ("head_budgets", "head_patterns"):
+        for value in ("", " "):
+            with pytest.raises(
+                ConfigError, match=f"sparse.{key}: '{value}'; allowed: none, auto, or a file's path"
+            ):
+                SparseConfig(prefill_policy="vertical_slash", **{key: value})
+
+
+BUDGETS = {"format": 1, "num_layers": 2, "kv_heads": 2, "shares": [[1, 1], [1, 1]]}
+PATTERN = {"vertical_tokens": 16, "slash_tokens": 16, "recent_tokens": 0, "coverage": 0}
+PATTERNS = {"format": 1, "num_layers": 2, "q_heads": 2, "candidates": [PATTERN], "patterns": [[0, 0]] * 2}
+
+
+@pytest.mark.parametrize(
+    "share", [0, -1, math.nan, math.inf, 1e308, 1e300, 1e-300, 5e-324, 10**400, True, "1", None]
+)
+def test_shares_of_files_are_numbers_that_budgets_can_have(share, tmp_path):
+    path = tmp_path / "budgets.json"
+    path.write_text(json.dumps({**BUDGETS, "shares": [[1, 1], [1, share]]}))
+    with pytest.raises(TableError, match=r"has the share .*; allowed: numbers above 0, 0.0001 to 10000"):
+        budget_table.read(path, 2, 2)
+
+
+def test_the_largest_shares_and_budgets_are_still_counts_of_32_bits(tmp_path):
+    path = tmp_path / "budgets.json"
+    path.write_text(json.dumps({**BUDGETS, "shares": [[1e-4, 1e-4], [1e-4, 1e4]]}))
+    config = SparseConfig(budget_tokens=MOST, head_budgets=str(path), dense_layers=0).with_budgets("m", 2, 2)
+    pages = [config.head_pages(16, layer, 0, 1, 2) for layer in range(2)]
+    assert max(map(max, pages)) == config.largest_pages(16) == MOST // 16 and min(map(min, pages)) >= 5
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"vertical_tokens": 2**31}, "up to 2147483647"), ({"recent_tokens": 10**400}, "up to 2147483647"),
+        ({"coverage": 1e-320}, "a coverage of 0 to 1, from 1e-06"),
+        ({"coverage": 10**400}, "a coverage of 0 to 1"),
+        ({"coverage": True}, "a coverage of 0 to 1"), ({"slash_tokens": 1.0}, "tokens from 0 on"),
+    ],
+)  # fmt: skip
+def test_patterns_of_files_are_in_bounds(changes, said, tmp_path):
+    path = tmp_path / "patterns.json"
+    path.write_text(json.dumps({**PATTERNS, "candidates": [{**PATTERN, **changes}]}))
+    with pytest.raises(TableError, match=said):
+        pattern_table.read(path, 2, 2)
+
+
+@pytest.mark.parametrize("value", [True, 1.0, "1", None])
+def test_counts_of_files_are_whole_numbers(value, tmp_path):
+    for table, content, key in ((budget_table, BUDGETS, "kv_heads"), (pattern_table, PATTERNS, "q_heads")):
+        path = tmp_path / "table.json"
+        for name in ("format", key):
+            path.write_text(json.dumps({**content, name: value}))
+            with pytest.raises(TableError, match=f"has {name} {value!r}, this needs"):
+                table.read(path, 2, 2)
