@@ -59,6 +59,7 @@ def answer(tmp_path_factory):
             if see is not None:
                 see(llm)
         finally:
+            llm.llm_engine.engine_core.shutdown()
             del llm
             gc.collect()
             torch.cuda.empty_cache()

@@ -44,6 +44,7 @@ def engine(model: str, sparse: dict | None, **settings):
     try:
         yield llm
     finally:
+        llm.llm_engine.engine_core.shutdown()
         del llm
         gc.collect()
         torch.cuda.empty_cache()

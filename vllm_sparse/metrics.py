@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from vllm_sparse.guard import Guard
+from vllm_sparse.prefill_buffers import PrefillBuffers
 from vllm_sparse.support import Treatment
 
 logger = logging.getLogger("vllm.vllm_sparse")
@@ -147,6 +148,14 @@ class EngineCounts:
         self.drafts = DraftSteps()
         self.hot: HotSet | None = None
         """With offload."""
+
+    def follow(self, prefill: PrefillBuffers | None, guard: Guard | None) -> None:
+        """Count what is counted in a workspace of sparse layers, once for all that share it."""
+        if prefill is not None and all(one.counters is not prefill.counters for one in self.prefill):
+            what = "(query, key) pairs of sparse prefill"
+            self.prefill.append(AttendedTokens(prefill.counters, what))
+        if guard is not None and all(one is not guard for one in self.guards):
+            self.guards.append(guard)
 
     def reset(self) -> None:
         """Forget everything counted so far."""

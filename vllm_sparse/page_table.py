@@ -30,14 +30,14 @@ class PageTable:
     """int32 [num_reqs * kv_heads, max_pages]; row ``req * kv_heads + head``."""
     lengths: torch.Tensor
     """int32 [num_reqs * kv_heads]: tokens attended. 0: the row is not attended through this table."""
+    starts: torch.Tensor | None = None
+    """int32 [rows + 1], of query blocks alone: the first query of each row, and after them the number of all,
+    where queries lie by head. None in decode, where a row is one token."""
     routes: torch.Tensor | None = None
     """int32 [num_reqs]: ``WHOLE`` of :mod:`vllm_sparse.decode_plan` where a request's rows are not listed in
     ``units`` and are all pages of ``block_table``; None: there are no such rows."""
     block_table: torch.Tensor | None = None
     """int32 [num_reqs, max_pages], beside ``routes``."""
-    starts: torch.Tensor | None = None
-    """int32 [rows + 1], of query blocks alone: the first query of each row, and after them the number of all,
-    where queries lie by head. None in decode, where a row is one token."""
 
     @classmethod
     def empty(cls, num_reqs: int, kv_heads: int, max_pages: int, device: torch.device) -> PageTable:

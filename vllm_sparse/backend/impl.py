@@ -124,15 +124,13 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
             made = getattr(impl, "workspace", None)
             if made is not None and made.fits(page_size, self.num_heads, self.num_kv_heads):
                 self.workspace = made
-                return
-        self.workspace = made = Workspace.allocate(
-            vllm_config, self.config, page_size, self.num_heads, self.num_kv_heads, self.head_size, self.device
-        )
-        if self.is_sparse and made.prefill is not None:
-            what = "(query, key) pairs of sparse prefill"
-            self.counts.prefill.append(metrics.AttendedTokens(made.prefill.counters, what))
-        if self.is_sparse and made.guard is not None:
-            self.counts.guards.append(made.guard)
+                break
+        else:
+            self.workspace = Workspace.allocate(
+                vllm_config, self.config, page_size, self.num_heads, self.num_kv_heads, self.head_size, self.device
+            )
+        if self.is_sparse:
+            self.counts.follow(self.workspace.prefill, self.workspace.guard)
 
     @classmethod
     def first(cls, vllm_config, workspace: Workspace | None = None) -> SparseImpl | None:
