@@ -96,7 +96,7 @@ def test_a_step_without_chosen_pages_and_a_full_budget_say_so():
 
 
 def test_wrong_settings_are_refused():
-    with pytest.raises(ConfigError, match=r"sparse.guard_every_steps: -1 is negative; allowed: 0 or more"):
+    with pytest.raises(ConfigError, match=r"sparse.guard_every_steps: -1; allowed: 0 or more"):
         SparseConfig(guard_every_steps=-1)
     with pytest.raises(ConfigError, match=r"guard_every_steps: 9 with decode_policy='dense'"):
         SparseConfig(guard_every_steps=9, decode_policy="dense", prefill_policy="vertical_slash")

@@ -86,7 +86,7 @@ def test_fa3_gets_the_blocks_of_each_head_in_turn(first, tokens):
     out, expected = torch.full_like(case.q, 7.0), torch.empty_like(case.q, dtype=torch.float64)
     scratch = torch.full((2, case.q.numel() + 5), float("nan"), dtype=case.q.dtype, device=DEVICE)
     fake_fa3(varlen_attention(seen)).attend_blocks(case.q, case.kv, table, PAGE, case.scale, out, scratch)
-    reference.sparse_prefill(case.q.double(), case.kv.double(), table, PAGE, case.scale, expected)
+    reference.sparse_prefill(case.q.double(), in_float64(case.kv), table, PAGE, case.scale, expected)
     assert error(out, expected) < TOLERANCE[torch.float32]
     (call,) = seen
     assert call["cu_seqlens_q"].data_ptr() == case.buffers.starts.data_ptr(), "starts were copied"
