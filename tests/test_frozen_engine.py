@@ -35,6 +35,7 @@ class Choices:
         monkeypatch.setattr(SparseImpl, "_decode", record)
 
 
+@pytest.mark.seam
 @policies
 def test_the_choice_of_a_prompt_stays(tiny, policy, monkeypatch):
     choices = Choices(monkeypatch)
@@ -109,6 +110,7 @@ def test_a_prompt_that_comes_again_finds_a_list_whatever_the_cache_lacks_of_it(t
         assert newest not in heads, "chosen by age"
 
 
+@pytest.mark.seam
 @policies
 def test_preempted_requests_end(tiny, policy):
     sparse = {"decode_policy": policy, "budget_tokens": 96}
@@ -132,6 +134,7 @@ def test_small_chunks_give_the_same_on_every_run(tiny, policy):
         assert tokens(llm, batch, 24) == tokens(llm, batch, 24)
 
 
+@pytest.mark.seam
 def test_drafts_are_refused(tiny):
     drafts = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
     with (

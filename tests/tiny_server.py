@@ -56,7 +56,7 @@ def serve(folder: Path, model: Path, sparse: dict, *arguments: str, program=None
         port = free.getsockname()[1]
     settings = {**ENGINE, "block_size": 32, "port": port, "host": "127.0.0.1", "served_model_name": "tiny"}
     command = [
-        *(program or [Path(sys.executable).parent / "vllm"]), "serve", model,
+        *(program or [sys.executable, "-m", "vllm.entrypoints.cli.main"]), "serve", model,
         *(f"--{name.replace('_', '-')}={value}" for name, value in settings.items()),
         "--enforce-eager", "--attention-backend=sparse",
         f"--additional-config={json.dumps({'sparse': sparse})}", *arguments,
