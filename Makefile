@@ -19,7 +19,7 @@ demo: $(VLLM)/ready
 # stands together, and what pytest says of each at its end comes last.
 test:
 	@$(MAKE) --jobs=2 --keep-going --output-sync=target $(PARTS); status=$$?; \
-	for part in $(PARTS); do echo "$$part: $$(tail -n 1 .venv/$$part.log)"; done; exit $$status
+	for part in $(PARTS); do echo "$$part: $$(grep '^=.* in .*=$$' .venv/$$part.log | tail -n 1)"; done; exit $$status
 
 run_tests = @$1/bin/python -m pytest --durations=25 $2 > .venv/$@.log 2>&1; status=$$?; cat .venv/$@.log; exit $$status
 

@@ -47,7 +47,9 @@ def tiny(tmp_path_factory):
     from vllm_sparse.plugin_entrypoints import register
 
     register()
-    return TinyEngines(tmp_path_factory.mktemp("models"))
+    engines = TinyEngines(tmp_path_factory.mktemp("models"))
+    yield engines
+    engines.close()
 
 
 @pytest.fixture

@@ -96,9 +96,15 @@ class TinyEngines:
         self._running = False
         # An engine collects garbage eight times, among all that was ever imported: three of its four seconds. Here
         # among what came after the engine before.
-        self._freeze, gc.freeze, gc.unfreeze = gc.freeze, _nothing, _nothing
+        self._gc = gc.freeze, gc.unfreeze
+        gc.freeze = gc.unfreeze = _nothing
         # To look at a new architecture's class, vLLM starts a process that imports vLLM: ten seconds each.
         registry._run_in_subprocess = lambda look: look()
+
+    def close(self) -> None:
+        """Give back what was taken from the garbage collector."""
+        gc.freeze, gc.unfreeze = self._gc
+        gc.unfreeze()
 
     def model(self, model_type: str = "llama", **changes) -> Path:
         name = hashlib.sha256(repr(sorted(changes.items())).encode()).hexdigest()[:12]
@@ -121,7 +127,7 @@ class TinyEngines:
         if backend != "CPU_ATTN" and "additional_config" not in settings:
             settings["additional_config"] = {"sparse": {**SPARSE, **(sparse or {})}}
         gc.collect()
-        self._freeze()
+        self._gc[0]()
         llm = LLM(str(model or self.model()), **settings)
         self._running = True
         try:

@@ -16,7 +16,7 @@ def main(wheel: str, site_packages: Path, cpu_site_packages: Path) -> None:
     with ZipFile(wheel) as archive:
         archive.extractall(site_packages, [name for name in archive.namelist() if not name.endswith(LEFT_OUT)])
     for compiled in (cpu_site_packages / "vllm").glob("*.so"):
-        (site_packages / "vllm" / compiled.name).symlink_to(compiled)
+        (site_packages / "vllm" / compiled.name).symlink_to(compiled.resolve())
     # vLLM reads its platform from the version that its distribution has.
     (metadata,) = site_packages.glob("vllm-*.dist-info/METADATA")
     lines = metadata.read_text(encoding="utf-8").splitlines(keepends=True)
