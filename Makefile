@@ -18,8 +18,11 @@ demo: $(VLLM)/ready
 # Two parts at a time, as each uses one core, the longest first. All run to their end whatever fails, the output of each
 # stands together, and what pytest says of each at its end comes last.
 test:
+	@rm -f $(PARTS:%=.venv/%.log)
 	@$(MAKE) --jobs=2 --keep-going --output-sync=target $(PARTS); status=$$?; \
-	for part in $(PARTS); do echo "$$part: $$(grep '^=.* in .*=$$' .venv/$$part.log | tail -n 1)"; done; exit $$status
+	for part in $(PARTS); do \
+		echo "$$part:"; tac .venv/$$part.log | grep -m 1 '^=.* in .*=$$' || echo "did not run to its end"; \
+	done; exit $$status
 
 run_tests = @$1/bin/python -m pytest --durations=25 $2 > .venv/$@.log 2>&1; status=$$?; cat .venv/$@.log; exit $$status
 
@@ -74,6 +77,7 @@ $(NEWEST)/ready: $(VLLM)/ready $(NEWEST_WHEEL)/ready $(ENVIRONMENTS)/unpack_vllm
 	$(install_over) ./$(ENVIRONMENTS)/triton_interpreter
 	touch $@
 
-$(NEWEST_WHEEL)/ready:
-	$(PYTHON) -m pip download --no-deps --dest $(@D) vllm==0.33.0
+$(NEWEST_WHEEL)/ready: | $(VLLM)/ready
+	rm -rf $(@D)
+	$(VLLM)/bin/python -m pip download --no-deps --dest $(@D) vllm==0.33.0
 	touch $@
