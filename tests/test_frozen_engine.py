@@ -110,7 +110,6 @@ def test_a_prompt_that_comes_again_finds_a_list_whatever_the_cache_lacks_of_it(t
         assert newest not in heads, "chosen by age"
 
 
-@pytest.mark.seam
 @policies
 def test_preempted_requests_end(tiny, policy):
     sparse = {"decode_policy": policy, "budget_tokens": 96}

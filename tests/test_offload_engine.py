@@ -100,7 +100,6 @@ def test_budget_of_everything_gives_stock_tokens(tiny):
         assert tokens(llm, MIXED) == expected
 
 
-@pytest.mark.seam
 @pytest.mark.parametrize("hot", [0, 0.02])
 def test_size_of_the_hot_set_changes_traffic_only(tiny, resident, hot):
     sparse, expected = {"offload": {**OFFLOAD, "hot_fraction": hot}}, resident(block_size=16)

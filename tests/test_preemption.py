@@ -44,7 +44,6 @@ def test_preempted_requests_with_a_budget_of_everything_give_stock_tokens(tiny, 
     assert answers == expected
 
 
-@pytest.mark.seam
 def test_preempted_requests_with_a_small_budget_agree_up_to_the_preemption(tiny, monkeypatch):
     """After it they may differ: the resumed request's own tokens are recomputed as prefill, densely."""
     sparse = {"budget_tokens": 96}
