@@ -18,6 +18,8 @@ ENGINE = {
     "max_num_batched_tokens": 256,
     "dtype": "float32",
     "kv_cache_memory_bytes": 32 << 20,
+    # Without the warm-up of kernels, some of which Triton's interpreter cannot run.
+    "enforce_eager": True,
 }
 SPARSE = {"budget_tokens": 128, "dense_layers": 0, "min_context_tokens": 0}
 """A budget far below the longest prompts, in every layer and at every length."""
@@ -121,7 +123,7 @@ class TinyEngines:
         assert not self._running, "one engine at a time: counters are the process's"
         metrics.reset()
         _cached_get_attn_backend.cache_clear()  # choices of an engine before were counted then
-        settings = {**ENGINE, "block_size": 32, "enforce_eager": True, **changes}
+        settings = {**ENGINE, "block_size": 32, **changes}
         if backend is not None:
             settings["attention_backend"] = backend
         if backend != "CPU_ATTN" and "additional_config" not in settings:
