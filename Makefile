@@ -74,7 +74,7 @@ $(OLDEST)/ready: $(VLLM)/ready
 $(NEWEST)/ready: $(VLLM)/ready $(NEWEST_WHEEL)/ready $(ENVIRONMENTS)/unpack_vllm.py $(wildcard $(ENVIRONMENTS)/triton_interpreter/*)
 	$(lay_over)
 	$(VLLM)/bin/python $(ENVIRONMENTS)/unpack_vllm.py $(NEWEST_WHEEL)/*.whl $(@D)/lib/python*/site-packages $(VLLM)/lib/python*/site-packages
-	$(install_over) ./$(ENVIRONMENTS)/triton_interpreter
+	$(install_over) 'orjson>=3.11.6' ./$(ENVIRONMENTS)/triton_interpreter
 	touch $@
 
 $(NEWEST_WHEEL)/ready: | $(VLLM)/ready
