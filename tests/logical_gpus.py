@@ -23,10 +23,6 @@ def start() -> None:
     """Start a cluster of one node that ends with this process, and tell vLLM's processes of it."""
     import ray
 
-    # vLLM 0.27 leaves its ranks' shared memory behind, names it alike in every such cluster, and refuses what
-    # it finds there.
-    for left in Path("/dev/shm").glob("*-cpushm_*"):
-        left.unlink(missing_ok=True)
     runtime = {
         "env_vars": {"PYTHONPATH": str(Path(__file__).parent)},
         "worker_process_setup_hook": "logical_gpus.give_cpu_a_ray_device",

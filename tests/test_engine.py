@@ -48,6 +48,7 @@ def test_budget_of_whole_context_gives_stock_tokens(tiny, policy, engine):
     assert (counts["context_tokens"] > 0) == (policy != "dense"), "counts are those of layers that select"
 
 
+@pytest.mark.seam
 def test_stock_tokens_vary(tiny):
     """Guards the comparisons of this file: a model that repeats one token would pass them all."""
     answers = tiny.stock(MIXED)
@@ -55,6 +56,7 @@ def test_stock_tokens_vary(tiny):
     assert all(len(set(answer)) > 4 for answer in answers)
 
 
+@pytest.mark.seam
 def test_prefix_shared_between_running_requests_gives_stock_tokens(tiny):
     batch = prompts((400, 390, 333, 401, 96, 97), seed=2, shared=320)
     expected = tiny.stock(batch)
@@ -75,6 +77,7 @@ def test_every_page_size_gives_stock_tokens(tiny, page_size):
         assert_ran_sparse()
 
 
+@pytest.mark.seam
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_agrees_with_stock_up_to_rounding(tiny, dtype):
     expected = tiny.stock(MIXED, dtype=dtype)
@@ -97,6 +100,7 @@ def test_every_group_size_gives_stock_tokens(tiny, heads):
         assert_ran_sparse()
 
 
+@pytest.mark.seam
 def test_batch_with_short_rows_beside_long_ones_gives_stock_tokens(tiny):
     """From 16 decode rows on, short contexts run densely beside the sparse engine."""
     from vllm_sparse.backend.builder import SHORT_ROWS_DENSE_FROM
@@ -130,6 +134,7 @@ def expected_counts(prompt_tokens, max_tokens, page_size, budget_tokens, largest
     return attended, context
 
 
+@pytest.mark.seam
 @pytest.mark.parametrize("policy", DECODE_POLICIES)
 def test_small_budget_attends_exactly_the_budget(tiny, policy, monkeypatch):
     """The counters, the arithmetic, and what the attention engine was really given all agree."""
@@ -173,6 +178,7 @@ def test_small_budget_is_deterministic_and_independent_of_the_batch(tiny, policy
     assert first != tiny.stock(MIXED, 24), "the budget changed nothing: this test would pass on a dense backend"
 
 
+@pytest.mark.seam
 def test_up_to_min_context_tokens_requests_get_stock_tokens(tiny):
     with tiny.start(sparse={"min_context_tokens": 320}) as llm:
         got = tokens(llm, MIXED)
@@ -197,6 +203,7 @@ def test_dense_layers_run_dense_and_are_counted(tiny, dense_layers):
     assert (counts["context_tokens"] > counts["attended_tokens"]) == (dense < LAYERS)
 
 
+@pytest.mark.seam
 def test_aborted_requests_leave_the_others_and_their_successors_right(tiny):
     from vllm import SamplingParams
 
@@ -227,6 +234,7 @@ def test_aborted_requests_leave_the_others_and_their_successors_right(tiny):
     assert later == expected
 
 
+@pytest.mark.seam
 @pytest.mark.parametrize("kinds", [{"backend": "sparse"}, {"backend_per_kind": {"full_attention": "sparse"}}])
 def test_attention_config_selects_the_backend(tiny, kinds):
     expected = tiny.stock(MIXED)

@@ -35,6 +35,7 @@ class Choices:
         monkeypatch.setattr(SparseImpl, "_decode", record)
 
 
+@pytest.mark.seam
 @policies
 def test_the_choice_of_a_prompt_stays(tiny, policy, monkeypatch):
     choices = Choices(monkeypatch)
@@ -132,6 +133,7 @@ def test_small_chunks_give_the_same_on_every_run(tiny, policy):
         assert tokens(llm, batch, 24) == tokens(llm, batch, 24)
 
 
+@pytest.mark.seam
 def test_drafts_are_refused(tiny):
     drafts = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
     with (

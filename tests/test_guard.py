@@ -102,6 +102,7 @@ def test_wrong_settings_are_refused():
         SparseConfig(guard_every_steps=9, decode_policy="dense", prefill_policy="vertical_slash")
 
 
+@pytest.mark.seam
 @pytest.mark.engine
 def test_the_engine_samples_every_so_many_steps_in_each_layer(tiny, caplog):
     found, answers = {}, {}

@@ -155,6 +155,7 @@ def attended_pages(tiny, model, monkeypatch, **sparse):
     return answers, given[:LAYERS], counts
 
 
+@pytest.mark.seam
 @pytest.mark.engine
 @pytest.mark.parametrize("offload", [None, {"host_gib": 0.05}], ids=["resident", "offload"])
 def test_heads_attend_to_budgets_of_their_own(tiny, file, monkeypatch, offload):
@@ -172,6 +173,7 @@ def test_heads_attend_to_budgets_of_their_own(tiny, file, monkeypatch, offload):
     assert attended_pages(tiny, model, monkeypatch, **settings, head_budgets=str(file))[::2] == (uniform, counts)
 
 
+@pytest.mark.seam
 @pytest.mark.engine
 def test_the_models_file_is_taken_where_it_is_asked_for(tiny):
     model = tiny.model(num_hidden_layers=LAYERS)

@@ -160,6 +160,7 @@ def test_the_driver_carries_patterns_to_workers_whatever_named_them(file, monkey
     assert worker.with_patterns("some/model", 99, 99) is worker, "a worker reads no file"
 
 
+@pytest.mark.seam
 @pytest.mark.engine
 def test_the_models_file_is_taken_by_an_engine_and_left_where_none_is_said(tiny):
     model = tiny.model(num_hidden_layers=LAYERS)

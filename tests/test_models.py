@@ -7,7 +7,7 @@ from tiny_engine import attention_layers, prompts, tokens
 
 from vllm_sparse import metrics
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.seam]
 
 PROMPTS = prompts()
 GEMMA = {"tie_word_embeddings": True, "embedding": 0.05, "sliding_window": 64}
@@ -41,15 +41,7 @@ MODELS = {
 
 def model_of(tiny, case):
     model_type, settings, *_ = MODELS[case]
-    if "hybrid" in case and not vllm_pads_pages_of_any_backend():
-        pytest.skip("this vLLM cannot give pages with summaries and pages of its CPU backend one size")
     return tiny.model(model_type, **settings)
-
-
-def vllm_pads_pages_of_any_backend() -> bool:
-    from vllm.v1.attention.backend import AttentionBackend
-
-    return hasattr(AttentionBackend, "customize_spec")
 
 
 @pytest.mark.parametrize("case", MODELS)

@@ -93,6 +93,7 @@ def test_tokens_are_those_of_resident_mode(tiny, resident, policy):
     assert counts["units_in_place"] == 0
 
 
+@pytest.mark.seam
 def test_budget_of_everything_gives_stock_tokens(tiny):
     expected = tiny.stock(MIXED)
     with tiny.start(sparse={"budget_tokens": 2048, "offload": OFFLOAD}) as llm:
@@ -183,6 +184,7 @@ def test_empty_rows_beside_decodes_change_nothing(tiny, resident, monkeypatch):
     assert any(decodes and requests > decodes for decodes, requests in steps), "no step had both kinds of row"
 
 
+@pytest.mark.seam
 def test_many_contexts_in_a_step_are_attended_in_parts(tiny, resident):
     """Prompts of a step whose contexts, most of them from the prefix cache, do not fit one buffer together."""
     shared = prompts((700,) * 4, seed=2, shared=640)
@@ -251,6 +253,7 @@ def test_contexts_read_ahead_are_complete(tiny, resident, monkeypatch, batch):
     assert set(ahead) >= {1, 2} and set(at_once) == {0}, "only a step's first read has nothing to hide behind"
 
 
+@pytest.mark.seam
 def test_prefix_cache_spans_the_host_pool(tiny, resident):
     """A prompt comes back after others have taken every hot slot, and is still cached."""
     first, others = prompts((700,), seed=7), prompts((700, 690, 680), seed=8)
@@ -270,6 +273,7 @@ BATCH = prompts((100, 130, 90, 111), seed=5)
 PREEMPTION = {"max_model_len": 256, "block_size": 16, "max_num_batched_tokens": 256}
 
 
+@pytest.mark.seam
 @pytest.mark.parametrize("caching", [True, False], ids=["prefix_cache", "no_prefix_cache"])
 def test_requests_preempted_from_a_small_pool_give_stock_tokens(tiny, caching):
     expected = tiny.stock(BATCH, 90, max_model_len=256)
@@ -283,6 +287,7 @@ def test_requests_preempted_from_a_small_pool_give_stock_tokens(tiny, caching):
     assert any(done for _, done in seen), "no request was preempted while it was decoding"
 
 
+@pytest.mark.seam
 def test_random_arrivals_and_aborts_leave_nothing_behind(tiny, resident):
     """Requests that share prefixes, in a pool that holds three of them, on a GPU that holds less."""
     import random
@@ -334,6 +339,7 @@ def refused_start(tiny, **settings) -> str:
     return str(refusal.value)
 
 
+@pytest.mark.seam
 @pytest.mark.parametrize(
     "settings, said",
     [
@@ -363,6 +369,7 @@ def test_what_offload_cannot_serve_is_refused(tiny, settings, said):
         assert words in message
 
 
+@pytest.mark.seam
 def test_memory_that_the_engine_took_is_not_looked_for_again(tiny, monkeypatch):
     """A server's engine process has its config checked once more when everything is allocated."""
     from vllm_sparse.backend import offload
@@ -380,6 +387,7 @@ def test_memory_that_the_engine_took_is_not_looked_for_again(tiny, monkeypatch):
             config.__post_init__()
 
 
+@pytest.mark.seam
 @pytest.mark.parametrize(
     "case, said",
     [
@@ -393,6 +401,7 @@ def test_models_with_layers_that_are_not_sparse_are_refused(tiny, case, said):
     assert "sparse.offload" in message and said in message
 
 
+@pytest.mark.seam
 def test_capacity_is_what_the_host_pool_holds(tiny):
     with tiny.start(sparse={"offload": OFFLOAD}, block_size=16) as llm:
         blocks = engine_core(llm).vllm_config.cache_config.num_gpu_blocks

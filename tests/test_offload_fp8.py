@@ -220,6 +220,7 @@ def test_sparse_prefill_reads_what_was_written(tiny, codable, policy):
     assert answer(tiny, sparse={**sparse, "offload": FP8}, block_size=16) == expected
 
 
+@pytest.mark.seam
 @pytest.mark.engine
 def test_a_cached_prefix_is_read_as_it_was_written(tiny, codable):
     first, others = prompts((700,), seed=7), prompts((700, 690, 680), seed=8)

@@ -23,10 +23,11 @@ def tokens_of(printed: str, mode: str) -> int:
     return int(re.search(rf"^{mode} +([\d,]+) tokens", printed, re.MULTILINE)[1].replace(",", ""))
 
 
+@pytest.mark.seam
 @pytest.mark.engine
 @pytest.mark.parametrize("kv_mib", [32, 3], ids=["host_is_narrower", "gpu_is_narrower"])
 def test_plan_is_what_the_engine_reports(tiny, capfd, kv_mib):
-    # capfd, for vLLM 0.27 asks standard output for its file descriptor.
+    # capfd, for vLLM asks standard output for its file descriptor.
     printed = plan(
         # CPUs capture no CUDA graphs, for which a plan counts batches of twice as many requests.
         capfd, tiny.model(), "--gpu", 1, "--kv-gib", kv_mib / 1024, "--host", HOST_GIB, "--context", 1024,

@@ -25,6 +25,8 @@ from vllm_sparse.plugin_entrypoints import register
 from vllm_sparse import metrics
 from vllm_sparse.backend import compat
 
+pytestmark = pytest.mark.seam
+
 
 def run_python(code: str, *arguments: str, **environment: str) -> str:
     """Run ``code`` in a fresh process; returns what it printed."""

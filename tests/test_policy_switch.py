@@ -19,6 +19,7 @@ LONG = prompts((700, 517), seed=9)
 SETTINGS = {"enable_prefix_caching": False}
 
 
+@pytest.mark.seam
 def test_a_switched_engine_answers_as_one_that_started_so(tiny):
     switch = PolicySwitch()
     with switch.watching(), tiny.start(sparse=FIRST, **SETTINGS) as llm:

@@ -33,6 +33,7 @@ def run(tiny, monkeypatch, sparse, settings) -> tuple[list, dict[int, int]]:
     return answers, first
 
 
+@pytest.mark.seam
 @pytest.mark.parametrize("caching", [True, False], ids=["prefix_cache", "no_prefix_cache"])
 def test_preempted_requests_with_a_budget_of_everything_give_stock_tokens(tiny, caching, monkeypatch):
     expected = tiny.stock(BATCH, MAX_TOKENS, **ROOM)
@@ -62,6 +63,7 @@ def test_preemption_is_deterministic_at_a_small_budget(tiny, monkeypatch):
     )
 
 
+@pytest.mark.seam
 def test_prompts_beyond_the_cache_wait_for_each_other(tiny, monkeypatch):
     expected = tiny.stock(BATCH, 8, **ROOM)
     writes = EngineWrites(monkeypatch)

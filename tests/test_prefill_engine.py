@@ -44,6 +44,7 @@ def chunks(monkeypatch):
     return seen
 
 
+@pytest.mark.seam
 @pytest.mark.parametrize("chunk_tokens", CHUNKS)
 @pytest.mark.parametrize("decode", ["dense", "quest"])
 def test_coverage_of_everything_gives_stock_tokens(tiny, chunks, decode, chunk_tokens):
@@ -63,6 +64,7 @@ def test_coverage_of_everything_gives_stock_tokens(tiny, chunks, decode, chunk_t
     assert any(chunk.request for chunk in chunks), "no sparse prefill beside another row"
 
 
+@pytest.mark.seam
 def test_prefill_of_several_prompts_at_once_attends_what_it_counts(tiny, chunks):
     batch = prompts((257, 300, 400), seed=4)
     expected = tiny.stock(batch)
@@ -73,6 +75,7 @@ def test_prefill_of_several_prompts_at_once_attends_what_it_counts(tiny, chunks)
     assert counts["prefill_causal_pairs"] == pairs((257, 300, 400))
 
 
+@pytest.mark.seam
 def test_preempted_and_resumed_requests_give_stock_tokens(tiny, chunks):
     batch = prompts((200, 130, 190, 211), seed=5)
     room = {"max_model_len": 320, "block_size": 16, "max_num_batched_tokens": 150}
@@ -85,6 +88,7 @@ def test_preempted_and_resumed_requests_give_stock_tokens(tiny, chunks):
     assert chunks
 
 
+@pytest.mark.seam
 def test_few_pages_change_tokens_and_are_deterministic(tiny, chunks):
     """Else the tests of this file would pass on a backend that ignores the policy."""
     settings = {"enable_prefix_caching": False}
@@ -98,6 +102,7 @@ def test_few_pages_change_tokens_and_are_deterministic(tiny, chunks):
     assert 0 < counts["prefill_attended_pairs"] < 0.8 * counts["prefill_causal_pairs"]
 
 
+@pytest.mark.seam
 def test_up_to_min_prefill_tokens_a_chunk_is_dense(tiny, chunks):
     with tiny.start(sparse={**LITTLE, "min_prefill_tokens": 400}, max_num_batched_tokens=1024) as llm:
         got = tokens(llm, MIXED)
@@ -114,6 +119,7 @@ def test_short_chunks_are_dense(tiny, monkeypatch):
         assert tokens(llm, MIXED) == expected
 
 
+@pytest.mark.seam
 def test_dense_layers_prefill_densely(tiny, chunks):
     with tiny.start(sparse={**LITTLE, "dense_layers": 1}) as llm:
         tokens(llm, MIXED)

@@ -9,7 +9,7 @@ import pytest
 from tiny_engine import prompts
 from tiny_server import GREEDY, MAX_TOKENS, serve
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.seam]
 
 SPARSE = {"budget_tokens": 2048, "dense_layers": 1, "min_context_tokens": 0}
 PROMPTS = prompts((300, 40, 1), seed=11)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from allocations import Allocations
-from cases import DEVICE, ON_GPU, TOLERANCE, error
+from cases import DEVICE, ON_GPU, TOLERANCE, error, in_float64
 from prefill_cases import make_chunk, random_keep
 from vllm_sparse.kernels import reference
 

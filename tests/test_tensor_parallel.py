@@ -39,6 +39,7 @@ def run(tmp_path, model, ray=False, environment=None, **llm) -> tuple[list[list[
     return json.loads(lines[0].removeprefix("RESULT "))
 
 
+@pytest.mark.seam
 def test_two_ranks_give_stock_tokens_each_with_half_of_the_heads(tiny, tmp_path):
     shares = (0.25, 0.5, 0.75, 1.0)
     table = PatternTable(

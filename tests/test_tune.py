@@ -104,9 +104,10 @@ def interrupt_the_second_passage(monkeypatch) -> list[int]:
     return measured
 
 
+@pytest.mark.seam
 @pytest.mark.engine
 def test_tune_leaves_patterns_that_serving_takes_and_continues_where_it_was_interrupted(tiny, monkeypatch, capfd):
-    # capfd, for vLLM 0.27 asks standard output for its file descriptor.
+    # capfd, for vLLM asks standard output for its file descriptor.
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     from vllm_sparse.tune import command
 

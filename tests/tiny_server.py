@@ -55,10 +55,11 @@ def serve(folder: Path, model: Path, sparse: dict, *arguments: str, program=None
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     settings = {**ENGINE, "block_size": 32, "port": port, "host": "127.0.0.1", "served_model_name": "tiny"}
+    eager = settings.pop("enforce_eager")
     command = [
-        *(program or [Path(sys.executable).parent / "vllm"]), "serve", model,
+        *(program or [sys.executable, "-m", "vllm.entrypoints.cli.main"]), "serve", model,
         *(f"--{name.replace('_', '-')}={value}" for name, value in settings.items()),
-        "--enforce-eager", "--attention-backend=sparse",
+        *(["--enforce-eager"] if eager else []), "--attention-backend=sparse",
         f"--additional-config={json.dumps({'sparse': sparse})}", *arguments,
     ]  # fmt: skip
     log = folder / "log"

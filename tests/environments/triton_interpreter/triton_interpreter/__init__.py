@@ -1,0 +1,1 @@
+"""A backend that is found by its name and compiles nothing."""
