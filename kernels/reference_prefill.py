@@ -304,6 +304,8 @@ def sparse_prefill(
     num_blocks = -(-num_tokens // BLOCK_TOKENS)
     keys, values = single_head_pages(kv, page_size)
     for row, length in enumerate(table.lengths.tolist()):
+        if length == 0:
+            continue
         head, block = divmod(row, num_blocks)
         tokens = slice(block * BLOCK_TOKENS, min((block + 1) * BLOCK_TOKENS, num_tokens))
         units = table.units[row, : -(-length // page_size)].long()

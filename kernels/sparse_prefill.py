@@ -61,7 +61,7 @@ def _sparse_prefill(
     length = tl.load(lengths + row)
     in_block = part * BLOCK_M + tl.arange(0, BLOCK_M)
     queries = tl.minimum(num_tokens - block * BLOCK_TOKENS, BLOCK_TOKENS)
-    if part * BLOCK_M >= queries:
+    if (part * BLOCK_M >= queries) | (length == 0):
         return
     token = (block * BLOCK_TOKENS + in_block).to(tl.int64)
     dims = tl.arange(0, BLOCK_D)

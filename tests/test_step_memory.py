@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -340,3 +341,18 @@ def test_an_engine_answers_the_same_after_a_rehearsal(tiny, decode):
         kernels_before = workspace.table.units
         impls[1].rehearse(query, torch.empty_like(query))
         assert workspace.table.units is kernels_before
+
+
+@pytest.mark.parametrize("run", ["twin", "kernel"])
+def test_rows_of_a_rehearsal_are_not_read(run):
+    """On a GPU whose prefill is Triton's a rehearsal over empty rows read before its table, and the start failed."""
+    if run == "kernel":
+        pytest.importorskip("triton")
+    launchers = reference if run == "twin" else importlib.import_module("vllm_sparse.kernels.launchers")
+    case = make_chunk(0, 300, KV_HEADS, 3, 32)
+    table = case.buffers.table(case.blocks)
+    table.units.fill_(2**30)
+    table.lengths.zero_()
+    out = torch.full_like(case.q, 7.0)
+    launchers.sparse_prefill(case.q, case.kv, table, PAGE, case.scale, out)
+    assert (out == 7.0).all()
