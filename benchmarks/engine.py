@@ -95,6 +95,8 @@ def main() -> None:
                     "batch_spec": spec, "budget": sparse["budget"], "policy": sparse["policy"],
                     "prefill_policy": sparse["prefill_policy"], "prefill_density": ours["prefill_density"],
                     "sparse": json.loads(args.sparse), "baseline": args.baseline, "eager": args.eager,
+                    "kv_dtype": "bf16", "baseline_kv_dtype": "bf16", "weights": "bf16", "drafts": 0,
+                    "default": not json.loads(args.sparse),
                     "baseline_ms": baseline, "sparse_ms": ours[f"{bench}_ms"],
                     "p99_baseline_ms": theirs.get("p99_ms"), "p99_sparse_ms": ours["p99_ms"],
                     "speedup": round(baseline / ours[f"{bench}_ms"], 3) if baseline else None,
