@@ -12,6 +12,8 @@ pytest.importorskip("vllm")
 
 import vllm
 from tiny_engine import engine_core
+from vllm.config import AttentionConfig, ModelConfig
+from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionBackend,
@@ -20,16 +22,16 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
 )
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
-from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.worker.gpu_worker import Worker
 from vllm.v1.worker.worker_base import WorkerBase, WorkerWrapperBase
 from vllm_sparse.plugin_entrypoints import register
 
+from vllm_sparse.backend import hooks
 from vllm_sparse.backend.backend import SparseBackend
 from vllm_sparse.backend.builder import SparseMetadataBuilder
 from vllm_sparse.backend.impl import SparseImpl
-from vllm_sparse.cache.spec import SparseAttentionManager, SparseAttentionSpec
+from vllm_sparse.cache.spec import SparseAttentionSpec
 
 pytestmark = pytest.mark.seam
 
@@ -39,7 +41,6 @@ OURS = {
     SparseMetadataBuilder: AttentionMetadataBuilder,
     SparseImpl: AttentionImpl,
     SparseAttentionSpec: FullAttentionSpec,
-    SparseAttentionManager: FullAttentionManager,
 }
 
 
@@ -61,7 +62,7 @@ def test_our_methods_take_what_vllm_gives_theirs(ours):
         assert set(given) - {"self", "cls"} <= set(mine), f"{ours.__name__}.{name} does not take all arguments"
         needed = {name for name, parameter in mine.items() if parameter.default is parameter.empty}
         assert needed - {"self", "cls"} <= set(given), f"{ours.__name__}.{name} wants more than it is given"
-    assert compared or ours is SparseAttentionManager, "nothing was compared"
+    assert compared, "nothing was compared"
 
 
 def test_hooks_stand_before_functions_that_vllm_has():
@@ -71,11 +72,27 @@ def test_hooks_stand_before_functions_that_vllm_has():
         assert vars(platform)[name].__func__._vllm_sparse
     chosen_by = parameters(vars(platform)["get_attn_backend_cls"])
     assert list(chosen_by) == ["cls", "selected_backend", "attn_selector_config", "num_heads"]
-    assert WorkerWrapperBase._vllm_sparse and callable(WorkerBase.sparse_metrics)
+    hooks.install()
+    assert hooks.installed() and callable(WorkerBase.sparse_metrics)
     # What the wrappers call in turn.
-    assert {"determine_available_memory", "initialize_from_config"} <= set(dir(Worker))
+    wrapped = {
+        "determine_available_memory",
+        "initialize_from_config",
+        "compile_or_warm_up_model",
+        "sleep",
+        "wake_up",
+    }
+    assert wrapped <= set(dir(Worker))
     assert "initialize_from_config" in vars(WorkerWrapperBase)
     assert hasattr(AttentionBackend, "customize_spec"), "the spec is adjusted where vLLM asks for it"
+
+
+def test_a_layer_is_built_with_the_arguments_that_decide_about_it():
+    given = set(parameters(inspect.unwrap(Attention.__init__)))
+    asked = set(re.findall(r'arguments\["(\w+)"\]', Path(inspect.getfile(hooks)).read_text()))
+    assert len(asked) > 10 and asked <= given
+    assert {"backend", "backend_per_kind", "use_non_causal"} <= set(AttentionConfig.__dataclass_fields__)
+    assert {"is_hybrid", "is_encoder_decoder", "is_mm_prefix_lm", "rswa_window"} <= set(dir(ModelConfig))
 
 
 def test_fields_of_a_step_that_we_read_exist():

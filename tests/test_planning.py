@@ -44,11 +44,11 @@ def plan(tiny, specs: dict, layout):
 
 def full(heads: int = 2, summary: str | None = "key_range"):
     spec = FullAttentionSpec(block_size=PAGE, **{**SHAPE, "num_kv_heads": heads})
-    return spec if summary is None else SparseAttentionSpec.extend(spec, summary)
+    return spec if summary is None else SparseAttentionSpec.extend(spec, PAGE, summary)
 
 
-def window():
-    return SlidingWindowSpec(block_size=PAGE, sliding_window=64, **SHAPE)
+def window(heads: int = 2):
+    return SlidingWindowSpec(block_size=PAGE, sliding_window=64, **{**SHAPE, "num_kv_heads": heads})
 
 
 def linear(page_bytes: int):
@@ -67,7 +67,10 @@ MODELS = {
     "sketches": [full(summary="sketch2") for _ in range(3)],
     "sliding_window": [window(), full(), window(), full()],
     "sliding_window_few_full": [window(), window(), window(), full()],
+    "wider_sliding_window": [window(5), full(), window(5), full()],
     "dense_beside_sparse": [full(), STOCK],
+    "draft_of_half_the_heads": [full(4), full(4), full(2, None)],
+    "sparse_draft_of_half_the_heads": [full(4), full(4), full(2)],
     "linear": [linear(STOCK.page_size_bytes), STOCK, linear(STOCK.page_size_bytes)],
 }
 

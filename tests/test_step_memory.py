@@ -345,7 +345,7 @@ def test_an_engine_answers_the_same_after_a_rehearsal(tiny, decode):
 
 @pytest.mark.parametrize("run", ["twin", "kernel"])
 def test_rows_of_a_rehearsal_are_not_read(run):
-    """On a GPU whose prefill is Triton's a rehearsal over empty rows read before its table, and the start failed."""
+    """On a GPU whose prefill is Triton's a rehearsal read before its table, and the start failed."""
     if run == "kernel":
         pytest.importorskip("triton")
     launchers = reference if run == "twin" else importlib.import_module("vllm_sparse.kernels.launchers")
