@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
+from vllm.distributed import get_world_group
 
 from vllm_sparse import metrics
 from vllm_sparse.backend import compat
 from vllm_sparse.config import ConfigError, SparseConfig
 from vllm_sparse.offload import sizing
-from vllm_sparse.offload.limits import read_limits, resolve_host_gib
+from vllm_sparse.offload.limits import check_host_memory, read_limits, resolve_host_gib
 from vllm_sparse.offload.sizing import GIB, CacheShape, Split, StepLimits
 from vllm_sparse.offload.store import OffloadStore
 
@@ -22,10 +24,41 @@ ADMITTED = "sparse_host_gib_admitted"
 
 
 def ranks_of_host(parallel_config: Any) -> int:
-    """Ranks that share the memory of one host."""
+    """Ranks that share the memory of one host as far as the driver knows, which under ray it does not."""
     nodes = max(1, getattr(parallel_config, "nnodes", 1) or 1)
-    local = max(1, getattr(parallel_config, "data_parallel_size_local", 1) or 1)
-    return -(-parallel_config.world_size // nodes) * local
+    return -(-parallel_config.world_size // nodes) * _engines_of_host(parallel_config)
+
+
+def _engines_of_host(parallel_config: Any) -> int:
+    return max(1, getattr(parallel_config, "data_parallel_size_local", 1) or 1)
+
+
+def host_id() -> str:
+    """The same for processes that share the memory of a host, in whatever containers they are."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def ranks_on_this_host(worker: Any) -> int:
+    """Ranks that share the memory of a worker's own host, asked of all of them: only they know where they are.
+
+    Every rank of an engine must call it, and each keeps the answer.
+
+    Raises:
+        ConfigError: the engine spans several hosts, and this one cannot hold the pools of its ranks.
+    """
+    if hasattr(worker, "sparse_ranks_of_host"):
+        return worker.sparse_ranks_of_host
+    parallel, world = worker.vllm_config.parallel_config, get_world_group()
+    hosts = [""] * world.world_size
+    torch.distributed.all_gather_object(hosts, host_id(), group=world.cpu_group)
+    here = hosts.count(host_id())
+    # vLLM's world holds the ranks of all data-parallel engines, or those of one.
+    ranks = here if world.world_size > parallel.world_size else here * _engines_of_host(parallel)
+    if len(set(hosts)) > 1:
+        config = SparseConfig.from_vllm(worker.vllm_config)
+        check_host_memory(config.offload.host_gib * here / ranks, here, read_limits())
+    worker.sparse_ranks_of_host = ranks
+    return ranks
 
 
 def check(vllm_config: Any, config: SparseConfig) -> SparseConfig:
@@ -105,8 +138,9 @@ def _limits(vllm_config: Any, config: SparseConfig, page_size: int) -> StepLimit
     )
 
 
-def _host_bytes(vllm_config: Any, config: SparseConfig) -> int:
-    return int(config.offload.host_gib * GIB) // ranks_of_host(vllm_config.parallel_config)
+def _host_bytes(worker: Any, config: SparseConfig) -> int:
+    """A rank's share of what its host gives to all of its ranks."""
+    return int(config.offload.host_gib * GIB) // ranks_on_this_host(worker)
 
 
 def available_memory(worker: Any, gpu_bytes: int) -> int:
@@ -121,7 +155,7 @@ def available_memory(worker: Any, gpu_bytes: int) -> int:
     shape = _shape(worker.get_kv_cache_spec(), config)
     limits = _limits(worker.vllm_config, config, shape.page_size)
     split = sizing.split_memory(
-        shape, limits, gpu_bytes, _host_bytes(worker.vllm_config, config), config.offload.hot_fraction
+        shape, limits, gpu_bytes, _host_bytes(worker, config), config.offload.hot_fraction
     )
     worker.sparse_gpu_bytes = gpu_bytes
     return split.num_blocks * shape.gpu_block_bytes
@@ -144,7 +178,7 @@ def build_store(worker: Any, kv_cache_config: Any) -> None:
         )
     limits = _limits(vllm_config, config, shape.page_size)
     num_blocks = kv_cache_config.num_blocks
-    host_bytes = _host_bytes(vllm_config, config)
+    host_bytes = _host_bytes(worker, config)
     if num_blocks * shape.host_page_bytes > host_bytes:
         raise ConfigError(
             f"--num-gpu-blocks-override: {num_blocks} blocks need {num_blocks * shape.host_page_bytes / GIB:.3f} "
