@@ -20,7 +20,7 @@ class Inspector:
         """KV heads of the layers, and how much of the attention each query head of sparse ones keeps."""
         layers = self.model_runner.vllm_config.compilation_config.static_forward_context
         impls = [layer.impl for layer in layers.values()]
-        prefills = [impl.prefill for impl in impls if impl.dense_reason is None]
+        prefills = [impl.prefill for impl in impls if impl.is_sparse]
         return {
             "kv_heads": [impl.num_kv_heads for impl in impls],
             "coverages": [each.policy.patterns.coverage.tolist() for each in prefills if each is not None],

@@ -179,9 +179,10 @@ def test_engine_refuses_wrong_settings_before_it_builds_anything(tiny, case):
     [
         ({"block_size": 8}, ["--block-size: 8", "allowed: 16, 32, 64"]),
         ({"block_size": 64, "sparse": {"budget_tokens": 96}}, ["sparse.budget_tokens: 96", "pages of 64 tokens"]),
-        ({"kv_cache_dtype": "fp8"}, ["--kv-cache-dtype: 'fp8'", "bfloat16"]),
+        ({"kv_cache_dtype": "fp8"}, ["--kv-cache-dtype: 'fp8", "allowed: auto, float32"]),
+        ({"kv_cache_dtype": "bfloat16"}, ["--kv-cache-dtype: 'bfloat16'", "allowed: auto, float32"]),
     ],
-    ids=["page_of_8", "budget_for_large_pages", "fp8"],
+    ids=["page_of_8", "budget_for_large_pages", "fp8", "another_dtype"],
 )
 def test_engine_refuses_what_pages_cannot_serve(tiny, settings, said):
     message = refused(tiny, **settings)

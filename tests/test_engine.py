@@ -193,10 +193,12 @@ def test_up_to_min_context_tokens_requests_get_stock_tokens(tiny):
 def test_dense_layers_run_dense_and_are_counted(tiny, dense_layers):
     with tiny.start(sparse={"dense_layers": dense_layers}) as llm:
         got = tokens(llm, MIXED)
-        reasons = [layer.impl.dense_reason for layer in attention_layers(llm).values()]
+        layers = [layer.impl for layer in attention_layers(llm).values()]
+        rows = {impl.page_rows() for impl in layers}
         counts = metrics.snapshot()
     dense = min(dense_layers, LAYERS)
-    assert [reason is not None for reason in reasons] == [True] * dense + [False] * (LAYERS - dense)
+    assert [impl.is_sparse for impl in layers] == [False] * dense + [True] * (LAYERS - dense)
+    assert rows == {32 if dense == LAYERS else 33}, "summaries that nobody reads, or none for who does"
     assert counts["sparse_layers"] == LAYERS - dense
     assert sum(counts["dense_layers"].values()) == dense
     assert (got == tiny.stock(MIXED)) == (dense == LAYERS)

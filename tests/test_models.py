@@ -14,18 +14,18 @@ GEMMA = {"tie_word_embeddings": True, "embedding": 0.05, "sliding_window": 64}
 FULL = ["full_attention"] * 4
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 SOFT_CAPPED = {"query_pre_attn_scalar": 32, "attn_logit_softcapping": 5.0}
-# Model type, settings, sparse layers, reason -> dense layers, reason -> kinds of stock layers.
+# Model type, settings, sparse layers, reason -> dense layers, reason -> stock layers.
 MODELS = {
     "qwen3": ("qwen3", {}, 3, {}, {}),
-    "sliding_window": ("mistral", {"sliding_window": 64}, 0, {}, {"sliding window": 1}),
-    "hybrid": ("gemma3_text", {**GEMMA, "layer_types": MIXED}, 1, {}, {"sliding window": 1}),
+    "sliding_window": ("mistral", {"sliding_window": 64}, 0, {}, {"sliding window": 3}),
+    "hybrid": ("gemma3_text", {**GEMMA, "layer_types": MIXED}, 1, {}, {"sliding window": 2}),
     "hybrid_of_several_groups": (
         "gemma3_text",
         {**GEMMA, "layer_types": [MIXED[0], *FULL], "num_hidden_layers": 5},
         4, {}, {"sliding window": 1},
     ),
-    "alibi": ("bloom", {"n_layer": 3, "n_head": 4, "tie_word_embeddings": True}, 0, {"ALiBi": 3}, {}),
-    "soft_cap": ("gemma2", {**GEMMA, **SOFT_CAPPED, "layer_types": FULL[:3]}, 0, {"soft-capped": 3}, {}),
+    "alibi": ("bloom", {"n_layer": 3, "n_head": 4, "tie_word_embeddings": True}, 0, {}, {"ALiBi": 3}),
+    "soft_cap": ("gemma2", {**GEMMA, **SOFT_CAPPED, "layer_types": FULL[:3]}, 0, {}, {"soft-capped": 3}),
     "kv_sharing": (
         "gemma3n_text",
         {

@@ -62,7 +62,7 @@ def test_log_says_what_ran_sparse(server):
     log = server.log.read_text()
     assert "sparse attention: attended" in log
     assert "tokens (100.0%) in decode steps so far" in log
-    assert "sparse attention: layers run dense: dense_layers=1" in log
+    assert "attention layers sparse (" in log and "1 dense (dense_layers=1: 1)" in log
 
 
 def test_metrics_endpoint_counts_the_requests(server):

@@ -154,9 +154,7 @@ def available_memory(worker: Any, gpu_bytes: int) -> int:
         return gpu_bytes
     shape = _shape(worker.get_kv_cache_spec(), config)
     limits = _limits(worker.vllm_config, config, shape.page_size)
-    split = sizing.split_memory(
-        shape, limits, gpu_bytes, _host_bytes(worker, config), config.offload.hot_fraction
-    )
+    split = sizing.split_memory(shape, limits, gpu_bytes, _host_bytes(worker, config), config.offload.hot_fraction)
     worker.sparse_gpu_bytes = gpu_bytes
     return split.num_blocks * shape.gpu_block_bytes
 
