@@ -24,6 +24,7 @@ from vllm_sparse.eval.rows import Rows, commit
 from vllm_sparse.eval.samples import TEXT, Samples, spread
 from vllm_sparse.eval.settings import Setting, by_summary, grid
 from vllm_sparse.eval.summary import Summary, table
+from vllm_sparse.page_table import UnitGrid
 from vllm_sparse.policies.registry import DECODE_POLICIES
 
 DOCUMENT = Path(__file__).parent.parent / "README.md"
@@ -251,8 +252,8 @@ def test_recall_is_the_exact_mass_of_the_chosen_pages_over_that_of_the_best(poli
             keys = case.kv[blocks, head, :16, :64].flatten(0, 1)[:length]
             weights = (case.q[request, 3 * head : 3 * head + 3] @ keys.T * case.scale).softmax(-1).mean(0)
             for total, pages in ((chosen, case.table), (best, exact.table)):
-                units = pages.units[2 * request + head, : case.budget_pages].tolist()
-                places = [blocks.index(unit // 2) for unit in units]
+                units = pages.units[2 * request + head, : case.budget_pages]
+                places = [blocks.index(block) for block in UnitGrid.of(case.kv).split(units)[0].tolist()]
                 total[head] += sum(weights[16 * place : 16 * place + 16].sum() for place in places)
     assert torch.allclose(torch.tensor(found["chosen"]).float(), 2 * chosen, rtol=1e-4)
     assert torch.allclose(torch.tensor(found["best"]).float(), 2 * best, rtol=1e-4)

@@ -11,6 +11,7 @@ from vllm_sparse.kernels import launchers, reference
 from vllm_sparse import kernels
 from vllm_sparse.config import ConfigError, SparseConfig
 from vllm_sparse.freeze import Freeze, FreezeBuffers, check
+from vllm_sparse.page_table import UnitGrid
 from vllm_sparse.policies import DECODE_POLICIES, get_decode_policy
 from vllm_sparse.probe import probe_parts
 from vllm_sparse.query_blocks import QueryBlocks
@@ -241,7 +242,8 @@ def choose(case: Case, policy: str, budget_pages: int) -> list[list[list[int]]]:
         blocks = case.block_table[request].tolist()
         rows = range(request * case.kv_heads, (request + 1) * case.kv_heads)
         units = [case.table.units[row, : -(-int(case.table.lengths[row]) // case.page_size)] for row in rows]
-        chosen.append([[blocks.index(unit // case.kv_heads) for unit in row.tolist()] for row in units])
+        named = [UnitGrid.of(case.kv).split(row)[0] for row in units]
+        chosen.append([[blocks.index(block) for block in row.tolist()] for row in named])
     return chosen
 
 

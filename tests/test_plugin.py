@@ -22,7 +22,6 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.selector import AttentionSelectorConfig
 from vllm_sparse.plugin_entrypoints import register
 
-from vllm_sparse import metrics
 from vllm_sparse.backend import compat
 
 pytestmark = pytest.mark.seam
@@ -131,37 +130,15 @@ def test_without_the_flag_vllm_is_as_without_the_plugin(tiny):
         assert f"'vllm_sparse.{module}'" not in loaded[3]
 
 
-def choose(backend: str | None, **changes) -> str:
-    config = {"head_size": 64, "dtype": torch.float32, "kv_cache_dtype": "auto", "block_size": 16, **changes}
-    selected = None if backend is None else AttentionBackendEnum[backend]
-    return current_platform.get_attn_backend_cls(selected, AttentionSelectorConfig(**config), num_heads=4)
+def test_whoever_asks_the_selector_itself_gets_what_vllm_would_choose():
+    """Layers that wrap another backend do, and latent attention; plain layers are decided about before."""
+    from vllm_sparse.backend import hooks
 
-
-UNSUPPORTED = {
-    "sliding_window": ({"has_sliding_window": True}, "sliding window not supported"),
-    "encoder_only": ({"attn_type": "encoder_only"}, "attention type encoder_only not supported"),
-    "encoder_decoder": ({"attn_type": "encoder_decoder"}, "attention type encoder_decoder not supported"),
-    "small_heads": ({"head_size": 16}, "head_size not supported"),
-    "odd_heads": ({"head_size": 72}, "head_size not supported"),
-    "large_heads": ({"head_size": 512}, "head_size not supported"),
-    "sinks": ({"has_sink": True}, "attention sinks not supported"),
-    "bidirectional_images": ({"use_mm_prefix": True}, "partial multimodal token full attention not supported"),
-    "non_causal": ({"use_non_causal": True}, "non-causal attention not supported"),
-    "double": ({"dtype": torch.float64}, "dtype not supported"),
-}
-
-
-@pytest.mark.skipif(not current_platform.is_cpu(), reason="names the CPU's backend")
-@pytest.mark.parametrize("case", UNSUPPORTED)
-def test_layers_that_cannot_be_sparse_keep_the_stock_backend(case, monkeypatch):
-    changes, reason = UNSUPPORTED[case]
-    warnings = []
-    monkeypatch.setattr(metrics.logger, "warning", lambda text, *values: warnings.append(text % values))
     register()
-    metrics.reset()
-    assert choose("SPARSE") == compat.BACKEND_PATH
-    assert metrics.snapshot()["stock_layers"] == {}
-    for _ in range(3):
-        assert choose("SPARSE", **changes) == choose(None, **changes) == choose("CPU_ATTN", **changes)
-    assert metrics.snapshot()["stock_layers"] == {reason: 3}
-    assert warnings == [f"sparse attention: layers keep vLLM's own backend: {reason}"]
+    hooks.install()
+    config = AttentionSelectorConfig(head_size=64, dtype=torch.float32, kv_cache_dtype="auto", block_size=32)
+    chosen = {
+        name: current_platform.get_attn_backend_cls(name and AttentionBackendEnum[name], config, num_heads=4)
+        for name in ("SPARSE", None, "CPU_ATTN")
+    }
+    assert len(set(chosen.values())) == 1 and "CPUAttentionBackend" in chosen["SPARSE"]

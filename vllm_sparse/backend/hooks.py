@@ -281,9 +281,12 @@ def layers_of(worker: Any) -> dict[str, Any]:
 
 
 def decision_of(layer: Any) -> Decision:
-    """What was decided about a layer; of classes that choose a backend by themselves, that it was left to them."""
-    other = Decision(Treatment.STOCK, f"layers of class {type(layer).__name__} choose a backend by themselves")
-    return getattr(layer, "sparse_support", other)
+    """What was decided about a layer; of one about which we were not asked, that."""
+    kind = type(layer).__name__
+    unasked = f"layers of class {kind} choose a backend by themselves"
+    if kind == "Attention":
+        unasked = "sparse was not asked for here, as for drafts or other kinds of layers"
+    return getattr(layer, "sparse_support", Decision(Treatment.STOCK, unasked))
 
 
 def check_caches(worker: Any) -> None:

@@ -24,7 +24,7 @@ def save(worker: Any, tags: Iterable[str] = POOLS) -> None:
     asleep = getattr(worker, "sparse_asleep", set())
     if not asleep:
         worker.sparse_saved = [
-            (tensor, tensor.cpu() if tensor.untyped_storage().nbytes() <= KEPT_BYTES else None)
+            (tensor, tensor.to("cpu", copy=True) if tensor.untyped_storage().nbytes() <= KEPT_BYTES else None)
             for tensor in tensors_of(worker)
         ]
     worker.sparse_asleep = asleep | (POOLS & set(tags))
