@@ -13,7 +13,7 @@ from vllm_sparse.budget_table import BudgetTable
 from vllm_sparse.config import ConfigError, SparseConfig
 from vllm_sparse.pattern_table import HeadPattern, PatternTable
 
-HUB = "/root/.cache/huggingface/hub/models--org--Model-8B/snapshots/1234"
+HUB = "/caches/huggingface/hub/models--org--Model-8B/snapshots/1234"
 NAMES = (
     ("org/Model-8B", "org/Model-8B", True), ("org/Model-8B", "org/model-8b", True),
     ("org/Model-8B", "other/Model-8B", False), ("org/Model-8B", "org/Model-8B-Instruct", False),
