@@ -92,7 +92,7 @@ def check_server(server, tiny, model, dense_layers: int = 1, count: int = 2) -> 
         choices = list(clients.map(lambda prompt: server.choice("/v1/completions", prompt=prompt), batch))
     assert [choice["token_ids"] for choice in choices] == expected
     log = server.log.read_text()
-    for told, workers in ((f"dense (dense_layers={dense_layers}: {dense_layers})", 2), ("tokens (100.0%)", count)):
+    for told, workers in ((f"dense (dense_layers={dense_layers}: ", 2), ("tokens (100.0%)", count)):
         told_by = set(re.findall(rf"\((Worker\w* pid=\d+)\).*sparse attention: .*{re.escape(told)}", log))
         assert len(told_by) == workers, f"{told!r} is told by {told_by}"
 

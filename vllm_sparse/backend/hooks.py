@@ -318,7 +318,7 @@ def report(worker: Any) -> None:
         notes.append("K and V in CPU memory")
     notes.append(f"KV {compat.kv_dtype(worker.vllm_config)}")
     line, any_sparse = support.summary_line(decisions, config, notes)
-    if any_sparse:
+    if any_sparse or worker.vllm_config.parallel_config.pipeline_parallel_size > 1:  # other stages have others
         logger.info("sparse attention: %s", line)
     else:
         logger.warning("sparse attention does NOTHING in this engine: %s", line)
