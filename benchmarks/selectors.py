@@ -35,7 +35,7 @@ from vllm_sparse.decode_plan import DecodePlan
 from vllm_sparse.page_scores import PageScores
 from vllm_sparse.page_table import PageTable, UnitGrid
 from vllm_sparse.policies import DECODE_POLICIES, get_decode_policy
-from vllm_sparse.summaries import FROZEN, summary_bytes_read, summary_rows
+from vllm_sparse.summaries import summary_bytes_read, summary_rows
 
 PAGE = 16
 FIRST_SEED = {"dev": 0, "report": 1000}
@@ -85,7 +85,7 @@ def main() -> None:
     # A frozen choice is of the prompt's end, not of these queries.
     scoring = [
         name for name, policy in DECODE_POLICIES.items()
-        if name != "dense" and not policy.adaptive and policy.summary != FROZEN
+        if name != "dense" and not policy.adaptive
     ]  # fmt: skip
     parser.add_argument("--policies", nargs="*", default=scoring, choices=scoring)
     parser.add_argument("--split", choices=FIRST_SEED, default="report")

@@ -4,10 +4,8 @@ from vllm_sparse.kernels.antidiagonal_score import antidiagonal_score
 from vllm_sparse.kernels.fetch_units import fetch_units
 from vllm_sparse.kernels.find_slots import find_slots
 from vllm_sparse.kernels.fixed_pattern import fixed_pattern
-from vllm_sparse.kernels.frozen_score import frozen_score
 from vllm_sparse.kernels.guard_mass import guard_mass
 from vllm_sparse.kernels.index_score import random_score, recency_score
-from vllm_sparse.kernels.list_pages import list_pages
 from vllm_sparse.kernels.page_mass import page_mass
 from vllm_sparse.kernels.page_write import page_write
 from vllm_sparse.kernels.pattern_distance import pattern_distance
@@ -33,9 +31,7 @@ __all__ = [
     "fetch_units",
     "find_slots",
     "fixed_pattern",
-    "frozen_score",
     "guard_mass",
-    "list_pages",
     "page_mass",
     "page_write",
     "pattern_distance",

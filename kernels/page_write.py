@@ -13,8 +13,6 @@ Bit i of a scale is the lowest bit of channel i of what it scales, i < 16: those
 even or odd numbers as it says. Scales beside the row cost a second memory access of every page,
 which took scoring a fifth longer.
 
-A page of summary "frozen" starts with no list, and keeps what :mod:`vllm_sparse.freeze` puts there.
-
 Sketches of keys (:mod:`vllm_sparse.kernels.sketch_write`) take the same place, one per tile of 16 rows.
 
 Summaries are recomputed from the page, never accumulated, so reused blocks, chunked prefill and
@@ -29,7 +27,7 @@ import triton
 import triton.language as tl
 from vllm_sparse.kernels.sketch_write import STEP, write_sketch
 
-from vllm_sparse.summaries import FROZEN, NO_LIST, SKETCH_BITS, TILE_TOKENS, SketchLayout, summary_rows
+from vllm_sparse.summaries import SKETCH_BITS, TILE_TOKENS, SketchLayout, summary_rows
 
 SCALE_BITS = 16
 LEVELS = 125.9
@@ -57,7 +55,7 @@ def _page_write(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
     SKETCH_BITS: tl.constexpr, TILE_BYTES: tl.constexpr,
     ITEM_BYTES: tl.constexpr, SCALE_BITS: tl.constexpr, LEVELS: tl.constexpr, SMALLEST: tl.constexpr,
-    STEP: tl.constexpr, OF_KEYS: tl.constexpr, LISTS: tl.constexpr, NO_LIST: tl.constexpr,
+    STEP: tl.constexpr, OF_KEYS: tl.constexpr,
 ):  # fmt: skip
     token, head = tl.program_id(0), tl.program_id(1)
     dims = tl.arange(0, BLOCK_D)
@@ -72,10 +70,6 @@ def _page_write(
     page = block.to(tl.int64) * kv_stride_b + head.to(tl.int64) * kv_stride_h
     tl.store(kv + page + row * kv_stride_r + dims, k, mask=in_head)
     tl.store(kv + page + row * kv_stride_r + HEAD_DIM + dims, v, mask=in_head)
-    if LISTS:
-        word = tl.arange(0, 2)
-        header = kv_words + (page + PAGE * kv_stride_r) * ITEM_BYTES // 4
-        tl.store(header + word, tl.where(word == 0, NO_LIST, 0), mask=word < tl.where(row == 0, 2, 0))
     # What follows a return is compiled all the same.
     if not OF_KEYS:
         return
@@ -156,6 +150,6 @@ def page_write(
         kv.stride(0), kv.stride(1), kv.stride(2),
         HEAD_DIM=head_dim, BLOCK_D=width, PAGE=page_size, TILE=tile, SKETCH_BITS=bits, TILE_BYTES=tile_bytes,
         ITEM_BYTES=kv.element_size(), SCALE_BITS=SCALE_BITS, LEVELS=LEVELS, SMALLEST=SMALLEST, STEP=STEP,
-        OF_KEYS=rows > 0 and summary != FROZEN, LISTS=summary == FROZEN, NO_LIST=NO_LIST,
+        OF_KEYS=rows > 0,
         num_warps=num_warps,
     )  # fmt: skip

@@ -8,7 +8,6 @@ over speed. Tensors are described in :mod:`vllm_sparse.page_table` and
 from __future__ import annotations
 
 import torch
-from vllm_sparse.kernels.reference_frozen import frozen_score, list_pages  # noqa: F401
 from vllm_sparse.kernels.reference_offload import (  # noqa: F401
     fetch_units,
     find_slots,
@@ -38,7 +37,7 @@ from vllm_sparse.decode_plan import EVERY_PAGE, NOT_LISTED, WHOLE, DecodePlan
 from vllm_sparse.guard import Guard
 from vllm_sparse.page_scores import CHUNK_PAGES, PageScores
 from vllm_sparse.page_table import PageTable, UnitGrid, single_head_pages
-from vllm_sparse.summaries import FROZEN, NO_LIST, SKETCH_BITS, TILE_TOKENS, SketchLayout
+from vllm_sparse.summaries import SKETCH_BITS, TILE_TOKENS, SketchLayout
 
 SCALE_BITS, SCALE_LEVELS, SMALLEST_SCALE = 16, 125.9, 1e-7
 
@@ -60,9 +59,6 @@ def page_write(
     kv[blocks, :, rows] = torch.cat([key[tokens], value[tokens]], dim=-1).to(kv.dtype)
     if summary in SKETCH_BITS:
         write_sketches(kv, slots, page_size, summary)
-    if summary == FROZEN:
-        empty = torch.tensor([NO_LIST, 0], dtype=torch.int32, device=kv.device)
-        kv.view(torch.int32)[:, :, page_size, :2][blocks[rows == 0]] = empty
     if summary != "key_range":
         return
     head_dim = key.shape[-1]

@@ -22,8 +22,7 @@ from vllm_sparse.fixed_pattern import FixedPattern
 from vllm_sparse.guard import Guard
 from vllm_sparse.head_patterns import HeadPatterns
 from vllm_sparse.pattern_table import HeadPattern
-from vllm_sparse.query_blocks import QueryBlocks
-from vllm_sparse.summaries import FROZEN, SKETCH_BITS
+from vllm_sparse.summaries import SKETCH_BITS
 
 SHARED_BYTES = {80: 166912, 86: 101376, 89: 101376, 90: 232448}
 """Shared memory that one block can have (CUDA C++ Programming Guide, compute capabilities)."""
@@ -114,21 +113,7 @@ def compile_all(capability: int) -> None:
                 launchers.sketch_score(
                     case.q, case.kv, case.block_table, case.plan, page_size, case.scale, case.scores, summary
                 )
-            compile_frozen(kv_heads, group, head_dim, page_size, dtype)
             compile_prefill(make_chunk(70, 200, kv_heads, group, head_dim, page_size, dtype))
-
-
-def compile_frozen(kv_heads, group, head_dim, page_size, dtype) -> None:
-    shape = dict(dtype=dtype, device=torch.device("cpu"), summary=FROZEN)
-    case = make([300, 5], kv_heads, group, head_dim, page_size, 4, **shape)
-    key = torch.zeros(3, kv_heads, head_dim, dtype=dtype)
-    launchers.page_write(key, key, case.kv, torch.arange(3), page_size, FROZEN)
-    for stop in (False, True):
-        launchers.frozen_score(case.kv, case.block_table, case.plan, page_size, case.scores, stop)
-    chunk = QueryBlocks(0, 0, 300, 0)
-    probed = torch.zeros(kv_heads * group, 5, chunk.num_pages(page_size))
-    for mass, most in ((None, 8), (probed, 8), (probed, 16)):
-        launchers.list_pages(mass, case.kv, case.block_table[0], chunk, page_size, 1, 20, 8, 4, most)
 
 
 def compile_offload(store, case) -> None:

@@ -189,8 +189,8 @@ def test_whole_blocks_bring_their_summaries(tiny, store, monkeypatch):
         for connector in REGIONS:
             assert_whole_blocks_are_copied(llm, connector, monkeypatch)
     assert computed != tiny.stock(PROMPTS), "the budget changed nothing: this test would pass on a dense backend"
-    # A list of pages in the same bytes, and other settings: nothing of what was stored is found.
-    with start(tiny, sparse={"decode_policy": "snapkv"}) as llm:
+    # Sketches in the same bytes: nothing of what was stored is found.
+    with start(tiny, sparse={"decode_policy": "sketch"}) as llm:
         tokens(llm, PROMPTS, 1)
         assert not store.loaded
 

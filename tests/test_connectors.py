@@ -148,18 +148,14 @@ def test_engine_ids_say_what_pages_hold():
     for policy, mark in marks.items():
         alike.setdefault(mark, set()).add(policy)
     assert sorted(map(sorted, alike.values())) == [
-        ["ada_snapkv"], ["arkvale", "midbound", "quest"], ["dense", "oracle", "random", "streaming"],
-        ["sketch"], ["sketch2", "twilight"], ["snapkv"],
+        ["arkvale", "midbound", "quest"], ["dense", "oracle", "random", "streaming"],
+        ["sketch"], ["sketch2", "twilight"],
     ]  # fmt: skip
 
 
 def test_marks_of_pages_change_with_what_their_bytes_mean(monkeypatch):
-    snapkv = SparseConfig(decode_policy="snapkv")
     assert connectors.page_format(QUEST, 16) != connectors.page_format(QUEST, 32)
     assert connectors.page_format(QUEST, 16) == connectors.page_format(replace(QUEST, budget_tokens=999), 16)
-    for changes in ({"budget_tokens": 1024}, {"sink_tokens": 64}, {"window_tokens": 64}):
-        assert connectors.page_format(snapkv, 16) != connectors.page_format(replace(snapkv, **changes), 16)
-    assert connectors.page_format(snapkv, 16) == connectors.page_format(replace(snapkv, engine="torch"), 16)
     before = connectors.page_format(QUEST, 16), connectors.cache_salt(QUEST)
     monkeypatch.setattr(connectors, "FORMAT", 12)
     after = connectors.page_format(QUEST, 16), connectors.cache_salt(QUEST)
@@ -190,7 +186,7 @@ def test_requests_that_name_a_peer_of_another_format_are_refused():
         connectors.check_peer(quest, {"remote_engine_id": peer, "do_remote_prefill": True})
     connectors.check_peer(quest, {})
     connectors.check_peer(quest, None)
-    for peer in (engine("snapkv"), engine("sketch"), engine("dense"), engine("quest", 32), "stock", 7):
+    for peer in (engine("sketch2"), engine("sketch"), engine("dense"), engine("quest", 32), "stock", 7):
         for own, other in ((quest, peer), (peer, quest)):
             with pytest.raises(
                 VLLMValidationError, match=r"kv_transfer_params\.remote_engine_id: .*same sparse settings"
@@ -252,7 +248,7 @@ def test_engines_with_a_connector_hash_blocks_by_their_settings(monkeypatch):
     assert quest == hashes(multi(stored)), "the same settings in another connector"
     stock = hashes(stored, "FLASH_ATTN")
     different = [
-        stock, quest, hashes(stored, salt="tenant"), hashes(stored, sparse={"decode_policy": "snapkv"}),
+        stock, quest, hashes(stored, salt="tenant"), hashes(stored, sparse={"decode_policy": "sketch"}),
         hashes(stored, sparse={"decode_policy": "quest", "budget_tokens": 1024}),
         hashes(stored, sparse={"decode_policy": "dense"}),
     ]  # fmt: skip

@@ -387,7 +387,6 @@ WRONG = {
     "prefill": (["--prefill-policies", "slash"], ["'slash'", "vertical_slash"]),
     "budget": (["--budgets", "16"], ["budget_tokens: 16", "at least"]),
     "page": (["--budgets", "256", "--block-size", "256"], ["budget_tokens: 256", "pages of 256 tokens"]),
-    "list": (["--policies", "quest,snapkv"], ["budget_tokens: 128 pages", "lists 61 pages", "up to 1024 tokens"]),
     "coverage": (["--prefill-policies", "xattention", "--coverages", "2"], ["prefill_coverage: 2", "0 "]),
     "dense": (["--policies", "dense"], ["only dense", "quest", "vertical_slash"]),
     "length": (["--lengths", "5000"], ["--lengths: 5000", "258 to 4096"]),
@@ -548,69 +547,3 @@ def test_answers_with_offload_are_those_of_resident_pages(tiny, monkeypatch, tmp
     assert len(resident) == len(offloaded) == 4 and len(rows) == 10
     for name in ("budget", "seed", "attended", "answer", "score"):
         assert [row[name] for row in resident] == [row[name] for row in offloaded], name
-
-
-@pytest.mark.engine
-def test_frozen_policies_share_an_engine(tiny, monkeypatch, tmp_path):
-    pytest.importorskip("matplotlib")
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-    text, out = tmp_path / "text.txt", tmp_path / "eval.jsonl"
-    text.write_text(running_text(400))
-    options = [
-        "eval", str(tiny.model(seed=1)), "--text", str(text), "--dtype", "float32", "--block-size", "16",
-        "--chunk", "256", "--sparse", '{"dense_layers": 0}', "--budgets", "256,1024",
-        "--policies", "snapkv,ada_snapkv,streaming", "--lengths", "700", "--passages", "1", "--score-tokens", "24",
-        "--tasks", "text", "--recall-every", "5", "--out", str(out),
-    ]  # fmt: skip
-    assert cli.main(options) == 0
-    rows = {(row["policy"], row["budget"]): row for row in map(json.loads, out.read_text().splitlines())}
-    assert len(rows) == 7
-    for policy in ("snapkv", "ada_snapkv", "streaming"):
-        full, part = rows[policy, 1024], rows[policy, 256]
-        assert full["kl"] < 1e-3 and full["attended"] == 1
-        assert part["kl"] > 0.01 and 0.3 < part["attended"] < 0.45
-        assert all(0 < value < 1 for layer in part["recall"] for value in layer)
-    kl = {rows[policy, 256]["kl"] for policy in ("snapkv", "ada_snapkv", "streaming")}
-    assert len(kl) == 3, "two policies chose the same pages"
-    mean = {policy: sum(map(sum, rows[policy, 256]["recall"])) for policy in ("snapkv", "streaming")}
-    assert mean["snapkv"] > mean["streaming"]
-
-
-@pytest.mark.engine
-def test_frozen_choices_are_of_whole_prompts_and_of_their_own_setting(tiny, monkeypatch, tmp_path):
-    """What the prefix cache leaves of a prompt is a few queries, or one, which would choose."""
-    pytest.importorskip("matplotlib")
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-    from vllm_sparse.eval.engine import EvalEngine
-    from vllm_sparse.freeze import Freeze
-
-    chosen, run, list_pages = {}, EvalEngine.run, Freeze.list_pages
-
-    def running(engine, setting, *args):
-        chosen[setting] = []
-        found = run(engine, setting, *args)
-        assert found.prefill_density is None or setting.prefill_policy == "a_shape"
-        return found
-
-    def listing(freeze, q, kv, block_table, chunk):
-        list(chosen.values())[-1].append((chunk.end_position, chunk.num_tokens, freeze.budget_pages))
-        list_pages(freeze, q, kv, block_table, chunk)
-
-    monkeypatch.setattr(EvalEngine, "run", running)
-    monkeypatch.setattr(Freeze, "list_pages", listing)
-    text, out = tmp_path / "text.txt", tmp_path / "eval.jsonl"
-    text.write_text(running_text(400))
-    # Of the 673 tokens of a prompt all but one are in whole pages.
-    options = [
-        "eval", str(tiny.model(seed=1)), "--text", str(text), "--dtype", "float32", "--block-size", "16",
-        "--chunk", "256", "--sparse", '{"dense_layers": 0, "min_prefill_tokens": 256}', "--budgets", "128,256",
-        "--policies", "snapkv,ada_snapkv", "--lengths", "698", "--passages", "1", "--score-tokens", "24",
-        "--prefill-policies", "a_shape", "--tasks", "text", "--recall-every", "0", "--out", str(out),
-    ]  # fmt: skip
-    assert cli.main(options) == 0
-    frozen = {setting: lists for setting, lists in chosen.items() if setting.policy != "dense"}
-    assert len(frozen) == 8
-    for setting, lists in frozen.items():
-        assert lists and lists[-1] == (673, 161, setting.budget // 16), setting
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert all((row["prefill_density"] is None) == (row["prefill_policy"] == "dense") for row in rows)

@@ -81,7 +81,7 @@ def assert_same(found, expected) -> None:
             )
 
 
-@pytest.mark.parametrize("policy", ["midbound", "snapkv", "ada_snapkv"])
+@pytest.mark.parametrize("policy", ["midbound", "sketch", "twilight"])
 def test_graphs_replay_what_eager_computes(answer, policy):
     from vllm_sparse import metrics
 
@@ -150,7 +150,7 @@ def synchronising_lines(llm) -> list[str]:
     return ours
 
 
-@pytest.mark.parametrize("policy", ["midbound", "ada_snapkv"])
+@pytest.mark.parametrize("policy", ["midbound", "twilight"])
 def test_no_line_of_ours_waits_for_the_device(answer, policy):
     """None in a decode step, nor in prefill."""
     ours = []

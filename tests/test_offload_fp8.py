@@ -189,8 +189,8 @@ def test_the_planner_counts_twice_the_tokens(tmp_path, capsys):
     assert planned(capsys, tmp_path, *setting, "--host-dtype", "auto") == plain
     assert planned(capsys, tmp_path, "--sparse", '{"offload": null}', "--host-dtype", "fp8") == coded
     refused = ["plan", str(tmp_path), "--gpu", "80", "--host", "64", "--sparse"]
-    assert cli.main([*refused, '{"offload": null, "decode_policy": "snapkv"}']) == 1
-    assert "sparse.decode_policy: 'snapkv'" in capsys.readouterr().err
+    assert cli.main([*refused, '{"offload": null, "decode_policy": "oracle"}']) == 1
+    assert "sparse.decode_policy: 'oracle'" in capsys.readouterr().err
 
 
 def answer(tiny, batch=MIXED, max_tokens=24, **settings) -> list[list[int]]:

@@ -23,7 +23,6 @@ from vllm_sparse import budget_table, misplaced, pattern_table
 from vllm_sparse.budget_table import BudgetTable
 from vllm_sparse.offload.config import OffloadConfig
 from vllm_sparse.pattern_table import HeadPattern, PatternTable, TableError
-from vllm_sparse.summaries import FROZEN
 from vllm_sparse.user_text import TextError, parse_json, read_file, shown
 
 logger = logging.getLogger("vllm.vllm_sparse")
@@ -149,10 +148,9 @@ class SparseConfig:
                 f"from {LEAST_COVERAGE}"
             )
         if self.head_budgets != "none" and self._policy.adaptive:
-            says = "decode_coverage says" if self._policy.coverage is None else "shares of the prompt say"
             raise ConfigError(
                 f"sparse.head_budgets: {_shown(self.head_budgets)} with decode_policy={self.decode_policy!r}, "
-                f"whose rows end where {says}; allowed with it: none"
+                f"whose rows end where decode_coverage says; allowed with it: none"
             )
         if self.offload is not None:
             self._check_offload()
@@ -172,12 +170,6 @@ class SparseConfig:
             raise ConfigError(
                 f"sparse.decode_policy: {self.decode_policy!r} reads every key in every step, and with "
                 f"sparse.offload they are on the host; allowed with offload: a policy that reads summaries"
-            )
-        if self._policy.summary == FROZEN:
-            raise ConfigError(
-                f"sparse.decode_policy: {self.decode_policy!r} lists pages of a prompt after its attention, by "
-                f"reading every key of it again, and with sparse.offload they are on the host; allowed with "
-                f"offload: a policy that scores pages in each step"
             )
         if self.guard_every_steps:
             raise ConfigError(
@@ -310,7 +302,7 @@ class SparseConfig:
     def largest_pages(self, page_size: int) -> int:
         """The largest budget of any head: what tables are sized for."""
         table = self.head_budgets
-        share = table.largest if isinstance(table, BudgetTable) else self._policy.largest_share
+        share = table.largest if isinstance(table, BudgetTable) else 1.0
         return self._pages_of_share(share, page_size)
 
     def least_pages(self, page_size: int) -> int:

@@ -5,7 +5,6 @@
 ``key_range``  the page's range of keys per channel, in int8 (:mod:`vllm_sparse.kernels.page_write`)
 ``sketch1``    every key in 1 bit per channel, 16 keys at a time (:mod:`vllm_sparse.kernels.sketch_write`)
 ``sketch2``    every key in 2 bits per channel, likewise
-``frozen``     in a prompt's last page the pages that it attended to (:mod:`vllm_sparse.freeze`)
 =============  =======================================================================================
 """
 
@@ -16,12 +15,7 @@ from dataclasses import dataclass
 TILE_TOKENS = 16
 """Keys that share the mean of a sketch; a larger page holds several sketches, each of one tile."""
 SKETCH_BITS = {"sketch1": 1, "sketch2": 2}
-FROZEN = "frozen"
-FROZEN_HEADER = 3
-"""Numbers before a list of pages: the page that holds the list, pages listed, pages to attend to beside sinks."""
-NO_LIST = 0xFFFF
-"""In place of the page that holds the list."""
-SUMMARIES = ("none", "key_range", *SKETCH_BITS, FROZEN)
+SUMMARIES = ("none", "key_range", *SKETCH_BITS)
 
 
 @dataclass(frozen=True)
@@ -88,11 +82,6 @@ def summary_rows(summary: str, page_size: int, head_dim: int, item_bytes: int, l
         return max(least, 0 if summary == "none" else 1)
     sketch_bytes = page_size // TILE_TOKENS * SketchLayout.of(summary, head_dim).tile_bytes
     return -(-sketch_bytes // (2 * head_dim * item_bytes))
-
-
-def list_capacity(head_dim: int, item_bytes: int) -> int:
-    """Pages that a summary ``frozen`` can list: the numbers of 16 bits in its row, less the header."""
-    return 2 * head_dim * item_bytes // 2 - FROZEN_HEADER
 
 
 def summary_bytes_read(summary: str, page_size: int, head_dim: int, item_bytes: int) -> int:

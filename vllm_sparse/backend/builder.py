@@ -9,7 +9,7 @@ import torch
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
-from vllm_sparse import freeze, kernels
+from vllm_sparse import kernels
 from vllm_sparse.backend import dense, prefill
 from vllm_sparse.backend.impl import SparseImpl
 from vllm_sparse.backend.metadata import SparseMetadata
@@ -53,16 +53,10 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
             )
             warn_of_batches_without_graphs(captured, vllm_config.scheduler_config.max_num_seqs)
         self.workspace = impl.workspace
-        if self.selects and self.workspace.freeze is not None:
-            longest = vllm_config.model_config.max_model_len
-            freeze.check(self.config, self.page_size, impl.head_size, impl.cache_dtype.itemsize, longest)
         for layer in impls:
             layer.bind_prefill(self.workspace.prefill)
-            layer.bind_freeze(self.workspace.freeze)
         if self.selects and self.workspace.prefill is not None and device.type != "cpu":
             impl.warm_up_prefill()
-        if self.selects and self.workspace.freeze is not None and device.type != "cpu":
-            impl.warm_up_freeze()
         self.dense = dense.DenseBuilder(kv_cache_spec, layer_names, vllm_config, device, impl.stock_backend)
         # Hybrid models have several groups of layers, each with a builder, and vLLM may build each twice: steps
         # are counted by the one that has the engine's first sparse layer, and samples of a workspace likewise.
@@ -131,8 +125,6 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
         offloads = self.config.offload is not None
         if not offloads:
             metadata.dense_all = self.dense.build("all", common, fast_build)
-        if num_prefills and workspace.freeze is not None:
-            metadata.listed = prefill.chunks_to_list(common, num_decodes, self.page_size)
         if num_prefills and offloads:
             metadata.runs = prefill.context_runs(
                 common, num_decodes, self.config, self.page_size, workspace.max_pages, self.dense,

@@ -225,8 +225,6 @@ def _check_asked(vllm_config) -> None:
 
     from vllm_sparse import support
     from vllm_sparse.config import TABLES, ConfigError, SparseConfig
-    from vllm_sparse.policies.registry import DECODE_POLICIES
-    from vllm_sparse.summaries import FROZEN
 
     _install_hooks()
     if not current_platform.is_cpu():
@@ -270,12 +268,6 @@ def _check_asked(vllm_config) -> None:
             "runs without it"
         )
     config = SparseConfig.from_vllm(vllm_config)
-    if vllm_config.speculative_config is not None and DECODE_POLICIES[config.decode_policy].summary == FROZEN:
-        raise ConfigError(
-            f"sparse.decode_policy: {config.decode_policy!r} with --speculative-config: drafts to verify look "
-            f"like the end of a prompt, and pages would be chosen anew in every step; allowed with drafts: a "
-            f"policy that scores pages in each step"
-        )
     if config.offload is not None:
         from vllm_sparse.backend import offload
 

@@ -24,17 +24,14 @@ from typing import Any
 
 from vllm_sparse.backend import compat
 from vllm_sparse.config import ConfigError, SparseConfig
-from vllm_sparse.summaries import FROZEN
 
 logger = logging.getLogger("vllm.vllm_sparse")
 
 FORMAT = 1
 """Of what pages hold. Counts up with any change in what the bytes of a summary, or where they are, mean."""
-LISTED = ("decode_policy", "budget_tokens", "head_budgets", "sink_tokens", "window_tokens")
-"""Settings that a list of pages in a summary depends on."""
 NOT_IN_PAGES = ("engine", "guard_every_steps", "offload")
 """Settings on which neither K and V nor summaries depend."""
-MARK = re.compile(r"-sparse\d+-[a-z0-9]+(?:_[a-z]+)?-\d+(?:-[0-9a-f]{8})?")
+MARK = re.compile(r"-sparse\d+-[a-z0-9]+(?:_[a-z]+)?-\d+")
 """What :func:`page_format` gives, anywhere in an engine id: vLLM appends the data-parallel rank."""
 
 BLOCKS, SLOTS, NEITHER = "blocks", "slots", "neither"
@@ -166,11 +163,7 @@ def page_format(config: SparseConfig, page_size: int) -> str:
     from vllm_sparse.policies.registry import DECODE_POLICIES
 
     summary = DECODE_POLICIES[config.decode_policy].summary
-    mark = f"-sparse{FORMAT}-{summary}-{page_size}"
-    if summary != FROZEN:
-        return mark
-    settings = config.to_mapping()
-    return f"{mark}-{_digest({name: settings[name] for name in LISTED})[:8]}"
+    return f"-sparse{FORMAT}-{summary}-{page_size}"
 
 
 def cache_salt(config: SparseConfig) -> str:

@@ -18,7 +18,6 @@ from vllm_sparse.budget_table import BudgetTable
 from vllm_sparse.config import ConfigError, SparseConfig
 from vllm_sparse.engines import OFFLOAD_ORDER, PREFILL_ORDER, choose_engine
 from vllm_sparse.engines.base import AttentionShape
-from vllm_sparse.freeze import Freeze, FreezeBuffers
 from vllm_sparse.head_patterns import HeadPatterns
 from vllm_sparse.offload.store import OffloadedLayer
 from vllm_sparse.page_table import PageTable, summaries_as_pages, unreadable
@@ -26,8 +25,6 @@ from vllm_sparse.pattern_table import PatternTable
 from vllm_sparse.policies import get_decode_policy, get_prefill_policy
 from vllm_sparse.prefill import SparsePrefill
 from vllm_sparse.prefill_buffers import PrefillBuffers
-from vllm_sparse.probe import PROBE_TOKENS
-from vllm_sparse.query_blocks import QueryBlocks
 from vllm_sparse.summaries import summary_rows
 from vllm_sparse.support import Decision, Treatment
 
@@ -183,7 +180,7 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
     @property
     def coverage(self) -> float:
         """Share of its estimated attention at which a decode row ends before its budget; 0: it does not."""
-        return (self.policy.coverage or self.config.decode_coverage) if self.policy.adaptive else 0.0
+        return self.config.decode_coverage if self.policy.adaptive else 0.0
 
     def bind_budget(self) -> None:
         """Settle what selection keeps, from config and policy."""
@@ -203,15 +200,6 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
             self.prefill = SparsePrefill(
                 get_prefill_policy(self.config, self.page_size, self._patterns()), self.prefill_engine, buffers,
                 self.sink_pages, self.config.window_tokens, self.scale,
-            )  # fmt: skip
-
-    def bind_freeze(self, buffers: FreezeBuffers | None) -> None:
-        """Settle what chunks list; None where pages hold no lists."""
-        self.freeze = None
-        if buffers is not None:
-            self.freeze = Freeze(
-                buffers, self.sink_pages, self.config.window_tokens, self.config.budget_pages(self.page_size),
-                self.policy.largest_share > 1, self.scale,
             )  # fmt: skip
 
     def _patterns(self) -> HeadPatterns:
@@ -246,15 +234,6 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
         kv = torch.zeros(shape, dtype=self.cache_dtype, device=query.device)
         engines = (self.engine, self.prefill_engine)
         Rehearsal(self.config, workspace, *engines, kv, self.coverage, self.scale).run(query, output)
-
-    def warm_up_freeze(self) -> None:
-        """Compile what a chunk's list takes, so that the first request does not wait for it."""
-        chunk = QueryBlocks(0, 0, PROBE_TOKENS, 0)
-        pages = chunk.num_pages(self.page_size)
-        shape = (pages, self.num_kv_heads, self.page_size + 1, 2 * self.head_size)
-        kv = torch.zeros(shape, dtype=self.cache_dtype, device=self.device)
-        q = torch.zeros(PROBE_TOKENS, self.num_heads, self.head_size, dtype=self.dtype, device=self.device)
-        self.freeze.list_pages(q, kv, torch.arange(pages, dtype=torch.int32, device=self.device)[None], chunk)
 
     def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping) -> None:
         """Write K and V of new tokens and refresh the summaries of the pages they touch."""
@@ -303,9 +282,6 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
         for chunk in md.chunks:
             # After the dense rows: a dense backend may write zeros for rows of length 0.
             self.prefill.attend(query, kv_cache, md.block_table, chunk, output)
-        for chunk in md.listed:
-            # Before the decode rows: one of them may begin a page after a list of this step.
-            self.freeze.list_pages(query, kv_cache, md.block_table, chunk)
         if decodes:
             query, output_rows = query[:decodes], output[:decodes]
             if md.dense_short is not None:

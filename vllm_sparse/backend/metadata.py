@@ -41,8 +41,6 @@ class SparseMetadata:
     """The same for prefill rows alone, None where none is dense; those in ``chunks`` have length 0."""
     chunks: list[QueryBlocks] = field(default_factory=list)
     """Prefill rows that attend over chosen pages."""
-    listed: list[QueryBlocks] = field(default_factory=list)
-    """All prefill rows, where pages list what a prompt attended to."""
     runs: list[ContextRun] = field(default_factory=list)
     """Offload: all prefill rows, dense or not, in place of ``dense_prefill`` and ``chunks``."""
     dense_short: Any = None

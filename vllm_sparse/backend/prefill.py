@@ -29,27 +29,6 @@ def sparse_chunks(common, num_decodes: int, config: SparseConfig) -> list[QueryB
     return plan_chunks(starts, lens[: common.num_reqs].tolist(), config.min_prefill_tokens, num_decodes)
 
 
-def chunks_to_list(common, num_decodes: int, page_size: int) -> list[QueryBlocks]:
-    """Chunks that leave a list in their last page: of all prefill rows, sparse or not; none in dummy runs.
-
-    One that ends with the first token of a page leaves a list in the page before, too: a prompt that comes again
-    finds that page in the prefix cache, and its one last token is decoded, where nothing is listed.
-    """
-    lens = common.seq_lens_cpu_upper_bound
-    if lens is None:
-        return []
-    starts = common.query_start_loc_cpu.tolist()
-    chunks = plan_chunks(starts, lens[: common.num_reqs].tolist(), 0, num_decodes, min_chunk_tokens=1)
-    listed = []
-    for chunk in chunks:
-        if chunk.first_position < 0:  # dummy runs may carry wrong lengths
-            continue
-        if chunk.end_position % page_size == 1 and chunk.num_tokens > 1:
-            listed.append(replace(chunk, num_tokens=chunk.num_tokens - 1))
-        listed.append(chunk)
-    return listed
-
-
 def dense_rows(prefills, chunks: list[QueryBlocks], num_decodes: int):
     """Common metadata of prefill rows with length 0 for those in ``chunks``."""
     if not chunks:

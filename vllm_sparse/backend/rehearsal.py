@@ -19,7 +19,7 @@ from vllm_sparse.backend.workspace import Workspace
 from vllm_sparse.config import SparseConfig
 from vllm_sparse.engines.base import Engine
 from vllm_sparse.page_table import PageTable
-from vllm_sparse.query_blocks import BLOCK_TOKENS, QueryBlocks
+from vllm_sparse.query_blocks import BLOCK_TOKENS
 
 MOST_IN_PLACE = 1 << 22
 """Units that are read on the host by one launch where whole contexts are: what its page table holds."""
@@ -52,8 +52,6 @@ class Rehearsal:
             for blocks in _sizes(min(buffers.max_blocks, -(-len(query) // BLOCK_TOKENS))):
                 tokens = min(len(query), blocks * BLOCK_TOKENS)
                 self.attend_blocks(query[:tokens], output[:tokens], blocks)
-        if self.workspace.freeze is not None:
-            self.list_pages()
 
     def decode(self, query: torch.Tensor, output: torch.Tensor) -> None:
         """Select and attend for rows of no context."""
@@ -87,16 +85,6 @@ class Rehearsal:
         self.prefill_engine.attend_blocks(
             query, self.kv, table, buffers.page_size, self.scale, output, buffers.scratch
         )
-
-    def list_pages(self) -> None:
-        """List the pages of the longest context, none of them attended to."""
-        workspace = self.workspace
-        chunk = QueryBlocks(0, 0, 1, (workspace.max_pages - 1) * workspace.page_size - 1)
-        budget = self.config.budget_pages(workspace.page_size)
-        kernels.for_device(self.kv.device).list_pages(
-            None, self.kv, self._block_table(1)[0], chunk, workspace.page_size,
-            self.config.sink_pages(workspace.page_size), self.config.window_tokens, budget, budget, budget,
-        )  # fmt: skip
 
     def _block_table(self, rows: int) -> torch.Tensor:
         """int32 [rows, max_pages]: every page is the one there is."""

@@ -13,13 +13,10 @@ import torch
 
 from vllm_sparse.config import SparseConfig
 from vllm_sparse.decode_plan import DecodePlan, segment_pages
-from vllm_sparse.freeze import FreezeBuffers
 from vllm_sparse.guard import Guard
 from vllm_sparse.page_scores import PageScores
 from vllm_sparse.page_table import PageTable
-from vllm_sparse.policies import get_decode_policy
 from vllm_sparse.prefill_buffers import PrefillBuffers
-from vllm_sparse.summaries import FROZEN
 
 logger = logging.getLogger("vllm.vllm_sparse")
 
@@ -42,8 +39,6 @@ class Workspace:
     """Whether the plan marks rows as prompt tokens, which the next step must wipe out."""
     prefill: PrefillBuffers | None = None
     """None where prefill is dense."""
-    freeze: FreezeBuffers | None = None
-    """None where pages hold no lists."""
     guard: Guard | None = None
     """None where ``guard_every_steps`` is 0."""
     rehearsed_tokens: int = 0
@@ -90,17 +85,11 @@ class Workspace:
                 q_heads, head_dim, page_size, vllm_config.model_config.max_model_len,
                 vllm_config.scheduler_config.max_num_batched_tokens, vllm_config.model_config.dtype, device,
             )  # fmt: skip
-        if get_decode_policy(config.decode_policy).summary == FROZEN:
-            workspace.freeze = FreezeBuffers.allocate(
-                q_heads, page_size, vllm_config.model_config.max_model_len, vllm_config.model_config.dtype, device
-            )
         if config.guard_every_steps:
             layers = vllm_config.model_config.hf_text_config.num_hidden_layers
             workspace.guard = Guard.allocate(config.guard_every_steps, layers, q_heads, kv_heads, device)
         mib = (workspace.scores.values.numel() + workspace.table.units.numel()) * 4 / 2**20
         if workspace.prefill is not None:
             mib += workspace.prefill.num_bytes / 2**20
-        if workspace.freeze is not None:
-            mib += workspace.freeze.num_bytes / 2**20
         logger.info("sparse attention: workspace of %.0f MiB for up to %d requests", mib, max_num_reqs)
         return workspace

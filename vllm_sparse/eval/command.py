@@ -18,7 +18,6 @@ from vllm_sparse.eval.ruler import score
 from vllm_sparse.eval.samples import TASKS, TEXT, Sample, Samples
 from vllm_sparse.eval.settings import Setting, by_summary, grid
 from vllm_sparse.policies.registry import DECODE_POLICIES, PREFILL_POLICIES
-from vllm_sparse.summaries import FROZEN
 
 LENGTHS = (4096, 8192, 16384, 32768)
 LEAST_LENGTH = 256
@@ -135,8 +134,6 @@ def _settle(args: argparse.Namespace, settings: list[Setting], model: Any) -> No
     """Fill in what depends on model and machine."""
     from vllm.platforms import current_platform
 
-    from vllm_sparse import freeze
-
     on_cpu, most = current_platform.is_cpu(), model.max_model_len
     args.lengths = args.lengths or [length for length in LENGTHS if length <= most] or [most]
     least = max(LEAST_LENGTH, args.score_tokens + 2)
@@ -148,9 +145,6 @@ def _settle(args: argparse.Namespace, settings: list[Setting], model: Any) -> No
     for setting in settings:
         config = SparseConfig.from_mapping(setting.mapping(args.sparse), "--sparse")
         config.check_page_size(args.block_size)
-        if DECODE_POLICIES[setting.policy].summary == FROZEN:
-            sizes = model.get_head_size(), model.dtype.itemsize, max(args.lengths)
-            freeze.check(config, args.block_size, *sizes)
     args.chunk = args.chunk or (CPU_CHUNK if on_cpu else GPU_CHUNK)
     args.batch = args.batch or (1 if on_cpu else GPU_BATCH)
     if args.chunk < args.batch:

@@ -14,7 +14,6 @@ from vllm_sparse.config import ConfigError
 from vllm_sparse.eval.samples import TEXT, Sample
 from vllm_sparse.eval.settings import Setting
 from vllm_sparse.policies.registry import DECODE_POLICIES
-from vllm_sparse.summaries import FROZEN
 
 TOP_TOKENS = 64
 """Log-probabilities kept of each step; the rest of the vocabulary is one more outcome."""
@@ -117,7 +116,7 @@ class EvalEngine:
             )
             for sample in samples
         ]  # fmt: skip
-        outputs = self._generate(samples, [_own_salt(setting, sample) for sample in samples], params)
+        outputs = self._generate(samples, [_salt(setting, sample) for sample in samples], params)
         workers = self.llm.collective_rpc("eval_recall") if watched else []
         attended = self._attended(setting, samples, before, self._counts())
         answers = [self._answer(output, sample) for output, sample in zip(outputs, samples, strict=True)]
@@ -167,8 +166,7 @@ class EvalEngine:
         if (
             setting.policy != "dense"
             and attended == context
-            and setting.budget * DECODE_POLICIES[setting.policy].largest_share
-            < min(len(s.tokens) for s in samples)
+            and setting.budget < min(len(s.tokens) for s in samples)
         ):
             raise ConfigError(
                 f"{setting.describe()}: no decode step of this model ran sparse; the log says why. Allowed: "
@@ -194,7 +192,7 @@ def _widest(settings: list[Setting], summary: str) -> Setting:
     decode = [s for s in settings if s.policy != "dense"]
     # Of those whose pages hold most: without a summary row there would be no place for one.
     fitting = [s for s in decode if DECODE_POLICIES[s.policy].summary == summary] or decode
-    widest = max(fitting, key=lambda setting: DECODE_POLICIES[setting.policy].largest_share, default=Setting())
+    widest = next(iter(fitting), Setting())
     prefill = next((s for s in settings if s.prefill_policy != "dense"), Setting())
     return Setting(
         widest.policy, max((s.budget for s in decode), default=None),
@@ -205,15 +203,6 @@ def _widest(settings: list[Setting], summary: str) -> Setting:
 def _salt(setting: Setting, sample: Sample) -> str:
     """Keeps what decode steps wrote under one setting, and other prefill policies, out of a prompt's cache."""
     return f"{setting.prefill_policy} {setting.coverage} {sample.task} {sample.length} {sample.seed}"
-
-
-def _own_salt(setting: Setting, sample: Sample) -> str:
-    """For what is measured. A frozen choice is made in prefill, so its prompts are nobody else's: of a cached one
-    the few tokens that the cache lacks would choose, or what was chosen for another setting would stay."""
-    salt = _salt(setting, sample)
-    if DECODE_POLICIES[setting.policy].summary == FROZEN:
-        salt += f" {setting.policy} {setting.budget}"
-    return salt
 
 
 def loss(steps: list[Distribution], forced: list[int]) -> float:

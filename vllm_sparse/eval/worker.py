@@ -38,8 +38,6 @@ class EvalWorker:
             impl.bind_budget()
             if impl.prefill is not None:
                 impl.bind_prefill(impl.prefill.buffers)
-            if impl.freeze is not None:
-                impl.bind_freeze(impl.freeze.buffers)
 
     def eval_counts(self) -> dict:
         """What ran sparse so far; waits for the device."""

@@ -23,10 +23,6 @@ class DecodePolicy(ABC):
     adaptive: ClassVar[bool] = False
     """Whether a row ends where its pages hold ``SparseConfig.decode_coverage`` of its estimated attention,
     before its budget; scores must then be estimates of true masses."""
-    coverage: ClassVar[float | None] = None
-    """An adaptive policy's own in place of ``decode_coverage``."""
-    largest_share: ClassVar[float] = 1.0
-    """Most that a row takes, in budgets; contexts up to it are attended whole."""
 
     @abstractmethod
     def score(

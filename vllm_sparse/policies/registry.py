@@ -5,7 +5,6 @@ from __future__ import annotations
 from vllm_sparse.config import SparseConfig
 from vllm_sparse.head_patterns import HeadPatterns
 from vllm_sparse.policies.a_shape import AShape
-from vllm_sparse.policies.ada_snapkv import AdaSnapKV
 from vllm_sparse.policies.arkvale import ArkVale
 from vllm_sparse.policies.base import DecodePolicy
 from vllm_sparse.policies.bigbird import BigBird
@@ -22,7 +21,6 @@ from vllm_sparse.policies.quest import Quest
 from vllm_sparse.policies.random import Random
 from vllm_sparse.policies.sketch import Sketch
 from vllm_sparse.policies.sketch2 import Sketch2
-from vllm_sparse.policies.snapkv import SnapKV
 from vllm_sparse.policies.streaming import Streaming
 from vllm_sparse.policies.strided import Strided
 from vllm_sparse.policies.twilight import Twilight
@@ -37,8 +35,6 @@ DECODE_POLICIES: dict[str, type[DecodePolicy]] = {
     "sketch2": Sketch2,
     "twilight": Twilight,
     "streaming": Streaming,
-    "snapkv": SnapKV,
-    "ada_snapkv": AdaSnapKV,
     "oracle": Oracle,
     "random": Random,
     "dense": Dense,
