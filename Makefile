@@ -13,7 +13,7 @@ PARTS := test-engine test-rest test-newest test-oldest
 .DELETE_ON_ERROR:
 
 demo: $(VLLM)/ready
-	$(VLLM)/bin/python -m vllm_sparse.demo
+	$(VLLM)/bin/python -m vllm_sparse.tools.demo
 
 # Two parts at a time, as each uses one core, the longest first. All run to their end whatever fails, the output of each
 # stands together, and what pytest says of each at its end comes last.

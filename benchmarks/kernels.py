@@ -15,18 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from vllm_sparse.kernels import launchers, reference
 
 from benchmarks import results
 from benchmarks.batch_spec import parse
 from benchmarks.timer import graph_us
+from vllm_sparse.attention.registry import engine_class
 from vllm_sparse.config import SparseConfig
-from vllm_sparse.decode_plan import DecodePlan, segment_pages
-from vllm_sparse.engines.registry import engine_class
-from vllm_sparse.page_scores import PageScores
-from vllm_sparse.page_table import PageTable
+from vllm_sparse.kernels import launchers, reference
+from vllm_sparse.pages.decode_plan import DecodePlan, segment_pages
+from vllm_sparse.pages.page_scores import PageScores
+from vllm_sparse.pages.page_table import PageTable
+from vllm_sparse.pages.summaries import summary_bytes_read, summary_rows
 from vllm_sparse.policies import DECODE_POLICIES, get_decode_policy
-from vllm_sparse.summaries import summary_bytes_read, summary_rows
 
 SHORT_ROWS_DENSE_FROM = 16
 """As in vllm_sparse/backend/builder.py, which needs vLLM: such batches leave short rows to the dense backend."""

@@ -13,12 +13,12 @@ import matplotlib.pyplot as plt
 
 from benchmarks.results import RESULTS
 from vllm_sparse.config import SparseConfig
-from vllm_sparse.eval import report
-from vllm_sparse.eval.samples import TEXT
-from vllm_sparse.eval.settings import Setting
-from vllm_sparse.eval.summary import Summary
 from vllm_sparse.policies.fixed import FixedPolicy
 from vllm_sparse.policies.registry import DECODE_POLICIES, PREFILL_POLICIES
+from vllm_sparse.tools.eval import report
+from vllm_sparse.tools.eval.samples import TEXT
+from vllm_sparse.tools.eval.settings import Setting
+from vllm_sparse.tools.eval.summary import Summary
 
 DOCS = Path(__file__).parent.parent / "docs"
 STOCK, SPARSE = "#8a8f98", "#1f77b4"

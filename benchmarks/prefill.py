@@ -21,18 +21,18 @@ import statistics
 from pathlib import Path
 
 import torch
-from vllm_sparse.kernels import reference
 
 from benchmarks import results
 from benchmarks.batch_spec import parse
+from vllm_sparse.attention import fa3
+from vllm_sparse.attention.registry import engine_class
 from vllm_sparse.config import SparseConfig
-from vllm_sparse.engines import fa3
-from vllm_sparse.engines.registry import engine_class
-from vllm_sparse.head_patterns import HeadPatterns
+from vllm_sparse.kernels import reference
+from vllm_sparse.pages.head_patterns import HeadPatterns
+from vllm_sparse.pages.query_blocks import QueryBlocks
 from vllm_sparse.policies import get_prefill_policy
-from vllm_sparse.prefill import SparsePrefill
-from vllm_sparse.prefill_buffers import PrefillBuffers
-from vllm_sparse.query_blocks import QueryBlocks
+from vllm_sparse.prefill.attend import SparsePrefill
+from vllm_sparse.prefill.buffers import PrefillBuffers
 
 DEFAULT = {
     "prefill_policy": "vertical_slash",
@@ -117,7 +117,7 @@ def bench(spec: str, args) -> list[dict]:
     found = []
     for name in args.engines:
         sparse = SparsePrefill(
-            get_prefill_policy(config, page, HeadPatterns.uniform(config, q_heads, page, device)),
+            get_prefill_policy(config, page, HeadPatterns.of([config.uniform_pattern] * q_heads, page, device)),
             engine_class(name)(), buffers, config.sink_pages(page), config.window_tokens, scale,
         )  # fmt: skip
         check(sparse, q, kv, table, chunks[-1], out, name)

@@ -6,7 +6,7 @@ import datetime
 import json
 from pathlib import Path
 
-from vllm_sparse.eval import rows
+from vllm_sparse.tools.eval import rows
 
 RESULTS = Path(__file__).parent / "results"
 

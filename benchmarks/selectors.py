@@ -27,15 +27,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from vllm_sparse.kernels import reference
 
 from benchmarks import results
 from vllm_sparse.config import SparseConfig
-from vllm_sparse.decode_plan import DecodePlan
-from vllm_sparse.page_scores import PageScores
-from vllm_sparse.page_table import PageTable, UnitGrid
+from vllm_sparse.kernels import reference
+from vllm_sparse.pages.decode_plan import DecodePlan
+from vllm_sparse.pages.layout import UnitGrid
+from vllm_sparse.pages.page_scores import PageScores
+from vllm_sparse.pages.page_table import PageTable
+from vllm_sparse.pages.summaries import summary_bytes_read, summary_rows
 from vllm_sparse.policies import DECODE_POLICIES, get_decode_policy
-from vllm_sparse.summaries import summary_bytes_read, summary_rows
 
 PAGE = 16
 FIRST_SEED = {"dev": 0, "report": 1000}
@@ -98,7 +99,7 @@ def main() -> None:
     args = parser.parse_args()
     from transformers import AutoTokenizer
 
-    from vllm_sparse.demo import smollm2
+    from vllm_sparse.tools.demo import smollm2
 
     path = smollm2.prepare()
     tokenizer = AutoTokenizer.from_pretrained(path)
@@ -131,7 +132,7 @@ def main() -> None:
 
 def passages(tokenizer, args) -> list[Text]:
     """Essays and Python sources, from the half of this split."""
-    from vllm_sparse.demo.texts import essays
+    from vllm_sparse.tools.demo.texts import essays
 
     tokens = tokenizer.encode(essays(), add_special_tokens=False, verbose=False)
     opening, half = tokenizer.encode(""), len(tokens) // 2
@@ -149,7 +150,7 @@ def passages(tokenizer, args) -> list[Text]:
 
 def needle_texts(tokenizer, args) -> list[Text]:
     """Prompts with a number hidden in essays; the queries are those that spell the right answer."""
-    from vllm_sparse.demo.texts import NEEDLE, needle_prompt
+    from vllm_sparse.tools.demo.texts import NEEDLE, needle_prompt
 
     texts = []
     for i in range(args.needles):

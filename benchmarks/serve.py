@@ -30,7 +30,7 @@ from pathlib import Path
 from benchmarks import results
 from benchmarks.engine import LLAMA_8B
 from vllm_sparse.config import SparseConfig
-from vllm_sparse.demo.server import LOG_TAIL_LINES, Server, ServerError
+from vllm_sparse.tools.demo.server import LOG_TAIL_LINES, Server, ServerError
 
 PERCENTILES = (50, 90, 99)
 LATENCIES = ("tpot", "itl", "ttft")

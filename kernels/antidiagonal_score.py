@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_sparse.query_blocks import BLOCK_TOKENS, QueryBlocks
+from vllm_sparse.pages.query_blocks import BLOCK_TOKENS, QueryBlocks
 
 STRIDE = 16
 LOG2_E = 1.4426950408889634

@@ -14,13 +14,14 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+
 from vllm_sparse.kernels.e4m3 import codes_of, from_e4m3, powers_256_of
 from vllm_sparse.kernels.launch import num_multiprocessors
-
-from vllm_sparse.offload.residency import HASH, Residency
 from vllm_sparse.offload.sizing import WAYS
-from vllm_sparse.offload.transfer import WritePlan
-from vllm_sparse.page_table import PageTable, UnitGrid
+from vllm_sparse.pages.hot_set import HASH, Residency
+from vllm_sparse.pages.layout import UnitGrid
+from vllm_sparse.pages.page_table import PageTable
+from vllm_sparse.pages.write_plan import WritePlan
 
 TUNING = {"programs_per_sm": 2, "block": 4096}
 

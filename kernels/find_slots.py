@@ -13,10 +13,10 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_sparse.decode_plan import WHOLE
-from vllm_sparse.offload.residency import Residency
-from vllm_sparse.offload.transfer import WritePlan
-from vllm_sparse.page_table import PageTable
+from vllm_sparse.pages.decode_plan import WHOLE
+from vllm_sparse.pages.hot_set import Residency
+from vllm_sparse.pages.page_table import PageTable
+from vllm_sparse.pages.write_plan import WritePlan
 
 BLOCK = 128
 

@@ -13,10 +13,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from vllm_sparse.kernels.hash_uniform import hash_uniform
 
-from vllm_sparse.fixed_pattern import FixedPattern
-from vllm_sparse.query_blocks import BLOCK_TOKENS, QueryBlocks
+from vllm_sparse.kernels.hash_uniform import hash_uniform
+from vllm_sparse.pages.position_pattern import FixedPattern
+from vllm_sparse.pages.query_blocks import BLOCK_TOKENS, QueryBlocks
 
 
 @triton.jit(do_not_specialize=["keep_stride", "first_position", "end_position", "num_pages", "num_blocks"])

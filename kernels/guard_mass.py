@@ -13,9 +13,10 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_sparse.decode_plan import WORK_COLUMNS, DecodePlan
-from vllm_sparse.guard import PARTS, Guard
-from vllm_sparse.page_table import PageTable, UnitGrid
+from vllm_sparse.decode.recall_monitor import PARTS, Guard
+from vllm_sparse.pages.decode_plan import WORK_COLUMNS, DecodePlan
+from vllm_sparse.pages.layout import UnitGrid
+from vllm_sparse.pages.page_table import PageTable
 
 
 @triton.jit

@@ -10,11 +10,11 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+
 from vllm_sparse.kernels.launch import page_splits
 from vllm_sparse.kernels.store_scores import store_chunk, store_scores
-
-from vllm_sparse.decode_plan import DecodePlan
-from vllm_sparse.page_scores import CHUNK_PAGES, PageScores
+from vllm_sparse.pages.decode_plan import DecodePlan
+from vllm_sparse.pages.page_scores import CHUNK_PAGES, PageScores
 
 
 @triton.jit

@@ -25,9 +25,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from vllm_sparse.kernels.sketch_write import STEP, write_sketch
 
-from vllm_sparse.summaries import SKETCH_BITS, TILE_TOKENS, SketchLayout, summary_rows
+from vllm_sparse.kernels.sketch_write import STEP, write_sketch
+from vllm_sparse.pages.summaries import SKETCH_BITS, TILE_TOKENS, SketchLayout, summary_rows
 
 SCALE_BITS = 16
 LEVELS = 125.9
@@ -125,7 +125,7 @@ def page_write(
         kv: [num_blocks, kv_heads, page_size + summary rows, 2 * head_dim].
         slot_mapping: int64 [num_tokens], ``block * page_size + row``; -1 skips a token.
         page_size: tokens per page, a power of two.
-        summary: one of :data:`vllm_sparse.summaries.SUMMARIES`.
+        summary: one of :data:`vllm_sparse.pages.summaries.SUMMARIES`.
     """
     num_tokens, (_, kv_heads, head_dim) = slot_mapping.shape[0], key.shape
     assert key.stride(2) == value.stride(2) == kv.stride(3) == 1, "head_dim must be contiguous"

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_sparse.query_blocks import BLOCK_TOKENS, QueryBlocks
+from vllm_sparse.pages.query_blocks import BLOCK_TOKENS, QueryBlocks
 
 
 @triton.jit

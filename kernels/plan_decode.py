@@ -15,11 +15,11 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from vllm_sparse.kernels.select_pages import window_start
 
-from vllm_sparse.decode_plan import EVERY_PAGE, NOT_LISTED, WHOLE, WORK_COLUMNS, DecodePlan
-from vllm_sparse.page_scores import CHUNK_PAGES
-from vllm_sparse.page_table import PageTable
+from vllm_sparse.kernels.select_pages import window_start
+from vllm_sparse.pages.decode_plan import EVERY_PAGE, NOT_LISTED, WHOLE, WORK_COLUMNS, DecodePlan
+from vllm_sparse.pages.page_scores import CHUNK_PAGES
+from vllm_sparse.pages.page_table import PageTable
 
 
 @triton.jit(do_not_specialize=["num_reqs", "capacity"])

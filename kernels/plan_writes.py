@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_sparse.offload.transfer import WritePlan
+from vllm_sparse.pages.write_plan import WritePlan
 
 BLOCK = 1024
 

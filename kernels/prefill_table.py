@@ -17,8 +17,9 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_sparse.page_table import PageTable, UnitGrid
-from vllm_sparse.query_blocks import BLOCK_TOKENS, QueryBlocks
+from vllm_sparse.pages.layout import UnitGrid
+from vllm_sparse.pages.page_table import PageTable
+from vllm_sparse.pages.query_blocks import BLOCK_TOKENS, QueryBlocks
 
 
 # A launch for every width of the table must not be a compilation for it.

@@ -22,10 +22,10 @@ import torch
 import triton
 import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
-from vllm_sparse.kernels.launch import num_multiprocessors
 
-from vllm_sparse.probe import BUNDLE_HEADS, PROBE_TOKENS, probe_groups, probe_start
-from vllm_sparse.query_blocks import QueryBlocks
+from vllm_sparse.kernels.launch import num_multiprocessors
+from vllm_sparse.pages.probe import BUNDLE_HEADS, PROBE_TOKENS, probe_groups, probe_start
+from vllm_sparse.pages.query_blocks import QueryBlocks
 
 LOG2_E = 1.4426950408889634
 LARGEST = 1e37

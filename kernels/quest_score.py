@@ -14,12 +14,12 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+
 from vllm_sparse.kernels.launch import num_multiprocessors
 from vllm_sparse.kernels.store_scores import store_chunk, store_scores
 from vllm_sparse.kernels.two_digits import two_digits
-
-from vllm_sparse.decode_plan import NOT_LISTED, WORK_COLUMNS, DecodePlan
-from vllm_sparse.page_scores import CHUNK_PAGES, PageScores
+from vllm_sparse.pages.decode_plan import NOT_LISTED, WORK_COLUMNS, DecodePlan
+from vllm_sparse.pages.page_scores import CHUNK_PAGES, PageScores
 
 TUNING = {"waves": 4, "num_warps": 2, "num_stages": 2}
 ROWS = 128

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+
 from vllm_sparse.kernels.e4m3 import codes_of, from_e4m3, powers_256_of
 
 TUNING = {"num_warps": 8, "block": 4096}

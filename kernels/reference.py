@@ -1,13 +1,15 @@
 """Plain-torch twins of every kernel launcher, same names and signatures.
 
 They run the CPU backend and are what GPU kernels are tested against, so they favour plain code
-over speed. Tensors are described in :mod:`vllm_sparse.page_table` and
-:mod:`vllm_sparse.decode_plan`.
+over speed. Tensors are described in :mod:`vllm_sparse.pages.page_table` and
+:mod:`vllm_sparse.pages.decode_plan`.
 """
 
 from __future__ import annotations
 
 import torch
+
+from vllm_sparse.decode.recall_monitor import Guard
 from vllm_sparse.kernels.reference_offload import (  # noqa: F401
     fetch_units,
     find_slots,
@@ -32,12 +34,11 @@ from vllm_sparse.kernels.reference_prefill import (  # noqa: F401
 )
 from vllm_sparse.kernels.reference_scores import scored_requests, store_masses, store_scores
 from vllm_sparse.kernels.reference_sketch import hadamard, sketched_keys, write_sketches
-
-from vllm_sparse.decode_plan import EVERY_PAGE, NOT_LISTED, WHOLE, DecodePlan
-from vllm_sparse.guard import Guard
-from vllm_sparse.page_scores import CHUNK_PAGES, PageScores
-from vllm_sparse.page_table import PageTable, UnitGrid, single_head_pages
-from vllm_sparse.summaries import SKETCH_BITS, TILE_TOKENS, SketchLayout
+from vllm_sparse.pages.decode_plan import EVERY_PAGE, NOT_LISTED, WHOLE, DecodePlan
+from vllm_sparse.pages.layout import UnitGrid, single_head_pages
+from vllm_sparse.pages.page_scores import CHUNK_PAGES, PageScores
+from vllm_sparse.pages.page_table import PageTable
+from vllm_sparse.pages.summaries import SKETCH_BITS, TILE_TOKENS, SketchLayout
 
 SCALE_BITS, SCALE_LEVELS, SMALLEST_SCALE = 16, 125.9, 1e-7
 

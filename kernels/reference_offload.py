@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from vllm_sparse.decode_plan import WHOLE
-from vllm_sparse.offload.residency import HASH, Residency
 from vllm_sparse.offload.sizing import WAYS
-from vllm_sparse.offload.transfer import WritePlan
-from vllm_sparse.page_table import PageTable
+from vllm_sparse.pages.decode_plan import WHOLE
+from vllm_sparse.pages.hot_set import HASH, Residency
+from vllm_sparse.pages.page_table import PageTable
+from vllm_sparse.pages.write_plan import WritePlan
 
 
 def plan_writes(slot_mapping: torch.Tensor, page_size: int, plan: WritePlan) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from vllm_sparse.fixed_pattern import FixedPattern
-from vllm_sparse.head_patterns import HeadPatterns
-from vllm_sparse.page_table import PageTable, UnitGrid, single_head_pages
-from vllm_sparse.probe import (
+from vllm_sparse.pages.head_patterns import HeadPatterns
+from vllm_sparse.pages.layout import UnitGrid, single_head_pages
+from vllm_sparse.pages.page_table import PageTable
+from vllm_sparse.pages.position_pattern import FixedPattern
+from vllm_sparse.pages.probe import (
     COVER_OCTAVES,
     COVER_ROUNDS,
     PROBE_TOKENS,
@@ -16,7 +17,7 @@ from vllm_sparse.probe import (
     probe_page,
     probe_start,
 )
-from vllm_sparse.query_blocks import BLOCK_TOKENS, QueryBlocks
+from vllm_sparse.pages.query_blocks import BLOCK_TOKENS, QueryBlocks
 
 
 def probe_mass(

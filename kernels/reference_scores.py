@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from vllm_sparse.decode_plan import DecodePlan
-from vllm_sparse.page_scores import CHUNK_PAGES, PageScores
+from vllm_sparse.pages.decode_plan import DecodePlan
+from vllm_sparse.pages.page_scores import CHUNK_PAGES, PageScores
 
 
 def scored_requests(block_table: torch.Tensor, plan: DecodePlan, page_size: int):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from vllm_sparse.summaries import TILE_TOKENS, SketchLayout
+from vllm_sparse.pages.summaries import TILE_TOKENS, SketchLayout
 
 STEP, SMALLEST = 0.9957, 1e-7
 

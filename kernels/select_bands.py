@@ -20,9 +20,9 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_sparse.head_patterns import HeadPatterns
-from vllm_sparse.probe import COVER_OCTAVES, COVER_ROUNDS, band_shift, probe_groups, probe_page
-from vllm_sparse.query_blocks import QueryBlocks
+from vllm_sparse.pages.head_patterns import HeadPatterns
+from vllm_sparse.pages.probe import COVER_OCTAVES, COVER_ROUNDS, band_shift, probe_groups, probe_page
+from vllm_sparse.pages.query_blocks import QueryBlocks
 
 BLOCK_PAGES = 2048
 

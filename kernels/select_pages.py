@@ -16,12 +16,13 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+
 from vllm_sparse.kernels.launch import num_multiprocessors
 from vllm_sparse.kernels.stop_at_coverage import FORCED, stop_at_coverage
-
-from vllm_sparse.decode_plan import EVERY_PAGE, MAX_CANDIDATES, NOT_LISTED, WORK_COLUMNS, DecodePlan
-from vllm_sparse.page_scores import CHUNK_PAGES, PageScores
-from vllm_sparse.page_table import PageTable, UnitGrid
+from vllm_sparse.pages.decode_plan import EVERY_PAGE, MAX_CANDIDATES, NOT_LISTED, WORK_COLUMNS, DecodePlan
+from vllm_sparse.pages.layout import UnitGrid
+from vllm_sparse.pages.page_scores import CHUNK_PAGES, PageScores
+from vllm_sparse.pages.page_table import PageTable
 
 TUNING = {"pages_per_warp": 128}
 SMALL_PAGES = 1024

@@ -12,9 +12,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from vllm_sparse.kernels.select_bands import _count_from, _kept, _threshold
 
-from vllm_sparse.query_blocks import BLOCK_TOKENS, QueryBlocks
+from vllm_sparse.kernels.select_bands import _count_from, _kept, _threshold
+from vllm_sparse.pages.query_blocks import BLOCK_TOKENS, QueryBlocks
 
 
 @triton.jit(

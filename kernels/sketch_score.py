@@ -4,7 +4,7 @@
 
 with the keys and their scales that :mod:`vllm_sparse.kernels.sketch_write` has stored. The second term is what
 the exponential of a logit gains on average by what its code has lost, a variance of ``noise * scale_t^2`` in
-each channel (:mod:`vllm_sparse.summaries`): without it pages of widely spread keys rank too low. Keys that a
+each channel (:mod:`vllm_sparse.pages.summaries`): without it pages of widely spread keys rank too low. Keys that a
 request's last page still lacks count as the mean of those it has: that page is attended whatever its score.
 
 The query is rotated as the keys are and quantised in two int8 digits to base 128; bytes of the sketch, masked to
@@ -16,14 +16,14 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+
 from vllm_sparse.kernels.hadamard import hadamard
 from vllm_sparse.kernels.launch import num_multiprocessors
 from vllm_sparse.kernels.store_scores import store_chunk, store_scores
 from vllm_sparse.kernels.two_digits import two_digits
-
-from vllm_sparse.decode_plan import NOT_LISTED, WORK_COLUMNS, DecodePlan
-from vllm_sparse.page_scores import CHUNK_PAGES, PageScores
-from vllm_sparse.summaries import TILE_TOKENS, SketchLayout
+from vllm_sparse.pages.decode_plan import NOT_LISTED, WORK_COLUMNS, DecodePlan
+from vllm_sparse.pages.page_scores import CHUNK_PAGES, PageScores
+from vllm_sparse.pages.summaries import TILE_TOKENS, SketchLayout
 
 TUNING = {"waves": 2, "step_bytes": 32768, "num_warps": 2, "num_stages": 5}
 """``step_bytes``: of sketches that a program has in flight per stage."""

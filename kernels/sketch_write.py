@@ -14,13 +14,14 @@ Rotation, centring and one scale per key are as in quantised attention: Ashkboos
 project's.
 
 A byte of plane p holds field j of token p * 8 / bits + j in bits ``bits * j`` on, less 128: so the last field,
-read with the byte's sign, is ``levels / 2`` less than its code. :mod:`vllm_sparse.summaries` has the layout.
+read with the byte's sign, is ``levels / 2`` less than its code. :mod:`vllm_sparse.pages.summaries` has the layout.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
 from vllm_sparse.kernels.hadamard import hadamard
 
 STEP = 0.9957

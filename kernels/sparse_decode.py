@@ -15,11 +15,12 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+
 from vllm_sparse.kernels.e4m3 import codes_of, from_e4m3, power_256_of
 from vllm_sparse.kernels.launch import num_multiprocessors
-
-from vllm_sparse.decode_plan import WHOLE
-from vllm_sparse.page_table import PageTable, UnitGrid
+from vllm_sparse.pages.decode_plan import WHOLE
+from vllm_sparse.pages.layout import UnitGrid
+from vllm_sparse.pages.page_table import PageTable
 
 LOG2_E = 1.4426950408889634
 TILE_BYTES = 32768
@@ -150,7 +151,7 @@ def sparse_decode(
     host: torch.Tensor | None = None,
     exponents: torch.Tensor | None = None,
 ) -> None:
-    """Attend over chosen pages; arguments as in :meth:`vllm_sparse.engines.base.Engine.attend`.
+    """Attend over chosen pages; arguments as in :meth:`vllm_sparse.attention.base.Engine.attend`.
 
     Reads ``4 * head_dim`` bytes (16-bit cache) per chosen token and KV head.
     """

@@ -13,8 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_sparse.page_table import PageTable, UnitGrid
-from vllm_sparse.query_blocks import BLOCK_TOKENS
+from vllm_sparse.pages.layout import UnitGrid
+from vllm_sparse.pages.page_table import PageTable
+from vllm_sparse.pages.query_blocks import BLOCK_TOKENS
 
 LOG2_E = 1.4426950408889634
 TUNING = {"tile_bytes": 16384, "query_bytes": 32768, "num_warps": 8, "num_stages": 2}
@@ -95,7 +96,7 @@ def sparse_prefill(
     scale: float,
     out: torch.Tensor,
 ) -> None:
-    """Attend over chosen pages; arguments as in :meth:`vllm_sparse.engines.base.Engine.attend_blocks`."""
+    """Attend over chosen pages; arguments as in :meth:`vllm_sparse.attention.base.Engine.attend_blocks`."""
     num_tokens, q_heads, head_dim = q.shape
     num_blocks = triton.cdiv(num_tokens, BLOCK_TOKENS)
     rows = q_heads * num_blocks

@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from vllm_sparse.kernels.e4m3 import codes_of, from_e4m3, powers_256_of, warps_for
 
-from vllm_sparse.offload.transfer import WritePlan
+from vllm_sparse.kernels.e4m3 import codes_of, from_e4m3, powers_256_of, warps_for
+from vllm_sparse.pages.write_plan import WritePlan
 
 
 @triton.jit

@@ -12,8 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_sparse.decode_plan import DecodePlan
-from vllm_sparse.page_table import PageTable
+from vllm_sparse.pages.decode_plan import DecodePlan
+from vllm_sparse.pages.page_table import PageTable
 
 FORCED = 0x80000000
 """Set in the keys of forced pages; the rest of a key is the bits of its mass, plus 1."""

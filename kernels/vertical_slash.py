@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_sparse.query_blocks import BLOCK_TOKENS, QueryBlocks
+from vllm_sparse.pages.query_blocks import BLOCK_TOKENS, QueryBlocks
 
 
 @triton.jit(do_not_specialize=["out_stride", "first_position", "end_position", "num_pages", "num_blocks"])

@@ -15,10 +15,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from vllm_sparse.kernels.e4m3 import codes_of, exponent_of, largest_coded, to_e4m3, warps_for
 
-from vllm_sparse.offload.residency import Residency
-from vllm_sparse.offload.transfer import WritePlan
+from vllm_sparse.kernels.e4m3 import codes_of, exponent_of, largest_coded, to_e4m3, warps_for
+from vllm_sparse.pages.hot_set import Residency
+from vllm_sparse.pages.write_plan import WritePlan
 
 
 @triton.jit

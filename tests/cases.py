@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from math import prod
 
 import torch
+
 from vllm_sparse.kernels import reference
 from vllm_sparse.kernels.reference_scores import store_scores
-
-from vllm_sparse.decode_plan import SEGMENT_PAGES, DecodePlan
-from vllm_sparse.page_scores import PageScores
-from vllm_sparse.page_table import PageTable
-from vllm_sparse.summaries import summary_rows
+from vllm_sparse.pages.decode_plan import SEGMENT_PAGES, DecodePlan
+from vllm_sparse.pages.page_scores import PageScores
+from vllm_sparse.pages.page_table import PageTable
+from vllm_sparse.pages.summaries import summary_rows
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"

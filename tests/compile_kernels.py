@@ -15,14 +15,13 @@ from offload_cases import make_store
 from prefill_cases import make_chunk
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
-from vllm_sparse.kernels import launchers
 
-from vllm_sparse.decode_plan import segment_pages
-from vllm_sparse.fixed_pattern import FixedPattern
-from vllm_sparse.guard import Guard
-from vllm_sparse.head_patterns import HeadPatterns
-from vllm_sparse.pattern_table import HeadPattern
-from vllm_sparse.summaries import SKETCH_BITS
+from vllm_sparse.decode.recall_monitor import Guard
+from vllm_sparse.kernels import launchers
+from vllm_sparse.pages.decode_plan import segment_pages
+from vllm_sparse.pages.head_patterns import HeadPattern, HeadPatterns
+from vllm_sparse.pages.position_pattern import FixedPattern
+from vllm_sparse.pages.summaries import SKETCH_BITS
 
 SHARED_BYTES = {80: 166912, 86: 101376, 89: 101376, 90: 232448}
 """Shared memory that one block can have (CUDA C++ Programming Guide, compute capabilities)."""

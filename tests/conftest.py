@@ -44,6 +44,7 @@ def tiny(tmp_path_factory):
         pytest.skip("compares with vLLM's CPU backend")
     pytest.importorskip("vllm")
     from tiny_engine import TinyEngines
+
     from vllm_sparse.plugin_entrypoints import register
 
     register()

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import torch
 from cases import DEVICE, ON_GPU
-from vllm_sparse.kernels.reference_offload import kept, to_e4m3
 
+from vllm_sparse.kernels.reference_offload import kept, to_e4m3
 from vllm_sparse.offload.pool import view_from_device
-from vllm_sparse.offload.residency import Residency
-from vllm_sparse.offload.transfer import WritePlan
-from vllm_sparse.page_table import PageTable
+from vllm_sparse.pages.hot_set import Residency
+from vllm_sparse.pages.page_table import PageTable
+from vllm_sparse.pages.write_plan import WritePlan
 
 
 @dataclass

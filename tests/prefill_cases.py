@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from cases import DEVICE, make
 
-from vllm_sparse.page_table import PageTable, UnitGrid
-from vllm_sparse.prefill_buffers import PrefillBuffers
-from vllm_sparse.probe import probe_parts
-from vllm_sparse.query_blocks import BLOCK_TOKENS, QueryBlocks
+from vllm_sparse.pages.layout import UnitGrid
+from vllm_sparse.pages.page_table import PageTable
+from vllm_sparse.pages.probe import probe_parts
+from vllm_sparse.pages.query_blocks import BLOCK_TOKENS, QueryBlocks
+from vllm_sparse.prefill.buffers import PrefillBuffers
 
 
 @dataclass

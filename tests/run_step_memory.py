@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 
+from vllm_sparse.backend import prefill_rows
+
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_FLASHINFER_SAMPLER": "0", "HF_HUB_OFFLINE": "1"}
 
 LAYERS = 4
@@ -118,12 +120,11 @@ def generate(llm, prompts: list[list[int]], tokens: int) -> None:
 
 def choose_policy(impls: list, name: str) -> None:
     """Let a running engine prefill by another policy: buffers and engines are the same for all."""
-    from vllm_sparse.backend import prefill
     from vllm_sparse.policies import get_prefill_policy
 
     if not hasattr(choose_policy, "sparse_chunks"):
-        choose_policy.sparse_chunks = prefill.sparse_chunks
-    prefill.sparse_chunks = (lambda *args: []) if name == "dense" else choose_policy.sparse_chunks
+        choose_policy.sparse_chunks = prefill_rows.sparse_chunks
+    prefill_rows.sparse_chunks = (lambda *args: []) if name == "dense" else choose_policy.sparse_chunks
     if name != "dense":
         for impl in impls:
             config = dataclasses.replace(impl.config, prefill_policy=name, **POLICIES[name])
@@ -152,10 +153,10 @@ def waits(llm) -> list[str]:
 
 def measure(chunk_tokens: int, compiled: bool) -> dict:
     from vllm_sparse import metrics
+    from vllm_sparse.attention import fa3
     from vllm_sparse.backend import dense
     from vllm_sparse.backend.impl import SparseImpl
-    from vllm_sparse.engines import fa3
-    from vllm_sparse.prefill import SparsePrefill
+    from vllm_sparse.prefill.attend import SparsePrefill
 
     meter = Meter()
     meter.watch(SparsePrefill, "attend", "sparse_prefill")

@@ -17,11 +17,11 @@ from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request, RequestStatus
-from vllm_sparse.kernels import reference
 
 from vllm_sparse.backend.impl import SparseImpl
-from vllm_sparse.cache.spec import SparseAttentionSpec
-from vllm_sparse.summaries import TILE_TOKENS
+from vllm_sparse.backend.spec import SparseAttentionSpec
+from vllm_sparse.kernels import reference
+from vllm_sparse.pages.summaries import TILE_TOKENS
 
 PAGE, HEADS, HEAD_DIM = 16, 2, 16
 NUM_BLOCKS, MAX_LEN = 24, 192

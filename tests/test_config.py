@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import pytest
 from tiny_engine import MIXED_LENGTHS, attention_layers, prompts, tokens
 
-from vllm_sparse.config import ENV_CONFIG, ConfigError, SparseConfig
+from vllm_sparse.config import ENV_CONFIG, SparseConfig
+from vllm_sparse.errors import ConfigError
 
 # Settings, and what the refusal must say.
 WRONG = {

@@ -15,7 +15,8 @@ from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine.core import EngineCore
 
 from vllm_sparse.backend import compat, connectors
-from vllm_sparse.config import ConfigError, SparseConfig
+from vllm_sparse.config import SparseConfig
+from vllm_sparse.errors import ConfigError
 from vllm_sparse.offload.config import OffloadConfig
 from vllm_sparse.policies.registry import DECODE_POLICIES
 
@@ -267,9 +268,9 @@ def test_a_request_for_pages_of_stock_vllm_is_refused_where_it_arrives(monkeypat
 
 def test_every_process_that_manages_our_blocks_has_the_hook():
     """Other processes send their specs there, and unpickling one loads the module that installs it."""
-    from vllm_sparse.cache.spec import SparseAttentionSpec
+    from vllm_sparse.backend.spec import SparseAttentionSpec
 
-    assert SparseAttentionSpec.__module__ == "vllm_sparse.cache.spec"
+    assert SparseAttentionSpec.__module__ == "vllm_sparse.backend.spec"
     assert EngineCore.preprocess_add_request._vllm_sparse
     hooked = EngineCore.preprocess_add_request
     connectors.install_request_hook()

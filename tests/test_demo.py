@@ -4,8 +4,8 @@ import pytest
 
 pytest.importorskip("tqdm", reason="pip install 'vllm-sparse[demo]'")
 
-from vllm_sparse.demo import smollm2, texts
-from vllm_sparse.demo.__main__ import attended_tokens
+from vllm_sparse.tools.demo import smollm2, texts
+from vllm_sparse.tools.demo.__main__ import attended_tokens
 
 CONTEXT_TOKENS = 3000
 PROMPT_OVERHEAD_TOKENS = 80

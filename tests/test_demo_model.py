@@ -8,9 +8,9 @@ import pytest
 
 pytest.importorskip("gguf", reason="pip install 'vllm-sparse[demo]'")
 
-from vllm_sparse.demo import gguf_to_hf, smollm2
-from vllm_sparse.demo.packages import Wheel
-from vllm_sparse.demo.texts import essays
+from vllm_sparse.tools.demo import gguf_to_hf, smollm2
+from vllm_sparse.tools.demo.packages import Wheel
+from vllm_sparse.tools.demo.texts import essays
 
 TEXT = "In 2021 the café's 1,024 pages   were sparse.\n\tNaïve, isn't it? 東京 🙂"
 CHAT = [{"role": "user", "content": "Hello"}]

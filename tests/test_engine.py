@@ -138,7 +138,7 @@ def expected_counts(prompt_tokens, max_tokens, page_size, budget_tokens) -> tupl
 @pytest.mark.parametrize("policy", DECODE_POLICIES)
 def test_small_budget_attends_exactly_the_budget(tiny, policy, monkeypatch):
     """The counters, the arithmetic, and what the attention engine was really given all agree."""
-    from vllm_sparse.engines.torch import TorchEngine
+    from vllm_sparse.attention.torch_attn import TorchEngine
 
     given = []
     attend = TorchEngine.attend

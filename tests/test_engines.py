@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import DEVICE, ON_GPU, TOLERANCE, error, in_float64, make, random_scores, select_reference
-from vllm_sparse.kernels import reference
 
-from vllm_sparse.config import ConfigError
-from vllm_sparse.engines import ENGINES, choose_engine
-from vllm_sparse.engines.base import AttentionShape
-from vllm_sparse.engines.registry import engine_class
+from vllm_sparse.attention import ENGINES, choose_engine
+from vllm_sparse.attention.base import AttentionShape
+from vllm_sparse.attention.registry import engine_class
+from vllm_sparse.errors import ConfigError
+from vllm_sparse.kernels import reference
 
 SHAPES = [(8, 4, 128, 16), (3, 3, 64, 16), (2, 7, 128, 32), (1, 1, 256, 64), (4, 8, 96, 16)]
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
@@ -82,7 +82,6 @@ def test_engine_replays_in_a_cuda_graph_with_other_pages(name):
 @pytest.mark.parametrize("name", [name for name in ENGINES if name != "torch"])
 def test_a_decode_step_never_waits_for_the_gpu(policy, name):
     from vllm_sparse.kernels import launchers
-
     from vllm_sparse.policies import get_decode_policy
 
     case = case_of(SHAPES[0], name)

@@ -14,18 +14,18 @@ import pytest
 import torch
 from cases import make, select_reference
 from test_models import model_of
-from vllm_sparse.kernels import reference
 
-from vllm_sparse import cli, commands
-from vllm_sparse.config import ConfigError
-from vllm_sparse.eval import ruler
-from vllm_sparse.eval.recall import RecallProbe
-from vllm_sparse.eval.rows import Rows, commit
-from vllm_sparse.eval.samples import TEXT, Samples, spread
-from vllm_sparse.eval.settings import Setting, by_summary, grid
-from vllm_sparse.eval.summary import Summary, table
-from vllm_sparse.page_table import UnitGrid
+from vllm_sparse.errors import ConfigError
+from vllm_sparse.kernels import reference
+from vllm_sparse.pages.layout import UnitGrid
 from vllm_sparse.policies.registry import DECODE_POLICIES
+from vllm_sparse.tools import cli, commands
+from vllm_sparse.tools.eval import ruler
+from vllm_sparse.tools.eval.recall import RecallProbe
+from vllm_sparse.tools.eval.rows import Rows, commit
+from vllm_sparse.tools.eval.samples import TEXT, Samples, spread
+from vllm_sparse.tools.eval.settings import Setting, by_summary, grid
+from vllm_sparse.tools.eval.summary import Summary, table
 
 DOCUMENT = Path(__file__).parent.parent / "README.md"
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -160,7 +160,7 @@ def test_forced_tokens_follow_their_request_through_the_batch():
     pytest.importorskip("vllm")
     from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
 
-    from vllm_sparse.eval.force import FORCED, ForcedTokens
+    from vllm_sparse.tools.eval.force import FORCED, ForcedTokens
 
     processor = ForcedTokens(None, torch.device("cpu"), False)
     said = {name: [] for name in "abc"}
@@ -191,7 +191,7 @@ def steps(logits: torch.Tensor, top: int) -> list[dict[int, float]]:
 
 
 def test_the_divergence_is_exact_over_all_tokens_and_a_lower_bound_over_the_likeliest():
-    from vllm_sparse.eval.engine import agreement, divergence, loss
+    from vllm_sparse.tools.eval.engine import agreement, divergence, loss
 
     dense, sparse = torch.randn(2, 7, 40).double() * 3
     exact = torch.nn.functional.kl_div(
@@ -305,7 +305,7 @@ def test_a_fit_finds_the_exponents_that_rows_were_made_with():
 
 def test_the_page_holds_the_table_and_every_plot_and_nothing_from_elsewhere(tmp_path):
     pytest.importorskip("matplotlib")
-    from vllm_sparse.eval import report
+    from vllm_sparse.tools.eval import report
 
     summary = Summary(some_rows())
     assert summary.mean(Setting("quest", 256), TEXT, "excess", 4096) == pytest.approx(3 * 64 / 256)
@@ -363,7 +363,7 @@ def test_a_line_cut_off_is_measured_again_and_other_files_are_refused(tmp_path, 
 
 def test_results_of_other_samples_are_not_continued(monkeypatch, tmp_path):
     """Another version may make a sample of the same number differently."""
-    from vllm_sparse.eval import command
+    from vllm_sparse.tools.eval import command
 
     engine = SimpleNamespace(tokenizer=Letters(), run=lambda *args: pytest.fail("other samples were measured"))
     monkeypatch.setattr(command.EvalEngine, "start", lambda *args: nullcontext(engine))
@@ -404,7 +404,7 @@ WRONG = {
 @pytest.mark.engine
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_arguments_are_refused_before_an_engine_is_built(tiny, case, monkeypatch, capsys, tmp_path):
-    from vllm_sparse.eval import command
+    from vllm_sparse.tools.eval import command
 
     monkeypatch.setattr(command.Run, "all", lambda self: pytest.fail("an engine was built"))
     options, said = WRONG[case]
@@ -421,7 +421,7 @@ def test_eval_equals_the_model_continues_and_mixes_no_settings(tiny, monkeypatch
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     from transformers import AutoModelForCausalLM
 
-    from vllm_sparse.eval import command
+    from vllm_sparse.tools.eval import command
 
     text = tmp_path / "text.txt"
     text.write_text(running_text(400))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from cases import ON_GPU, TOLERANCE, error
 from test_gpu_engine import GRAPHS, LENGTHS, answer, assert_same, synchronising_lines  # noqa: F401
+
 from vllm_sparse.kernels.reference_offload import kept
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not ON_GPU, reason="needs a CUDA GPU")]
@@ -89,6 +90,7 @@ def test_no_line_of_ours_waits_for_the_device_with_a_pool_in_fp8(answer):  # noq
 def test_bf16_units_in_fp8_are_attended_to_in_place(group, head_dim, page_size):
     """Triton's interpreter computes products of bf16 wrongly, so here alone; half of the units are in slots."""
     from offload_cases import chosen_pages, make_store
+
     from vllm_sparse.kernels import launchers, reference
 
     store = make_store(40, 2, head_dim, page_size, dtype=torch.bfloat16, fp8=True)
@@ -146,7 +148,7 @@ def test_no_line_of_ours_waits_for_the_device(answer):  # noqa: F811
 
 def test_pinning_that_fails_half_way_gives_everything_back(monkeypatch):
     """The third layer's memory cannot be pinned: a refusal with numbers, and none left pinned."""
-    from vllm_sparse.config import ConfigError
+    from vllm_sparse.errors import ConfigError
     from vllm_sparse.offload import pool
     from vllm_sparse.offload.sizing import CacheShape
 
@@ -180,6 +182,7 @@ def test_pinning_that_fails_half_way_gives_everything_back(monkeypatch):
 def test_gather_from_pinned_memory_reaches_the_link(capsys):
     """Not a benchmark: a fetch that crawls would mean pages are not mapped as meant."""
     from offload_cases import chosen_pages, make_store, tail_slots
+
     from vllm_sparse.kernels import launchers
 
     store = make_store(16384, 8, 128, 16, sets=256, staged=2, dtype=torch.bfloat16, seed=1)

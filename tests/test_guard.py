@@ -6,12 +6,13 @@ import pytest
 import torch
 from cases import DEVICE, DTYPES, TOLERANCE, make, random_scores, select_reference
 from tiny_engine import engine_core, prompts, tokens
-from vllm_sparse.kernels import reference
 
 from vllm_sparse import metrics
-from vllm_sparse.config import ConfigError, SparseConfig
-from vllm_sparse.guard import Guard
-from vllm_sparse.page_table import UnitGrid
+from vllm_sparse.config import SparseConfig
+from vllm_sparse.decode.recall_monitor import Guard
+from vllm_sparse.errors import ConfigError
+from vllm_sparse.kernels import reference
+from vllm_sparse.pages.layout import UnitGrid
 
 LENGTHS = [0, 200, 15, 389, 1, 33, 1500]
 SCORED = [1, 3, 6]

@@ -11,9 +11,11 @@ import pytest
 from test_config import refused
 from tiny_engine import attention_layers, prompts, tokens
 
-from vllm_sparse import budget_table, metrics
-from vllm_sparse.budget_table import BudgetTable
-from vllm_sparse.config import ConfigError, SparseConfig
+from vllm_sparse import metrics
+from vllm_sparse.config import SparseConfig
+from vllm_sparse.decode import budgets
+from vllm_sparse.decode.budgets import BudgetTable
+from vllm_sparse.errors import ConfigError
 
 LAYERS, KV_HEADS = 3, 2
 TABLE = BudgetTable(((0.5, 1.0), None, (1.5, 1.0)))
@@ -22,7 +24,7 @@ TABLE = BudgetTable(((0.5, 1.0), None, (1.5, 1.0)))
 @pytest.fixture
 def file(tmp_path):
     path = tmp_path / "budgets.json"
-    budget_table.write(path, TABLE, KV_HEADS, model="some/model")
+    budgets.write(path, TABLE, KV_HEADS, model="some/model")
     return path
 
 
@@ -31,7 +33,7 @@ def with_file(path, model="some/model", **settings) -> SparseConfig:
 
 
 def test_a_written_table_is_read_back_and_travels_as_json(file):
-    assert budget_table.read(file, LAYERS, KV_HEADS) == TABLE
+    assert budgets.read(file, LAYERS, KV_HEADS) == TABLE
     config = with_file(file, dense_layers=0)
     assert config.head_budgets == TABLE, "its mean is 1"
     assert SparseConfig.from_mapping(json.loads(json.dumps(config.to_mapping())), "test") == config
@@ -85,7 +87,7 @@ STALE = {
 @pytest.mark.parametrize("auto", [False, True], ids=["path", "auto"])
 def test_a_file_of_something_else_is_refused_with_its_path_and_what_to_do(file, tmp_path, case, auto):
     changes, said = STALE[case]
-    path = tmp_path / budget_table.FILE_NAME if auto else file
+    path = tmp_path / budgets.FILE_NAME if auto else file
     path.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
     value = "auto" if auto else str(file)
     with pytest.raises(ConfigError) as refusal:
@@ -96,7 +98,7 @@ def test_a_file_of_something_else_is_refused_with_its_path_and_what_to_do(file, 
 
 def test_auto_takes_the_models_file_where_there_is_one_and_none_is_the_default(file, tmp_path):
     assert with_file("auto", str(tmp_path)).head_budgets == "none"
-    file.rename(tmp_path / budget_table.FILE_NAME)
+    file.rename(tmp_path / budgets.FILE_NAME)
     assert with_file("auto", str(tmp_path), dense_layers=0).head_budgets == TABLE
     assert SparseConfig().with_budgets(str(tmp_path), 99, 99) == SparseConfig()
 
@@ -134,7 +136,7 @@ def test_the_driver_carries_budgets_to_workers(file):
 
 def attended_pages(tiny, model, monkeypatch, **sparse):
     """Answers to two prompts, pages of each KV head by layer in the first step that decodes both, and counts."""
-    from vllm_sparse.engines.torch import TorchEngine
+    from vllm_sparse.attention.torch_attn import TorchEngine
 
     given, attend = [], TorchEngine.attend
 
@@ -169,7 +171,7 @@ def test_heads_attend_to_budgets_of_their_own(tiny, file, monkeypatch, offload):
     assert tuned != uniform
     assert tuned_counts["context_tokens"] == counts["context_tokens"]
     equal = BudgetTable(((0.7, 0.7),) * LAYERS)
-    budget_table.write(file, equal, KV_HEADS)
+    budgets.write(file, equal, KV_HEADS)
     assert attended_pages(tiny, model, monkeypatch, **settings, head_budgets=str(file))[::2] == (uniform, counts)
 
 
@@ -177,8 +179,8 @@ def test_heads_attend_to_budgets_of_their_own(tiny, file, monkeypatch, offload):
 @pytest.mark.engine
 def test_the_models_file_is_taken_where_it_is_asked_for(tiny):
     model = tiny.model(num_hidden_layers=LAYERS)
-    path = model / budget_table.FILE_NAME
-    budget_table.write(path, TABLE, KV_HEADS)
+    path = model / budgets.FILE_NAME
+    budgets.write(path, TABLE, KV_HEADS)
     try:
         with tiny.start(model, {"head_budgets": "auto", "budget_tokens": 256}, block_size=16) as llm:
             layers = attention_layers(llm).values()

@@ -10,10 +10,12 @@ import torch
 from test_config import refused
 from tiny_engine import attention_layers, prompts, tokens
 
-from vllm_sparse import metrics, pattern_table
-from vllm_sparse.config import ENV_CONFIG, ConfigError, SparseConfig
-from vllm_sparse.head_patterns import HeadPatterns
-from vllm_sparse.pattern_table import HeadPattern, PatternTable
+from vllm_sparse import metrics
+from vllm_sparse.config import ENV_CONFIG, SparseConfig
+from vllm_sparse.errors import ConfigError
+from vllm_sparse.pages.head_patterns import HeadPattern, HeadPatterns
+from vllm_sparse.prefill import patterns
+from vllm_sparse.prefill.patterns import PatternTable
 
 LAYERS, Q_HEADS = 3, 4
 EVERYTHING, LITTLE = HeadPattern(coverage=1.0), HeadPattern(recent_tokens=32)
@@ -24,12 +26,12 @@ SLASH = {"prefill_policy": "vertical_slash"}
 @pytest.fixture
 def file(tmp_path):
     path = tmp_path / "deep" / "patterns.json"
-    pattern_table.write(path, TABLE, Q_HEADS, model="some/model", tolerance=0.05)
+    patterns.write(path, TABLE, Q_HEADS, model="some/model", tolerance=0.05)
     return path
 
 
 def test_a_written_table_is_read_back(file):
-    assert pattern_table.read(file, LAYERS, Q_HEADS) == TABLE
+    assert patterns.read(file, LAYERS, Q_HEADS) == TABLE
     assert json.loads(file.read_text())["model"] == "some/model"
     assert [path.name for path in file.parent.iterdir()] == ["patterns.json"]
     config = SparseConfig(**SLASH, head_patterns=str(file)).with_patterns("some/model", LAYERS, Q_HEADS)
@@ -66,7 +68,7 @@ STALE = {
 def test_a_file_of_something_else_is_refused_with_its_path_and_what_to_do(file, tmp_path, case, auto):
     changes, said = STALE[case]
     content = {**json.loads(file.read_text()), **changes}
-    path = tmp_path / pattern_table.FILE_NAME if auto else file
+    path = tmp_path / patterns.FILE_NAME if auto else file
     path.write_text(json.dumps(content))
     value = "auto" if auto else str(file)
     with pytest.raises(ConfigError) as refusal:
@@ -85,7 +87,7 @@ def test_a_file_that_is_no_json_object_is_refused(tmp_path, content):
 
 
 def test_patterns_are_consulted_by_vertical_slash_alone_and_only_where_asked_for(file, tmp_path):
-    file.rename(tmp_path / pattern_table.FILE_NAME)
+    file.rename(tmp_path / patterns.FILE_NAME)
     model = str(tmp_path)
     assert SparseConfig(**SLASH).with_patterns(model, LAYERS, Q_HEADS).head_patterns == TABLE
     for settings in ({}, {"prefill_policy": "xattention"}, {**SLASH, "head_patterns": "none"}):
@@ -112,14 +114,14 @@ def test_auto_takes_a_place_that_may_not_be_looked_at_for_no_patterns(monkeypatc
 def test_hub_names_have_their_patterns_in_the_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     expected = tmp_path / "cache" / "vllm-sparse" / "patterns" / "org--model.json"
-    assert pattern_table.default_path("org/model") == expected
+    assert patterns.default_path("org/model") == expected
     snapshot = tmp_path / "models--org--model" / "snapshots" / "1234"
     snapshot.mkdir(parents=True)
-    assert pattern_table.default_path(str(snapshot)) == expected, "offline, vLLM puts the snapshot for the name"
-    assert pattern_table.default_path(str(tmp_path)) == tmp_path / pattern_table.FILE_NAME
+    assert patterns.default_path(str(snapshot)) == expected, "offline, vLLM puts the snapshot for the name"
+    assert patterns.default_path(str(tmp_path)) == tmp_path / patterns.FILE_NAME
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert pattern_table.default_path("m") == tmp_path / ".cache" / "vllm-sparse" / "patterns" / "m.json"
+    assert patterns.default_path("m") == tmp_path / ".cache" / "vllm-sparse" / "patterns" / "m.json"
 
 
 def test_each_rank_takes_its_slice_of_the_heads():
@@ -136,7 +138,7 @@ def test_patterns_are_whole_pages_on_the_device():
     patterns = HeadPatterns.of([HeadPattern(1, 33, 0), HeadPattern(0, 0, 16, 0.25)], 16, torch.device("cpu"))
     assert patterns.sizes.tolist() == [[1, 0], [3, 0], [0, 1]] and patterns.sizes.dtype == torch.int32
     assert patterns.coverage.tolist() == [0, 0.25]
-    uniform = HeadPatterns.uniform(SparseConfig(prefill_coverage=0), 3, 16, torch.device("cpu"))
+    uniform = HeadPatterns.of([SparseConfig(prefill_coverage=0).uniform_pattern] * 3, 16, torch.device("cpu"))
     assert uniform.sizes.tolist() == [[64] * 3, [128] * 3, [0] * 3]
 
 
@@ -164,7 +166,7 @@ def test_the_driver_carries_patterns_to_workers_whatever_named_them(file, monkey
 @pytest.mark.engine
 def test_the_models_file_is_taken_by_an_engine_and_left_where_none_is_said(tiny):
     model = tiny.model(num_hidden_layers=LAYERS)
-    pattern_table.write(model / pattern_table.FILE_NAME, TABLE, Q_HEADS)
+    patterns.write(model / patterns.FILE_NAME, TABLE, Q_HEADS)
     settings = {"decode_policy": "dense", "prefill_coverage": 1, "min_prefill_tokens": 256, **SLASH}
 
     def density(**changes) -> float:
@@ -190,4 +192,4 @@ def test_the_models_file_is_taken_by_an_engine_and_left_where_none_is_said(tiny)
         )  # fmt: skip
         assert "sparse.head_patterns" in message and "config.json has format None" in message
     finally:
-        (model / pattern_table.FILE_NAME).unlink()
+        (model / patterns.FILE_NAME).unlink()

@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from vllm_sparse.backend import offload
-from vllm_sparse.config import ConfigError
+from vllm_sparse.errors import ConfigError
 from vllm_sparse.offload.limits import UNLIMITED, HostLimits
 
 

@@ -25,13 +25,13 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.worker.gpu_worker import Worker
 from vllm.v1.worker.worker_base import WorkerBase, WorkerWrapperBase
-from vllm_sparse.plugin_entrypoints import register
 
 from vllm_sparse.backend import hooks
 from vllm_sparse.backend.backend import SparseBackend
 from vllm_sparse.backend.builder import SparseMetadataBuilder
 from vllm_sparse.backend.impl import SparseImpl
-from vllm_sparse.cache.spec import SparseAttentionSpec
+from vllm_sparse.backend.spec import SparseAttentionSpec
+from vllm_sparse.plugin_entrypoints import register
 
 pytestmark = pytest.mark.seam
 

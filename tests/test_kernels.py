@@ -17,11 +17,12 @@ from cases import (
     select_reference,
     set_scores,
 )
-from vllm_sparse.kernels import reference
 
-from vllm_sparse.config import ConfigError
-from vllm_sparse.decode_plan import MAX_CANDIDATES, DecodePlan, segment_pages
-from vllm_sparse.page_table import PageTable, UnitGrid
+from vllm_sparse.errors import ConfigError
+from vllm_sparse.kernels import reference
+from vllm_sparse.pages.decode_plan import MAX_CANDIDATES, DecodePlan, segment_pages
+from vllm_sparse.pages.layout import UnitGrid
+from vllm_sparse.pages.page_table import PageTable
 
 pytest.importorskip("triton")
 from vllm_sparse.kernels import launchers, select_pages

@@ -10,7 +10,8 @@ import pytest
 from test_config import refused
 
 from vllm_sparse import misplaced
-from vllm_sparse.config import ENV_CONFIG, ConfigError, SparseConfig
+from vllm_sparse.config import ENV_CONFIG, SparseConfig
+from vllm_sparse.errors import ConfigError
 
 BUDGET = {"budget_tokens": 512}
 RIGHT_KEY = "the key 'sparse'"

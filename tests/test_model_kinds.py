@@ -75,7 +75,7 @@ def test_full_attention_beside_wider_sliding_windows(tiny):
 
 def test_a_cache_that_kernels_cannot_read_stops_the_start(tiny, monkeypatch):
     from vllm_sparse.backend.impl import SparseImpl
-    from vllm_sparse.config import ConfigError
+    from vllm_sparse.errors import ConfigError
 
     monkeypatch.setattr(SparseImpl, "page_rows", lambda impl: 48)
     with (

@@ -15,10 +15,11 @@ from tiny_engine import (
     prompts,
     tokens,
 )  # fmt: skip
-from vllm_sparse.kernels import reference
-from vllm_sparse.kernels.reference_offload import kept
 
 from vllm_sparse import metrics
+from vllm_sparse.backend import prefill_rows
+from vllm_sparse.kernels import reference
+from vllm_sparse.kernels.reference_offload import kept
 
 pytestmark = pytest.mark.engine
 
@@ -119,7 +120,7 @@ SPARSE_PREFILL = {"min_prefill_tokens": 128, "prefill_coverage": 0, "vertical_to
 @pytest.fixture
 def chunk_reads(monkeypatch):
     """(pages read, pages that earlier steps filled) of each layer's chunks, read into a buffer of NaN."""
-    from vllm_sparse.offload.context import ContextReader
+    from vllm_sparse.offload.contexts import ContextReader
 
     seen, read = [], ContextReader._read_old
 
@@ -159,9 +160,8 @@ def test_sparse_prefill_attends_to_the_same_pages(tiny, resident, chunk_reads, p
 
 def test_empty_rows_beside_decodes_change_nothing(tiny, resident, monkeypatch):
     """Rows of no tokens before and after a step's prefill rows; their lengths and pages are of no one."""
-    from vllm_sparse.backend import prefill
 
-    steps, runs_of = [], prefill.context_runs
+    steps, runs_of = [], prefill_rows.context_runs
 
     def with_empty_rows(common, num_decodes, *args):
         steps.append((num_decodes, common.num_reqs))
@@ -178,7 +178,7 @@ def test_empty_rows_beside_decodes_change_nothing(tiny, resident, monkeypatch):
     sparse = {**SPARSE_PREFILL, "prefill_policy": "a_shape", "min_prefill_tokens": 400}
     expected = resident(sparse=sparse, block_size=16)
     with tiny.start(sparse={**sparse, "offload": OFFLOAD}, block_size=16) as llm:
-        monkeypatch.setattr(prefill, "context_runs", with_empty_rows)
+        monkeypatch.setattr(prefill_rows, "context_runs", with_empty_rows)
         assert tokens(llm, MIXED, 24) == expected
         assert_store(llm)
     assert any(decodes and requests > decodes for decodes, requests in steps), "no step had both kinds of row"
@@ -220,7 +220,7 @@ def test_contexts_read_ahead_are_complete(tiny, resident, monkeypatch, batch):
     """
     from contextlib import nullcontext
 
-    from vllm_sparse.offload.context import ContextReader
+    from vllm_sparse.offload.contexts import ContextReader
 
     class Stream:
         def wait_stream(self, other):
@@ -373,7 +373,7 @@ def test_what_offload_cannot_serve_is_refused(tiny, settings, said):
 def test_memory_that_the_engine_took_is_not_looked_for_again(tiny, monkeypatch):
     """A server's engine process has its config checked once more when everything is allocated."""
     from vllm_sparse.backend import offload
-    from vllm_sparse.config import ConfigError
+    from vllm_sparse.errors import ConfigError
     from vllm_sparse.offload.limits import HostLimits
 
     with tiny.start(sparse={"offload": OFFLOAD}) as llm:

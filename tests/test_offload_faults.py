@@ -7,16 +7,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+
+from vllm_sparse.config import SparseConfig
+from vllm_sparse.errors import ConfigError
 from vllm_sparse.kernels import reference
 from vllm_sparse.kernels.reference_offload import kept
-
-from vllm_sparse.config import ConfigError, SparseConfig
 from vllm_sparse.offload import limits, pool
 from vllm_sparse.offload.limits import UNLIMITED, HostLimits, read_limits, resolve_host_gib
 from vllm_sparse.offload.pool import HostPool
 from vllm_sparse.offload.sizing import GIB, CacheShape, Split, StepLimits, split_memory
 from vllm_sparse.offload.store import OffloadStore
-from vllm_sparse.page_table import PageTable
+from vllm_sparse.pages.page_table import PageTable
 
 PAGE, HEADS, HEAD_DIM, LAYERS = 16, 2, 16, 2
 SHAPE = CacheShape(LAYERS, HEADS, HEAD_DIM, PAGE, 4, 1)

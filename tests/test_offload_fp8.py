@@ -19,12 +19,13 @@ from test_offload_engine import (
     offloaded,
 )  # fmt: skip
 from tiny_engine import cached_tokens, engine_core, outputs, preemptions, prompts, tokens
+
+from vllm_sparse import metrics
 from vllm_sparse.kernels import reference
 from vllm_sparse.kernels.reference_offload import from_e4m3, kept, to_e4m3
-
-from vllm_sparse import cli, metrics
 from vllm_sparse.offload.config import OffloadConfig
 from vllm_sparse.offload.sizing import CacheShape
+from vllm_sparse.tools import cli
 
 FP8 = {"host_gib": 0.02, "host_dtype": "fp8"}
 UNIT_BYTES = 16 * 2 * 32
@@ -157,7 +158,7 @@ def test_attention_over_coded_pages_is_close():
 
 @pytest.mark.parametrize("value", ["fp16", "FP8", 8, None])
 def test_other_dtypes_are_refused(value):
-    from vllm_sparse.config import ConfigError
+    from vllm_sparse.errors import ConfigError
 
     with pytest.raises(ConfigError) as refusal:
         OffloadConfig.from_mapping({"host_dtype": value}, "test")

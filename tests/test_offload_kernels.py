@@ -6,13 +6,13 @@ import pytest
 import torch
 from cases import DEVICE, DTYPES, TOLERANCE, error
 from offload_cases import assert_consistent, chosen_pages, copy_of, make_store, tail_slots
+
 from vllm_sparse.kernels import reference
 from vllm_sparse.kernels.reference_offload import kept, to_e4m3
 
 pytest.importorskip("triton")
 from vllm_sparse.kernels import launchers, plan_writes
-
-from vllm_sparse.offload.residency import Residency
+from vllm_sparse.pages.hot_set import Residency
 
 # (kv_heads, head_dim, page_size)
 SHAPES = [(2, 32, 16), (1, 128, 16), (3, 96, 32), (2, 64, 64)]

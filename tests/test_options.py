@@ -7,9 +7,9 @@ import os
 
 import pytest
 
-from vllm_sparse import cli
-from vllm_sparse.commands import Parser, json_object, real, several, whole
-from vllm_sparse.config import ConfigError
+from vllm_sparse.errors import ConfigError
+from vllm_sparse.tools import cli
+from vllm_sparse.tools.commands import Parser, json_object, real, several, whole
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 128,
@@ -149,7 +149,7 @@ def test_models_that_are_not_there_are_refused_in_one_line(command, tmp_path, ca
 @pytest.mark.parametrize("command, ending", [("tune", "json"), ("tune --decode", "json"), ("eval", "jsonl")])
 @pytest.mark.engine
 def test_a_text_too_short_is_found_before_weights_are_read(tiny, command, ending, tmp_path, monkeypatch, capsys):
-    from vllm_sparse import commands
+    from vllm_sparse.tools import commands
 
     monkeypatch.setattr(commands, "start_engine", lambda *args, **more: pytest.fail("weights were read"))
     text = tmp_path / "text.txt"
@@ -188,7 +188,7 @@ OPTIONS = {
 @pytest.mark.parametrize("command", OPTIONS)
 def test_tune_and_eval_refuse_values_by_name(command, model, tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
-    from vllm_sparse import commands
+    from vllm_sparse.tools import commands
 
     # The model is looked at after what needs none, but before the text.
     monkeypatch.setattr(commands, "model_config", lambda args: commands.sample_text(args.text))
@@ -207,7 +207,7 @@ def test_tune_and_eval_refuse_values_by_name(command, model, tmp_path, monkeypat
 @pytest.mark.engine
 def test_places_that_cannot_be_written_are_refused_first(tiny, command, tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
-    from vllm_sparse import commands
+    from vllm_sparse.tools import commands
 
     monkeypatch.setattr(commands, "tokenizer", lambda *args: pytest.fail("too late"))
     (tmp_path / "folder").mkdir()
@@ -228,7 +228,7 @@ def test_places_that_cannot_be_written_are_refused_first(tiny, command, tmp_path
 
 @pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"[" * 100_000 + b"\n", b'"x"\n', b"{}\n"])
 def test_files_that_are_no_results_are_not_continued(content, tmp_path):
-    from vllm_sparse.eval.rows import Rows
+    from vllm_sparse.tools.eval.rows import Rows
 
     path = tmp_path / "rows.jsonl"
     path.write_bytes(content)
@@ -239,7 +239,7 @@ def test_files_that_are_no_results_are_not_continued(content, tmp_path):
 
 @pytest.mark.parametrize("content", ["[" * 100_000, "[]", "{}", '{"arguments": 1, "passages": 2}', "\x00"])
 def test_partial_measurements_of_other_kinds_are_not_continued(content, tmp_path, capsys):
-    from vllm_sparse.tune.command import Partial
+    from vllm_sparse.tools.tune.command import Partial
 
     path = tmp_path / "x.partial"
     path.write_text(content)

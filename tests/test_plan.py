@@ -8,8 +8,8 @@ import re
 import pytest
 from tiny_engine import ENGINE, SPARSE, engine_core
 
-from vllm_sparse import cli
-from vllm_sparse.plan import OVERHEAD_GIB, tokens
+from vllm_sparse.tools import cli
+from vllm_sparse.tools.plan import OVERHEAD_GIB, tokens
 
 HOST_GIB = 0.05
 

@@ -15,7 +15,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, SlidingWindowSpec
 
 from vllm_sparse.backend import compat
-from vllm_sparse.cache.spec import SparseAttentionSpec
+from vllm_sparse.backend.spec import SparseAttentionSpec
 
 pytestmark = pytest.mark.seam
 

@@ -20,9 +20,9 @@ from conftest import CPU_ENGINE
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.selector import AttentionSelectorConfig
-from vllm_sparse.plugin_entrypoints import register
 
 from vllm_sparse.backend import compat
+from vllm_sparse.plugin_entrypoints import register
 
 pytestmark = pytest.mark.seam
 

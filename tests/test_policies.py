@@ -7,12 +7,12 @@ import random
 import pytest
 import torch
 from cases import DEVICE, Case, make
-from vllm_sparse.kernels import reference
 
 from vllm_sparse import kernels
-from vllm_sparse.page_table import UnitGrid
+from vllm_sparse.kernels import reference
+from vllm_sparse.pages.layout import UnitGrid
+from vllm_sparse.pages.summaries import SUMMARIES
 from vllm_sparse.policies import DECODE_POLICIES, get_decode_policy
-from vllm_sparse.summaries import SUMMARIES
 
 SCORING = [name for name in DECODE_POLICIES if name != "dense"]
 policies = pytest.mark.parametrize("policy", SCORING)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 from tiny_engine import cached_tokens, outputs, preemptions, prompts, tokens
 
-from vllm_sparse import metrics, prefill
+from vllm_sparse import metrics
 from vllm_sparse.policies import PREFILL_POLICIES
+from vllm_sparse.prefill import attend as prefill
 
 pytestmark = pytest.mark.engine
 

@@ -19,14 +19,13 @@ from prefill_cases import (
     random_keep,
     table_mask,
 )
-from vllm_sparse.kernels import reference
 
-from vllm_sparse.fixed_pattern import FixedPattern
-from vllm_sparse.head_patterns import HeadPatterns
-from vllm_sparse.page_table import PageTable
-from vllm_sparse.pattern_table import HeadPattern
-from vllm_sparse.probe import probe_groups, probe_page, probe_parts, probe_queries, probe_start
-from vllm_sparse.query_blocks import BLOCK_TOKENS, QueryBlocks
+from vllm_sparse.kernels import reference
+from vllm_sparse.pages.head_patterns import HeadPattern, HeadPatterns
+from vllm_sparse.pages.page_table import PageTable
+from vllm_sparse.pages.position_pattern import FixedPattern
+from vllm_sparse.pages.probe import probe_groups, probe_page, probe_parts, probe_queries, probe_start
+from vllm_sparse.pages.query_blocks import BLOCK_TOKENS, QueryBlocks
 
 pytest.importorskip("triton")
 from vllm_sparse.kernels import antidiagonal_score, launchers

@@ -8,12 +8,12 @@ from cases import DEVICE, ON_GPU, TOLERANCE, error
 from prefill_cases import attention_weights, causal_mask, make_chunk, masked_attention, poison, table_mask
 
 from vllm_sparse import kernels
+from vllm_sparse.attention.torch_attn import TorchEngine
 from vllm_sparse.config import SparseConfig
-from vllm_sparse.engines.torch import TorchEngine
-from vllm_sparse.head_patterns import HeadPatterns
+from vllm_sparse.pages.head_patterns import HeadPatterns
+from vllm_sparse.pages.query_blocks import QueryBlocks
 from vllm_sparse.policies import PREFILL_POLICIES, get_prefill_policy
-from vllm_sparse.prefill import SparsePrefill, plan_chunks
-from vllm_sparse.query_blocks import QueryBlocks
+from vllm_sparse.prefill.attend import SparsePrefill, plan_chunks
 
 CHOOSING = [name for name in PREFILL_POLICIES if name != "dense"]
 ESTIMATING = ["vertical_slash", "block_sparse", "xattention", "flex_prefill"]
@@ -41,7 +41,7 @@ class Recording(TorchEngine):
 
 
 def policy_of(config: SparseConfig, case):
-    patterns = HeadPatterns.uniform(config, case.q_heads, case.page_size, DEVICE)
+    patterns = HeadPatterns.of([config.uniform_pattern] * case.q_heads, case.page_size, DEVICE)
     return get_prefill_policy(config, case.page_size, patterns)
 
 
@@ -165,9 +165,8 @@ def test_what_is_out_of_reach_never_reaches_an_output(policy, runs, monkeypatch)
     engine = TorchEngine()
     if runs == "kernels":
         pytest.importorskip("triton")
+        from vllm_sparse.attention.triton_attn import TritonEngine
         from vllm_sparse.kernels import launchers
-
-        from vllm_sparse.engines.triton import TritonEngine
 
         monkeypatch.setattr(kernels, "for_device", lambda device: launchers)
         engine = TritonEngine()
@@ -281,7 +280,7 @@ def test_chunks_that_run_sparse_are_long_and_of_long_contexts():
 
 
 def test_buffers_stay_within_256_mib_at_any_context():
-    from vllm_sparse.prefill_buffers import PrefillBuffers
+    from vllm_sparse.prefill.buffers import PrefillBuffers
 
     for heads, head_dim in ((32, 128), (64, 128), (16, 256), (8, 64)):
         for context in (32 << 10, 128 << 10, 512 << 10, 1 << 20):

@@ -186,7 +186,7 @@ def test_a_gpu_without_triton_is_refused_by_name(monkeypatch):
     import vllm.platforms
 
     from vllm_sparse.backend import compat
-    from vllm_sparse.config import ConfigError
+    from vllm_sparse.errors import ConfigError
 
     monkeypatch.setattr(vllm.platforms, "_current_platform", SimpleNamespace(is_cpu=lambda: False))
     monkeypatch.setitem(sys.modules, "triton", None)

@@ -8,10 +8,14 @@ import shutil
 
 import pytest
 
-from vllm_sparse import budget_table, pattern_table, same_model
-from vllm_sparse.budget_table import BudgetTable
-from vllm_sparse.config import ConfigError, SparseConfig
-from vllm_sparse.pattern_table import HeadPattern, PatternTable
+from vllm_sparse import model_files
+from vllm_sparse.config import SparseConfig
+from vllm_sparse.decode import budgets
+from vllm_sparse.decode.budgets import BudgetTable
+from vllm_sparse.errors import ConfigError
+from vllm_sparse.pages.head_patterns import HeadPattern
+from vllm_sparse.prefill import patterns
+from vllm_sparse.prefill.patterns import PatternTable
 
 HUB = "/caches/huggingface/hub/models--org--Model-8B/snapshots/1234"
 NAMES = (
@@ -27,8 +31,8 @@ NAMES = (
 
 @pytest.mark.parametrize("recorded, served, same", NAMES)
 def test_names_of_one_model_are_known(recorded, served, same):
-    assert same_model.is_same(recorded, None, served) is same
-    assert same_model.is_same(recorded, "0" * 32, served) is same, "weights that are not here say nothing"
+    assert model_files.is_same(recorded, None, served) is same
+    assert model_files.is_same(recorded, "0" * 32, served) is same, "weights that are not here say nothing"
 
 
 @pytest.fixture
@@ -45,19 +49,19 @@ def models(tmp_path):
 
 def test_weights_tell_copies_from_other_models(models):
     first, second, prod = (str(models / name) for name in ("first", "second", "prod"))
-    weights = same_model.weights_digest(first)
-    assert len(weights) == 32 and weights == same_model.weights_digest(prod) != same_model.weights_digest(second)
-    assert same_model.is_same(first, weights, prod) is True
-    assert same_model.is_same("org/First", weights, prod) is True
-    assert same_model.is_same(first, weights, second) is False
-    assert same_model.is_same("org/First", weights, second) is False
-    assert same_model.is_same(first, None, prod) is False
-    assert same_model.is_same("org/First", None, prod) is None, "nobody recorded what could tell"
+    weights = model_files.weights_digest(first)
+    assert len(weights) == 32 and weights == model_files.weights_digest(prod) != model_files.weights_digest(second)
+    assert model_files.is_same(first, weights, prod) is True
+    assert model_files.is_same("org/First", weights, prod) is True
+    assert model_files.is_same(first, weights, second) is False
+    assert model_files.is_same("org/First", weights, second) is False
+    assert model_files.is_same(first, None, prod) is False
+    assert model_files.is_same("org/First", None, prod) is None, "nobody recorded what could tell"
     (models / "link").symlink_to(models / "first")
-    assert same_model.is_same("org/first", None, str(models / "link")) is True
+    assert model_files.is_same("org/first", None, str(models / "link")) is True
     for nothing in ("", "\x00", "x" * 5000, "/nowhere", "org/nowhere", "a/b/c"):
-        assert same_model.weights_digest(nothing) is None
-        assert same_model.is_same("org/First", weights, nothing) is False
+        assert model_files.weights_digest(nothing) is None
+        assert model_files.is_same("org/First", weights, nothing) is False
 
 
 def settings_with(path, kind: str):
@@ -69,9 +73,9 @@ def settings_with(path, kind: str):
 @pytest.mark.parametrize("kind", ["head_budgets", "head_patterns"])
 def test_files_of_another_model_are_refused_with_a_way_to_go_on(kind, models, monkeypatch):
     table, content = (
-        (budget_table, BudgetTable(((1.0, 1.0),) * 3))
+        (budgets, BudgetTable(((1.0, 1.0),) * 3))
         if kind == "head_budgets"
-        else (pattern_table, PatternTable((HeadPattern(16),), ((0, 0),) * 3))
+        else (patterns, PatternTable((HeadPattern(16),), ((0, 0),) * 3))
     )
     first, second, prod = (str(models / name) for name in ("first", "second", "prod"))
     path = models / "table.json"
@@ -79,7 +83,7 @@ def test_files_of_another_model_are_refused_with_a_way_to_go_on(kind, models, mo
     def served(model: str):
         return getattr(settings_with(str(path), kind)(model, 3, 2), kind)
 
-    table.write(path, content, 2, model=first, weights=same_model.weights_digest(first))
+    table.write(path, content, 2, model=first, weights=model_files.weights_digest(first))
     assert served(first) == served(prod) != "none"
     with pytest.raises(ConfigError) as refusal:
         served(second)
@@ -102,11 +106,11 @@ def test_files_of_another_model_are_refused_with_a_way_to_go_on(kind, models, mo
 
 @pytest.mark.parametrize("kind", ["head_budgets", "head_patterns"])
 def test_the_models_own_file_is_compared_too(kind, models):
-    table = budget_table if kind == "head_budgets" else pattern_table
+    table = budgets if kind == "head_budgets" else patterns
     content = BudgetTable(((1.0, 1.0),) * 3) if kind == "head_budgets" else PatternTable((), (None,) * 3)
     second = models / "second"
     first = str(models / "first")
     place = second / table.FILE_NAME
-    table.write(place, content, 2, model=first, weights=same_model.weights_digest(first))
+    table.write(place, content, 2, model=first, weights=model_files.weights_digest(first))
     with pytest.raises(ConfigError, match=f"sparse.{kind}: 'auto': .*was made for the model"):
         settings_with("auto", kind)(str(second), 3, 2)

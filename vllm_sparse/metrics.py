@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from vllm_sparse.guard import Guard
-from vllm_sparse.prefill_buffers import PrefillBuffers
+from vllm_sparse.decode.recall_monitor import Guard
+from vllm_sparse.prefill.buffers import PrefillBuffers
 from vllm_sparse.support import Treatment
 
 logger = logging.getLogger("vllm.vllm_sparse")

@@ -107,7 +107,7 @@ def _place(key: str, value: Any) -> str:
 
 def _is_ours(name: str, value: Any) -> bool:
     """Whether a key whose name another plugin might use has a value of ours."""
-    from vllm_sparse.engines.registry import ENGINES
+    from vllm_sparse.attention.registry import ENGINES
 
     if name == "engine":
         return isinstance(value, str) and value in ("auto", *ENGINES)

@@ -8,13 +8,11 @@ import os
 import stat
 from typing import Any
 
+from vllm_sparse.errors import TextError
+
 MOST_FILE_BYTES = 64 << 20
 """No file of settings, patterns or budgets comes near it; one of weights, named by mistake, does."""
 MOST_SHOWN = 120
-
-
-class TextError(ValueError):
-    """Text or a file that cannot be read; the message says why."""
 
 
 def shown(value: Any) -> str:

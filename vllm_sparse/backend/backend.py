@@ -10,8 +10,8 @@ from vllm.config import get_current_vllm_config_or_none
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 
 from vllm_sparse.backend import compat
-from vllm_sparse.cache.spec import SparseAttentionSpec, page_size_of
-from vllm_sparse.config import PAGE_SIZES
+from vllm_sparse.backend.spec import SparseAttentionSpec, page_size_of
+from vllm_sparse.pages.layout import PAGE_SIZES
 
 
 class SparseBackend(AttentionBackend):
@@ -26,7 +26,7 @@ class SparseBackend(AttentionBackend):
     forward_includes_kv_cache_update = False
 
     summary: ClassVar[str] = "none"
-    """What pages store beside K and V: one of :data:`vllm_sparse.summaries.SUMMARIES`."""
+    """What pages store beside K and V: one of :data:`vllm_sparse.pages.summaries.SUMMARIES`."""
     on_host: ClassVar[bool] = False
     """Whether K and V are in CPU memory, so that vLLM's blocks hold summaries alone."""
 

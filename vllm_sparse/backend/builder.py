@@ -10,7 +10,7 @@ from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuild
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from vllm_sparse import kernels
-from vllm_sparse.backend import dense, prefill
+from vllm_sparse.backend import dense, prefill_rows
 from vllm_sparse.backend.impl import SparseImpl
 from vllm_sparse.backend.metadata import SparseMetadata
 from vllm_sparse.config import SparseConfig
@@ -126,17 +126,17 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
         if not offloads:
             metadata.dense_all = self.dense.build("all", common, fast_build)
         if num_prefills and offloads:
-            metadata.runs = prefill.context_runs(
+            metadata.runs = prefill_rows.context_runs(
                 common, num_decodes, self.config, self.page_size, workspace.max_pages, self.dense,
                 self.first_layer.prefill,
             )  # fmt: skip
             if self.prefill_tracker is not None and any(run.chunk is not None for run in metadata.runs):
                 self.prefill_tracker.step()
         elif num_prefills:
-            metadata.chunks = prefill.sparse_chunks(common, num_decodes, self.config)
+            metadata.chunks = prefill_rows.sparse_chunks(common, num_decodes, self.config)
             if len(metadata.chunks) < num_prefills:
                 rows = dense.prefill_rows(common, num_decodes, num_decode_tokens) if num_decodes else common
-                rows = prefill.dense_rows(rows, metadata.chunks, num_decodes)
+                rows = prefill_rows.dense_rows(rows, metadata.chunks, num_decodes)
                 metadata.dense_prefill = self.dense.build("prefill", rows, fast_build)
             if metadata.chunks and self.prefill_tracker is not None:
                 self.prefill_tracker.step()

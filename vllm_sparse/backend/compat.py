@@ -224,7 +224,8 @@ def _check_asked(vllm_config) -> None:
     from vllm.platforms import current_platform
 
     from vllm_sparse import support
-    from vllm_sparse.config import TABLES, ConfigError, SparseConfig
+    from vllm_sparse.config import TABLES, SparseConfig
+    from vllm_sparse.errors import ConfigError
 
     _install_hooks()
     if not current_platform.is_cpu():
@@ -281,7 +282,7 @@ def _check_asked(vllm_config) -> None:
 
 def _check_kv_dtype(asked: str, model: Any) -> None:
     """Raise :class:`~vllm_sparse.config.ConfigError` unless the cache has the dtype of the model."""
-    from vllm_sparse.config import ConfigError
+    from vllm_sparse.errors import ConfigError
 
     own = str(model.dtype).removeprefix("torch.")
     if asked in ("auto", own):
@@ -320,7 +321,7 @@ def _carry(vllm_config, config, found, key: str) -> None:
     if isinstance(additional, dict):
         vllm_config.additional_config = {**additional, "sparse": found.to_mapping()}
     elif found is not config:
-        from vllm_sparse.config import ConfigError
+        from vllm_sparse.errors import ConfigError
 
         raise ConfigError(
             f"sparse.{key}: {getattr(config, key)!r} cannot travel beside an additional_config that is "

@@ -23,7 +23,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_sparse.backend import compat
-from vllm_sparse.config import ConfigError, SparseConfig
+from vllm_sparse.config import SparseConfig
+from vllm_sparse.errors import ConfigError
 
 logger = logging.getLogger("vllm.vllm_sparse")
 

@@ -19,7 +19,8 @@ from typing import Any
 
 from vllm_sparse import metrics, support
 from vllm_sparse.backend import compat, connectors
-from vllm_sparse.config import ConfigError, SparseConfig
+from vllm_sparse.config import SparseConfig
+from vllm_sparse.errors import ConfigError
 from vllm_sparse.support import Decision, Layer, Treatment
 
 logger = logging.getLogger("vllm.vllm_sparse")

@@ -10,22 +10,24 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from vllm_sparse import kernels, metrics
+from vllm_sparse.attention import OFFLOAD_ORDER, PREFILL_ORDER, choose_engine
+from vllm_sparse.attention.base import AttentionShape
 from vllm_sparse.backend import dense, hooks
 from vllm_sparse.backend.metadata import SparseMetadata
 from vllm_sparse.backend.rehearsal import MOST_IN_PLACE, Rehearsal
 from vllm_sparse.backend.workspace import Workspace
-from vllm_sparse.budget_table import BudgetTable
-from vllm_sparse.config import ConfigError, SparseConfig
-from vllm_sparse.engines import OFFLOAD_ORDER, PREFILL_ORDER, choose_engine
-from vllm_sparse.engines.base import AttentionShape
-from vllm_sparse.head_patterns import HeadPatterns
+from vllm_sparse.config import SparseConfig
+from vllm_sparse.decode.budgets import BudgetTable
+from vllm_sparse.errors import ConfigError
 from vllm_sparse.offload.store import OffloadedLayer
-from vllm_sparse.page_table import PageTable, summaries_as_pages, unreadable
-from vllm_sparse.pattern_table import PatternTable
+from vllm_sparse.pages.head_patterns import HeadPatterns
+from vllm_sparse.pages.layout import summaries_as_pages, unreadable
+from vllm_sparse.pages.page_table import PageTable
+from vllm_sparse.pages.summaries import summary_rows
 from vllm_sparse.policies import get_decode_policy, get_prefill_policy
-from vllm_sparse.prefill import SparsePrefill
-from vllm_sparse.prefill_buffers import PrefillBuffers
-from vllm_sparse.summaries import summary_rows
+from vllm_sparse.prefill.attend import SparsePrefill
+from vllm_sparse.prefill.buffers import PrefillBuffers
+from vllm_sparse.prefill.patterns import PatternTable
 from vllm_sparse.support import Decision, Treatment
 
 logger = logging.getLogger("vllm.vllm_sparse")
@@ -210,7 +212,7 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
             if patterns is None:
                 logger.info("sparse attention: layer %d has no patterns of its own", self.layer_index)
         if patterns is None:
-            return HeadPatterns.uniform(self.config, self.num_heads, self.page_size, self.device)
+            return HeadPatterns.of([self.config.uniform_pattern] * self.num_heads, self.page_size, self.device)
         return HeadPatterns.of(patterns, self.page_size, self.device)
 
     def _prefill_rows(self) -> int:

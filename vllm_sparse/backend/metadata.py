@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from vllm_sparse.decode_plan import DecodePlan
-from vllm_sparse.guard import Guard
-from vllm_sparse.offload.context import ContextRun
-from vllm_sparse.page_scores import PageScores
-from vllm_sparse.page_table import PageTable
-from vllm_sparse.query_blocks import QueryBlocks
+from vllm_sparse.decode.recall_monitor import Guard
+from vllm_sparse.offload.contexts import ContextRun
+from vllm_sparse.pages.decode_plan import DecodePlan
+from vllm_sparse.pages.page_scores import PageScores
+from vllm_sparse.pages.page_table import PageTable
+from vllm_sparse.pages.query_blocks import QueryBlocks
 
 
 @dataclass

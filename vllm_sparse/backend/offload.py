@@ -11,7 +11,8 @@ from vllm.distributed import get_world_group
 
 from vllm_sparse import metrics
 from vllm_sparse.backend import compat
-from vllm_sparse.config import ConfigError, SparseConfig
+from vllm_sparse.config import SparseConfig
+from vllm_sparse.errors import ConfigError
 from vllm_sparse.offload import sizing
 from vllm_sparse.offload.limits import check_host_memory, read_limits, resolve_host_gib
 from vllm_sparse.offload.sizing import GIB, CacheShape, Split, StepLimits

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import torch
 
 from vllm_sparse import kernels
+from vllm_sparse.attention.base import Engine
 from vllm_sparse.backend.workspace import Workspace
 from vllm_sparse.config import SparseConfig
-from vllm_sparse.engines.base import Engine
-from vllm_sparse.page_table import PageTable
-from vllm_sparse.query_blocks import BLOCK_TOKENS
+from vllm_sparse.pages.page_table import PageTable
+from vllm_sparse.pages.query_blocks import BLOCK_TOKENS
 
 MOST_IN_PLACE = 1 << 22
 """Units that are read on the host by one launch where whole contexts are: what its page table holds."""

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 
 from vllm_sparse.config import SparseConfig
-from vllm_sparse.decode_plan import DecodePlan, segment_pages
-from vllm_sparse.guard import Guard
-from vllm_sparse.page_scores import PageScores
-from vllm_sparse.page_table import PageTable
-from vllm_sparse.prefill_buffers import PrefillBuffers
+from vllm_sparse.decode.recall_monitor import Guard
+from vllm_sparse.pages.decode_plan import DecodePlan, segment_pages
+from vllm_sparse.pages.page_scores import PageScores
+from vllm_sparse.pages.page_table import PageTable
+from vllm_sparse.prefill.buffers import PrefillBuffers
 
 logger = logging.getLogger("vllm.vllm_sparse")
 

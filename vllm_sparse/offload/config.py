@@ -27,7 +27,7 @@ class OffloadConfig:
     one for V of a unit (:mod:`vllm_sparse.kernels.e4m3`), which is not exact."""
 
     def __post_init__(self) -> None:
-        from vllm_sparse.config import ConfigError
+        from vllm_sparse.errors import ConfigError
 
         for name, allowed, good in (
             ("host_gib", f"auto, or a number above 0, up to {MOST_GIB}", lambda x: 0 < x <= MOST_GIB),
@@ -46,7 +46,8 @@ class OffloadConfig:
     def from_mapping(cls, values: Any, source: str) -> OffloadConfig:
         """Check and build from a JSON object; ``source`` names it in errors."""
         from vllm_sparse import misplaced
-        from vllm_sparse.config import ConfigError, nearest
+        from vllm_sparse.config import nearest
+        from vllm_sparse.errors import ConfigError
 
         known = [field.name for field in fields(cls)]
         if not isinstance(values, dict):

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_sparse.config import ConfigError
+from vllm_sparse.errors import ConfigError
 from vllm_sparse.offload.sizing import GIB
 
 AUTO_SHARE = 0.75

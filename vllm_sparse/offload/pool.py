@@ -12,7 +12,7 @@ from contextlib import suppress
 import torch
 from tqdm import tqdm
 
-from vllm_sparse.config import ConfigError
+from vllm_sparse.errors import ConfigError
 from vllm_sparse.offload.limits import read_limits
 from vllm_sparse.offload.sizing import GIB, CacheShape
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vllm_sparse.config import ConfigError
+from vllm_sparse.errors import ConfigError
 
 GIB = 1 << 30
 WAYS = 16

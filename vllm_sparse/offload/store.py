@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 
 from vllm_sparse import kernels
-from vllm_sparse.offload.context import ContextReader
+from vllm_sparse.offload.contexts import ContextReader
 from vllm_sparse.offload.pool import HostPool
-from vllm_sparse.offload.residency import Residency
 from vllm_sparse.offload.sizing import CacheShape, Split, StepLimits
-from vllm_sparse.offload.transfer import WritePlan
-from vllm_sparse.page_table import PageTable
+from vllm_sparse.pages.hot_set import Residency
+from vllm_sparse.pages.page_table import PageTable
+from vllm_sparse.pages.write_plan import WritePlan
 
 
 class OffloadStore:

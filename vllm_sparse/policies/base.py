@@ -7,8 +7,8 @@ from typing import ClassVar
 
 import torch
 
-from vllm_sparse.decode_plan import DecodePlan
-from vllm_sparse.page_scores import PageScores
+from vllm_sparse.pages.decode_plan import DecodePlan
+from vllm_sparse.pages.page_scores import PageScores
 
 
 class DecodePolicy(ABC):
@@ -19,7 +19,7 @@ class DecodePolicy(ABC):
     """
 
     summary: ClassVar[str] = "none"
-    """What each page stores beside K and V: one of :data:`vllm_sparse.summaries.SUMMARIES`."""
+    """What each page stores beside K and V: one of :data:`vllm_sparse.pages.summaries.SUMMARIES`."""
     adaptive: ClassVar[bool] = False
     """Whether a row ends where its pages hold ``SparseConfig.decode_coverage`` of its estimated attention,
     before its budget; scores must then be estimates of true masses."""

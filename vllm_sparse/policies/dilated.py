@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vllm_sparse.fixed_pattern import FixedPattern
+from vllm_sparse.pages.position_pattern import FixedPattern
 from vllm_sparse.policies.fixed import FixedPolicy
 
 

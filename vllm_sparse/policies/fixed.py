@@ -7,10 +7,10 @@ from abc import abstractmethod
 import torch
 
 from vllm_sparse import kernels
-from vllm_sparse.fixed_pattern import FixedPattern
 from vllm_sparse.kernels.reference_prefill import hash_uniform
+from vllm_sparse.pages.position_pattern import FixedPattern
+from vllm_sparse.pages.query_blocks import BLOCK_TOKENS, QueryBlocks
 from vllm_sparse.policies.prefill_base import PrefillPolicy
-from vllm_sparse.query_blocks import BLOCK_TOKENS, QueryBlocks
 
 MOST_HASHES = 1 << 17
 """For random pages of a chunk, about a millisecond of the host; where it takes more, all pages count as drawn."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from vllm_sparse import kernels
 from vllm_sparse.config import SparseConfig
-from vllm_sparse.head_patterns import HeadPatterns
+from vllm_sparse.pages.head_patterns import HeadPatterns
+from vllm_sparse.pages.probe import probe_queries
 from vllm_sparse.policies.block_sparse import BlockSparse
 from vllm_sparse.policies.vertical_slash import VerticalSlash
-from vllm_sparse.probe import probe_queries
 
 QUERY_AWARE_DISTANCE = 0.1
 """The threshold tau of the paper's experiments."""

@@ -7,9 +7,9 @@ from abc import ABC, abstractmethod
 import torch
 
 from vllm_sparse.config import SparseConfig
-from vllm_sparse.head_patterns import HeadPatterns
-from vllm_sparse.prefill_buffers import PrefillBuffers
-from vllm_sparse.query_blocks import QueryBlocks
+from vllm_sparse.pages.head_patterns import HeadPatterns
+from vllm_sparse.pages.query_blocks import QueryBlocks
+from vllm_sparse.prefill.buffers import PrefillBuffers
 
 
 class PrefillPolicy(ABC):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vllm_sparse.config import SparseConfig
-from vllm_sparse.head_patterns import HeadPatterns
+from vllm_sparse.pages.head_patterns import HeadPatterns
 from vllm_sparse.policies.a_shape import AShape
 from vllm_sparse.policies.arkvale import ArkVale
 from vllm_sparse.policies.base import DecodePolicy

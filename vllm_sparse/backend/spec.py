@@ -1,0 +1,82 @@
+"""The KV-cache spec that makes vLLM plan, allocate and share pages with their summaries.
+
+A page holds ``page_size`` rows of ``[K | V]`` per KV head and then ``summary_rows`` rows of the same width.
+vLLM's memory planning counts them, and prefix caching, copy-on-write, preemption and KV connectors that copy
+whole blocks carry them, because they are bytes of the page like any others. A block of vLLM's holds one page;
+where vLLM makes blocks larger, to bring layers to one size, it splits them into pages again for the kernels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+from vllm_sparse import summaries
+from vllm_sparse.pages.layout import PAGE_SIZES
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseAttentionSpec(FullAttentionSpec):
+    """Full attention whose pages end in ``summary_rows`` extra rows per KV head.
+
+    vLLM manages its blocks as those of its base class: prefix hits and preemption are those of full attention,
+    since a summary is a function of its page's keys and lives in the page. With offload a block names a page of
+    the host pool as well, so they span host memory.
+    """
+
+    page_size: int
+    """Tokens of a page; a block holds a whole number of pages, or is one token, by which vLLM sizes others."""
+    summary: str = "none"
+    """One of :data:`vllm_sparse.pages.summaries.SUMMARIES`."""
+    on_host: bool = False
+    """Offload: K and V are in CPU memory, and a block of vLLM's holds the summary rows alone."""
+
+    @property
+    def summary_rows(self) -> int:
+        """Summary rows of a page."""
+        return summaries.summary_rows(
+            self.summary, self.page_size, self.head_size, self.dtype.itemsize, least=int(self.on_host)
+        )
+
+    @property
+    def page_rows(self) -> int:
+        """Rows of a page in vLLM's memory."""
+        return self.summary_rows if self.on_host else self.page_size + self.summary_rows
+
+    @property
+    def unpadded_page_size_bytes(self) -> int:
+        """Bytes of a block: proportional to its tokens, so exact for one token too."""
+        row_bytes = self.num_heads * self.state_content_size_bytes
+        return self.block_size * self.page_rows * row_bytes // self.page_size
+
+    def get_num_kernel_states(self, kernel_block_size: int) -> int:
+        return kernel_block_size * self.page_rows // self.page_size
+
+    @classmethod
+    def merge(cls, specs):
+        """One spec for a group of layers, all of which must be equal.
+
+        Raises:
+            AssertionError: they are not, which is how vLLM asks whether they are.
+        """
+        assert all(spec == specs[0] for spec in specs), "layers of one group must have the same sparse pages"
+        return specs[0]
+
+    @classmethod
+    def extend(
+        cls, spec: FullAttentionSpec, page_size: int, summary: str, on_host: bool = False
+    ) -> SparseAttentionSpec:
+        """``spec`` with the rows of a summary added to each page, or with nothing but them."""
+        values = {field.name: getattr(spec, field.name) for field in fields(spec) if field.init}
+        return cls(**values, page_size=page_size, summary=summary, on_host=on_host)
+
+
+def page_size_of(block_size: int, config_block_size: int | None) -> int:
+    """Tokens of a page in blocks of ``block_size``: the block, unless vLLM asks for a block that holds no page.
+
+    It does to learn the bytes of one token; its own config then knows the size of real ones.
+    """
+    if block_size in PAGE_SIZES:
+        return block_size
+    return config_block_size if config_block_size in PAGE_SIZES else PAGE_SIZES[0]

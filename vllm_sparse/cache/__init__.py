@@ -1,1 +1,0 @@
-"""The KV cache with page summaries: layout and vLLM spec."""

@@ -1,0 +1,1 @@
+"""Decode: budgets of KV heads, and what watches the choice of pages."""

@@ -1,0 +1,47 @@
+"""PageTable: the one way to say which pages are attended, shared by policies and engines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class PageTable:
+    """Pages to attend for each (request, KV head), as units of one paged KV cache.
+
+    A *unit* is a page of one KV head. With a cache ``[num_blocks, kv_heads, rows, 2 * head_dim]``
+    unit ``block * per_block + head * per_head`` starts ``unit * stride`` elements into the cache
+    (:class:`vllm_sparse.pages.layout.UnitGrid`), so each row here is an ordinary block table over
+    single-head pages, and
+    any paged attention kernel can be an engine.
+
+    Invariants: ids in a row ascend with the position of the page in its context, so the page that
+    may be partly filled is the last; entries past ``ceil(lengths / page_size)`` are undefined.
+    """
+
+    units: torch.Tensor
+    """int32 [num_reqs * kv_heads, max_pages]; row ``req * kv_heads + head``."""
+    lengths: torch.Tensor
+    """int32 [num_reqs * kv_heads]: tokens attended. 0: the row is not attended through this table."""
+    starts: torch.Tensor | None = None
+    """int32 [rows + 1], of query blocks alone: the first query of each row, and after them the number of all,
+    where queries lie by head. None in decode, where a row is one token."""
+    routes: torch.Tensor | None = None
+    """int32 [num_reqs]: ``WHOLE`` of :mod:`vllm_sparse.pages.decode_plan` where a request's rows are not listed in
+    ``units`` and are all pages of ``block_table``; None: there are no such rows."""
+    block_table: torch.Tensor | None = None
+    """int32 [num_reqs, max_pages], beside ``routes``."""
+
+    @classmethod
+    def empty(cls, num_reqs: int, kv_heads: int, max_pages: int, device: torch.device) -> PageTable:
+        rows = num_reqs * kv_heads
+        return cls(
+            units=torch.zeros(rows, max_pages, dtype=torch.int32, device=device),
+            lengths=torch.zeros(rows, dtype=torch.int32, device=device),
+        )
+
+    def rows(self, num_rows: int) -> PageTable:
+        """The first ``num_rows`` rows, without a copy."""
+        return PageTable(self.units[:num_rows], self.lengths[:num_rows])

@@ -1,0 +1,1 @@
+"""Sparse prefill of chunks: blocks of queries that choose pages."""

@@ -1,0 +1,231 @@
+"""EvalEngine: one vLLM engine that runs all settings whose pages store the same summary."""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_sparse.errors import ConfigError
+from vllm_sparse.policies.registry import DECODE_POLICIES
+from vllm_sparse.tools import commands
+from vllm_sparse.tools.eval.samples import TEXT, Sample
+from vllm_sparse.tools.eval.settings import Setting
+
+TOP_TOKENS = 64
+"""Log-probabilities kept of each step; the rest of the vocabulary is one more outcome."""
+
+Distribution = dict[int, float]
+"""Log-probabilities of the likeliest tokens of a step, and of the one that was forced."""
+
+
+@dataclass
+class Answer:
+    """What a sample's decode steps gave under a setting."""
+
+    text: str
+    steps: list[Distribution]
+    """Of :data:`TEXT`: the steps that are scored."""
+
+
+@dataclass
+class Found:
+    """A batch of samples under a setting."""
+
+    answers: list[Answer]
+    attended: float | None
+    """Share of the context attended in decode steps; None where none ran."""
+    prefill_density: float | None
+    """Share of causal (query, key) pairs attended in chunks of prefill; None where it is dense."""
+    recall: list[list[float]] | None
+    """[sparse layers, KV heads] mass of the chosen pages, relative to that of the best; None: not measured."""
+    mass: list[list[float]] | None
+    """The same relative to the mass of all pages."""
+    layers: list[int]
+
+
+class EvalEngine:
+    def __init__(self, llm: Any, common: dict):
+        self.llm, self.common = llm, common
+        self.tokenizer = llm.get_tokenizer()
+        self._warm: list[str] = []
+        self._prefill_density: float | None = None
+
+    @classmethod
+    @contextmanager
+    def start(cls, args, settings: list[Setting], summary: str, common: dict) -> Iterator[EvalEngine]:
+        """``settings``: all that will run, of which the largest budget sizes the buffers."""
+        import torch
+
+        from vllm_sparse import metrics
+
+        # What an engine before held is in cycles that have just become garbage.
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        metrics.reset()
+        llm = commands.start_engine(
+            args, additional_config={"sparse": _widest(settings, summary).mapping(common)},
+            max_model_len=max(args.lengths), max_num_batched_tokens=args.chunk, max_num_seqs=args.batch,
+            enable_prefix_caching=True, enforce_eager=True, async_scheduling=False,
+            max_logprobs=TOP_TOKENS, logits_processors=["vllm_sparse.tools.eval.force:ForcedTokens"],
+            worker_extension_cls="vllm_sparse.tools.eval.worker.EvalWorker",
+            gpu_memory_utilization=args.gpu_memory_utilization,
+            generation_config="vllm", disable_log_stats=True,
+        )  # fmt: skip
+        try:
+            engine = cls(llm, common)
+            engine._check_sparse(args.model)
+            yield engine
+        finally:
+            llm.llm_engine.engine_core.shutdown()
+
+    def _counts(self) -> dict:
+        return self.llm.collective_rpc("eval_counts")[0]
+
+    def _check_sparse(self, model: str) -> None:
+        counts = self._counts()
+        if not counts["sparse_layers"]:
+            # An engine before in this process may have been told the reasons, which vLLM remembers.
+            reasons = "; ".join([*counts["dense_layers"], *counts["stock_layers"]]) or "the log says why"
+            raise ConfigError(
+                f"{model}: no layer of this model can be sparse ({reasons}); allowed: models with "
+                f"full-attention layers, dense_layers below their number"
+            )
+
+    def run(self, setting: Setting, samples: list[Sample], recall_every: int) -> Found:
+        """Answers to ``samples``, all of one task and length."""
+        from vllm import SamplingParams
+
+        from vllm_sparse.tools.eval.force import FORCED
+
+        self.llm.collective_rpc("eval_switch", args=(setting.mapping(self.common), 0))
+        self._warm_up(setting, samples)
+        scored = samples[0].task == TEXT
+        watched = recall_every if scored and setting.policy != "dense" else 0
+        self.llm.collective_rpc("eval_switch", args=(setting.mapping(self.common), watched))
+        before = self._counts()
+        params = [
+            SamplingParams(
+                max_tokens=sample.max_tokens, temperature=0, ignore_eos=scored, detokenize=False,
+                logprobs=TOP_TOKENS if scored else None,
+                extra_args={FORCED: sample.forced} if sample.forced else None,
+            )
+            for sample in samples
+        ]  # fmt: skip
+        outputs = self._generate(samples, [_salt(setting, sample) for sample in samples], params)
+        workers = self.llm.collective_rpc("eval_recall") if watched else []
+        attended = self._attended(setting, samples, before, self._counts())
+        answers = [self._answer(output, sample) for output, sample in zip(outputs, samples, strict=True)]
+        return Found(answers, attended, self._prefill_density, *self._recall(workers))
+
+    def _generate(self, samples: list[Sample], salts: list[str], params) -> list:
+        prompts = [
+            {"prompt_token_ids": sample.tokens, "cache_salt": salt}
+            for sample, salt in zip(samples, salts, strict=True)
+        ]
+        return self.llm.generate(prompts, params, use_tqdm=False)
+
+    def _warm_up(self, setting: Setting, samples: list[Sample]) -> None:
+        """Have the prompts in the prefix cache, so that each setting finds the same there."""
+        from vllm import SamplingParams
+
+        salts = [_salt(setting, sample) for sample in samples]
+        if salts == self._warm:
+            return
+        before = self._counts()
+        self._generate(samples, salts, SamplingParams(max_tokens=1, temperature=0, detokenize=False))
+        after = self._counts()
+        attended, causal = (
+            after[name] - before[name] for name in ("prefill_attended_pairs", "prefill_causal_pairs")
+        )
+        if setting.prefill_policy != "dense" and not causal:
+            raise ConfigError(
+                f"{setting.describe()}: no chunk of prefill ran sparse; the log says why. Allowed: --lengths past "
+                f"min_prefill_tokens (see --sparse), models with full-attention layers"
+            )
+        self._warm, self._prefill_density = salts, attended / causal if causal else None
+
+    def _answer(self, output, sample: Sample) -> Answer:
+        completion = output.outputs[0]
+        if sample.task != TEXT:
+            return Answer(self.tokenizer.decode(completion.token_ids, skip_special_tokens=True), [])
+        if list(completion.token_ids) != sample.forced:
+            raise RuntimeError("the decode steps were not fed the text: this vLLM ignored the logits processor")
+        return Answer(
+            "", [{token: entry.logprob for token, entry in step.items()} for step in completion.logprobs[1:]]
+        )
+
+    def _attended(self, setting: Setting, samples: list[Sample], before: dict, after: dict) -> float | None:
+        attended, context = (after[name] - before[name] for name in ("attended_tokens", "context_tokens"))
+        if not context:
+            return None
+        if (
+            setting.policy != "dense"
+            and attended == context
+            and setting.budget < min(len(s.tokens) for s in samples)
+        ):
+            raise ConfigError(
+                f"{setting.describe()}: no decode step of this model ran sparse; the log says why. Allowed: "
+                f"models with full-attention layers, and no --sparse setting that keeps these lengths dense"
+            )
+        return attended / context
+
+    def _recall(self, workers: list[dict]) -> tuple[list | None, list | None, list[int]]:
+        workers = sorted(workers, key=lambda worker: worker["rank"])
+        layers = sorted({int(layer) for worker in workers for layer in worker["layers"]})
+        found = [[worker["layers"][str(layer)] for worker in workers] for layer in layers]
+        if not found or not all(part["rows"] for ranks in found for part in ranks):
+            return None, None, []
+        recall = [
+            [c / b for part in ranks for c, b in zip(part["chosen"], part["best"], strict=True)] for ranks in found
+        ]
+        mass = [[c / part["rows"] for part in ranks for c in part["chosen"]] for ranks in found]
+        return recall, mass, layers
+
+
+def _widest(settings: list[Setting], summary: str) -> Setting:
+    """What an engine must start with to have room for all ``settings``."""
+    decode = [s for s in settings if s.policy != "dense"]
+    # Of those whose pages hold most: without a summary row there would be no place for one.
+    fitting = [s for s in decode if DECODE_POLICIES[s.policy].summary == summary] or decode
+    widest = next(iter(fitting), Setting())
+    prefill = next((s for s in settings if s.prefill_policy != "dense"), Setting())
+    return Setting(
+        widest.policy, max((s.budget for s in decode), default=None),
+        prefill.prefill_policy, prefill.coverage,
+    )  # fmt: skip
+
+
+def _salt(setting: Setting, sample: Sample) -> str:
+    """Keeps what decode steps wrote under one setting, and other prefill policies, out of a prompt's cache."""
+    return f"{setting.prefill_policy} {setting.coverage} {sample.task} {sample.length} {sample.seed}"
+
+
+def loss(steps: list[Distribution], forced: list[int]) -> float:
+    """Mean negative log-likelihood of the text's own tokens, in nats."""
+    return -sum(step[token] for step, token in zip(steps, forced, strict=True)) / len(steps)
+
+
+def divergence(dense: list[Distribution], sparse: list[Distribution]) -> float:
+    """Mean KL divergence of sparse from dense steps in nats, a lower bound.
+
+    Tokens that both steps list are outcomes of their own, and all others together are one more: merging
+    outcomes can only lower a divergence.
+    """
+    total = 0.0
+    for p, q in zip(dense, sparse, strict=True):
+        both = p.keys() & q.keys()
+        total += sum(math.exp(p[token]) * (p[token] - q[token]) for token in both)
+        rest_p, rest_q = (max(1 - sum(math.exp(x[token]) for token in both), 1e-9) for x in (p, q))
+        total += rest_p * math.log(rest_p / rest_q)
+    return total / len(dense)
+
+
+def agreement(dense: list[Distribution], sparse: list[Distribution]) -> float:
+    """Share of steps whose likeliest token is the same."""
+    same = sum(max(p, key=p.get) == max(q, key=q.get) for p, q in zip(dense, sparse, strict=True))
+    return same / len(dense)

@@ -1,0 +1,63 @@
+"""EvalWorker: vLLM mixes it into each of its workers (``worker_extension_cls``)."""
+
+from __future__ import annotations
+
+from vllm.distributed import get_tensor_model_parallel_rank
+
+from vllm_sparse import metrics
+from vllm_sparse.backend import compat
+from vllm_sparse.backend.builder import SparseMetadataBuilder
+from vllm_sparse.config import SparseConfig
+from vllm_sparse.policies import get_decode_policy
+from vllm_sparse.tools.eval.recall import RecallProbe
+
+
+class EvalWorker:
+    """Methods for ``collective_rpc``: plain data in and out, so that workers may be other processes.
+
+    The engine must run eagerly, for a CUDA graph would replay the setting it was captured with, and must
+    have started with the largest budget and with a policy whose summaries are those of all settings.
+    """
+
+    def eval_switch(self, settings: dict, recall_every: int) -> None:
+        """Attend by ``settings`` from the next step on, as if the engine had started with them."""
+        config = SparseConfig.from_mapping(settings, "settings")
+        config = compat.with_tables(self.vllm_config, config)
+        for builder in self._builders():
+            config.check_page_size(builder.page_size)
+            builder.config = config
+        exact: dict = {}
+        for impl in self._layers():
+            impl.config = config
+            policy = get_decode_policy(config.decode_policy)
+            probe = getattr(impl, "recall_probe", None)
+            if probe is None:
+                probe = impl.recall_probe = RecallProbe(impl, exact)
+                impl.engine = probe.engine
+            impl.policy = probe.watch(policy, recall_every)
+            impl.bind_budget()
+            if impl.prefill is not None:
+                impl.bind_prefill(impl.prefill.buffers)
+
+    def eval_counts(self) -> dict:
+        """What ran sparse so far; waits for the device."""
+        return metrics.snapshot(self)
+
+    def eval_recall(self) -> dict:
+        """Recall of this worker's layers since the switch; waits for the device."""
+        layers = {str(impl.layer_index): impl.recall_probe.take() for impl in self._layers()}
+        return {"rank": get_tensor_model_parallel_rank(), "layers": layers}
+
+    def _builders(self) -> list[SparseMetadataBuilder]:
+        return [
+            builder
+            for groups in self.model_runner.attn_groups
+            for group in groups
+            for builder in group.metadata_builders
+            if isinstance(builder, SparseMetadataBuilder) and builder.selects
+        ]
+
+    def _layers(self) -> list:
+        layers = self.vllm_config.compilation_config.static_forward_context
+        impls = [layers[name].impl for builder in self._builders() for name in builder.layer_names]
+        return [impl for impl in impls if impl.is_sparse]

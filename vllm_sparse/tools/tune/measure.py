@@ -1,0 +1,101 @@
+"""MeasuredPrefill: chunks are attended densely, and under every candidate beside that."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+
+from vllm_sparse.attention.base import Engine
+from vllm_sparse.pages.head_patterns import HeadPattern, HeadPatterns
+from vllm_sparse.pages.query_blocks import BLOCK_TOKENS
+from vllm_sparse.prefill.attend import SparsePrefill
+
+
+class CountingEngine(Engine):
+    """Passes query blocks on to ``engine`` and adds up what each head attends to."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self.pairs: torch.Tensor | None = None
+        """int64 [q_heads]: (query, key) pairs are added, where it is set."""
+
+    @classmethod
+    def unsupported(cls, shape):
+        return None
+
+    def attend(self, q, kv, table, page_size, scale, out):
+        self.engine.attend(q, kv, table, page_size, scale, out)
+
+    def attend_blocks(self, q, kv, table, page_size, scale, out, scratch):
+        if self.pairs is not None:
+            num_blocks = -(-len(q) // BLOCK_TOKENS)
+            queries = torch.full((num_blocks,), BLOCK_TOKENS, device=q.device)
+            queries[-1] = len(q) - (num_blocks - 1) * BLOCK_TOKENS
+            # Query i of the n in a block sees all but the last n - 1 - i tokens of its row.
+            seen = table.lengths.view(-1, num_blocks) * queries - queries * (queries - 1) // 2
+            self.pairs += seen.sum(1)
+        self.engine.attend_blocks(q, kv, table, page_size, scale, out, scratch)
+
+
+@dataclass
+class MeasuredPrefill(SparsePrefill):
+    """A layer's sparse prefill whose output is dense, so that later layers see true inputs."""
+
+    candidates: Sequence[HeadPatterns] = ()
+    everything: HeadPatterns | None = None
+    error: torch.Tensor | None = None
+    """float64 [candidates, q_heads]: squared distance from the dense output, summed."""
+    norm: torch.Tensor | None = None
+    """float64 [q_heads]: squared dense output, summed."""
+    pairs: torch.Tensor | None = None
+    """int64 [candidates, q_heads]: (query, key) pairs attended."""
+    causal_pairs: int = 0
+    """(query, key) pairs of dense attention, per head."""
+
+    @classmethod
+    def around(cls, prefill: SparsePrefill, candidates: Sequence[HeadPattern]) -> MeasuredPrefill:
+        """``prefill`` of a layer with the policy ``vertical_slash``, measured."""
+        q_heads, device = prefill.buffers.q_heads, prefill.buffers.units.device
+
+        def in_all_heads(pattern: HeadPattern) -> HeadPatterns:
+            return HeadPatterns.of([pattern] * q_heads, prefill.buffers.page_size, device)
+
+        measured = cls(
+            **{field.name: getattr(prefill, field.name) for field in fields(SparsePrefill)},
+            candidates=[in_all_heads(candidate) for candidate in candidates],
+            everything=in_all_heads(HeadPattern(coverage=1.0)),
+        )
+        measured.engine = CountingEngine(prefill.engine)
+        measured.reset()
+        return measured
+
+    def reset(self) -> None:
+        """Start the sums afresh."""
+        q_heads, device = self.buffers.q_heads, self.buffers.units.device
+        shape = (len(self.candidates), q_heads)
+        self.error = torch.zeros(shape, dtype=torch.float64, device=device)
+        self.norm = torch.zeros(q_heads, dtype=torch.float64, device=device)
+        self.pairs = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.causal_pairs = 0
+
+    def take(self) -> dict:
+        """The sums since the last time, as plain data; waits for the device."""
+        found = {name: getattr(self, name).tolist() for name in ("error", "norm", "pairs")}
+        found["causal_pairs"] = self.causal_pairs
+        self.reset()
+        return found
+
+    def attend(self, q, kv, block_table, chunk, out):
+        tokens = chunk.tokens()
+        self.policy.patterns, self.engine.pairs = self.everything, None
+        super().attend(q, kv, block_table, chunk, out)
+        dense = out[tokens].float()
+        self.norm += dense.square().sum((0, 2), dtype=torch.float64)
+        self.causal_pairs += chunk.num_tokens * chunk.end_position - chunk.num_tokens * (chunk.num_tokens - 1) // 2
+        found = torch.empty_like(out)
+        for index, patterns in enumerate(self.candidates):
+            self.policy.patterns, self.engine.pairs = patterns, self.pairs[index]
+            super().attend(q, kv, block_table, chunk, found)
+            self.error[index] += (found[tokens].float() - dense).square().sum((0, 2), dtype=torch.float64)
