@@ -19,14 +19,16 @@ import torch
 from benchmarks import results
 from benchmarks.batch_spec import parse
 from benchmarks.timer import graph_us
-from vllm_sparse.attention.registry import engine_class
+from vllm_sparse.attention.registry import kernel_class
 from vllm_sparse.config import SparseConfig
 from vllm_sparse.kernels import launchers, reference
 from vllm_sparse.pages.decode_plan import DecodePlan, segment_pages
+from vllm_sparse.pages.geometry import Geometry
 from vllm_sparse.pages.page_scores import PageScores
 from vllm_sparse.pages.page_table import PageTable
-from vllm_sparse.pages.summaries import summary_bytes_read, summary_rows
-from vllm_sparse.policies import DECODE_POLICIES, get_decode_policy
+from vllm_sparse.pages.selection import Selection
+from vllm_sparse.pages.summaries import summary_bytes_read, summary_slots
+from vllm_sparse.policies import DECODE_POLICIES
 
 SHORT_ROWS_DENSE_FROM = 16
 """As in vllm_sparse/backend/builder.py, which needs vLLM: such batches leave short rows to the dense backend."""
@@ -76,13 +78,13 @@ def main() -> None:
 
 
 def bench(spec: str, policy_name: str, args) -> list[dict]:
-    requests, policy = parse(spec), get_decode_policy(policy_name)
+    requests, policy = parse(spec), DECODE_POLICIES[policy_name]
     lens = [request.context_tokens for request in requests]
     page, heads, dim = args.page_size, args.kv_heads, args.head_dim
     q_heads, budget_pages, scale = heads * args.group, args.budget // page, args.head_dim**-0.5
     pages = [-(-n // page) for n in lens]
-    page_rows = page + summary_rows(policy.summary, page, dim, 2)
-    layer_bytes = sum(pages) * heads * page_rows * 4 * dim
+    page_slots = page + summary_slots(policy.summary, page, dim, 2)
+    layer_bytes = sum(pages) * heads * page_slots * 4 * dim
     page_summary_bytes = summary_bytes_read(policy.summary, page, dim, 2)
     summary_bytes = max(1, sum(pages) * heads * page_summary_bytes)
     count = max(2, min(16, -(-WORKING_SET_BYTES // summary_bytes), (40 << 30) // layer_bytes))
@@ -98,13 +100,15 @@ def bench(spec: str, policy_name: str, args) -> list[dict]:
     plan = DecodePlan.empty(len(lens), device, segment_pages(width, budget_pages))
     table = PageTable.empty(len(lens), heads, max(budget_pages, args.min_context // page), device)
     short_rows_dense = len(lens) >= SHORT_ROWS_DENSE_FROM
+    top_p = SparseConfig.top_p if policy.adaptive else 0.0
+    selection = Selection(page, budget_pages, 1, 32, top_p)
     launchers.plan_decode(
-        seq_lens, plan, table, page, budget_pages, args.min_context, sum(pages), short_rows_dense, 1, 32
+        seq_lens, plan, table, selection, args.min_context, sum(pages), short_rows_dense
     )  # fmt: skip
     scores = PageScores.empty(q_heads, sum(pages), len(lens), device)
     layers = []
     for _ in range(count):
-        kv = torch.empty(sum(pages), heads, page_rows, 2 * dim, dtype=torch.bfloat16, device=device)
+        kv = torch.empty(sum(pages), heads, page_slots, 2 * dim, dtype=torch.bfloat16, device=device)
         fresh = torch.randn(2, sum(pages) * page, heads, dim, dtype=torch.bfloat16, device=device)
         launchers.page_write(*fresh, kv, torch.arange(sum(pages) * page, device=device), page, policy.summary)
         del fresh
@@ -112,13 +116,11 @@ def bench(spec: str, policy_name: str, args) -> list[dict]:
         layers.append(Layer(kv, q, table, torch.empty_like(q)))
 
     def score(layer):
-        policy.score(layer.q, layer.kv, block_table, plan, page, scale, scores)
-
-    coverage = (policy.coverage or SparseConfig.decode_coverage) if policy.adaptive else 0.0
+        policy.score(layer.q, layer.kv, block_table, plan, Geometry.of(layer.q, layer.kv, page, scale), scores)
 
     def select(layer):
         launchers.select_pages(
-            scores, block_table, plan, layer.kv, page, budget_pages, 1, 32, layer.table, coverage
+            scores, block_table, plan, layer.kv, selection, layer.table
         )  # fmt: skip
 
     attended = int(table.lengths.sum())
@@ -131,7 +133,7 @@ def bench(spec: str, policy_name: str, args) -> list[dict]:
         ("select", select, q_heads * scored * 4),
     ]
     for name in args.engines:
-        engine = engine_class(name)()
+        engine = kernel_class(name)()
         timed.append((f"attend_{name}", _attend(engine, page, scale), attend_bytes))
     new_tokens = (len(lens), heads, dim, page, block_table, seq_lens)
     timed.append(("page_write", _page_write(policy.summary, *new_tokens), 0))
@@ -169,7 +171,9 @@ def bench(spec: str, policy_name: str, args) -> list[dict]:
 
 
 def _attend(engine, page, scale):
-    return lambda layer: engine.attend(layer.q, layer.kv, layer.table, page, scale, layer.out)
+    return lambda layer: engine.attend(
+        layer.q, layer.kv, layer.table, Geometry.of(layer.q, layer.kv, page, scale), layer.out
+    )
 
 
 def _dense(block_table, seq_lens, longest, page, scale):
@@ -213,18 +217,20 @@ def _stock_write(batch, heads, dim, page, block_table, seq_lens):
 
 
 def _check(layer, timed, page, scale) -> None:
-    """Engines must agree with the torch twin before anything is timed."""
+    """Engines must agree with the torch reference before anything is timed."""
     expected = torch.empty_like(layer.q, dtype=torch.float32)
-    reference.sparse_decode(layer.q.float(), layer.kv, layer.table, page, scale, expected)
+    reference.sparse_decode(
+        layer.q.float(), layer.kv, layer.table, Geometry.of(layer.q.float(), layer.kv, page, scale), expected
+    )
     for name, run, _ in timed:
         if name.startswith("attend"):
             layer.out.fill_(float("nan"))
             run(layer)
             rows = layer.table.lengths.view(len(layer.q), -1)[:, 0] > 0
-            mine, twin = layer.out[rows].float(), expected[rows]
-            error = ((mine - twin).norm() / twin.norm().clamp(min=1e-9)).item()
+            mine, right = layer.out[rows].float(), expected[rows]
+            error = ((mine - right).norm() / right.norm().clamp(min=1e-9)).item()
             if not error < 1e-2:
-                raise SystemExit(f"{name}: relative error {error:.1e} against the torch twin")
+                raise SystemExit(f"{name}: relative error {error:.1e} against the torch reference")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
     python -m benchmarks.offload --gpu-gib 72 --host-gib 20 --modes resident,offload 1q1s128k
     python -m benchmarks.offload --gpu-gib 24 --host-gib 20 --host-dtype fp8 --modes offload 1q1s128k
     python -m benchmarks.offload --host-gib 98 --modes offload --sparse '{"prefill_policy": "vertical_slash",
-        "prefill_coverage": 0, "slash_tokens": 512}' 1q1s768k
+        "prefill_top_p": 0, "slash_tokens": 512}' 1q1s768k
 
 Each mode runs in a fresh process on the same GPU, in the Llama-3.1-8B shape with random weights unless
 ``--model`` names another. A batch whose contexts a mode cannot hold at once is not run in it, and an engine
@@ -257,13 +257,13 @@ def counts(llm) -> dict:
 
 def host_traffic(before: dict, after: dict) -> dict:
     """Hit rate of decode steps and what they read from the host, of one rank; None without offload."""
-    if "unit_bytes" not in after:
+    if "head_page_bytes" not in after:
         return {"hit_rate": None, "host_mib_per_step": None, "units_in_place": None}
     looked_up, fetched, in_place, steps = (after[name] - before[name] for name in COUNTS)
     moved = fetched + in_place
     return {
         "hit_rate": round(1 - moved / looked_up, 4) if looked_up else None,
-        "host_mib_per_step": round(moved * after["unit_bytes"] / 2**20 / max(1, steps), 3),
+        "host_mib_per_step": round(moved * after["head_page_bytes"] / 2**20 / max(1, steps), 3),
         "units_in_place": in_place,
     }
 

@@ -13,8 +13,7 @@ import matplotlib.pyplot as plt
 
 from benchmarks.results import RESULTS
 from vllm_sparse.config import SparseConfig
-from vllm_sparse.policies.fixed import FixedPolicy
-from vllm_sparse.policies.registry import DECODE_POLICIES, PREFILL_POLICIES
+from vllm_sparse.policies import DECODE_POLICIES, POSITIONS, PREFILL_POLICIES
 from vllm_sparse.tools.eval import report
 from vllm_sparse.tools.eval.samples import TEXT
 from vllm_sparse.tools.eval.settings import Setting
@@ -244,12 +243,12 @@ def prefill_quality() -> None:
         (quality, rows, lambda row: 100 * (row["perplexity"] / row["dense_perplexity"] - 1)),
         (speed, times, lambda row: 100 * row["sparse_ms"] / row["baseline_ms"]),
     ):
-        for index, (name, chooses) in enumerate(PREFILL_POLICIES.items()):
+        for index, name in enumerate(PREFILL_POLICIES):
             line = sorted((row for row in points if row["policy"] == name), key=lambda row: row["density"])
             if not line:
                 continue
             x, y = [row["density"] for row in line], [value(row) for row in line]
-            fixed = issubclass(chooses, FixedPolicy)
+            fixed = name in POSITIONS
             color, style = f"C{index % 10}", "--" if fixed else "-"
             axes.plot(x, y, style, color=color, label=name, linewidth=1 if fixed else 2)
             faces = ["white" if row.get("needles_lost") else color for row in line]
@@ -257,8 +256,8 @@ def prefill_quality() -> None:
         axes.set_xlim(0, 1)
         axes.spines[["top", "right"]].set_visible(False)
     for row in rows:
-        if row["policy"] == policy and row["sparse"]["prefill_coverage"] == default.prefill_coverage:
-            size = "sizes" if not default.prefill_coverage else f"coverage {default.prefill_coverage}"
+        if row["policy"] == policy and row["sparse"]["prefill_top_p"] == default.prefill_top_p:
+            size = "sizes" if not default.prefill_top_p else f"top-p {default.prefill_top_p}"
             star = {"marker": "*", "s": 220, "color": "black", "zorder": 4, "label": f"shipped: {policy}, {size}"}
             quality.scatter(row["density"], 100 * (row["perplexity"] / row["dense_perplexity"] - 1), **star)
     quality.axhspan(-1, 1, color=STOCK, alpha=0.2, linewidth=0)

@@ -24,19 +24,19 @@ import torch
 
 from benchmarks import results
 from benchmarks.batch_spec import parse
-from vllm_sparse.attention import fa3
-from vllm_sparse.attention.registry import engine_class
+from vllm_sparse.attention import fa3_attn
+from vllm_sparse.attention.registry import kernel_class
 from vllm_sparse.config import SparseConfig
 from vllm_sparse.kernels import reference
+from vllm_sparse.pages.geometry import Geometry
 from vllm_sparse.pages.head_patterns import HeadPatterns
 from vllm_sparse.pages.query_blocks import QueryBlocks
-from vllm_sparse.policies import get_prefill_policy
 from vllm_sparse.prefill.attend import SparsePrefill
 from vllm_sparse.prefill.buffers import PrefillBuffers
 
 DEFAULT = {
     "prefill_policy": "vertical_slash",
-    "prefill_coverage": 0,
+    "prefill_top_p": 0,
     "vertical_tokens": 1024,
     "slash_tokens": 1024,
 }
@@ -76,13 +76,13 @@ def main() -> None:
     parser.add_argument("--page-size", type=int, default=16)
     parser.add_argument("--engines", nargs="*", default=["fa3", "triton"])
     parser.add_argument(
-        "--parts-mib", type=int, default=fa3.PARTS_BYTES >> 20, help="memory for parts of split rows"
+        "--parts-mib", type=int, default=fa3_attn.PARTS_BYTES >> 20, help="memory for parts of split rows"
     )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=results.RESULTS)
     args = parser.parse_args()
     torch.manual_seed(0)
-    fa3.PARTS_BYTES = args.parts_mib << 20
+    fa3_attn.PARTS_BYTES = args.parts_mib << 20
     print(f"{'batch':>14} {'engine':>8} {'density':>8} {'estimate':>9} {'table':>8} {'attend':>9} {'all':>9} "
           f"{'dense FA3':>10} {'ratio':>6}")  # fmt: skip
     rows = []
@@ -117,8 +117,8 @@ def bench(spec: str, args) -> list[dict]:
     found = []
     for name in args.engines:
         sparse = SparsePrefill(
-            get_prefill_policy(config, page, HeadPatterns.of([config.uniform_pattern] * q_heads, page, device)),
-            engine_class(name)(), buffers, config.sink_pages(page), config.window_tokens, scale,
+            config.new_prefill_policy(page, HeadPatterns.of([config.uniform_pattern] * q_heads, page, device)),
+            kernel_class(name)(), buffers, config.sink_pages(page), config.window_tokens, scale,
         )  # fmt: skip
         check(sparse, q, kv, table, chunks[-1], out, name)
 
@@ -183,18 +183,18 @@ def run_dense(q, kv, table, chunks, page, scale, out) -> None:
 
 
 def check(sparse: SparsePrefill, q, kv, table, chunk: QueryBlocks, out, name: str) -> None:
-    """The engine must agree with the torch twin, on the same page table, before anything is timed."""
+    """The engine must agree with the torch reference, on the same page table, before anything is timed."""
     last = QueryBlocks(0, 0, min(333, chunk.num_tokens), chunk.end_position - min(333, chunk.num_tokens))
     out.fill_(float("nan"))
     sparse.attend(q, kv, table, last, out)
     expected = torch.empty_like(q[: last.num_tokens], dtype=torch.float32)
     buffers = sparse.buffers
     reference.sparse_prefill(
-        q[: last.num_tokens], kv, buffers.table(last), buffers.page_size, sparse.scale, expected
+        q[: last.num_tokens], kv, buffers.table(last), Geometry.of(q[: last.num_tokens], kv, buffers.page_size, sparse.scale), expected
     )  # fmt: skip
     error = ((out[: last.num_tokens].float() - expected).norm() / expected.norm()).item()
     if not error < 1e-2:
-        raise SystemExit(f"{name}: relative error {error:.1e} against the torch twin")
+        raise SystemExit(f"{name}: relative error {error:.1e} against the torch reference")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 
 A passage of essays, one of Python sources and needles in essays go through SmolLM2-135M. The queries of their
 last tokens then choose pages in every layer through the project's own summaries, scores and selection (the
-torch twins of its kernels). Compared are, by budget:
+torch references of its kernels). Compared are, by budget:
 
 mass     attention on the chosen pages that are not forced, as a share of what the oracle's choice holds
 l2       relative error of the attention output
@@ -32,11 +32,13 @@ from benchmarks import results
 from vllm_sparse.config import SparseConfig
 from vllm_sparse.kernels import reference
 from vllm_sparse.pages.decode_plan import DecodePlan
-from vllm_sparse.pages.layout import UnitGrid
+from vllm_sparse.pages.geometry import Geometry
+from vllm_sparse.pages.layout import HeadPageGrid
 from vllm_sparse.pages.page_scores import PageScores
 from vllm_sparse.pages.page_table import PageTable
-from vllm_sparse.pages.summaries import summary_bytes_read, summary_rows
-from vllm_sparse.policies import DECODE_POLICIES, get_decode_policy
+from vllm_sparse.pages.selection import Selection
+from vllm_sparse.pages.summaries import summary_bytes_read, summary_slots
+from vllm_sparse.policies import DECODE_POLICIES
 
 PAGE = 16
 FIRST_SEED = {"dev": 0, "report": 1000}
@@ -267,25 +269,25 @@ def chosen_pages(layer: Layer, policy: str, budget: int, seq_lens, scale, scored
     """Scores for other budgets, and the pages chosen: bool [queries, kv_heads, pages]."""
     queries, q_heads, head_dim = layer.query.shape
     kv_heads, tokens, _ = layer.key.shape
-    pages, config, run = -(-tokens // PAGE), SparseConfig(), get_decode_policy(policy)
+    pages, config, run = -(-tokens // PAGE), SparseConfig(), DECODE_POLICIES[policy]
     plan = DecodePlan.empty(queries, seq_lens.device)
     table = PageTable.empty(queries, kv_heads, budget // PAGE, seq_lens.device)
     block_table = torch.arange(pages, dtype=torch.int32).expand(queries, pages)
-    always = config.sink_pages(PAGE), config.window_tokens
-    reference.plan_decode(seq_lens.int(), plan, table, PAGE, budget // PAGE, 0, queries * pages, False, *always)
+    selection = Selection(PAGE, budget // PAGE, config.sink_pages(PAGE), config.window_tokens)
+    reference.plan_decode(seq_lens.int(), plan, table, selection, 0, queries * pages, False)
     if scored is None:
-        rows = PAGE + summary_rows(run.summary, PAGE, head_dim, 4)
+        rows = PAGE + summary_slots(run.summary, PAGE, head_dim, 4)
         kv = torch.zeros(pages, kv_heads, rows, 2 * head_dim)
         key, value = layer.key.transpose(0, 1), layer.value.transpose(0, 1)
         reference.page_write(key, value, kv, torch.arange(tokens), PAGE, run.summary)
         scores = PageScores.empty(q_heads, queries * pages, queries, seq_lens.device)
-        run.score(layer.query, kv, block_table, plan, PAGE, scale, scores)
+        run.score(layer.query, kv, block_table, plan, Geometry.of(layer.query, kv, PAGE, scale), scores)
         scored = kv, scores
     kv, scores = scored
-    reference.select_pages(scores, block_table, plan, kv, PAGE, budget // PAGE, *always, table)
+    reference.select_pages(scores, block_table, plan, kv, selection, table)
     chosen = torch.zeros(queries * kv_heads, pages, dtype=torch.bool)
     for row, length in enumerate(table.lengths.tolist()):
-        chosen[row, UnitGrid.of(kv).split(table.units[row, : -(-length // PAGE)].long())[0]] = True
+        chosen[row, HeadPageGrid.of(kv).split(table.head_pages[row, : -(-length // PAGE)].long())[0]] = True
     return scored, chosen.view(queries, kv_heads, pages)
 
 

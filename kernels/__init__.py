@@ -1,11 +1,11 @@
-"""GPU kernels in Triton and their plain-torch twins.
+"""GPU kernels in Triton and their plain-torch references.
 
 :func:`for_device` returns the namespace that runs on a device; both offer the same launchers:
-``page_write``, ``plan_decode``, ``quest_score``, ``sketch_score``, ``page_mass``, ``recency_score``,
-``random_score``, ``select_pages``, ``sparse_decode``, ``guard_mass``; for prefill
-``probe_mass``, ``select_bands``, ``vertical_slash``, ``fixed_pattern``, ``pooled_score``,
+``page_write``, ``plan_decode``, ``range_score``, ``sketch_score``, ``page_mass``, ``recency_score``,
+``random_score``, ``select_pages``, ``sparse_decode``, ``recall_mass``; for prefill
+``probe_mass``, ``select_bands``, ``vertical_slash``, ``position_pattern``, ``pooled_score``,
 ``antidiagonal_score``, ``pattern_distance``, ``select_row_pages``, ``prefill_table``, ``sparse_prefill``; for
-offload ``plan_writes``, ``stage_pages``, ``write_through``, ``find_slots``, ``fetch_units``, ``read_pages``.
+offload ``plan_writes``, ``stage_pages``, ``write_through``, ``find_hot_slots``, ``fetch_head_pages``, ``read_pages``.
 """
 
 from __future__ import annotations

@@ -16,13 +16,14 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_sparse.pages.geometry import Geometry
 from vllm_sparse.pages.query_blocks import BLOCK_TOKENS, QueryBlocks
 
 STRIDE = 16
 LOG2_E = 1.4426950408889634
 BLOCK_ROWS = BLOCK_TOKENS // STRIDE
-TUNING = {"row_bytes": 32768, "column_bytes": 16384, "num_warps": 8, "num_stages": 3}
-"""``row_bytes``, ``column_bytes``: of queries and keys that a matrix product takes."""
+TUNING = {"token_bytes": 32768, "column_bytes": 16384, "num_warps": 8, "num_stages": 3}
+"""``token_bytes``, ``column_bytes``: of queries and keys that a matrix product takes."""
 
 
 @triton.jit
@@ -99,17 +100,19 @@ def antidiagonal_score(
     kv: torch.Tensor,
     block_table: torch.Tensor,
     blocks: QueryBlocks,
-    page_size: int,
-    scale: float,
+    geometry: Geometry,
     scores: torch.Tensor,
 ) -> None:
     """Score pages for query blocks, in units of log-mass; arguments as in ``pooled_score``."""
+    page_size, scale = geometry.page_size, geometry.scale
     num_tokens, q_heads, head_dim = q.shape
     rows, num_pages = scores.shape
     assert rows == q_heads * blocks.num_blocks and num_pages == blocks.num_pages(page_size)
     assert q.stride(2) == kv.stride(3) == scores.stride(1) == 1
     block_d = triton.next_power_of_2(head_dim)
-    query_rows, columns = (TUNING[name] // (block_d * q.element_size()) for name in ("row_bytes", "column_bytes"))
+    query_rows, columns = (
+        TUNING[name] // (block_d * q.element_size()) for name in ("token_bytes", "column_bytes")
+    )
     block_j = max(min(columns, 64), page_size // STRIDE)
     num_blocks = min(max(2, query_rows // BLOCK_ROWS), 16, triton.next_power_of_2(max(2, blocks.num_blocks)))
     _antidiagonal_score[(triton.cdiv(blocks.num_blocks, num_blocks), q_heads)](

@@ -1,4 +1,4 @@
-"""e4m3: units in 8 bits, ``code * 2^exponent``, with one exponent for K and one for V of a unit.
+"""e4m3: head pages in 8 bits, ``code * 2^exponent``, with one exponent for K and one for V of a head page.
 
     exponent = the least with which the largest finite magnitude is at most 448, the largest code
     code     = x / 2^exponent, rounded to the nearest of e4m3, ties to even; NaN where x is not finite
@@ -36,9 +36,9 @@ def power_256_of(exponent):
 
 
 @triton.jit
-def powers_256_of(exponents, unit, in_value):
-    """Those of a unit, for cells of its K and, where ``in_value``, of its V."""
-    of_key, of_value = tl.load(exponents + 2 * unit), tl.load(exponents + 2 * unit + 1)
+def powers_256_of(exponents, head_page, in_value):
+    """Those of a head page, for cells of its K and, where ``in_value``, of its V."""
+    of_key, of_value = tl.load(exponents + 2 * head_page), tl.load(exponents + 2 * head_page + 1)
     return tl.where(in_value, power_256_of(of_value), power_256_of(of_key))
 
 

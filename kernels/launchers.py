@@ -1,10 +1,8 @@
 """All Triton launchers under one name; needs Triton (see :func:`vllm_sparse.kernels.for_device`)."""
 
 from vllm_sparse.kernels.antidiagonal_score import antidiagonal_score
-from vllm_sparse.kernels.fetch_units import fetch_units
-from vllm_sparse.kernels.find_slots import find_slots
-from vllm_sparse.kernels.fixed_pattern import fixed_pattern
-from vllm_sparse.kernels.guard_mass import guard_mass
+from vllm_sparse.kernels.fetch_head_pages import fetch_head_pages
+from vllm_sparse.kernels.find_hot_slots import find_hot_slots
 from vllm_sparse.kernels.index_score import random_score, recency_score
 from vllm_sparse.kernels.page_mass import page_mass
 from vllm_sparse.kernels.page_write import page_write
@@ -12,10 +10,12 @@ from vllm_sparse.kernels.pattern_distance import pattern_distance
 from vllm_sparse.kernels.plan_decode import plan_decode
 from vllm_sparse.kernels.plan_writes import plan_writes
 from vllm_sparse.kernels.pooled_score import pooled_score
+from vllm_sparse.kernels.position_pattern import position_pattern
 from vllm_sparse.kernels.prefill_table import prefill_table
 from vllm_sparse.kernels.probe_mass import probe_mass
-from vllm_sparse.kernels.quest_score import quest_score
+from vllm_sparse.kernels.range_score import range_score
 from vllm_sparse.kernels.read_pages import read_pages
+from vllm_sparse.kernels.recall_mass import recall_mass
 from vllm_sparse.kernels.select_bands import select_bands
 from vllm_sparse.kernels.select_pages import select_pages
 from vllm_sparse.kernels.select_row_pages import select_row_pages
@@ -28,21 +28,21 @@ from vllm_sparse.kernels.write_through import write_through
 
 __all__ = [
     "antidiagonal_score",
-    "fetch_units",
-    "find_slots",
-    "fixed_pattern",
-    "guard_mass",
+    "fetch_head_pages",
+    "find_hot_slots",
     "page_mass",
     "page_write",
     "pattern_distance",
     "plan_decode",
     "plan_writes",
     "pooled_score",
+    "position_pattern",
     "prefill_table",
     "probe_mass",
-    "quest_score",
     "random_score",
+    "range_score",
     "read_pages",
+    "recall_mass",
     "recency_score",
     "select_bands",
     "select_pages",

@@ -14,6 +14,7 @@ import triton.language as tl
 from vllm_sparse.kernels.launch import page_splits
 from vllm_sparse.kernels.store_scores import store_chunk, store_scores
 from vllm_sparse.pages.decode_plan import DecodePlan
+from vllm_sparse.pages.geometry import Geometry
 from vllm_sparse.pages.page_scores import CHUNK_PAGES, PageScores
 
 
@@ -60,11 +61,11 @@ def page_mass(
     kv: torch.Tensor,
     block_table: torch.Tensor,
     plan: DecodePlan,
-    page_size: int,
-    scale: float,
+    geometry: Geometry,
     scores: PageScores,
 ) -> None:
     """Exact page masses; arguments as in :meth:`vllm_sparse.policies.base.DecodePolicy.score`."""
+    page_size, scale = geometry.page_size, geometry.scale
     num_reqs, q_heads, head_dim = q.shape
     kv_heads = kv.shape[1]
     group = q_heads // kv_heads

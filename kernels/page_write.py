@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 
 from vllm_sparse.kernels.sketch_write import STEP, write_sketch
-from vllm_sparse.pages.summaries import SKETCH_BITS, TILE_TOKENS, SketchLayout, summary_rows
+from vllm_sparse.pages.summaries import SKETCH_BITS, TILE_TOKENS, SketchLayout, summary_slots
 
 SCALE_BITS = 16
 LEVELS = 125.9
@@ -122,7 +122,7 @@ def page_write(
 
     Args:
         key, value: [num_tokens or more, kv_heads, head_dim], last dimension contiguous.
-        kv: [num_blocks, kv_heads, page_size + summary rows, 2 * head_dim].
+        kv: [num_blocks, kv_heads, page_size + summary slots, 2 * head_dim].
         slot_mapping: int64 [num_tokens], ``block * page_size + row``; -1 skips a token.
         page_size: tokens per page, a power of two.
         summary: one of :data:`vllm_sparse.pages.summaries.SUMMARIES`.
@@ -134,9 +134,9 @@ def page_write(
     assert page_size & (page_size - 1) == 0, f"page size {page_size} is not a power of two"
     if num_tokens == 0:
         return
-    rows = summary_rows(summary, page_size, head_dim, kv.element_size())
+    rows = summary_slots(summary, page_size, head_dim, kv.element_size())
     assert kv.shape[2] >= page_size + rows, f"the pages of this cache have no room for {summary}"
-    assert rows < 2 or kv.stride(2) == kv.shape[3], "summary rows must follow each other"
+    assert rows < 2 or kv.stride(2) == kv.shape[3], "summary slots must follow each other"
     key, value = key.to(kv.dtype), value.to(kv.dtype)
     bits, width = 0, triton.next_power_of_2(head_dim)
     tile, tile_bytes, num_warps = page_size, 0, max(1, page_size // 32)

@@ -20,6 +20,7 @@ from vllm_sparse.kernels.select_pages import window_start
 from vllm_sparse.pages.decode_plan import EVERY_PAGE, NOT_LISTED, WHOLE, WORK_COLUMNS, DecodePlan
 from vllm_sparse.pages.page_scores import CHUNK_PAGES
 from vllm_sparse.pages.page_table import PageTable
+from vllm_sparse.pages.selection import Selection
 
 
 @triton.jit(do_not_specialize=["num_reqs", "capacity"])
@@ -83,27 +84,22 @@ def plan_decode(
     seq_lens: torch.Tensor,
     plan: DecodePlan,
     table: PageTable,
-    page_size: int,
-    budget_pages: int,
+    selection: Selection,
     min_context_tokens: int,
     capacity_pages: int,
     short_rows_dense: bool,
-    sink_pages: int,
-    window_tokens: int,
-    largest_pages: int | None = None,
 ) -> None:
     """Fill ``plan`` and ``table.lengths`` for this step.
 
     Args:
         seq_lens: int32 [num_reqs], context tokens, the current one included; 0 for padding.
         plan: buffers of ``num_reqs`` rows; ``whole`` is read.
-        table: buffers of ``num_reqs * kv_heads`` rows; its units are left to ``select_pages``.
-        page_size, budget_pages, min_context_tokens: see :class:`vllm_sparse.config.SparseConfig`.
+        table: buffers of ``num_reqs * kv_heads`` rows; its head pages are left to ``select_pages``.
+        selection: as ``select_pages`` will get it; rows of up to its largest budget attend to every page, and
+            attended tokens are counted by ``budget_pages``.
+        min_context_tokens: up to this context a row attends to every page.
         capacity_pages: columns of the score buffer.
         short_rows_dense: rows that need no scoring go to the dense backend, not the page table.
-        sink_pages, window_tokens: as ``select_pages`` will get them; together fewer pages than the budget.
-        largest_pages: the largest budget, where heads have their own: rows of up to so many pages attend to all.
-            ``budget_pages`` is then their mean, by which attended tokens are counted.
     """
     num_reqs = seq_lens.shape[0]
     if num_reqs == 0:
@@ -111,8 +107,9 @@ def plan_decode(
     _plan_decode[(1,)](
         seq_lens, plan.whole, plan.table_seq_lens, plan.dense_seq_lens, plan.score_offsets,
         plan.work, plan.totals, plan.counters, table.lengths,
-        num_reqs, budget_pages, largest_pages, min_context_tokens, capacity_pages, sink_pages, window_tokens,
-        KV_HEADS=table.lengths.shape[0] // num_reqs, PAGE=page_size, CHUNK=CHUNK_PAGES,
+        num_reqs, selection.budget_pages, selection.largest_pages, min_context_tokens, capacity_pages,
+        selection.sink_pages, selection.window_tokens,
+        KV_HEADS=table.lengths.shape[0] // num_reqs, PAGE=selection.page_size, CHUNK=CHUNK_PAGES,
         SEGMENT=plan.segment_pages, ALONE=plan.alone_pages, COLUMNS=WORK_COLUMNS, NOT_LISTED=NOT_LISTED,
         EVERY_PAGE=EVERY_PAGE, WHOLE=WHOLE, SHORT_DENSE=short_rows_dense,
         BLOCK=max(1024, triton.next_power_of_2(num_reqs)),

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_sparse.pages.geometry import Geometry
 from vllm_sparse.pages.query_blocks import BLOCK_TOKENS, QueryBlocks
 
 
@@ -79,8 +80,7 @@ def pooled_score(
     kv: torch.Tensor,
     block_table: torch.Tensor,
     blocks: QueryBlocks,
-    page_size: int,
-    scale: float,
+    geometry: Geometry,
     pooled: torch.Tensor,
     scores: torch.Tensor,
     heads: torch.Tensor | None = None,
@@ -92,13 +92,13 @@ def pooled_score(
         kv: [num_blocks, kv_heads, rows, 2 * head_dim].
         block_table: int32 [max_pages] of the request.
         blocks: the query blocks.
-        page_size: tokens per page.
-        scale: softmax scale.
+        geometry: of the layer.
         pooled: [q_heads * num_blocks or more, head_dim], the dtype of ``kv``, overwritten: mean queries.
         scores: float32 [q_heads * num_blocks, num_pages], overwritten; of a block's own pages and later ones
             the scores look ahead.
         heads: uint8 [q_heads], above 0: heads to score; other rows are left as they are. None: all.
     """
+    page_size, scale = geometry.page_size, geometry.scale
     num_tokens, q_heads, head_dim = q.shape
     kv_heads = kv.shape[1]
     rows, num_pages = scores.shape

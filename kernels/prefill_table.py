@@ -1,7 +1,7 @@
 """prefill_table: a keep mask of (query head, query block, page), as a PageTable.
 
     chosen[r, p] = keep[r, p]  or  p < sink_pages  or  window_start <= p,    p <= last
-    units[r]     = units of the chosen pages, ascending
+    head pages[r]     = head pages of the chosen pages, ascending
     lengths[r]   = tokens of those pages up to the block's last query
     starts[r]    = first query of the block, counted over the queries of all heads in turn
 
@@ -17,21 +17,22 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_sparse.pages.layout import UnitGrid
+from vllm_sparse.pages.layout import HeadPageGrid
 from vllm_sparse.pages.page_table import PageTable
 from vllm_sparse.pages.query_blocks import BLOCK_TOKENS, QueryBlocks
+from vllm_sparse.pages.selection import Selection
 
 
 # A launch for every width of the table must not be a compilation for it.
 @triton.jit(
     do_not_specialize=[
-        "keep_stride", "units_stride", "first_position", "end_position", "num_blocks", "sink_pages",
+        "keep_stride", "table_stride_row", "first_position", "end_position", "num_blocks", "sink_pages",
         "window_tokens",
     ]
 )  # fmt: skip
 def _prefill_table(
-    keep, block_table, units, lengths, starts, counters, keep_stride, units_stride, units_per_block,
-    units_per_head, first_position, end_position, num_blocks, sink_pages, window_tokens,
+    keep, block_table, head_pages, lengths, starts, counters, keep_stride, table_stride_row, per_block,
+    per_head, first_position, end_position, num_blocks, sink_pages, window_tokens,
     GROUP: tl.constexpr, PAGE: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
@@ -41,7 +42,7 @@ def _prefill_table(
     pages_before_end = (end + PAGE - 1) // PAGE
     window_start = tl.maximum(start + 1 - tl.maximum(window_tokens, 1), 0) // PAGE
     keep_row = keep + row.to(tl.int64) * keep_stride
-    unit_row = units + row.to(tl.int64) * units_stride
+    table_row = head_pages + row.to(tl.int64) * table_stride_row
     kept = 0
     for first in range(0, pages_before_end, BLOCK):
         page = first + tl.arange(0, BLOCK)
@@ -51,7 +52,7 @@ def _prefill_table(
         count = chosen.to(tl.int32)
         place = kept + tl.cumsum(count, axis=0) - 1
         block = tl.load(block_table + page, mask=chosen, other=0)
-        tl.store(unit_row + place, block * units_per_block + head * units_per_head, mask=chosen)
+        tl.store(table_row + place, block * per_block + head * per_head, mask=chosen)
         kept += tl.sum(count, axis=0)
     length = end - (pages_before_end - kept) * PAGE
     tl.store(lengths + row, length)
@@ -71,9 +72,7 @@ def prefill_table(
     block_table: torch.Tensor,
     blocks: QueryBlocks,
     kv: torch.Tensor,
-    page_size: int,
-    sink_pages: int,
-    window_tokens: int,
+    selection: Selection,
     counters: torch.Tensor,
     table: PageTable,
 ) -> None:
@@ -84,22 +83,20 @@ def prefill_table(
         block_table: int32 [max_pages] of the request.
         blocks: the query blocks.
         kv: [num_blocks, kv_heads, rows, 2 * head_dim]; only its shape and strides are read.
-        page_size: tokens per page.
-        sink_pages: first pages that are always kept.
-        window_tokens: each query keeps at least so many tokens up to its own.
+        selection: first pages, and tokens up to each query's own, that are always kept.
         counters: int64 [2]: (query, key) pairs attended, and causal ones, are added.
         table: [q_heads * num_blocks] rows of num_pages, with ``starts``; overwritten.
     """
     rows, num_pages = keep.shape
     num_blocks = blocks.num_blocks
     q_heads = rows // num_blocks
-    assert rows == q_heads * num_blocks == table.lengths.shape[0] and table.units.shape == keep.shape
-    assert num_pages == blocks.num_pages(page_size) and table.starts.shape == (rows + 1,)
-    assert keep.stride(1) == table.units.stride(1) == block_table.stride(0) == 1
-    grid = UnitGrid.of(kv)
+    assert rows == q_heads * num_blocks == table.lengths.shape[0] and table.head_pages.shape == keep.shape
+    assert num_pages == blocks.num_pages(selection.page_size) and table.starts.shape == (rows + 1,)
+    assert keep.stride(1) == table.head_pages.stride(1) == block_table.stride(0) == 1
+    grid = HeadPageGrid.of(kv)
     _prefill_table[(rows,)](
-        keep, block_table, table.units, table.lengths, table.starts, counters, keep.stride(0),
-        table.units.stride(0), grid.per_block, grid.per_head, blocks.first_position, blocks.end_position,
-        num_blocks, sink_pages, window_tokens,
-        GROUP=q_heads // kv.shape[1], PAGE=page_size, BLOCK_TOKENS=BLOCK_TOKENS, BLOCK=1024, num_warps=4,
+        keep, block_table, table.head_pages, table.lengths, table.starts, counters, keep.stride(0),
+        table.head_pages.stride(0), grid.per_block, grid.per_head, blocks.first_position, blocks.end_position,
+        num_blocks, selection.sink_pages, selection.window_tokens,
+        GROUP=q_heads // kv.shape[1], PAGE=selection.page_size, BLOCK_TOKENS=BLOCK_TOKENS, BLOCK=1024, num_warps=4,
     )  # fmt: skip

@@ -24,6 +24,7 @@ import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
 from vllm_sparse.kernels.launch import num_multiprocessors
+from vllm_sparse.pages.geometry import Geometry
 from vllm_sparse.pages.probe import BUNDLE_HEADS, PROBE_TOKENS, probe_groups, probe_start
 from vllm_sparse.pages.query_blocks import QueryBlocks
 
@@ -187,8 +188,7 @@ def probe_mass(
     kv: torch.Tensor,
     block_table: torch.Tensor,
     chunk: QueryBlocks,
-    page_size: int,
-    scale: float,
+    geometry: Geometry,
     part_lse: torch.Tensor,
     parts: torch.Tensor,
     mass: torch.Tensor,
@@ -200,13 +200,13 @@ def probe_mass(
         kv: [num_blocks, kv_heads, rows, 2 * head_dim].
         block_table: int32 [max_pages] of the request.
         chunk: at least 64 tokens of context.
-        page_size: tokens per page.
-        scale: softmax scale.
+        geometry: of the layer.
         part_lse: float32 [q_heads, splits, 2, 64], overwritten; as many programs share a head's keys.
         parts: contiguous, of any dtype, overwritten: ``PrefillBuffers.scratch``, as many heads at once as it
             holds.
         mass: float32 [q_heads, groups + 1, num_pages], overwritten.
     """
+    page_size, scale = geometry.page_size, geometry.scale
     _, q_heads, head_dim = q.shape
     kv_heads = kv.shape[1]
     assert q.stride(2) == kv.stride(3) == mass.stride(2) == 1 and part_lse.is_contiguous()

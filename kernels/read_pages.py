@@ -14,25 +14,25 @@ from vllm_sparse.kernels.e4m3 import codes_of, from_e4m3, powers_256_of
 TUNING = {"num_warps": 8, "block": 4096}
 
 
-@triton.jit(do_not_specialize=["num_units"])
+@triton.jit(do_not_specialize=["num_head_pages"])
 def _read_pages(
     source, exponents, blocks, out, places, source_stride_b, source_stride_h, out_stride_b, out_stride_h,
-    num_units, KV_HEADS: tl.constexpr, UNIT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
+    num_head_pages, KV_HEADS: tl.constexpr, HEAD_PAGE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     item = tl.program_id(0)
-    while item < num_units:
+    while item < num_head_pages:
         page, head = (item // KV_HEADS).to(tl.int64), (item % KV_HEADS).to(tl.int64)
         block, place = tl.load(blocks + page).to(tl.int64), tl.load(places + page).to(tl.int64)
-        unit = source + block * source_stride_b + head * source_stride_h
+        head_page = source + block * source_stride_b + head * source_stride_h
         target = out + place * out_stride_b + head * out_stride_h
         if place >= 0:
-            for start in range(0, UNIT, BLOCK):
+            for start in range(0, HEAD_PAGE, BLOCK):
                 cells = start + tl.arange(0, BLOCK)
-                kv = tl.load(unit + cells, mask=cells < UNIT)
+                kv = tl.load(head_page + cells, mask=cells < HEAD_PAGE)
                 if exponents is not None:
                     powers = powers_256_of(exponents, block * KV_HEADS + head, (cells // HEAD_DIM) % 2 == 1)
                     kv = from_e4m3(kv, powers)
-                tl.store(target + cells, kv.to(out.dtype.element_ty), mask=cells < UNIT)
+                tl.store(target + cells, kv.to(out.dtype.element_ty), mask=cells < HEAD_PAGE)
         item += tl.num_programs(0)
 
 
@@ -55,16 +55,16 @@ def read_pages(
         exponents: uint8 [num_blocks, kv_heads, 2], where ``source`` is e4m3 (:mod:`vllm_sparse.kernels.e4m3`).
     """
     kv_heads, page_size, content = out.shape[1:]
-    num_units = blocks.shape[0] * kv_heads
+    num_head_pages = blocks.shape[0] * kv_heads
     assert blocks.shape == places.shape and blocks.stride(0) == places.stride(0) == 1
     assert source.shape[1] == kv_heads
     assert source.stride(2) == out.stride(2) == content and source.stride(3) == out.stride(3) == 1
-    if num_units == 0:
+    if num_head_pages == 0:
         return
-    unit = page_size * content
-    _read_pages[(min(programs, num_units),)](
+    head_page = page_size * content
+    _read_pages[(min(programs, num_head_pages),)](
         codes_of(source, exponents), exponents, blocks, out, places,
-        source.stride(0), source.stride(1), out.stride(0), out.stride(1), num_units,
-        KV_HEADS=kv_heads, UNIT=unit, HEAD_DIM=content // 2,
-        BLOCK=min(TUNING["block"], triton.next_power_of_2(unit)), num_warps=TUNING["num_warps"],
+        source.stride(0), source.stride(1), out.stride(0), out.stride(1), num_head_pages,
+        KV_HEADS=kv_heads, HEAD_PAGE=head_page, HEAD_DIM=content // 2,
+        BLOCK=min(TUNING["block"], triton.next_power_of_2(head_page)), num_warps=TUNING["num_warps"],
     )  # fmt: skip

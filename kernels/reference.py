@@ -1,4 +1,4 @@
-"""Plain-torch twins of every kernel launcher, same names and signatures.
+"""Plain-torch references of every kernel launcher, same names and signatures.
 
 They run the CPU backend and are what GPU kernels are tested against, so they favour plain code
 over speed. Tensors are described in :mod:`vllm_sparse.pages.page_table` and
@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import torch
 
-from vllm_sparse.decode.recall_monitor import Guard
 from vllm_sparse.kernels.reference_offload import (  # noqa: F401
-    fetch_units,
-    find_slots,
+    fetch_head_pages,
+    find_hot_slots,
     kept,
     plan_writes,
     read_pages,
@@ -21,10 +20,10 @@ from vllm_sparse.kernels.reference_offload import (  # noqa: F401
 )
 from vllm_sparse.kernels.reference_prefill import (  # noqa: F401
     antidiagonal_score,
-    fixed_pattern,
     hash_uniform,
     pattern_distance,
     pooled_score,
+    position_pattern,
     prefill_table,
     probe_mass,
     select_bands,
@@ -35,9 +34,12 @@ from vllm_sparse.kernels.reference_prefill import (  # noqa: F401
 from vllm_sparse.kernels.reference_scores import scored_requests, store_masses, store_scores
 from vllm_sparse.kernels.reference_sketch import hadamard, sketched_keys, write_sketches
 from vllm_sparse.pages.decode_plan import EVERY_PAGE, NOT_LISTED, WHOLE, DecodePlan
-from vllm_sparse.pages.layout import UnitGrid, single_head_pages
+from vllm_sparse.pages.geometry import Geometry
+from vllm_sparse.pages.layout import HeadPageGrid, single_head_pages
 from vllm_sparse.pages.page_scores import CHUNK_PAGES, PageScores
 from vllm_sparse.pages.page_table import PageTable
+from vllm_sparse.pages.recall_sums import RecallSums
+from vllm_sparse.pages.selection import Selection
 from vllm_sparse.pages.summaries import SKETCH_BITS, TILE_TOKENS, SketchLayout
 
 SCALE_BITS, SCALE_LEVELS, SMALLEST_SCALE = 16, 125.9, 1e-7
@@ -102,23 +104,16 @@ def plan_decode(
     seq_lens: torch.Tensor,
     plan: DecodePlan,
     table: PageTable,
-    page_size: int,
-    budget_pages: int,
+    selection: Selection,
     min_context_tokens: int,
     capacity_pages: int,
     short_rows_dense: bool,
-    sink_pages: int,
-    window_tokens: int,
-    largest_pages: int | None = None,
 ) -> None:
+    page_size, budget_pages = selection.page_size, selection.budget_pages
     lens = seq_lens.long()
     pages = -(-lens // page_size)
     prompt = plan.whole.bool()
-    scored = (
-        ~prompt
-        & (lens > min_context_tokens)
-        & (pages > (budget_pages if largest_pages is None else largest_pages))
-    )
+    scored = ~prompt & (lens > min_context_tokens) & (pages > selection.most_pages)
     offsets = torch.cumsum(torch.where(scored, pages, 0), 0) - torch.where(scored, pages, 0)
     fits = offsets + pages <= capacity_pages
     dense = torch.where(scored, ~fits, torch.full_like(scored, short_rows_dense))
@@ -133,7 +128,9 @@ def plan_decode(
     short = ~dense & ~scored & (lens > 0)
     rows = torch.cat([scored.nonzero(), short.nonzero()]).squeeze(1)
     chunks = -(-pages[scored] // CHUNK_PAGES)
-    ranked = (torch.minimum(lens - window_tokens, lens - 1).clamp(min=0) // page_size - sink_pages)[scored]
+    ranked = (
+        torch.minimum(lens - selection.window_tokens, lens - 1).clamp(min=0) // page_size - selection.sink_pages
+    )[scored]
     segments = torch.where(ranked <= plan.alone_pages, 1, -(-ranked // plan.segment_pages))
     segments = torch.cat([segments, torch.ones_like(lens[short])])
     plan.work[: len(rows), :3] = torch.stack([rows, lens[rows], plan.score_offsets[rows]], 1).int()
@@ -144,16 +141,16 @@ def plan_decode(
     plan.counters += torch.stack([attended[~prompt].sum(), lens[~prompt].sum()])
 
 
-def quest_score(
+def range_score(
     q: torch.Tensor,
     kv: torch.Tensor,
     block_table: torch.Tensor,
     plan: DecodePlan,
-    page_size: int,
-    scale: float,
+    geometry: Geometry,
     scores: PageScores,
     slack: float = 1.0,
 ) -> None:
+    page_size, scale = geometry.page_size, geometry.scale
     head_dim, group = q.shape[-1], q.shape[1] // kv.shape[1]
     for request, blocks, offset, _ in scored_requests(block_table, plan, page_size):
         summaries = kv[:, :, page_size:][blocks]
@@ -168,11 +165,11 @@ def sketch_score(
     kv: torch.Tensor,
     block_table: torch.Tensor,
     plan: DecodePlan,
-    page_size: int,
-    scale: float,
+    geometry: Geometry,
     scores: PageScores,
     summary: str,
 ) -> None:
+    page_size, scale = geometry.page_size, geometry.scale
     group, requests = q.shape[1] // kv.shape[1], list(scored_requests(block_table, plan, page_size))
     if not requests:
         return
@@ -197,10 +194,10 @@ def page_mass(
     kv: torch.Tensor,
     block_table: torch.Tensor,
     plan: DecodePlan,
-    page_size: int,
-    scale: float,
+    geometry: Geometry,
     scores: PageScores,
 ) -> None:
+    page_size, scale = geometry.page_size, geometry.scale
     head_dim, group = q.shape[-1], q.shape[1] // kv.shape[1]
     for request, blocks, offset, seq_len in scored_requests(block_table, plan, page_size):
         keys = kv[blocks, :, :page_size, :head_dim].float().transpose(0, 1).flatten(1, 2)
@@ -226,14 +223,10 @@ def select_pages(
     block_table: torch.Tensor,
     plan: DecodePlan,
     kv: torch.Tensor,
-    page_size: int,
-    budget_pages: int,
-    sink_pages: int,
-    window_tokens: int,
+    selection: Selection,
     table: PageTable,
-    coverage: float = 0.0,
-    head_pages: torch.Tensor | None = None,
 ) -> None:
+    page_size, window_tokens, top_p = selection.page_size, selection.window_tokens, selection.top_p
     kv_heads = kv.shape[1]
     group = scores.q_heads // kv_heads
     heads = torch.arange(kv_heads, device=kv.device)[:, None]
@@ -250,22 +243,22 @@ def select_pages(
             mass = scores.values[:, offset : offset + pages].softmax(-1)
             mass = mass.unflatten(0, (kv_heads, group)).sum(1)
             forced = torch.zeros_like(mass, dtype=torch.bool)
-            forced[:, :sink_pages] = True
+            forced[:, : selection.sink_pages] = True
             forced[:, max(0, min(seq_len - window_tokens, seq_len - 1)) // page_size :] = True
             order = mass.masked_fill(forced, float("inf")).sort(dim=-1, descending=True, stable=True).indices
-            chosen = order[:, :budget_pages].sort(dim=-1).values
-            if coverage:
-                _stop_at_coverage(mass, forced, chosen, coverage * group, request, seq_len, page_size, table)
-            if head_pages is not None:
-                for head, count in enumerate(head_pages.tolist()):
+            chosen = order[:, : selection.most_pages].sort(dim=-1).values
+            if top_p:
+                _stop_at_top_p(mass, forced, chosen, top_p * group, request, seq_len, page_size, table)
+            if selection.head_budget_pages is not None:
+                for head, count in enumerate(selection.head_budget_pages.tolist()):
                     chosen[head, :count] = order[head, :count].sort().values
                     table.lengths[request * kv_heads + head] = seq_len - (pages - count) * page_size
         rows = slice(request * kv_heads, (request + 1) * kv_heads)
-        units = UnitGrid.of(kv).units(block_table[request, chosen], heads)
-        table.units[rows, : chosen.shape[1]] = units.int()
+        head_pages = HeadPageGrid.of(kv).head_pages(block_table[request, chosen], heads)
+        table.head_pages[rows, : chosen.shape[1]] = head_pages.int()
 
 
-def _stop_at_coverage(mass, forced, chosen, target, request, seq_len, page_size, table) -> None:
+def _stop_at_top_p(mass, forced, chosen, target, request, seq_len, page_size, table) -> None:
     """Of ``chosen`` [kv_heads, budget] move those to the front that reach ``target``, and write their lengths."""
     pages = mass.shape[1]
     for head, row in enumerate(chosen):
@@ -282,12 +275,12 @@ def sparse_decode(
     q: torch.Tensor,
     kv: torch.Tensor,
     table: PageTable,
-    page_size: int,
-    scale: float,
+    geometry: Geometry,
     out: torch.Tensor,
     host: torch.Tensor | None = None,
     exponents: torch.Tensor | None = None,
 ) -> None:
+    page_size, scale = geometry.page_size, geometry.scale
     kv_heads, group = kv.shape[1], q.shape[1] // kv.shape[1]
     keys, values = single_head_pages(kv, page_size)
     for row, length in enumerate(table.lengths.tolist()):
@@ -296,14 +289,16 @@ def sparse_decode(
         request, head = divmod(row, kv_heads)
         num_pages = -(-length // page_size)
         if table.routes is not None and table.routes[request] == WHOLE:
-            units = UnitGrid.of(kv if host is None else host).units(table.block_table[request, :num_pages], head)
-            units = units if host is None else ~units
+            head_pages = HeadPageGrid.of(kv if host is None else host).head_pages(
+                table.block_table[request, :num_pages], head
+            )
+            head_pages = head_pages if host is None else ~head_pages
         else:
-            units = table.units[row, :num_pages].long()
-        k, v = (x[units.clamp(min=0)] for x in (keys, values))
+            head_pages = table.head_pages[row, :num_pages].long()
+        k, v = (x[head_pages.clamp(min=0)] for x in (keys, values))
         if host is not None:
-            away, by_unit = units < 0, None if exponents is None else exponents.flatten(0, 1)
-            found = kept(host.flatten(0, 1), by_unit, ~units[away], kv.dtype)
+            away, by_head_page = head_pages < 0, None if exponents is None else exponents.flatten(0, 1)
+            found = kept(host.flatten(0, 1), by_head_page, ~head_pages[away], kv.dtype)
             k[away], v[away] = found[:, :page_size, None].chunk(2, -1)
         k, v = (x.flatten(0, 2)[:length].float() for x in (k, v))
         span = slice(head * group, (head + 1) * group)
@@ -311,34 +306,34 @@ def sparse_decode(
         out[request, span] = (weights @ v).to(out.dtype)
 
 
-def guard_mass(
+def recall_mass(
     q: torch.Tensor,
     kv: torch.Tensor,
     block_table: torch.Tensor,
     plan: DecodePlan,
     table: PageTable,
-    page_size: int,
-    scale: float,
-    guard: Guard,
+    geometry: Geometry,
+    monitor: RecallSums,
     layer: int,
 ) -> None:
-    step, scored = int(guard.step), int(plan.totals[0])
-    if step % guard.every or not scored:
+    page_size, scale = geometry.page_size, geometry.scale
+    step, scored = int(monitor.step), int(plan.totals[0])
+    if step % monitor.every or not scored:
         return
     head_dim, kv_heads = q.shape[-1], kv.shape[1]
-    request, seq_len = plan.work[step // guard.every % scored, :2].tolist()
-    pages, grid = block_table[request, : -(-seq_len // page_size)], UnitGrid.of(kv)
+    request, seq_len = plan.work[step // monitor.every % scored, :2].tolist()
+    pages, grid = block_table[request, : -(-seq_len // page_size)], HeadPageGrid.of(kv)
     keys, _ = single_head_pages(kv, page_size)
     for head, query in enumerate(q[request].float().view(kv_heads, -1, head_dim)):
         row = request * kv_heads + head
         length = int(table.lengths[row])
-        chosen = table.units[row, : -(-length // page_size)].long()
+        chosen = table.head_pages[row, : -(-length // page_size)].long()
         some, everything = (
-            (query @ keys[units].flatten(0, 2)[:tokens].float().T * scale).logsumexp(-1)
-            for units, tokens in ((chosen, length), (grid.units(pages, head), seq_len))
+            (query @ keys[head_pages].flatten(0, 2)[:tokens].float().T * scale).logsumexp(-1)
+            for head_pages, tokens in ((chosen, length), (grid.head_pages(pages, head), seq_len))
         )
-        guard.sums[layer, head, 0] += (some - everything).exp().mean().double()
-        guard.sums[layer, head, 1] += 1
+        monitor.sums[layer, head, 0] += (some - everything).exp().mean().double()
+        monitor.sums[layer, head, 1] += 1
 
 
 def dense_attention(

@@ -1,12 +1,11 @@
-"""Plain-torch twins of the offload launchers, same names and signatures; see :mod:`reference`."""
+"""Plain-torch references of the offload launchers, same names and signatures; see :mod:`reference`."""
 
 from __future__ import annotations
 
 import torch
 
-from vllm_sparse.offload.sizing import WAYS
 from vllm_sparse.pages.decode_plan import WHOLE
-from vllm_sparse.pages.hot_set import HASH, Residency
+from vllm_sparse.pages.hot_set import HASH, WAYS, HotSet
 from vllm_sparse.pages.page_table import PageTable
 from vllm_sparse.pages.write_plan import WritePlan
 
@@ -49,7 +48,7 @@ def write_through(
     num_tokens: int,
     host: torch.Tensor,
     summaries: torch.Tensor,
-    residency: Residency,
+    hot_set: HotSet,
     exponents: torch.Tensor | None = None,
 ) -> None:
     heads, page_size = host.shape[1], host.shape[2]
@@ -59,25 +58,25 @@ def write_through(
         else:
             host[block, :, :end], exponents[block] = to_e4m3(hot[page, :, :end])
         summaries[block] = hot[page, :, page_size:]
-        units = slice(block * heads, (block + 1) * heads)
-        slots = residency.slot_of[units].long()
+        head_pages = slice(block * heads, (block + 1) * heads)
+        slots = hot_set.slot_of[head_pages].long()
         slots = slots[slots >= 0]
-        residency.slot_unit[slots] = -1
-        residency.last_use[slots] = 0
-        residency.slot_of[units] = -1
+        hot_set.slot_head_page[slots] = -1
+        hot_set.last_use[slots] = 0
+        hot_set.slot_of[head_pages] = -1
 
 
-def find_slots(
+def find_hot_slots(
     table: PageTable,
     kv_heads: int,
     page_size: int,
     plan: WritePlan,
     layer: int,
-    residency: Residency,
+    hot_set: HotSet,
     misses: torch.Tensor,
     counters: torch.Tensor,
 ) -> None:
-    width, missing = table.units.shape[1], []
+    width, missing = table.head_pages.shape[1], []
     for row, length in enumerate(table.lengths.tolist()):
         if length == 0:
             continue
@@ -85,13 +84,13 @@ def find_slots(
         if table.routes is not None and table.routes[request] == WHOLE:
             continue
         pages = -(-length // page_size)
-        units = table.units[row, :pages].clone()
-        slots = residency.slot_of[units[:-1].long()]
+        head_pages = table.head_pages[row, :pages].clone()
+        slots = hot_set.slot_of[head_pages[:-1].long()]
         hit = slots >= 0
-        residency.last_use[slots[hit].long()] = plan.clock
-        table.units[row, : pages - 1] = torch.where(hit, residency.first_unit + slots, ~units[:-1])
+        hot_set.last_use[slots[hit].long()] = plan.clock
+        table.head_pages[row, : pages - 1] = torch.where(hit, hot_set.first_head_page + slots, ~head_pages[:-1])
         staged = int(plan.staged_slots[request]) // page_size
-        table.units[row, pages - 1] = max(staged, 0) * kv_heads + head
+        table.head_pages[row, pages - 1] = max(staged, 0) * kv_heads + head
         missing.append(row * width + torch.nonzero(~hit).squeeze(1))
         counters[0] += pages - 1
     if missing:
@@ -100,37 +99,37 @@ def find_slots(
         plan.num_misses[layer] = len(missing)
 
 
-def fetch_units(
+def fetch_head_pages(
     host: torch.Tensor,
     table: PageTable,
     plan: WritePlan,
     layer: int,
-    residency: Residency,
+    hot_set: HotSet,
     misses: torch.Tensor,
     hot: torch.Tensor,
     counters: torch.Tensor,
     exponents: torch.Tensor | None = None,
 ) -> None:
     heads, page_size = host.shape[1], host.shape[2]
-    units, now = table.units.view(-1), int(plan.clock)
+    head_pages, now = table.head_pages.view(-1), int(plan.clock)
     for at in misses[: int(plan.num_misses[layer])].tolist():
-        unit = ~int(units[at])
-        first = ((unit * HASH & 0xFFFFFFFF) * residency.num_sets >> 32) * WAYS
-        ages = residency.last_use[first : first + WAYS]
+        head_page = ~int(head_pages[at])
+        first = ((head_page * HASH & 0xFFFFFFFF) * hot_set.num_sets >> 32) * WAYS
+        ages = hot_set.last_use[first : first + WAYS]
         if not len(ages) or int(ages.min()) >= now:
             counters[2] += 1
             continue
         slot = first + int(ages.argmin())
-        residency.last_use[slot] = now
-        old = int(residency.slot_unit[slot])
-        if old >= 0 and int(residency.slot_of[old]) == slot:
-            residency.slot_of[old] = -1
-        residency.slot_unit[slot] = unit
-        residency.slot_of[unit] = slot
-        place = residency.first_unit + slot
-        block, head = divmod(unit, heads)
+        hot_set.last_use[slot] = now
+        old = int(hot_set.slot_head_page[slot])
+        if old >= 0 and int(hot_set.slot_of[old]) == slot:
+            hot_set.slot_of[old] = -1
+        hot_set.slot_head_page[slot] = head_page
+        hot_set.slot_of[head_page] = slot
+        place = hot_set.first_head_page + slot
+        block, head = divmod(head_page, heads)
         hot[place // heads, place % heads, :page_size] = kept(host, exponents, block, hot.dtype)[head]
-        units[at] = place
+        head_pages[at] = place
         counters[1] += 1
 
 

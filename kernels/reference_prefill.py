@@ -1,13 +1,14 @@
-"""Plain-torch twins of the prefill launchers, same names and signatures; see :mod:`reference`."""
+"""Plain-torch references of the prefill launchers, same names and signatures; see :mod:`reference`."""
 
 from __future__ import annotations
 
 import torch
 
+from vllm_sparse.pages.geometry import Geometry
 from vllm_sparse.pages.head_patterns import HeadPatterns
-from vllm_sparse.pages.layout import UnitGrid, single_head_pages
+from vllm_sparse.pages.layout import HeadPageGrid, single_head_pages
 from vllm_sparse.pages.page_table import PageTable
-from vllm_sparse.pages.position_pattern import FixedPattern
+from vllm_sparse.pages.position_pattern import PositionPattern
 from vllm_sparse.pages.probe import (
     COVER_OCTAVES,
     COVER_ROUNDS,
@@ -18,6 +19,7 @@ from vllm_sparse.pages.probe import (
     probe_start,
 )
 from vllm_sparse.pages.query_blocks import BLOCK_TOKENS, QueryBlocks
+from vllm_sparse.pages.selection import Selection
 
 
 def probe_mass(
@@ -25,12 +27,12 @@ def probe_mass(
     kv: torch.Tensor,
     block_table: torch.Tensor,
     chunk: QueryBlocks,
-    page_size: int,
-    scale: float,
+    geometry: Geometry,
     part_lse: torch.Tensor,
     parts: torch.Tensor,
     mass: torch.Tensor,
 ) -> None:
+    page_size, scale = geometry.page_size, geometry.scale
     q_heads, head_dim = q.shape[1:]
     kv_heads = kv.shape[1]
     start, end, pages = probe_start(chunk, page_size), chunk.end_position, chunk.num_pages(page_size)
@@ -70,21 +72,21 @@ def select_bands(
         by_page += counted[:, k]
         exists = (band >= 0) & (band < pages)
         by_band[:, band[exists]] += counted[:, k, exists]
-    coverage = patterns.coverage[:, None]
-    wanted_pages, wanted_bands, recent_bands = patterns.sizes[:, :, None].masked_fill(coverage >= 1, pages)
+    top_p = patterns.top_p[:, None]
+    wanted_pages, wanted_bands, recent_bands = patterns.sizes[:, :, None].masked_fill(top_p >= 1, pages)
     kept_pages, kept_bands = _largest(by_page, wanted_pages), _largest(by_band, wanted_bands)
-    shared = (patterns.coverage > 0) & (patterns.coverage < 1)
+    shared = (patterns.top_p > 0) & (patterns.top_p < 1)
     if shared.any():
         kept_pages[shared], kept_bands[shared] = _cover(
-            counted[shared], bands, by_page[shared], by_band[shared], coverage[shared], band_shift(page_size)
+            counted[shared], bands, by_page[shared], by_band[shared], top_p[shared], band_shift(page_size)
         )
     page_keep[:, :pages] = kept_pages
     band_count[:, 0] = 0
     band_count[:, 1 : pages + 1] = (kept_bands | (page < recent_bands)).cumsum(1)
 
 
-def _cover(counted, bands, by_page, by_band, coverage, shift: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Masks of the pages and bands from a threshold on that together hold ``coverage`` [heads, 1] of the mass.
+def _cover(counted, bands, by_page, by_band, top_p, shift: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Masks of the pages and bands from a threshold on that together hold ``top_p`` [heads, 1] of the mass.
 
     Masses are compared as the integers of their bits, in which a factor of two is 2**23.
     """
@@ -93,7 +95,7 @@ def _cover(counted, bands, by_page, by_band, coverage, shift: int) -> tuple[torc
     low = (high - COVER_OCTAVES * 2**23).clamp(min=1)
     band = torch.stack(bands)
     exists = (band >= 0) & (band < by_page.shape[1])
-    enough = coverage * by_page.sum(1, keepdim=True)
+    enough = top_p * by_page.sum(1, keepdim=True)
     for _ in range(COVER_ROUNDS):
         middle = low + (high - low) // 2
         diagonal = (band_key >= middle)[:, band.clamp(0, by_page.shape[1] - 1)] & exists
@@ -109,12 +111,12 @@ def _largest(masses: torch.Tensor, wanted: torch.Tensor | int) -> torch.Tensor:
     return ((rank < wanted) & (masses > 0)) | everything
 
 
-def _fewest(masses: torch.Tensor, coverage: float) -> torch.Tensor:
-    """Mask of the largest of each row that hold ``coverage`` of it, with all that equal the last of them."""
-    if coverage >= 1:
+def _fewest(masses: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Mask of the largest of each row that hold ``top_p`` of it, with all that equal the last of them."""
+    if top_p >= 1:
         return torch.ones_like(masses, dtype=torch.bool)
     ordered = masses.sort(dim=1, descending=True).values
-    short = ordered.cumsum(1) < coverage * ordered.sum(1, keepdim=True)
+    short = ordered.cumsum(1) < top_p * ordered.sum(1, keepdim=True)
     last = short.sum(1, keepdim=True).clamp(max=masses.shape[1] - 1)
     return (masses >= ordered.gather(1, last)) & (masses > 0)
 
@@ -136,7 +138,7 @@ def vertical_slash(
     keep.copy_(kept.flatten(0, 1))
 
 
-def fixed_pattern(pattern: FixedPattern, blocks: QueryBlocks, page_size: int, keep: torch.Tensor) -> None:
+def position_pattern(pattern: PositionPattern, blocks: QueryBlocks, page_size: int, keep: torch.Tensor) -> None:
     start, end = (x[:, None] for x in _block_spans(blocks, keep.device))
     q_heads = keep.shape[0] // blocks.num_blocks
     page = torch.arange(keep.shape[1], device=keep.device)
@@ -161,12 +163,12 @@ def pooled_score(
     kv: torch.Tensor,
     block_table: torch.Tensor,
     blocks: QueryBlocks,
-    page_size: int,
-    scale: float,
+    geometry: Geometry,
     pooled: torch.Tensor,
     scores: torch.Tensor,
     heads: torch.Tensor | None = None,
 ) -> None:
+    page_size, scale = geometry.page_size, geometry.scale
     group = q.shape[1] // kv.shape[1]
     means = torch.stack([part.float().mean(0) for part in q.split(BLOCK_TOKENS)], 1)
     pooled[: scores.shape[0]] = means.flatten(0, 1).to(pooled.dtype)
@@ -206,10 +208,10 @@ def antidiagonal_score(
     kv: torch.Tensor,
     block_table: torch.Tensor,
     blocks: QueryBlocks,
-    page_size: int,
-    scale: float,
+    geometry: Geometry,
     scores: torch.Tensor,
 ) -> None:
+    page_size, scale = geometry.page_size, geometry.scale
     stride, q_heads = 16, q.shape[1]
     keys = _context_keys(kv, block_table, blocks, page_size).float().flatten(1, 2)
     columns = keys.unflatten(1, (-1, stride)).flatten(2).repeat_interleave(q_heads // kv.shape[1], 0)
@@ -232,7 +234,7 @@ def select_row_pages(
     blocks: QueryBlocks,
     page_size: int,
     wanted_pages: int,
-    coverage: float,
+    top_p: float,
     keep: torch.Tensor,
     heads: torch.Tensor | None = None,
 ) -> None:
@@ -246,7 +248,7 @@ def select_row_pages(
             continue
         mass = scores[row : row + 1, :count]
         mass.copy_((mass - mass.max()).exp())
-        keep[row, :count] = (_fewest(mass, coverage) if coverage else _largest(mass, wanted_pages))[0]
+        keep[row, :count] = (_fewest(mass, top_p) if top_p else _largest(mass, wanted_pages))[0]
 
 
 def _context_keys(
@@ -264,18 +266,17 @@ def prefill_table(
     block_table: torch.Tensor,
     blocks: QueryBlocks,
     kv: torch.Tensor,
-    page_size: int,
-    sink_pages: int,
-    window_tokens: int,
+    selection: Selection,
     counters: torch.Tensor,
     table: PageTable,
 ) -> None:
+    page_size = selection.page_size
     start, end = _block_spans(blocks, keep.device)
     pages, q_heads = keep.shape[1], keep.shape[0] // blocks.num_blocks
     page = torch.arange(pages, device=keep.device)
-    window_start = (start + 1 - max(window_tokens, 1)).clamp(min=0) // page_size
+    window_start = (start + 1 - max(selection.window_tokens, 1)).clamp(min=0) // page_size
     before_end = -(-end // page_size)
-    always = (page < sink_pages) | (page >= window_start[:, None])
+    always = (page < selection.sink_pages) | (page >= window_start[:, None])
     chosen = (keep.bool().unflatten(0, (q_heads, -1)) | always) & (page < before_end[:, None])
     lengths = end - (before_end - chosen.sum(-1)) * page_size
     table.lengths.copy_(lengths.flatten())
@@ -283,10 +284,10 @@ def prefill_table(
     table.starts[:-1] = (heads * blocks.num_tokens + start - blocks.first_position).flatten()
     table.starts[-1] = q_heads * blocks.num_tokens
     head = torch.arange(q_heads, device=keep.device) // (q_heads // kv.shape[1])
-    unit = UnitGrid.of(kv).units(block_table[:pages], head[:, None])
+    head_page = HeadPageGrid.of(kv).head_pages(block_table[:pages], head[:, None])
     for row, mask in enumerate(chosen.flatten(0, 1)):
-        units = unit[row // blocks.num_blocks, mask]
-        table.units[row, : len(units)] = units.int()
+        head_pages = head_page[row // blocks.num_blocks, mask]
+        table.head_pages[row, : len(head_pages)] = head_pages.int()
     queries = end - start
     unseen = queries * (queries - 1) // 2
     counters[0] += (queries * lengths - unseen).sum()
@@ -297,10 +298,10 @@ def sparse_prefill(
     q: torch.Tensor,
     kv: torch.Tensor,
     table: PageTable,
-    page_size: int,
-    scale: float,
+    geometry: Geometry,
     out: torch.Tensor,
 ) -> None:
+    page_size, scale = geometry.page_size, geometry.scale
     num_tokens = q.shape[0]
     num_blocks = -(-num_tokens // BLOCK_TOKENS)
     keys, values = single_head_pages(kv, page_size)
@@ -309,8 +310,8 @@ def sparse_prefill(
             continue
         head, block = divmod(row, num_blocks)
         tokens = slice(block * BLOCK_TOKENS, min((block + 1) * BLOCK_TOKENS, num_tokens))
-        units = table.units[row, : -(-length // page_size)].long()
-        k, v = (x[units].flatten(0, 2)[:length].to(_wide(q)) for x in (keys, values))
+        head_pages = table.head_pages[row, : -(-length // page_size)].long()
+        k, v = (x[head_pages].flatten(0, 2)[:length].to(_wide(q)) for x in (keys, values))
         query = q[tokens, head].to(_wide(q))
         seen = length - torch.arange(len(query) - 1, -1, -1, device=q.device)
         hidden = torch.arange(length, device=q.device) >= seen[:, None]

@@ -1,4 +1,4 @@
-"""What twins that score pages share: rows to be scored, and where scores go, as by :mod:`store_scores`."""
+"""What references that score pages share: rows to be scored, and where scores go, as by :mod:`store_scores`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plain-torch twins of the sketch kernels, and what a sketch stands for."""
+"""Plain-torch references of the sketch kernels, and what a sketch stands for."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def sketched_keys(kv: torch.Tensor, page_size: int, summary: str) -> tuple[torch
 
 
 def _summary_bytes(kv: torch.Tensor, page_size: int) -> torch.Tensor:
-    """The summary rows of ``kv`` as int8 [num_blocks, kv_heads, bytes], no copy."""
+    """The summary slots of ``kv`` as int8 [num_blocks, kv_heads, bytes], no copy."""
     rows = kv.view(torch.int8)[:, :, page_size:]
     return rows.as_strided(
         (*rows.shape[:2], rows.shape[2] * rows.shape[3]), (*rows.stride()[:2], 1), rows.storage_offset()

@@ -4,7 +4,7 @@
     band_mass[h, b] = sum_k mass[h, k, first_page - 1 + k - b]     the diagonals of a band
 
 Sinks, which are always attended, count for neither. Each head has its pattern: a number of the largest of
-each, or (``coverage`` > 0) those from a threshold on that together hold this share of its mass,
+each, or (``top_p`` > 0) those from a threshold on that together hold this share of its mass,
 
     page_mass[p] >= t  or  band_mass[b] >= t * max(1, 64 / page)
 
@@ -47,7 +47,7 @@ def _fold_bands(
 
 
 @triton.jit
-def _threshold(row, count, wanted, coverage, BLOCK: tl.constexpr):
+def _threshold(row, count, wanted, top_p, BLOCK: tl.constexpr):
     """The largest key such that the masses from it on are enough; keys order masses as integers."""
     lanes = tl.arange(0, BLOCK)
     totals, highs = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.int32)
@@ -55,7 +55,7 @@ def _threshold(row, count, wanted, coverage, BLOCK: tl.constexpr):
         values = tl.load(row + start + lanes, mask=start + lanes < count, other=0.0)
         totals += values
         highs = tl.maximum(highs, values.to(tl.int32, bitcast=True))
-    enough = tl.where(coverage > 0, coverage * tl.sum(totals, axis=0), wanted)
+    enough = tl.where(top_p > 0, top_p * tl.sum(totals, axis=0), wanted)
     low, high = 1, tl.maximum(tl.max(highs, axis=0), 1) + 1
     # Invariant: what lies at or above ``low`` is enough, at or above ``high`` it is not.
     while high - low > 1:
@@ -63,7 +63,7 @@ def _threshold(row, count, wanted, coverage, BLOCK: tl.constexpr):
         held = tl.zeros([BLOCK], tl.float32)
         for start in range(0, count, BLOCK):
             values = tl.load(row + start + lanes, mask=start + lanes < count, other=0.0)
-            worth = tl.where(coverage > 0, values, 1.0)
+            worth = tl.where(top_p > 0, values, 1.0)
             held += tl.where(values.to(tl.int32, bitcast=True) >= middle, worth, 0.0)
         met = tl.sum(held, axis=0) >= enough
         low = tl.where(met, middle, low)
@@ -113,7 +113,7 @@ def _store_counts(row, band_count, num_bands, threshold, ties, recent_bands, BLO
 
 @triton.jit
 def _cover_threshold(
-    cells, by_page, by_band, mass_stride_k, num_pages, first_page, sink_pages, coverage,
+    cells, by_page, by_band, mass_stride_k, num_pages, first_page, sink_pages, top_p,
     BANDS: tl.constexpr, BAND_SHIFT: tl.constexpr, ROUNDS: tl.constexpr, OCTAVES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -127,7 +127,7 @@ def _cover_threshold(
         totals += of_page
         highs = tl.maximum(highs, of_page.to(tl.int32, bitcast=True))
         highs = tl.maximum(highs, of_band.to(tl.int32, bitcast=True) - BAND_SHIFT)
-    enough = coverage * tl.sum(totals, axis=0)
+    enough = top_p * tl.sum(totals, axis=0)
     high = tl.maximum(tl.max(highs, axis=0), 1) + 1
     low = tl.maximum(high - OCTAVES * 0x800000, 1)
     for _ in range(ROUNDS):
@@ -154,7 +154,7 @@ def _cover_threshold(
     do_not_specialize=["mass_stride_h", "mass_stride_k", "num_pages", "first_page", "sink_pages", "q_heads"]
 )
 def _select_bands(
-    mass, masses, sizes, coverages, page_keep, band_count, mass_stride_h, mass_stride_k, masses_stride_0,
+    mass, masses, sizes, top_ps, page_keep, band_count, mass_stride_h, mass_stride_k, masses_stride_0,
     masses_stride_h, keep_stride_h, count_stride_h, num_pages, first_page, sink_pages, q_heads,
     BANDS: tl.constexpr, BAND_SHIFT: tl.constexpr, ROUNDS: tl.constexpr, OCTAVES: tl.constexpr,
     COVER_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
@@ -162,14 +162,14 @@ def _select_bands(
     head, diagonal = tl.program_id(0).to(tl.int64), tl.program_id(1)
     by_page = masses + head * masses_stride_h
     row = by_page + diagonal * masses_stride_0
-    coverage, wanted = tl.load(coverages + head), tl.load(sizes + diagonal * q_heads + head)
-    everything = (coverage >= 1) | (wanted >= num_pages)
+    top_p, wanted = tl.load(top_ps + head), tl.load(sizes + diagonal * q_heads + head)
+    everything = (top_p >= 1) | (wanted >= num_pages)
     threshold, ties = tl.where(everything, 0, 0x7FFFFFFF), num_pages
-    if (coverage > 0) & (coverage < 1):
+    if (top_p > 0) & (top_p < 1):
         # Both programs of a head find what its pages and bands share: side by side that takes no longer.
         threshold = _cover_threshold(
             mass + head * mass_stride_h, by_page, by_page + masses_stride_0, mass_stride_k, num_pages, first_page,
-            sink_pages, coverage, BANDS, BAND_SHIFT, ROUNDS, OCTAVES, COVER_BLOCK,
+            sink_pages, top_p, BANDS, BAND_SHIFT, ROUNDS, OCTAVES, COVER_BLOCK,
         ) + diagonal * BAND_SHIFT  # fmt: skip
     elif (wanted > 0) & (everything == 0):
         threshold = _threshold(row, num_pages, wanted, 0.0, BLOCK)
@@ -207,14 +207,14 @@ def select_bands(
     assert bands == probe_groups(page_size) + 1 and num_pages == chunk.num_pages(page_size)
     assert mass.stride(2) == masses.stride(2) == page_keep.stride(1) == band_count.stride(1) == 1
     assert patterns.sizes.shape == (3, q_heads) and patterns.sizes.is_contiguous()
-    assert patterns.coverage.shape == (q_heads,) and patterns.coverage.is_contiguous()
+    assert patterns.top_p.shape == (q_heads,) and patterns.top_p.is_contiguous()
     first_page = probe_page(chunk, page_size)
     _fold_bands[(triton.cdiv(num_pages, 256), q_heads)](
         mass, masses, mass.stride(0), mass.stride(1), masses.stride(0), masses.stride(1),
         num_pages, first_page, sink_pages, BANDS=bands, BLOCK=256, num_warps=2,
     )  # fmt: skip
     _select_bands[(q_heads, 2)](
-        mass, masses, patterns.sizes, patterns.coverage, page_keep, band_count, mass.stride(0), mass.stride(1),
+        mass, masses, patterns.sizes, patterns.top_p, page_keep, band_count, mass.stride(0), mass.stride(1),
         masses.stride(0), masses.stride(1), page_keep.stride(0), band_count.stride(0), num_pages, first_page,
         sink_pages, q_heads, BANDS=bands, BAND_SHIFT=band_shift(page_size), ROUNDS=COVER_ROUNDS,
         OCTAVES=COVER_OCTAVES, COVER_BLOCK=1024, BLOCK=BLOCK_PAGES, num_warps=8,

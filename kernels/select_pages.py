@@ -7,8 +7,8 @@ Each head's scores are normalised over the pages of the request before the group
 head outvotes the others by scale. Pages that are always chosen are not ranked. Of the others a search
 over the masses' integer images finds the last that fits the budget, and a prefix sum writes the kept
 ones in ascending order: selection is exact. Rows of more than one segment keep a budget of candidates
-per segment; the program that ends last merges them. With a ``coverage`` rows end before their budget:
-:mod:`vllm_sparse.kernels.stop_at_coverage`. With ``head_pages`` each KV head has a budget of its own.
+per segment; the program that ends last merges them. With a ``top_p`` rows end before their budget:
+:mod:`vllm_sparse.kernels.stop_at_top_p`. With ``head_budget_pages`` each KV head has a budget of its own.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ import triton
 import triton.language as tl
 
 from vllm_sparse.kernels.launch import num_multiprocessors
-from vllm_sparse.kernels.stop_at_coverage import FORCED, stop_at_coverage
+from vllm_sparse.kernels.stop_at_top_p import FORCED, stop_at_top_p
 from vllm_sparse.pages.decode_plan import EVERY_PAGE, MAX_CANDIDATES, NOT_LISTED, WORK_COLUMNS, DecodePlan
-from vllm_sparse.pages.layout import UnitGrid
+from vllm_sparse.pages.layout import HeadPageGrid
 from vllm_sparse.pages.page_scores import CHUNK_PAGES, PageScores
 from vllm_sparse.pages.page_table import PageTable
+from vllm_sparse.pages.selection import Selection
 
 TUNING = {"pages_per_warp": 128}
 SMALL_PAGES = 1024
@@ -108,11 +109,11 @@ def _page_keys(
 @triton.jit
 def _choose(
     values, chunk_lse, block_row, score_stride, chunk_stride, offset, request, head, first, end, num_pages,
-    units_per_block, head_unit, quota,
+    per_block, head_start, quota,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, WIDTH: tl.constexpr,
     CHUNK: tl.constexpr, CHUNK_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Keys of ``WIDTH`` pages from ``first`` on, which are kept, their places among those, and their units."""
+    """Keys of ``WIDTH`` pages from ``first`` on, which are kept, their places among those, and their head pages."""
     pages = first + tl.arange(0, WIDTH)
     live = pages < end
     blocks = tl.load(block_row + pages, mask=live, other=0)
@@ -121,12 +122,12 @@ def _choose(
         GROUP, GROUP_PAD, CHUNK, CHUNK_BLOCK,
     )  # fmt: skip
     keep = _keep_largest(keys, quota)
-    return keys, keep, tl.cumsum(keep.to(tl.int32), axis=0) - 1, blocks * units_per_block + head_unit
+    return keys, keep, tl.cumsum(keep.to(tl.int32), axis=0) - 1, blocks * per_block + head_start
 
 
 @triton.jit
-def _store_chosen(units, keys, place, unit, key, keep, KEEP_KEYS: tl.constexpr):
-    tl.store(units + place, unit, mask=keep)
+def _store_chosen(head_pages, keys, place, head_page, key, keep, KEEP_KEYS: tl.constexpr):
+    tl.store(head_pages + place, head_page, mask=keep)
     if KEEP_KEYS:
         tl.store(keys + place, key, mask=keep)
 
@@ -134,37 +135,37 @@ def _store_chosen(units, keys, place, unit, key, keep, KEEP_KEYS: tl.constexpr):
 @triton.jit
 def _choose_alone(
     values, chunk_lse, block_row, score_stride, chunk_stride, offset, request, head, first, end, num_pages,
-    units_per_block, head_unit, quota, chosen_units, chosen_keys,
+    per_block, head_start, quota, chosen_head_pages, chosen_keys,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, WIDTH: tl.constexpr,
     CHUNK: tl.constexpr, CHUNK_BLOCK: tl.constexpr, KEEP_KEYS: tl.constexpr,
 ):  # fmt: skip
     """Choose among all ranked pages of a row, at most ``WIDTH``."""
-    keys, keep, place, unit = _choose(
+    keys, keep, place, head_page = _choose(
         values, chunk_lse, block_row, score_stride, chunk_stride, offset, request, head, first, end, num_pages,
-        units_per_block, head_unit, quota, GROUP, GROUP_PAD, WIDTH, CHUNK, CHUNK_BLOCK,
+        per_block, head_start, quota, GROUP, GROUP_PAD, WIDTH, CHUNK, CHUNK_BLOCK,
     )  # fmt: skip
-    _store_chosen(chosen_units, chosen_keys, place, unit, keys, keep, KEEP_KEYS)
+    _store_chosen(chosen_head_pages, chosen_keys, place, head_page, keys, keep, KEEP_KEYS)
 
 
 @triton.jit
 def _merge_segments(
-    candidate_keys, candidate_units, count, quota, chosen_units, chosen_keys,
+    candidate_keys, candidate_head_pages, count, quota, chosen_head_pages, chosen_keys,
     CANDIDATES: tl.constexpr, KEEP_KEYS: tl.constexpr,
 ):  # fmt: skip
     """Choose among what the segments of a row have kept, in the order of its pages."""
     lane = tl.arange(0, CANDIDATES)
     # Volatile: other multiprocessors wrote these while this one ran.
     keys = tl.load(candidate_keys + lane, mask=lane < count, other=0, volatile=True)
-    unit = tl.load(candidate_units + lane, mask=lane < count, other=0, volatile=True)
+    head_page = tl.load(candidate_head_pages + lane, mask=lane < count, other=0, volatile=True)
     keep = _keep_largest(keys, quota)
     place = tl.cumsum(keep.to(tl.int32), axis=0) - 1
-    _store_chosen(chosen_units, chosen_keys, place, unit, keys, keep, KEEP_KEYS)
+    _store_chosen(chosen_head_pages, chosen_keys, place, head_page, keys, keep, KEEP_KEYS)
 
 
 @triton.jit(do_not_specialize=["num_reqs", "segments"])
 def _select_pages(
-    values, chunk_lse, block_table, work, totals, arrivals, units, keys_of_units, candidate_keys, candidate_units,
-    head_pages, lengths, score_stride, chunk_stride, table_stride, units_stride, units_per_block, units_per_head,
+    values, chunk_lse, block_table, work, totals, arrivals, head_pages, keys_of_head_pages, candidate_keys, candidate_head_pages,
+    head_budget_pages, lengths, score_stride, chunk_stride, table_stride, table_stride_row, per_block, per_head,
     budget, sink_pages, window_tokens, segments, num_reqs,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, KV_HEADS: tl.constexpr, PAGE: tl.constexpr,
     SEGMENT: tl.constexpr, SMALL: tl.constexpr, ALONE: tl.constexpr, FORCED_PAD: tl.constexpr,
@@ -187,21 +188,21 @@ def _select_pages(
         request, seq_len, offset = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
         segment = number - tl.load(entry + 4 - COLUMNS, mask=listed > 0, other=0)
         num_pages = (seq_len + PAGE - 1) // PAGE
-        row, head_unit = request * KV_HEADS + head, head * units_per_head
-        unit_row = units + row.to(tl.int64) * units_stride
-        key_row = keys_of_units + row.to(tl.int64) * budget
+        row, head_start = request * KV_HEADS + head, head * per_head
+        table_row = head_pages + row.to(tl.int64) * table_stride_row
+        key_row = keys_of_head_pages + row.to(tl.int64) * budget
         block_row = block_table + request.to(tl.int64) * table_stride
         if offset < 0:
             listed_pages = tl.where(offset == EVERY_PAGE, num_pages, 0)
             for start in range(0, listed_pages, SEGMENT):
                 pages = start + tl.arange(0, SEGMENT)
                 blocks = tl.load(block_row + pages, mask=pages < listed_pages, other=0)
-                tl.store(unit_row + pages, blocks * units_per_block + head_unit, mask=pages < listed_pages)
+                tl.store(table_row + pages, blocks * per_block + head_start, mask=pages < listed_pages)
         else:
             end = window_start(seq_len, window_tokens, PAGE)
             ranked = end - sink_pages
-            chosen_units, chosen_keys = unit_row + sink_pages, key_row + sink_pages
-            pages_of_head = budget if head_pages is None else tl.load(head_pages + head)
+            chosen_head_pages, chosen_keys = table_row + sink_pages, key_row + sink_pages
+            pages_of_head = budget if head_budget_pages is None else tl.load(head_budget_pages + head)
             quota = pages_of_head - sink_pages - (num_pages - end)
             # The pages that are not ranked: loaded here and stored at the end, so that nothing waits for them.
             lane = tl.arange(0, FORCED_PAD)
@@ -211,23 +212,23 @@ def _select_pages(
             if ranked <= SMALL:
                 _choose_alone(
                     values, chunk_lse, block_row, score_stride, chunk_stride, offset, request, head,
-                    sink_pages, end, num_pages, units_per_block, head_unit, quota, chosen_units, chosen_keys,
+                    sink_pages, end, num_pages, per_block, head_start, quota, chosen_head_pages, chosen_keys,
                     GROUP, GROUP_PAD, SMALL, CHUNK, CHUNK_BLOCK, KEEP_KEYS,
                 )  # fmt: skip
             elif (ranked > SEGMENT) & (ranked <= ALONE):
                 _choose_alone(
                     values, chunk_lse, block_row, score_stride, chunk_stride, offset, request, head,
-                    sink_pages, end, num_pages, units_per_block, head_unit, quota, chosen_units, chosen_keys,
+                    sink_pages, end, num_pages, per_block, head_start, quota, chosen_head_pages, chosen_keys,
                     GROUP, GROUP_PAD, ALONE, CHUNK, CHUNK_BLOCK, KEEP_KEYS,
                 )  # fmt: skip
             else:
-                keys, keep, place, unit = _choose(
+                keys, keep, place, head_page = _choose(
                     values, chunk_lse, block_row, score_stride, chunk_stride, offset, request, head,
-                    sink_pages + segment * SEGMENT, end, num_pages, units_per_block, head_unit, quota,
+                    sink_pages + segment * SEGMENT, end, num_pages, per_block, head_start, quota,
                     GROUP, GROUP_PAD, SEGMENT, CHUNK, CHUNK_BLOCK,
                 )  # fmt: skip
                 if ranked <= SEGMENT:
-                    _store_chosen(chosen_units, chosen_keys, place, unit, keys, keep, KEEP_KEYS)
+                    _store_chosen(chosen_head_pages, chosen_keys, place, head_page, keys, keep, KEEP_KEYS)
                 else:
                     row_segments = (ranked + SEGMENT - 1) // SEGMENT
                     first_found = row.to(tl.int64) * segments * BUDGET_PAD
@@ -236,18 +237,18 @@ def _select_pages(
                     kept = tl.sum(keep.to(tl.int32), axis=0)
                     tl.store(candidate_keys + found + empty, tl.zeros([BUDGET_PAD], tl.uint32), mask=empty >= kept)
                     tl.store(candidate_keys + found + place, keys, mask=keep)
-                    tl.store(candidate_units + found + place, unit, mask=keep)
+                    tl.store(candidate_head_pages + found + place, head_page, mask=keep)
                     # All threads' stores, then one arrival that publishes them: whoever comes last merges.
                     tl.debug_barrier()
                     arrived = tl.atomic_add(arrivals + row, 1, sem="acq_rel")
                     if arrived == row_segments - 1:
                         tl.store(arrivals + row, 0)
-                        _merge_segments(candidate_keys + first_found, candidate_units + first_found,
-                                        row_segments * BUDGET_PAD, quota, chosen_units, chosen_keys,
+                        _merge_segments(candidate_keys + first_found, candidate_head_pages + first_found,
+                                        row_segments * BUDGET_PAD, quota, chosen_head_pages, chosen_keys,
                                         CANDIDATES, KEEP_KEYS)  # fmt: skip
             place = tl.where(lane < sink_pages, lane, lane + quota)
-            tl.store(unit_row + place, forced_blocks * units_per_block + head_unit, mask=is_forced)
-            if head_pages is not None:
+            tl.store(table_row + place, forced_blocks * per_block + head_start, mask=is_forced)
+            if head_budget_pages is not None:
                 tl.store(lengths + row, seq_len - (num_pages - pages_of_head) * PAGE, mask=segment == 0)
             if KEEP_KEYS:
                 keys = _page_keys(values, chunk_lse, score_stride, chunk_stride, offset, request, head, forced,
@@ -261,36 +262,26 @@ def select_pages(
     block_table: torch.Tensor,
     plan: DecodePlan,
     kv: torch.Tensor,
-    page_size: int,
-    budget_pages: int,
-    sink_pages: int,
-    window_tokens: int,
+    selection: Selection,
     table: PageTable,
-    coverage: float = 0.0,
-    head_pages: torch.Tensor | None = None,
 ) -> None:
-    """Fill the units of a decode step: chosen pages of scored rows, all of short ones, none of prompt tokens.
+    """Fill the head pages of a decode step: chosen pages of scored rows, all of short ones, none of prompt tokens.
 
     Args:
         scores: what the policy wrote, ragged over requests (``plan.score_offsets``).
         block_table: int32 [num_reqs, max_pages].
         plan: this step's routing.
         kv: [num_blocks, kv_heads, rows, 2 * head_dim]; only its shape and strides are read.
-        page_size: tokens per page.
-        budget_pages: pages kept of a scored row; with ``head_pages`` the most of any.
-        sink_pages, window_tokens: first pages and last tokens that are always kept.
-        table: [num_reqs * kv_heads] rows; ``plan_decode`` has filled its lengths.
-        coverage: share of a row's estimated attention at which it ends before its budget; its length then
-            tells how many pages it has. 0: every scored row takes its budget.
-        head_pages: int32 [kv_heads], pages kept of a scored row of each KV head, at most ``budget_pages``; their
-            lengths are then written here. None: ``budget_pages`` for all. Not together with ``coverage``.
+        selection: pages to keep, sinks and window.
+        table: [num_reqs * kv_heads] rows; ``plan_decode`` has filled its lengths. Rows that end at ``top_p``, and
+            those of KV heads with budgets of their own, get new ones here.
     """
     num_reqs, max_pages = block_table.shape
     kv_heads = kv.shape[1]
     rows = num_reqs * kv_heads
     group = scores.q_heads // kv_heads
     # Rows within a budget are not scored, so one past the widest row is as good as any larger.
-    budget_pages = min(budget_pages, max_pages)
+    budget_pages, page_size = min(selection.most_pages, max_pages), selection.page_size
     segment, segments = plan.segment_pages, triton.cdiv(max_pages, plan.segment_pages)
     budget_pad = triton.next_power_of_2(budget_pages)
     if budget_pages == max_pages:
@@ -298,21 +289,24 @@ def select_pages(
     assert segments * budget_pad <= MAX_CANDIDATES, f"{segments} segments with {budget_pages} pages each"
     shape = (rows, segments, budget_pad) if segments > 1 else (1,)
     candidate_keys = torch.empty(shape, dtype=torch.uint32, device=kv.device)
-    candidate_units = torch.empty(shape, dtype=torch.int32, device=kv.device)
-    keep_keys = coverage > 0
-    assert head_pages is None or (head_pages.shape == (kv_heads,) and not keep_keys)
+    candidate_head_pages = torch.empty(shape, dtype=torch.int32, device=kv.device)
+    keep_keys, head_budget_pages = selection.top_p > 0, selection.head_budget_pages
+    assert head_budget_pages is None or (head_budget_pages.shape == (kv_heads,) and not keep_keys)
     chosen_keys = torch.empty((rows, budget_pages) if keep_keys else (1, 1), dtype=torch.uint32, device=kv.device)
-    grid = UnitGrid.of(kv)
+    grid = HeadPageGrid.of(kv)
     programs = PROGRAMS_PER_SM * num_multiprocessors(kv.device)
     _select_pages[(min(programs, rows * segments),)](
         scores.values, scores.chunk_lse, block_table, plan.work, plan.totals, scores.arrivals,
-        table.units, chosen_keys, candidate_keys, candidate_units,
-        head_pages, None if head_pages is None else table.lengths,
-        scores.values.stride(0), scores.chunk_lse.stride(0), block_table.stride(0), table.units.stride(0),
-        grid.per_block, grid.per_head, budget_pages, sink_pages, window_tokens, segments, num_reqs,
+        table.head_pages, chosen_keys, candidate_keys, candidate_head_pages,
+        head_budget_pages, None if head_budget_pages is None else table.lengths,
+        scores.values.stride(0), scores.chunk_lse.stride(0), block_table.stride(0), table.head_pages.stride(0),
+        grid.per_block, grid.per_head, budget_pages, selection.sink_pages, selection.window_tokens,
+        segments, num_reqs,
         GROUP=group, GROUP_PAD=triton.next_power_of_2(group), KV_HEADS=kv_heads, PAGE=page_size,
         SEGMENT=segment, SMALL=min(segment, SMALL_PAGES), ALONE=plan.alone_pages,
-        FORCED_PAD=triton.next_power_of_2(sink_pages + triton.cdiv(window_tokens, page_size) + 1),
+        FORCED_PAD=triton.next_power_of_2(
+            selection.sink_pages + triton.cdiv(selection.window_tokens, page_size) + 1
+        ),
         BUDGET_PAD=budget_pad,
         CANDIDATES=triton.next_power_of_2(segments * budget_pad), CHUNK=CHUNK_PAGES,
         CHUNK_BLOCK=CHUNK_BLOCK, ROWS=ROWS, COLUMNS=WORK_COLUMNS, NOT_LISTED=NOT_LISTED,
@@ -320,4 +314,4 @@ def select_pages(
         num_warps=min(16, max(1, segment // TUNING["pages_per_warp"])),
     )  # fmt: skip
     if keep_keys:
-        stop_at_coverage(chosen_keys, plan, kv_heads, group, page_size, budget_pages, coverage, table)
+        stop_at_top_p(chosen_keys, plan, kv_heads, group, selection, budget_pages, table)

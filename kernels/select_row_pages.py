@@ -1,7 +1,7 @@
 """select_row_pages: the pages that hold most of the estimated mass of each (query head, block).
 
     mass[r, p] = exp(score[r, p] - max_p score[r, p]),    p before the page of the block's first query
-    keep[r]    = the ``wanted`` largest, or (``coverage`` > 0) the fewest that hold that share of it
+    keep[r]    = the ``wanted`` largest, or (``top_p`` > 0) the fewest that hold that share of it
 
 A block's own pages are attended anyway. Of equal masses at the threshold a number takes the first, a
 share all.
@@ -20,11 +20,11 @@ from vllm_sparse.pages.query_blocks import BLOCK_TOKENS, QueryBlocks
 @triton.jit(
     do_not_specialize=[
         "score_stride", "keep_stride", "first_position", "num_pages", "num_blocks", "wanted",
-        "coverage",
+        "top_p",
     ]
 )  # fmt: skip
 def _select_row_pages(
-    scores, keep, heads, score_stride, keep_stride, first_position, num_pages, num_blocks, wanted, coverage,
+    scores, keep, heads, score_stride, keep_stride, first_position, num_pages, num_blocks, wanted, top_p,
     PAGE: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
@@ -46,14 +46,14 @@ def _select_row_pages(
     # Another thread reads what this one wrote.
     tl.debug_barrier()
     threshold, ties, tied = 0, count, 0
-    if ((wanted > 0) & (wanted < count)) | (coverage > 0):
-        threshold = _threshold(score_row, count, wanted, coverage, BLOCK)
-        if coverage == 0:
+    if ((wanted > 0) & (wanted < count)) | (top_p > 0):
+        threshold = _threshold(score_row, count, wanted, top_p, BLOCK)
+        if top_p == 0:
             ties = wanted - _count_from(score_row, count, threshold + 1, BLOCK)
     for first in range(0, num_pages, BLOCK):
         pages = first + lanes
         kept, tied = _kept(score_row, pages, count, threshold, ties, tied)
-        kept = kept & ((wanted > 0) | (coverage > 0))
+        kept = kept & ((wanted > 0) | (top_p > 0))
         tl.store(keep + row.to(tl.int64) * keep_stride + pages, kept.to(tl.uint8), mask=pages < num_pages)
 
 
@@ -62,7 +62,7 @@ def select_row_pages(
     blocks: QueryBlocks,
     page_size: int,
     wanted_pages: int,
-    coverage: float,
+    top_p: float,
     keep: torch.Tensor,
     heads: torch.Tensor | None = None,
 ) -> None:
@@ -72,8 +72,8 @@ def select_row_pages(
         scores: float32 [q_heads * num_blocks, num_pages], in units of log-mass; overwritten by masses.
         blocks: the query blocks.
         page_size: tokens per page.
-        wanted_pages: how many to keep, where ``coverage`` is 0.
-        coverage: share of a row's mass that its pages must hold; all from 1 on.
+        wanted_pages: how many to keep, where ``top_p`` is 0.
+        top_p: share of a row's mass that its pages must hold; all from 1 on.
         keep: uint8 [q_heads * num_blocks, num_pages], overwritten.
         heads: uint8 [q_heads], above 0: heads to choose for; other rows are neither read nor written. None: all.
     """
@@ -81,10 +81,10 @@ def select_row_pages(
     assert keep.shape == scores.shape and rows % blocks.num_blocks == 0
     assert num_pages == blocks.num_pages(page_size) and scores.stride(1) == keep.stride(1) == 1
     assert heads is None or (heads.shape == (rows // blocks.num_blocks,) and heads.stride(0) == 1)
-    if coverage >= 1:
-        wanted_pages, coverage = num_pages, 0.0
+    if top_p >= 1:
+        wanted_pages, top_p = num_pages, 0.0
     _select_row_pages[(rows,)](
         scores, keep, heads, scores.stride(0), keep.stride(0), blocks.first_position, num_pages,
-        blocks.num_blocks, wanted_pages, float(coverage),
+        blocks.num_blocks, wanted_pages, float(top_p),
         PAGE=page_size, BLOCK_TOKENS=BLOCK_TOKENS, BLOCK=1024, num_warps=4,
     )  # fmt: skip

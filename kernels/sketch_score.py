@@ -22,6 +22,7 @@ from vllm_sparse.kernels.launch import num_multiprocessors
 from vllm_sparse.kernels.store_scores import store_chunk, store_scores
 from vllm_sparse.kernels.two_digits import two_digits
 from vllm_sparse.pages.decode_plan import NOT_LISTED, WORK_COLUMNS, DecodePlan
+from vllm_sparse.pages.geometry import Geometry
 from vllm_sparse.pages.page_scores import CHUNK_PAGES, PageScores
 from vllm_sparse.pages.summaries import TILE_TOKENS, SketchLayout
 
@@ -119,7 +120,7 @@ def _sketch_score(
         square = tl.sum(query * query, axis=1)
         steps = tl.maximum(tl.sqrt(square) / 127, 1e-30)
         digits = two_digits(tl.trans(hadamard(query * (WIDTH**-0.5 / steps)[:, None], GROUP_PAD, WIDTH)))
-        # Logits to base 2, per unit of what _products returns.
+        # Logits to base 2, per head page of what _products returns.
         offsets = first * (scale * 1.4426950408889634 * WIDTH**0.5)
         gains = steps * steps * (127.0 * 127.0 * scale * scale * noise * (1.4426950408889634 / 2))
         steps *= scale * (1.4426950408889634 / 128)
@@ -178,8 +179,7 @@ def sketch_score(
     kv: torch.Tensor,
     block_table: torch.Tensor,
     plan: DecodePlan,
-    page_size: int,
-    scale: float,
+    geometry: Geometry,
     scores: PageScores,
     summary: str,
 ) -> None:
@@ -189,6 +189,7 @@ def sketch_score(
     Reads ``(2 * bits + 1) * width + 64`` bytes per 16 tokens and KV head, with the head size padded to a
     power of two ``width``.
     """
+    page_size, scale = geometry.page_size, geometry.scale
     num_reqs, q_heads, head_dim = q.shape
     kv_heads, item_bytes = kv.shape[1], kv.element_size()
     group = q_heads // kv_heads

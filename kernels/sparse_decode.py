@@ -2,7 +2,7 @@
 
     out[r, h] = softmax(scale * q[r, h] . K[chosen]) V[chosen]
 
-A chosen unit below 0 is unit ``~unit`` of a second cache, in pinned host memory, read in place; it may hold e4m3.
+A chosen head page below 0 is head page ``~head_page`` of a second cache, in pinned host memory, read in place; it may hold e4m3.
 Rows that the table does not list, those of prompt tokens, are read through the block table: all of their pages.
 
 Flash-decoding: programs share the pages of a row, each keeps a running softmax, and a second
@@ -19,7 +19,8 @@ import triton.language as tl
 from vllm_sparse.kernels.e4m3 import codes_of, from_e4m3, power_256_of
 from vllm_sparse.kernels.launch import num_multiprocessors
 from vllm_sparse.pages.decode_plan import WHOLE
-from vllm_sparse.pages.layout import UnitGrid
+from vllm_sparse.pages.geometry import Geometry
+from vllm_sparse.pages.layout import HeadPageGrid
 from vllm_sparse.pages.page_table import PageTable
 
 LOG2_E = 1.4426950408889634
@@ -31,9 +32,9 @@ TUNING = {"block_tokens": 64, "waves": 4, "num_warps": 2, "num_stages": 3, "add_
 
 @triton.jit(do_not_specialize=["splits"])
 def _attend_split(
-    q, kv, host, exponents, units, lengths, routes, block_table, out, part_out, part_lse,
-    q_stride_r, q_stride_h, unit_stride, kv_stride_r, host_unit_stride, host_stride_r, units_stride,
-    table_stride, units_per_block, units_per_head, out_stride_r, out_stride_h, scale_log2, splits,
+    q, kv, host, exponents, head_pages, lengths, routes, block_table, out, part_out, part_lse,
+    q_stride_r, q_stride_h, head_page_stride, kv_stride_r, host_head_page_stride, host_stride_r, table_stride_row,
+    table_stride, per_block, per_head, out_stride_r, out_stride_h, scale_log2, splits,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
     ALONE: tl.constexpr, ON_HOST: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
@@ -57,32 +58,32 @@ def _attend_split(
     per_split = (blocks_all + splits - 1) // splits
     begin = split * per_split * BLOCK_N
     end = tl.minimum(begin + per_split * BLOCK_N, length)
-    unit_row = units + row.to(tl.int64) * units_stride
+    table_row = head_pages + row.to(tl.int64) * table_stride_row
     whole = False
     if routes is not None:
         whole = tl.load(routes + request) == WHOLE
-        unit_row = tl.where(whole, block_table + request.to(tl.int64) * table_stride, unit_row)
+        table_row = tl.where(whole, block_table + request.to(tl.int64) * table_stride, table_row)
     for start in range(begin, end, BLOCK_N):
         tokens = start + tl.arange(0, BLOCK_N)
         live = tokens < length
-        unit = tl.load(unit_row + tokens // PAGE, mask=live, other=0).to(tl.int64)
+        head_page = tl.load(table_row + tokens // PAGE, mask=live, other=0).to(tl.int64)
         if routes is not None:
-            of_block = unit * units_per_block + head * units_per_head
-            unit = tl.where(whole, ~of_block if ON_HOST else of_block, unit)
-        cells = kv + unit * unit_stride + (tokens % PAGE) * kv_stride_r
+            of_block = head_page * per_block + head * per_head
+            head_page = tl.where(whole, ~of_block if ON_HOST else of_block, head_page)
+        cells = kv + head_page * head_page_stride + (tokens % PAGE) * kv_stride_r
         here = live
         if ON_HOST:
-            away = host + ~unit * host_unit_stride + (tokens % PAGE) * host_stride_r
+            away = host + ~head_page * host_head_page_stride + (tokens % PAGE) * host_stride_r
             if exponents is None:
-                cells = tl.where(unit < 0, away, cells)
+                cells = tl.where(head_page < 0, away, cells)
             else:
-                coded, here = live & (unit < 0), live & (unit >= 0)
+                coded, here = live & (head_page < 0), live & (head_page >= 0)
                 some_coded = tl.max(coded.to(tl.int32), axis=0) > 0
         k = tl.load(cells[None, :] + dims[:, None], mask=here[None, :] & in_head[:, None], other=0.0)
         if exponents is not None:  # noqa: SIM102  settled when the kernel is compiled
             if some_coded:
                 code = tl.load(away[None, :] + dims[:, None], mask=coded[None, :] & in_head[:, None], other=0)
-                power = power_256_of(tl.load(exponents + 2 * ~unit, mask=coded, other=0))[None, :]
+                power = power_256_of(tl.load(exponents + 2 * ~head_page, mask=coded, other=0))[None, :]
                 k = tl.where(coded[None, :], from_e4m3(code, power).to(k.dtype), k)
         logits = tl.dot(query, k, input_precision=PRECISION) * scale_log2
         logits = tl.where(live[None, :], logits, float("-inf"))
@@ -91,7 +92,7 @@ def _attend_split(
             if some_coded:
                 code = tl.load(away[:, None] + HEAD_DIM + dims[None, :], mask=coded[:, None] & in_head[None, :],
                                other=0)  # fmt: skip
-                power = power_256_of(tl.load(exponents + 2 * ~unit + 1, mask=coded, other=0))[:, None]
+                power = power_256_of(tl.load(exponents + 2 * ~head_page + 1, mask=coded, other=0))[:, None]
                 v = tl.where(coded[:, None], from_e4m3(code, power).to(v.dtype), v)
         new_top = tl.maximum(top, tl.max(logits, axis=1))
         weights = tl.exp2(logits - new_top[:, None])
@@ -145,8 +146,7 @@ def sparse_decode(
     q: torch.Tensor,
     kv: torch.Tensor,
     table: PageTable,
-    page_size: int,
-    scale: float,
+    geometry: Geometry,
     out: torch.Tensor,
     host: torch.Tensor | None = None,
     exponents: torch.Tensor | None = None,
@@ -155,6 +155,7 @@ def sparse_decode(
 
     Reads ``4 * head_dim`` bytes (16-bit cache) per chosen token and KV head.
     """
+    page_size, scale = geometry.page_size, geometry.scale
     num_reqs, q_heads, head_dim = q.shape
     kv_heads = kv.shape[1]
     rows, group = num_reqs * kv_heads, q_heads // kv_heads
@@ -162,19 +163,19 @@ def sparse_decode(
     block_d = triton.next_power_of_2(head_dim)
     # K and V tiles of 32 KiB: two stages of both fit the shared memory of every GPU since 2020.
     block_n = min(TUNING["block_tokens"], TILE_BYTES // (block_d * kv.element_size()))
-    splits = num_splits(rows, triton.cdiv(table.units.shape[1] * page_size, block_n), q.device)
+    splits = num_splits(rows, triton.cdiv(table.head_pages.shape[1] * page_size, block_n), q.device)
     part_out = part_lse = out
     if splits > 1:
         part_out = torch.empty((rows, splits, group, block_d), dtype=torch.float32, device=q.device)
         part_lse = torch.empty((rows, splits, group), dtype=torch.float32, device=q.device)
     second = kv if host is None else codes_of(host, exponents)
-    grid = UnitGrid.of(second)
-    block_table = table.units if table.block_table is None else table.block_table
+    grid = HeadPageGrid.of(second)
+    block_table = table.head_pages if table.block_table is None else table.block_table
     assert second.stride(3) == 1
     _attend_split[(rows, splits)](
-        q, kv, second, exponents, table.units, table.lengths, table.routes, block_table, out, part_out, part_lse,
-        q.stride(0), q.stride(1), UnitGrid.of(kv).stride, kv.stride(2), grid.stride, second.stride(2),
-        table.units.stride(0), block_table.stride(0), grid.per_block, grid.per_head,
+        q, kv, second, exponents, table.head_pages, table.lengths, table.routes, block_table, out, part_out, part_lse,
+        q.stride(0), q.stride(1), HeadPageGrid.of(kv).stride, kv.stride(2), grid.stride, second.stride(2),
+        table.head_pages.stride(0), block_table.stride(0), grid.per_block, grid.per_head,
         out.stride(0), out.stride(1), scale * LOG2_E, splits,
         KV_HEADS=kv_heads, GROUP=group, GROUP_PAD=max(16, triton.next_power_of_2(group)),
         HEAD_DIM=head_dim, BLOCK_D=block_d, PAGE=page_size, BLOCK_N=block_n, ALONE=splits == 1,

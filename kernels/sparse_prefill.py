@@ -13,7 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_sparse.pages.layout import UnitGrid
+from vllm_sparse.pages.geometry import Geometry
+from vllm_sparse.pages.layout import HeadPageGrid
 from vllm_sparse.pages.page_table import PageTable
 from vllm_sparse.pages.query_blocks import BLOCK_TOKENS
 
@@ -23,7 +24,7 @@ TUNING = {"tile_bytes": 16384, "query_bytes": 32768, "num_warps": 8, "num_stages
 
 @triton.jit
 def _attend_tokens(
-    query, kv, unit_row, seen, begin, end, top, total, acc, unit_stride, kv_stride_r, scale_log2,
+    query, kv, table_row, seen, begin, end, top, total, acc, head_page_stride, kv_stride_r, scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -33,8 +34,8 @@ def _attend_tokens(
     for start in range(begin, end, BLOCK_N):
         tokens = start + tl.arange(0, BLOCK_N)
         live = tokens < end
-        unit = tl.load(unit_row + tokens // PAGE, mask=live, other=0).to(tl.int64)
-        cells = kv + unit * unit_stride + (tokens % PAGE) * kv_stride_r
+        head_page = tl.load(table_row + tokens // PAGE, mask=live, other=0).to(tl.int64)
+        cells = kv + head_page * head_page_stride + (tokens % PAGE) * kv_stride_r
         k = tl.load(cells[None, :] + dims[:, None], mask=live[None, :] & in_head[:, None], other=0.0)
         logits = tl.dot(query, k, input_precision=PRECISION) * scale_log2
         if MASKED:
@@ -49,9 +50,9 @@ def _attend_tokens(
     return top, total, acc
 
 
-@triton.jit(do_not_specialize=["units_stride", "num_tokens", "num_blocks"])
+@triton.jit(do_not_specialize=["table_stride_row", "num_tokens", "num_blocks"])
 def _sparse_prefill(
-    q, kv, units, lengths, out, q_stride_t, q_stride_h, unit_stride, kv_stride_r, units_stride,
+    q, kv, head_pages, lengths, out, q_stride_t, q_stride_h, head_page_stride, kv_stride_r, table_stride_row,
     out_stride_t, out_stride_h, scale_log2, num_tokens, num_blocks,
     BLOCK_TOKENS: tl.constexpr, BLOCK_M: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     PAGE: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
@@ -72,16 +73,16 @@ def _sparse_prefill(
     # Every query sees a row's tokens up to the block's first one: full tiles of those need no mask.
     common = (length - (queries - 1 - part * BLOCK_M)) // BLOCK_N * BLOCK_N
     last = tl.minimum(length - (queries - (part + 1) * BLOCK_M), length)
-    unit_row = units + row.to(tl.int64) * units_stride
+    table_row = head_pages + row.to(tl.int64) * table_stride_row
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     top, total, acc = _attend_tokens(
-        query, kv, unit_row, seen, 0, common, top, total, acc, unit_stride, kv_stride_r, scale_log2,
+        query, kv, table_row, seen, 0, common, top, total, acc, head_page_stride, kv_stride_r, scale_log2,
         HEAD_DIM, BLOCK_D, PAGE, BLOCK_N, False, PRECISION,
     )  # fmt: skip
     top, total, acc = _attend_tokens(
-        query, kv, unit_row, seen, common, last, top, total, acc, unit_stride, kv_stride_r, scale_log2,
+        query, kv, table_row, seen, common, last, top, total, acc, head_page_stride, kv_stride_r, scale_log2,
         HEAD_DIM, BLOCK_D, PAGE, BLOCK_N, True, PRECISION,
     )  # fmt: skip
     target = out + token[:, None] * out_stride_t + head * out_stride_h + dims[None, :]
@@ -92,23 +93,23 @@ def sparse_prefill(
     q: torch.Tensor,
     kv: torch.Tensor,
     table: PageTable,
-    page_size: int,
-    scale: float,
+    geometry: Geometry,
     out: torch.Tensor,
 ) -> None:
     """Attend over chosen pages; arguments as in :meth:`vllm_sparse.attention.base.Engine.attend_blocks`."""
+    page_size, scale = geometry.page_size, geometry.scale
     num_tokens, q_heads, head_dim = q.shape
     num_blocks = triton.cdiv(num_tokens, BLOCK_TOKENS)
     rows = q_heads * num_blocks
     assert table.lengths.shape[0] == rows, f"{table.lengths.shape[0]} rows for {rows} (query head, block)"
-    assert q.stride(2) == out.stride(2) == kv.stride(3) == table.units.stride(1) == 1
+    assert q.stride(2) == out.stride(2) == kv.stride(3) == table.head_pages.stride(1) == 1
     block_d = triton.next_power_of_2(head_dim)
-    row_bytes = block_d * kv.element_size()
-    block_m = max(16, min(BLOCK_TOKENS, TUNING["query_bytes"] // row_bytes))
-    block_n = max(16, min(128, TUNING["tile_bytes"] // row_bytes))
+    token_bytes = block_d * kv.element_size()
+    block_m = max(16, min(BLOCK_TOKENS, TUNING["query_bytes"] // token_bytes))
+    block_n = max(16, min(128, TUNING["tile_bytes"] // token_bytes))
     _sparse_prefill[(rows, BLOCK_TOKENS // block_m)](
-        q, kv, table.units, table.lengths, out, q.stride(0), q.stride(1), UnitGrid.of(kv).stride, kv.stride(2),
-        table.units.stride(0), out.stride(0), out.stride(1), scale * LOG2_E, num_tokens, num_blocks,
+        q, kv, table.head_pages, table.lengths, out, q.stride(0), q.stride(1), HeadPageGrid.of(kv).stride, kv.stride(2),
+        table.head_pages.stride(0), out.stride(0), out.stride(1), scale * LOG2_E, num_tokens, num_blocks,
         BLOCK_TOKENS=BLOCK_TOKENS, BLOCK_M=block_m, HEAD_DIM=head_dim, BLOCK_D=block_d, PAGE=page_size,
         BLOCK_N=block_n, PRECISION="ieee", num_warps=TUNING["num_warps"], num_stages=TUNING["num_stages"],
     )  # fmt: skip

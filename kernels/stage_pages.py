@@ -55,10 +55,10 @@ def stage_pages(
 
     Args:
         host: [num_blocks, kv_heads, page_size, 2 * head_dim], pinned.
-        summaries: [num_blocks, kv_heads, summary rows, 2 * head_dim].
+        summaries: [num_blocks, kv_heads, summary slots, 2 * head_dim].
         plan: this step's pages.
         num_tokens: tokens of the step, which bound its pages.
-        hot: [pages, kv_heads, page_size + summary rows, 2 * head_dim]; the first are staging pages.
+        hot: [pages, kv_heads, page_size + summary slots, 2 * head_dim]; the first are staging pages.
         exponents: uint8 [num_blocks, kv_heads, 2], where ``host`` is e4m3 (:mod:`vllm_sparse.kernels.e4m3`).
     """
     _, kv_heads, page_size, content = host.shape

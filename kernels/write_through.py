@@ -2,11 +2,11 @@
 
     host[blocks[s], h, r]   = hot[s, h, r]               for first_row[s] <= r < end_row[s]
     summaries[blocks[s], h] = hot[s, h, page_size:]
-    slot of unit (blocks[s], h) = none
+    slot of head page (blocks[s], h) = none
 
-Where the host holds e4m3, all rows before ``end_row`` are written anew if the unit's exponents change.
+Where the host holds e4m3, all rows before ``end_row`` are written anew if the head page's exponents change.
 
-A unit that a slot holds is a complete page; that its block is written again means that the block has a
+A head page that a slot holds is a complete page; that its block is written again means that the block has a
 new owner, or that the end of a context was taken back.
 """
 
@@ -17,13 +17,13 @@ import triton
 import triton.language as tl
 
 from vllm_sparse.kernels.e4m3 import codes_of, exponent_of, largest_coded, to_e4m3, warps_for
-from vllm_sparse.pages.hot_set import Residency
+from vllm_sparse.pages.hot_set import HotSet
 from vllm_sparse.pages.write_plan import WritePlan
 
 
 @triton.jit
 def _write_through(
-    hot, host, exponents, summaries, blocks, first_row, end_row, num_pages, slot_of, slot_unit, last_use,
+    hot, host, exponents, summaries, blocks, first_row, end_row, num_pages, slot_of, slot_head_page, last_use,
     hot_stride_b, hot_stride_h, host_stride_b, host_stride_h, summary_stride_b, summary_stride_h,
     KV_HEADS: tl.constexpr, CONTENT: tl.constexpr, BLOCK_C: tl.constexpr, PAGE: tl.constexpr,
     SUMMARY: tl.constexpr, BLOCK_S: tl.constexpr, MOST: tl.constexpr,
@@ -37,7 +37,7 @@ def _write_through(
     staged = hot + page * hot_stride_b + head * hot_stride_h
     cells = rows * CONTENT + column
     target = host + block * host_stride_b + head * host_stride_h + cells
-    unit = block * KV_HEADS + head
+    head_page = block * KV_HEADS + head
     mask = (rows < end) & (column < CONTENT)
     if exponents is None:
         mask &= rows >= first
@@ -49,7 +49,7 @@ def _write_through(
         size = tl.where(kv == kv, tl.abs(kv), 0.0)
         of_key = exponent_of(tl.max(tl.where(in_key, size, 0.0)))
         of_value = exponent_of(tl.max(tl.where(in_key, 0.0, size)))
-        kept = exponents + 2 * unit
+        kept = exponents + 2 * head_page
         fits = (tl.load(kept) == of_key) & (tl.load(kept + 1) == of_value)
         mask &= rows >= tl.where(fits, first, 0)
         tl.store(target, to_e4m3(kv, tl.where(in_key, of_key, of_value)), mask=mask)
@@ -59,11 +59,11 @@ def _write_through(
     cell = tl.arange(0, BLOCK_S)
     summary = tl.load(staged + PAGE * CONTENT + cell, mask=cell < SUMMARY)
     tl.store(summaries + block * summary_stride_b + head * summary_stride_h + cell, summary, mask=cell < SUMMARY)
-    slot = tl.load(slot_of + unit)
+    slot = tl.load(slot_of + head_page)
     if slot >= 0:
-        tl.store(slot_unit + slot, -1)
+        tl.store(slot_head_page + slot, -1)
         tl.store(last_use + slot, 0)
-        tl.store(slot_of + unit, -1)
+        tl.store(slot_of + head_page, -1)
 
 
 def write_through(
@@ -72,18 +72,18 @@ def write_through(
     num_tokens: int,
     host: torch.Tensor,
     summaries: torch.Tensor,
-    residency: Residency,
+    hot_set: HotSet,
     exponents: torch.Tensor | None = None,
 ) -> None:
     """Write what this step added to its staging pages to where it is kept.
 
     Args:
-        hot: [pages, kv_heads, page_size + summary rows, 2 * head_dim]; the first are staging pages.
+        hot: [pages, kv_heads, page_size + summary slots, 2 * head_dim]; the first are staging pages.
         plan: this step's pages.
         num_tokens: tokens of the step, which bound its pages.
         host: [num_blocks, kv_heads, page_size, 2 * head_dim], pinned.
-        summaries: [num_blocks, kv_heads, summary rows, 2 * head_dim].
-        residency: the layer's; units that are written are forgotten.
+        summaries: [num_blocks, kv_heads, summary slots, 2 * head_dim].
+        residency: the layer's; head pages that are written are forgotten.
         exponents: uint8 [num_blocks, kv_heads, 2], where ``host`` is e4m3 (:mod:`vllm_sparse.kernels.e4m3`).
     """
     _, kv_heads, page_size, content = host.shape
@@ -93,7 +93,7 @@ def write_through(
     most_pages = min(num_tokens, len(plan.blocks))
     _write_through[(most_pages, kv_heads)](
         hot, codes_of(host, exponents), exponents, summaries, plan.blocks, plan.first_row, plan.end_row,
-        plan.num_pages, residency.slot_of, residency.slot_unit, residency.last_use,
+        plan.num_pages, hot_set.slot_of, hot_set.slot_head_page, hot_set.last_use,
         hot.stride(0), hot.stride(1), host.stride(0), host.stride(1), summaries.stride(0), summaries.stride(1),
         KV_HEADS=kv_heads, CONTENT=content, BLOCK_C=triton.next_power_of_2(content), PAGE=page_size,
         SUMMARY=rows * content, BLOCK_S=triton.next_power_of_2(rows * content), MOST=largest_coded(hot.dtype),

@@ -19,9 +19,9 @@ def register() -> None:
     and what asking for the name then says.
     """
     try:
-        from vllm_sparse.backend import compat
+        from vllm_sparse.backend import install
 
-        compat.install()
+        install.install()
     except Exception as error:
         _give_reason(f"{type(error).__name__}: {error}")
     else:

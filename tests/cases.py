@@ -10,9 +10,11 @@ import torch
 from vllm_sparse.kernels import reference
 from vllm_sparse.kernels.reference_scores import store_scores
 from vllm_sparse.pages.decode_plan import SEGMENT_PAGES, DecodePlan
+from vllm_sparse.pages.geometry import Geometry
 from vllm_sparse.pages.page_scores import PageScores
 from vllm_sparse.pages.page_table import PageTable
-from vllm_sparse.pages.summaries import summary_rows
+from vllm_sparse.pages.selection import Selection
+from vllm_sparse.pages.summaries import summary_slots
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
@@ -40,6 +42,13 @@ class Case:
     def kv_heads(self) -> int:
         return self.kv.shape[1]
 
+    def selection(self, sink_pages: int = 1, window_tokens: int = 20, **more) -> Selection:
+        return Selection(self.page_size, self.budget_pages, sink_pages, window_tokens, **more)
+
+    @property
+    def geometry(self) -> Geometry:
+        return Geometry.of(self.q, self.kv, self.page_size, self.scale)
+
 
 def make(
     seq_lens: list[int],
@@ -65,7 +74,7 @@ def make(
     generator = torch.Generator().manual_seed(torch.seed() % 2**31 if seed is None else seed)
     pages = [-(-n // page_size) for n in seq_lens]
     num_blocks = sum(pages) + 3
-    rows = page_size + summary_rows(summary, page_size, head_dim, dtype.itemsize)
+    rows = page_size + summary_slots(summary, page_size, head_dim, dtype.itemsize)
     page = (layers, kv_heads, rows, 2 * head_dim)
     storage = torch.full((num_blocks, prod(page) + padding), float("nan"), dtype=dtype, device=device)
     kv = storage[:, : prod(page)].unflatten(1, page)[:, layers - 1]
@@ -89,9 +98,10 @@ def make(
     capacity = sum(pages) + 1
     width = max(budget_pages, -(-min_context_tokens // page_size), 1)
     table = PageTable.empty(len(seq_lens), kv_heads, width, device)
-    table.units.fill_(2**30)
+    table.head_pages.fill_(2**30)
     table.lengths.fill_(-1)
-    reference.plan_decode(lens, plan, table, page_size, budget_pages, min_context_tokens, capacity, False, 1, 20)
+    selection = Selection(page_size, budget_pages, 1, 20)
+    reference.plan_decode(lens, plan, table, selection, min_context_tokens, capacity, False)
     return Case(
         q=q.to(device), kv=kv, block_table=block_table.to(device), seq_lens=lens, plan=plan,
         scores=poisoned_scores(kv_heads * group, capacity, len(seq_lens), device),
@@ -119,11 +129,9 @@ def random_scores(case: Case) -> None:
 
 
 def select_reference(case: Case, sink_pages: int = 1, window_tokens: int = 20) -> None:
-    """Fill ``case.table`` through the torch twin, from ``case.scores``."""
-    reference.select_pages(
-        case.scores, case.block_table, case.plan, case.kv, case.page_size,
-        case.budget_pages, sink_pages, window_tokens, case.table,
-    )  # fmt: skip
+    """Fill ``case.table`` through the torch reference, from ``case.scores``."""
+    selection = case.selection(sink_pages, window_tokens)
+    reference.select_pages(case.scores, case.block_table, case.plan, case.kv, selection, case.table)
 
 
 def in_float64(kv: torch.Tensor) -> torch.Tensor:

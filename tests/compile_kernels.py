@@ -16,11 +16,12 @@ from prefill_cases import make_chunk
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
-from vllm_sparse.decode.recall_monitor import Guard
+from vllm_sparse.decode.recall_monitor import RecallMonitor
 from vllm_sparse.kernels import launchers
 from vllm_sparse.pages.decode_plan import segment_pages
 from vllm_sparse.pages.head_patterns import HeadPattern, HeadPatterns
-from vllm_sparse.pages.position_pattern import FixedPattern
+from vllm_sparse.pages.position_pattern import PositionPattern
+from vllm_sparse.pages.selection import Selection
 from vllm_sparse.pages.summaries import SKETCH_BITS
 
 SHARED_BYTES = {80: 166912, 86: 101376, 89: 101376, 90: 232448}
@@ -83,11 +84,10 @@ def compile_all(capability: int) -> None:
             for summary in ("key_range", "none"):
                 launchers.page_write(key, key, case.kv, slots, page_size, summary)
             for largest in (None, 8):
-                launchers.plan_decode(
-                    case.seq_lens, case.plan, case.table, page_size, 4, 64, 100, True, 1, 20, largest
-                )
-            pages = (case.q, case.kv, case.block_table, case.plan, page_size, case.scale, case.scores)
-            launchers.quest_score(*pages)
+                selection = case.selection(largest_pages=largest)
+                launchers.plan_decode(case.seq_lens, case.plan, case.table, selection, 64, 100, True)
+            pages = (case.q, case.kv, case.block_table, case.plan, case.geometry, case.scores)
+            launchers.range_score(*pages)
             launchers.page_mass(*pages)
             launchers.recency_score(case.block_table, case.plan, page_size, case.scores)
             launchers.random_score(case.block_table, case.plan, page_size, case.scores)
@@ -95,13 +95,14 @@ def compile_all(capability: int) -> None:
                 for max_pages in (8, 8200, 70000):
                     case.plan.segment_pages = segment_pages(max_pages, 128)
                     table = case.block_table[:, :1].expand(-1, max_pages)
-                    chosen = (case.scores, table, case.plan, case.kv, page_size, 128, 1, 20, case.table)
-                    launchers.select_pages(*chosen)
-                launchers.select_pages(*chosen, 0.9)
-                launchers.select_pages(*chosen, 0.0, torch.full((kv_heads,), 96, dtype=torch.int32))
-            guard = Guard.allocate(10, 1, kv_heads * group, kv_heads, torch.device("cpu"))
-            launchers.guard_mass(*pages[:4], case.table, page_size, case.scale, guard, 0)
-            launchers.sparse_decode(case.q, case.kv, case.table, page_size, case.scale, case.q)
+                    chosen = (case.scores, table, case.plan, case.kv)
+                    launchers.select_pages(*chosen, Selection(page_size, 128, 1, 20), case.table)
+                shares = torch.full((kv_heads,), 96, dtype=torch.int32)
+                for more in ({"top_p": 0.9}, {"head_budget_pages": shares}):
+                    launchers.select_pages(*chosen, Selection(page_size, 128, 1, 20, **more), case.table)
+            monitor = RecallMonitor.allocate(10, 1, kv_heads * group, kv_heads, torch.device("cpu"))
+            launchers.recall_mass(*pages[:4], case.table, case.geometry, monitor, 0)
+            launchers.sparse_decode(case.q, case.kv, case.table, case.geometry, case.q)
             compile_offload(make_store(8, kv_heads, head_dim, page_size, dtype=dtype), case)
             for summary in SKETCH_BITS if dtype is not torch.float16 else ():  # sketches are bytes
                 case = make(
@@ -110,19 +111,19 @@ def compile_all(capability: int) -> None:
                 )  # fmt: skip
                 launchers.page_write(key, key, case.kv, slots, page_size, summary)
                 launchers.sketch_score(
-                    case.q, case.kv, case.block_table, case.plan, page_size, case.scale, case.scores, summary
+                    case.q, case.kv, case.block_table, case.plan, case.geometry, case.scores, summary
                 )
             compile_prefill(make_chunk(70, 200, kv_heads, group, head_dim, page_size, dtype))
 
 
 def compile_offload(store, case) -> None:
-    plan, residency, page_size, table = store.plan, store.residency, store.page_size, case.table
+    plan, hot_set, page_size, table = store.plan, store.hot_set, store.page_size, case.table
     launchers.plan_writes(torch.arange(40), page_size, plan)
     launchers.stage_pages(store.host, store.summaries, plan, 40, store.hot)
-    launchers.write_through(store.hot, plan, 40, store.host, store.summaries, residency)
-    launchers.find_slots(table, store.kv_heads, page_size, plan, 1, residency, store.misses, store.counters)
-    launchers.fetch_units(store.host, table, plan, 1, residency, store.misses, store.hot, store.counters)
-    launchers.sparse_decode(case.q, store.hot, table, page_size, case.scale, case.q, store.host)
+    launchers.write_through(store.hot, plan, 40, store.host, store.summaries, hot_set)
+    launchers.find_hot_slots(table, store.kv_heads, page_size, plan, 1, hot_set, store.misses, store.counters)
+    launchers.fetch_head_pages(store.host, table, plan, 1, hot_set, store.misses, store.hot, store.counters)
+    launchers.sparse_decode(case.q, store.hot, table, case.geometry, case.q, store.host)
     pages = torch.arange(4, dtype=torch.int32)
     launchers.read_pages(store.host, pages, torch.empty_like(store.host), pages, 32)
 
@@ -131,32 +132,34 @@ def compile_prefill(case) -> None:
     blocks, page_size, buffers = case.blocks, case.page_size, case.buffers
     keep, table, mass = buffers.keep_mask(blocks), buffers.table(blocks), buffers.probe_masses(blocks)
     launchers.probe_mass(
-        case.q, case.kv, case.block_table, blocks, page_size, case.scale, buffers.probe_lse,
+        case.q, case.kv, case.block_table, blocks, case.geometry, buffers.probe_lse,
         torch.empty(1 << 20, dtype=case.kv.dtype), mass,
     )  # fmt: skip
-    patterns = HeadPatterns.of([HeadPattern(coverage=0.9)] * case.q_heads, page_size, case.q.device)
+    patterns = HeadPatterns.of([HeadPattern(top_p=0.9)] * case.q_heads, page_size, case.q.device)
     launchers.select_bands(
         mass, blocks, page_size, patterns, 1, buffers.masses, buffers.page_keep, buffers.band_count
     )  # fmt: skip
     launchers.vertical_slash(buffers.page_keep, buffers.band_count, blocks, page_size, keep)
-    pattern = FixedPattern(16, 32, 2, 2, 64, 32)
-    launchers.fixed_pattern(pattern, blocks, page_size, keep)
+    pattern = PositionPattern(16, 32, 2, 2, 64, 32)
+    launchers.position_pattern(pattern, blocks, page_size, keep)
     scores = buffers.scores(blocks)
-    scored = (case.q, case.kv, case.block_table, blocks, page_size, case.scale)
+    scored = (case.q, case.kv, case.block_table, blocks, case.geometry)
     launchers.pooled_score(*scored, buffers.pooled, scores)
     launchers.pooled_score(*scored, buffers.pooled, scores, buffers.query_aware)
     launchers.antidiagonal_score(*scored, scores)
     # So many blocks that a program holds as many as it can.
     many = make_chunk(0, 2048, case.kv.shape[1], case.group, case.q.shape[2], page_size, case.kv.dtype)
     launchers.antidiagonal_score(
-        many.q, many.kv, many.block_table, many.blocks, page_size, many.scale, many.buffers.scores(many.blocks)
+        many.q, many.kv, many.block_table, many.blocks, many.geometry, many.buffers.scores(many.blocks)
     )
     pooled = buffers.masses[0, :, : case.num_pages]
     launchers.pattern_distance(mass, pooled, blocks, page_size, 0.1, buffers.query_aware)
     for heads in (None, buffers.query_aware):
         launchers.select_row_pages(scores, blocks, page_size, 2, 0.0, keep, heads)
-    launchers.prefill_table(keep, case.block_table, blocks, case.kv, page_size, 1, 20, buffers.counters, table)
-    launchers.sparse_prefill(case.q, case.kv, table, page_size, case.scale, case.q)
+    launchers.prefill_table(
+        keep, case.block_table, blocks, case.kv, Selection(page_size, 1, 1, 20), buffers.counters, table
+    )
+    launchers.sparse_prefill(case.q, case.kv, table, case.geometry, case.q)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def pytest_configure() -> None:
         return
     from triton.runtime import interpreter
 
-    # Else each integer operation runs again in int64, to report overflows; the twins compute in int64 anyway.
+    # Else each integer operation runs again in int64, to report overflows; the references compute in int64 anyway.
     builder = interpreter.interpreter_builder
     builder.options = replace(builder.options, sanitize_overflow=False)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from cases import DEVICE, make
 
-from vllm_sparse.pages.layout import UnitGrid
+from vllm_sparse.pages.layout import HeadPageGrid
 from vllm_sparse.pages.page_table import PageTable
 from vllm_sparse.pages.probe import probe_parts
 from vllm_sparse.pages.query_blocks import BLOCK_TOKENS, QueryBlocks
@@ -71,7 +71,7 @@ def make_chunk(
 
 
 def poison(buffers: PrefillBuffers) -> None:
-    for name in ("units", "lengths", "starts", "band_count"):
+    for name in ("head pages", "lengths", "starts", "band_count"):
         getattr(buffers, name).fill_(2**30)
     for name in ("keep", "page_keep", "query_aware"):
         getattr(buffers, name).fill_(77)
@@ -115,7 +115,7 @@ def table_mask(case: PrefillCase, table: PageTable) -> torch.Tensor:
     position_of = {block: index for index, block in enumerate(case.block_table[: case.num_pages].tolist())}
     for row, length in enumerate(table.lengths.tolist()):
         head, block = divmod(row, blocks.num_blocks)
-        named, heads = UnitGrid.of(case.kv).split(table.units[row, : -(-length // page)])
+        named, heads = HeadPageGrid.of(case.kv).split(table.head_pages[row, : -(-length // page)])
         assert (heads == head // case.group).all(), "another KV head"
         pages = [position_of[block] for block in named.tolist()]
         assert all(a < b for a, b in itertools.pairwise(pages)), "pages do not ascend"

@@ -23,7 +23,7 @@ class Inspector:
         prefills = [impl.prefill for impl in impls if impl.is_sparse]
         return {
             "kv_heads": [impl.num_kv_heads for impl in impls],
-            "coverages": [each.policy.patterns.coverage.tolist() for each in prefills if each is not None],
+            "top_ps": [each.policy.patterns.top_p.tolist() for each in prefills if each is not None],
         }
 
 

@@ -36,14 +36,14 @@ PROMPTS, SHORTEST, LONGEST = 16, 10, 16
 NO_WAIT_LENGTHS = (9000, 700, 40, 4500)
 UTILIZATION = 0.9
 SPARSE = {
-    "prefill_policy": "vertical_slash", "vertical_tokens": 1024, "slash_tokens": 512, "prefill_coverage": 0,
+    "prefill_policy": "vertical_slash", "vertical_tokens": 1024, "slash_tokens": 512, "prefill_top_p": 0,
     "min_prefill_tokens": 2048, "dense_layers": 1,
 }  # fmt: skip
 POLICIES = {
     "dense": {},
     "vertical_slash": {},
-    "xattention": {"prefill_coverage": 0.9},
-    "flex_prefill": {"prefill_coverage": 0.9},
+    "xattention": {"prefill_top_p": 0.9},
+    "flex_prefill": {"prefill_top_p": 0.9},
 }
 
 
@@ -120,7 +120,6 @@ def generate(llm, prompts: list[list[int]], tokens: int) -> None:
 
 def choose_policy(impls: list, name: str) -> None:
     """Let a running engine prefill by another policy: buffers and engines are the same for all."""
-    from vllm_sparse.policies import get_prefill_policy
 
     if not hasattr(choose_policy, "sparse_chunks"):
         choose_policy.sparse_chunks = prefill_rows.sparse_chunks
@@ -128,7 +127,7 @@ def choose_policy(impls: list, name: str) -> None:
     if name != "dense":
         for impl in impls:
             config = dataclasses.replace(impl.config, prefill_policy=name, **POLICIES[name])
-            impl.prefill.policy = get_prefill_policy(config, impl.page_size, impl._patterns())
+            impl.prefill.policy = config.new_prefill_policy(impl.page_size, impl._patterns())
 
 
 def waits(llm) -> list[str]:
@@ -153,7 +152,7 @@ def waits(llm) -> list[str]:
 
 def measure(chunk_tokens: int, compiled: bool) -> dict:
     from vllm_sparse import metrics
-    from vllm_sparse.attention import fa3
+    from vllm_sparse.attention import fa3_attn
     from vllm_sparse.backend import dense
     from vllm_sparse.backend.impl import SparseImpl
     from vllm_sparse.prefill.attend import SparsePrefill
@@ -174,8 +173,8 @@ def measure(chunk_tokens: int, compiled: bool) -> dict:
     log_sums, scheduling = 4 * at_once * buffers.q_heads, 16 * buffers.q_heads * buffers.max_blocks
     found = {
         "chunk_tokens": chunk_tokens, "gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
-        "engine": type(impls[0].prefill_engine).__name__, "layers": len(impls), "total_bytes": total_bytes,
-        "planned_bytes": fa3.PARTS_BYTES + log_sums + scheduling,
+        "engine": type(impls[0].prefill_attention).__name__, "layers": len(impls), "total_bytes": total_bytes,
+        "planned_bytes": fa3_attn.PARTS_BYTES + log_sums + scheduling,
         "profiled_bytes": int(worker.peak_activation_memory),
         "rehearsed_tokens": impls[0].workspace.rehearsed_tokens, "policies": {},
     }  # fmt: skip

@@ -94,7 +94,7 @@ class Worker:
         groups = [KVCacheGroupSpec(["layer"], spec)]
         config = KVCacheConfig(num_blocks=NUM_BLOCKS, kv_cache_tensors=[], kv_cache_groups=groups)
         self.manager = KVCacheManager(config, MAX_LEN, scheduler_block_size=PAGE, hash_block_size=PAGE)
-        self.kv = torch.full((NUM_BLOCKS, HEADS, PAGE + spec.summary_rows, 2 * HEAD_DIM), float("nan"))
+        self.kv = torch.full((NUM_BLOCKS, HEADS, PAGE + spec.summary_slots, 2 * HEAD_DIM), float("nan"))
         self.filled: dict[int, int] = {}
         """Rows of each block that its last writer filled; a block's pages outlive its requests."""
         self.owners: dict[int, str] = {}

@@ -21,7 +21,7 @@ WRONG = {
     "float_for_number": ({"budget_tokens": 128.0}, ["sparse.budget_tokens", "a whole number", "128.0"]),
     "bool_for_number": ({"dense_layers": True}, ["sparse.dense_layers", "a whole number", "True"]),
     "null_for_number": ({"window_tokens": None}, ["sparse.window_tokens", "a whole number", "None"]),
-    "number_for_string": ({"engine": 3}, ["sparse.engine", "a string", "3"]),
+    "number_for_string": ({"attention_kernel": 3}, ["sparse.attention_kernel", "a string", "3"]),
     "no_budget": ({"budget_tokens": 0}, ["sparse.budget_tokens", "0"]),
     "negative_budget": ({"budget_tokens": -16}, ["sparse.budget_tokens", "-16"]),
     "negative_window": ({"window_tokens": -1}, ["sparse.window_tokens", "-1", "0 or more"]),
@@ -33,9 +33,9 @@ WRONG = {
         ["sparse.budget_tokens", "64", "sink_tokens=16", "window_tokens=64", "at least 112"],
     ),
     "negative_slash": ({"slash_tokens": -1}, ["sparse.slash_tokens", "-1", "0 or more"]),
-    "coverage_above_1": ({"prefill_coverage": 95}, ["sparse.prefill_coverage", "95", "0 (fixed sizes) to 1"]),
-    "string_for_share": ({"prefill_coverage": "0.9"}, ["sparse.prefill_coverage", "a number", "'0.9'", "0.98"]),
-    "decode_coverage_0": ({"decode_coverage": 0}, ["sparse.decode_coverage", "0", "above 0, up to 1"]),
+    "prefill_top_p_above_1": ({"prefill_top_p": 95}, ["sparse.prefill_top_p", "95", "0 (fixed sizes) to 1"]),
+    "string_for_share": ({"prefill_top_p": "0.9"}, ["sparse.prefill_top_p", "a number", "'0.9'", "0.98"]),
+    "top_p_0": ({"top_p": 0}, ["sparse.top_p", "0", "above 0, up to 1"]),
     "unknown_prefill_policy": (
         {"prefill_policy": "vertical-slash"},
         ["sparse.prefill_policy", "'vertical-slash'", "Did you mean 'vertical_slash'?", "dense"],
@@ -44,7 +44,10 @@ WRONG = {
         {"decode_policy": "qest"},
         ["sparse.decode_policy", "'qest'", "Did you mean 'quest'?", "random"],
     ),
-    "unknown_engine": ({"engine": "tritn"}, ["sparse.engine", "'tritn'", "Did you mean 'triton'?", "xformers"]),
+    "unknown_engine": (
+        {"attention_kernel": "tritn"},
+        ["sparse.attention_kernel", "'tritn'", "Did you mean 'triton'?", "xformers"],
+    ),
     "number_for_patterns": ({"head_patterns": 3}, ["sparse.head_patterns", "a string", "3"]),
     "wrong_patterns": (
         {"head_patterns": {"candidates": [], "patterns": [[0]]}},
@@ -102,14 +105,14 @@ def test_environment_gives_the_config_as_json_or_as_a_file(monkeypatch, tmp_path
 
 def test_the_driver_carries_what_a_file_says_to_workers_that_lack_it(monkeypatch, tmp_path):
     pytest.importorskip("vllm")
-    from vllm_sparse.backend import compat
+    from vllm_sparse.backend import check
 
     path = tmp_path / "sparse.json"
     path.write_text(json.dumps({"budget_tokens": 768}))
     monkeypatch.setenv(ENV_CONFIG, str(path))
     vllm_config = SimpleNamespace(additional_config={"another plugin": 1}, model_config=None)
     config = SparseConfig.from_vllm(vllm_config)
-    compat._carry(vllm_config, config, compat.with_tables(vllm_config, config), "head_patterns")
+    check.carry(vllm_config, config, check.with_tables(vllm_config, config), "head_patterns")
     monkeypatch.delenv(ENV_CONFIG)
     carried = json.loads(json.dumps(vllm_config.additional_config))
     assert of_engine(carried) == SparseConfig(budget_tokens=768)
@@ -195,8 +198,10 @@ def test_engine_refuses_what_pages_cannot_serve(tiny, settings, said):
 @pytest.mark.parametrize("name", ["fa3", "triton", "xformers"])
 def test_engine_that_needs_a_gpu_is_refused_on_a_cpu(tiny, name):
     with (
-        pytest.raises(ConfigError, match=f"sparse.engine: '{name}' .* needs a GPU.* Allowed here: auto, torch"),
-        tiny.start(sparse={"engine": name}),
+        pytest.raises(
+            ConfigError, match=f"sparse.attention_kernel: '{name}' .* needs a GPU.* Allowed here: auto, torch"
+        ),
+        tiny.start(sparse={"attention_kernel": name}),
     ):
         pass
 

@@ -204,7 +204,7 @@ def test_block_hashes_are_those_of_an_engines_settings():
     salt = connectors.cache_salt(QUEST)
     for changes in ({"budget_tokens": 1024}, {"prefill_policy": "a_shape"}, {"min_context_tokens": 0}):
         assert connectors.cache_salt(replace(QUEST, **changes)) != salt
-    for changes in ({"engine": "torch"}, {"guard_every_steps": 8}):
+    for changes in ({"attention_kernel": "torch"}, {"recall_monitor_every_steps": 8}):
         assert connectors.cache_salt(replace(QUEST, **changes)) == salt
 
 

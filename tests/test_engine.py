@@ -30,12 +30,12 @@ def assert_ran_sparse(sparse_layers: int = LAYERS) -> dict:
     return counts
 
 
-@pytest.mark.parametrize("engine", ["torch", "auto"])
+@pytest.mark.parametrize("kernel", ["torch", "auto"])
 @pytest.mark.parametrize("policy", DECODE_POLICIES)
-def test_budget_of_whole_context_gives_stock_tokens(tiny, policy, engine):
+def test_budget_of_whole_context_gives_stock_tokens(tiny, policy, kernel):
     """Continuous batching, chunked prefill and prefix hits included."""
     assert max(MIXED_LENGTHS) > 256 and len(MIXED) > 4, "no chunked prefill, or no continuous batching"
-    with tiny.start(sparse={**ALL_TOKENS, "decode_policy": policy, "engine": engine}) as llm:
+    with tiny.start(sparse={**ALL_TOKENS, "decode_policy": policy, "attention_kernel": kernel}) as llm:
         first, second = outputs(llm, MIXED), outputs(llm, MIXED)
         (counts,) = llm.collective_rpc("sparse_metrics")
     expected = tiny.stock(MIXED)
@@ -138,18 +138,20 @@ def expected_counts(prompt_tokens, max_tokens, page_size, budget_tokens) -> tupl
 @pytest.mark.parametrize("policy", DECODE_POLICIES)
 def test_small_budget_attends_exactly_the_budget(tiny, policy, monkeypatch):
     """The counters, the arithmetic, and what the attention engine was really given all agree."""
-    from vllm_sparse.attention.torch_attn import TorchEngine
+    from vllm_sparse.attention.torch_attn import TorchAttention
 
     given = []
-    attend = TorchEngine.attend
+    attend = TorchAttention.attend
 
     def spy(self, q, kv, table, *args):
         given.append(table.lengths.sum().item())
         pages = -(-table.lengths // kv.shape[2])
-        assert all(len(set(row[:n])) == n for row, n in zip(table.units.tolist(), pages.tolist(), strict=True))
+        assert all(
+            len(set(row[:n])) == n for row, n in zip(table.head_pages.tolist(), pages.tolist(), strict=True)
+        )
         attend(self, q, kv, table, *args)
 
-    monkeypatch.setattr(TorchEngine, "attend", spy)
+    monkeypatch.setattr(TorchAttention, "attend", spy)
     with tiny.start(sparse={"decode_policy": policy, "budget_tokens": 130}, block_size=16) as llm:
         tokens(llm, prompts((250,)), 40)
         counts = metrics.snapshot()
@@ -194,7 +196,7 @@ def test_dense_layers_run_dense_and_are_counted(tiny, dense_layers):
     with tiny.start(sparse={"dense_layers": dense_layers}) as llm:
         got = tokens(llm, MIXED)
         layers = [layer.impl for layer in attention_layers(llm).values()]
-        rows = {impl.page_rows() for impl in layers}
+        rows = {impl.page_slots() for impl in layers}
         counts = metrics.snapshot()
     dense = min(dense_layers, LAYERS)
     assert [impl.is_sparse for impl in layers] == [False] * dense + [True] * (LAYERS - dense)

@@ -17,7 +17,7 @@ from test_models import model_of
 
 from vllm_sparse.errors import ConfigError
 from vllm_sparse.kernels import reference
-from vllm_sparse.pages.layout import UnitGrid
+from vllm_sparse.pages.layout import HeadPageGrid
 from vllm_sparse.policies.registry import DECODE_POLICIES
 from vllm_sparse.tools import cli, commands
 from vllm_sparse.tools.eval import ruler
@@ -213,7 +213,7 @@ def test_the_grid_is_dense_each_choice_alone_and_all_pairs():
     settings = grid(["quest", "dense"], [256, 512], ["vertical_slash", "a_shape"], [0.9, 0.95], {})
     assert settings[0] == Setting() and settings[0].is_dense and len(settings) == len(set(settings)) == 3 * 4
     assert Setting("quest", 256) in settings and Setting("dense", None, "vertical_slash", 0.9) in settings
-    assert Setting("quest", 512, "a_shape") in settings, "sizes of a fixed pattern are no coverage"
+    assert Setting("quest", 512, "a_shape") in settings, "sizes of a fixed pattern are no share"
     everything = grid(list(DECODE_POLICIES), [256], ["dense"], [0.9], {})
     groups = by_summary(everything)
     assert "none" not in groups and {s for group in groups.values() for s in group} == set(everything)
@@ -230,21 +230,21 @@ def test_the_grid_is_dense_each_choice_alone_and_all_pairs():
 def test_recall_is_the_exact_mass_of_the_chosen_pages_over_that_of_the_best(policy):
     case = make([500, 40, 900], seed=3)
     impl = SimpleNamespace(
-        num_kv_heads=2, device=case.q.device, engine=SimpleNamespace(attend=lambda *args: None),
+        num_kv_heads=2, device=case.q.device, attention=SimpleNamespace(attend=lambda *args: None),
         sink_pages=1, config=SimpleNamespace(window_tokens=20),
     )  # fmt: skip
     probe = RecallProbe(impl, {})
-    watched = probe.watch(DECODE_POLICIES[policy](), 2)
+    watched = probe.watch(DECODE_POLICIES[policy], 2)
     step = (case.q, case.kv, case.block_table, case.plan, case.page_size, case.scale, case.scores)
     for _ in range(3):  # of which two are weighed
         watched.score(*step)
         select_reference(case)
-        probe.engine.attend(case.q, case.kv, case.table, case.page_size, case.scale, None)
+        probe.engine.attend(case.q, case.kv, case.table, case.geometry, None)
     found = probe.take()
     assert found["rows"] == 4, "short rows choose nothing"
     chosen, best = torch.zeros(2), torch.zeros(2)
     exact = make([500, 40, 900], seed=3)
-    reference.page_mass(exact.q, exact.kv, exact.block_table, exact.plan, 16, exact.scale, exact.scores)
+    reference.page_mass(exact.q, exact.kv, exact.block_table, exact.plan, exact.geometry, exact.scores)
     select_reference(exact)
     for request, length in ((0, 500), (2, 900)):
         blocks = case.block_table[request, : -(-length // 16)].tolist()
@@ -252,8 +252,8 @@ def test_recall_is_the_exact_mass_of_the_chosen_pages_over_that_of_the_best(poli
             keys = case.kv[blocks, head, :16, :64].flatten(0, 1)[:length]
             weights = (case.q[request, 3 * head : 3 * head + 3] @ keys.T * case.scale).softmax(-1).mean(0)
             for total, pages in ((chosen, case.table), (best, exact.table)):
-                units = pages.units[2 * request + head, : case.budget_pages]
-                places = [blocks.index(block) for block in UnitGrid.of(case.kv).split(units)[0].tolist()]
+                head_pages = pages.head_pages[2 * request + head, : case.budget_pages]
+                places = [blocks.index(block) for block in HeadPageGrid.of(case.kv).split(head_pages)[0].tolist()]
                 total[head] += sum(weights[16 * place : 16 * place + 16].sum() for place in places)
     assert torch.allclose(torch.tensor(found["chosen"]).float(), 2 * chosen, rtol=1e-4)
     assert torch.allclose(torch.tensor(found["best"]).float(), 2 * best, rtol=1e-4)
@@ -265,7 +265,7 @@ def row(policy: str = "quest", budget: int | None = 256, task: str = TEXT, lengt
     own = {
         "vllm": "1", "torch": "2", "model": "m<1>", "device": "cpu", "dtype": "float32", "page_size": 16,
         "split": "dev", "score_tokens": 8, "task": task, "length": length, "seed": 0, "policy": policy,
-        "budget": budget, "prefill_policy": "dense", "coverage": None, "attended": 0.5,
+        "budget": budget, "prefill_policy": "dense", "top_p": None, "attended": 0.5,
     }  # fmt: skip
     return own | values
 
@@ -387,7 +387,7 @@ WRONG = {
     "prefill": (["--prefill-policies", "slash"], ["'slash'", "vertical_slash"]),
     "budget": (["--budgets", "16"], ["budget_tokens: 16", "at least"]),
     "page": (["--budgets", "256", "--block-size", "256"], ["budget_tokens: 256", "pages of 256 tokens"]),
-    "coverage": (["--prefill-policies", "xattention", "--coverages", "2"], ["prefill_coverage: 2", "0 "]),
+    "top_p": (["--prefill-policies", "xattention", "--top-p", "2"], ["prefill_top_p: 2", "0 "]),
     "dense": (["--policies", "dense"], ["only dense", "quest", "vertical_slash"]),
     "length": (["--lengths", "5000"], ["--lengths: 5000", "258 to 4096"]),
     "score": (["--score-tokens", "0"], ["--score-tokens: 0", "1 or more"]),

@@ -100,9 +100,9 @@ def test_the_guard_measures_in_graphs_what_it_does_without(answer):
     for name, settings in (("graphs", {"compilation_config": GRAPHS}), ("eager", {})):
 
         def see(llm, name=name):
-            (found[name],) = metrics.snapshot()["guard_shares"]
+            (found[name],) = metrics.snapshot()["recall_by_layer"]
 
-        answer(sparse={**SPARSE, "guard_every_steps": 4}, see=see, **settings)
+        answer(sparse={**SPARSE, "recall_monitor_every_steps": 4}, see=see, **settings)
     assert found["graphs"][0] is None and all(0 < share < 1 for share in found["graphs"][1:])
     assert found["graphs"][1:] == pytest.approx(found["eager"][1:], rel=0.02)
 

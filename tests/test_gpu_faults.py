@@ -64,7 +64,7 @@ def test_counts_are_those_of_the_requests_on_both_runners(model, runner, monkeyp
     from vllm_sparse import metrics
 
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", runner)
-    with engine(model(), {**SPARSE, "guard_every_steps": 2}) as llm:
+    with engine(model(), {**SPARSE, "recall_monitor_every_steps": 2}) as llm:
         assert metrics.snapshot()["context_tokens"] == 0, "warm-up was counted"
         answers(llm, (3000, 700), 17)
         (counts,) = llm.collective_rpc("sparse_metrics")
@@ -73,7 +73,7 @@ def test_counts_are_those_of_the_requests_on_both_runners(model, runner, monkeyp
     short = sum(range(701, 717))
     chosen = counts["attended_tokens"] - short
     assert 16 * (512 - 16) < chosen <= 16 * 512
-    (shares,) = counts["guard_shares"]
+    (shares,) = counts["recall_by_layer"]
     assert shares[0] is None and all(0 < share < 1 for share in shares[1:])
 
 
@@ -88,7 +88,12 @@ def test_a_prompt_token_that_comes_alone_attends_to_everything_in_a_graph_too(mo
 
 @pytest.mark.parametrize("level", [1, 2])
 def test_sleep_changes_no_answer(model, level):
-    sparse = {**SPARSE, "prefill_policy": "vertical_slash", "min_prefill_tokens": 512, "guard_every_steps": 3}
+    sparse = {
+        **SPARSE,
+        "prefill_policy": "vertical_slash",
+        "min_prefill_tokens": 512,
+        "recall_monitor_every_steps": 3,
+    }
     path = model()
     with engine(path, sparse, enable_sleep_mode=True) as llm:
         before, (counts,) = answers(llm), llm.collective_rpc("sparse_metrics")

@@ -15,7 +15,7 @@ RESIDENT = {"budget_tokens": 512, "min_context_tokens": 1024, "dense_layers": 0}
 OFFLOAD = {**RESIDENT, "dense_layers": None, "offload": {"host_gib": 0.5}}
 FEW_SLOTS = {**OFFLOAD, "offload": {"host_gib": 0.5, "hot_fraction": 0.01}}
 NO_SLOTS = {**OFFLOAD, "offload": {"host_gib": 0.5, "hot_fraction": 0}}
-UNIT_BYTES = 16 * 2 * 64 * 4
+HEAD_PAGE_BYTES = 16 * 2 * 64 * 4
 FP8 = {**OFFLOAD, "offload": {"host_gib": 0.5, "host_dtype": "fp8"}}
 FP8_NO_SLOTS = {**OFFLOAD, "offload": {**FP8["offload"], "hot_fraction": 0}}
 
@@ -30,14 +30,14 @@ def assert_store(llm) -> None:
     """Slots hold what the pinned pool holds."""
     torch.cuda.synchronize()
     for part in store_of(llm):
-        residency, page_size = part.residency, part.host.shape[2]
-        held = torch.nonzero(residency.slot_of >= 0).squeeze(1)
-        slots = residency.slot_of[held].long()
+        hot_set, page_size = part.hot_set, part.host.shape[2]
+        held = torch.nonzero(hot_set.slot_of >= 0).squeeze(1)
+        slots = hot_set.slot_of[held].long()
         assert len(slots.unique()) == len(slots)
-        assert torch.equal(residency.slot_unit[slots].long(), held)
-        hot = part.hot[:, :, :page_size].flatten(0, 1)[residency.first_unit + slots]
-        by_unit = None if part.exponents is None else part.exponents.flatten(0, 1)
-        assert torch.equal(hot, kept(part.host.flatten(0, 1), by_unit, held, hot.dtype))
+        assert torch.equal(hot_set.slot_head_page[slots].long(), held)
+        hot = part.hot[:, :, :page_size].flatten(0, 1)[hot_set.first_head_page + slots]
+        by_head_page = None if part.exponents is None else part.exponents.flatten(0, 1)
+        assert torch.equal(hot, kept(part.host.flatten(0, 1), by_head_page, held, hot.dtype))
 
 
 @pytest.mark.parametrize("sparse", [OFFLOAD, FEW_SLOTS, NO_SLOTS], ids=["auto", "few_slots", "no_slots"])
@@ -52,7 +52,9 @@ def test_tokens_are_those_of_resident_mode(answer, sparse):  # noqa: F811
 
     found = answer(sparse=sparse, compilation_config=GRAPHS, see=see)
     assert_same(found, answer(sparse=RESIDENT, compilation_config=GRAPHS))
-    assert counts["attended_tokens"] < 0.7 * counts["context_tokens"] and counts["unit_bytes"] == UNIT_BYTES
+    assert (
+        counts["attended_tokens"] < 0.7 * counts["context_tokens"] and counts["head_page_bytes"] == HEAD_PAGE_BYTES
+    )
     moved = counts["units_fetched"] + counts["units_in_place"]
     assert 0 < moved <= counts["units_looked_up"]
     assert (counts["units_in_place"] == counts["units_looked_up"]) == (sparse is NO_SLOTS)
@@ -60,7 +62,7 @@ def test_tokens_are_those_of_resident_mode(answer, sparse):  # noqa: F811
 
 @pytest.mark.parametrize("sparse", [FP8, FP8_NO_SLOTS], ids=["slots", "no_slots"])
 def test_a_pool_in_fp8_serves_what_its_codes_hold(answer, sparse):  # noqa: F811
-    """With CUDA graphs as without; and with units in slots as with all of them read in place."""
+    """With CUDA graphs as without; and with head pages in slots as with all of them read in place."""
     from vllm_sparse import metrics
 
     counts = {}
@@ -71,7 +73,7 @@ def test_a_pool_in_fp8_serves_what_its_codes_hold(answer, sparse):  # noqa: F811
 
     found = answer(sparse=sparse, compilation_config=GRAPHS, see=see)
     assert_same(found, answer(sparse=FP8))
-    assert counts["unit_bytes"] == UNIT_BYTES // 4
+    assert counts["head_page_bytes"] == HEAD_PAGE_BYTES // 4
     assert (counts["units_in_place"] == counts["units_looked_up"] > 0) == (sparse is FP8_NO_SLOTS)
 
 
@@ -87,8 +89,8 @@ def test_no_line_of_ours_waits_for_the_device_with_a_pool_in_fp8(answer):  # noq
 
 
 @pytest.mark.parametrize("group, head_dim, page_size", [(4, 128, 16), (7, 64, 32), (3, 96, 16)])
-def test_bf16_units_in_fp8_are_attended_to_in_place(group, head_dim, page_size):
-    """Triton's interpreter computes products of bf16 wrongly, so here alone; half of the units are in slots."""
+def test_fp8_in_place(group, head_dim, page_size):
+    """Triton's interpreter computes products of bf16 wrongly, so here alone; half of the head pages are in slots."""
     from offload_cases import chosen_pages, make_store
 
     from vllm_sparse.kernels import launchers, reference
@@ -97,9 +99,9 @@ def test_bf16_units_in_fp8_are_attended_to_in_place(group, head_dim, page_size):
     store.exponents.fill_(119)
     store.hot.copy_(torch.randn(store.hot.shape))
     table = chosen_pages(store, [[*range(30)], [], [3, 4]], 32)
-    table.units[:2, :15] = ~table.units[:2, :15]
-    table.units[:2, 15:30] = torch.arange(15, device="cuda") % store.hot.shape[0]
-    table.units[4:] = ~table.units[4:]
+    table.head_pages[:2, :15] = ~table.head_pages[:2, :15]
+    table.head_pages[:2, 15:30] = torch.arange(15, device="cuda") % store.hot.shape[0]
+    table.head_pages[4:] = ~table.head_pages[4:]
     q = torch.randn(3, 2 * group, head_dim, device="cuda", dtype=torch.bfloat16)
     out, expected = torch.full_like(q, float("nan")), torch.full_like(q, float("nan"))
     arguments = (q, store.hot, table, page_size, head_dim**-0.5)
@@ -135,7 +137,7 @@ def test_model_runner_v2_answers_like_v1(answer, monkeypatch):  # noqa: F811
 
 
 def test_sparse_prefill_is_that_of_resident_mode(answer):  # noqa: F811
-    prefill = {"prefill_policy": "vertical_slash", "min_prefill_tokens": 256, "prefill_coverage": 0,
+    prefill = {"prefill_policy": "vertical_slash", "min_prefill_tokens": 256, "prefill_top_p": 0,
                "vertical_tokens": 128, "slash_tokens": 256}  # fmt: skip
     assert_same(answer(sparse={**OFFLOAD, **prefill}), answer(sparse={**RESIDENT, **prefill}))
 
@@ -193,15 +195,15 @@ def test_gather_from_pinned_memory_reaches_the_link(capsys):
         blocks = torch.randperm(16000)[:512].tolist()
         table = chosen_pages(store, [[*blocks, 16383]], 1024)
         launchers.plan_writes(tail_slots([16383], [4], 16), 16, store.plan)
-        found = (store.plan, 1, store.residency, store.misses)
-        launchers.find_slots(table, 8, 16, *found, store.counters)
+        found = (store.plan, 1, store.hot_set, store.misses)
+        launchers.find_hot_slots(table, 8, 16, *found, store.counters)
         start.record()
-        launchers.fetch_units(store.host, table, *found, store.hot, store.counters)
+        launchers.fetch_head_pages(store.host, table, *found, store.hot, store.counters)
         end.record()
         torch.cuda.synchronize()
     moved = store.counters[1].item() - before
     assert moved > 3000
     rate = moved * 8192 / (start.elapsed_time(end) / 1e3) / 1e9
     with capsys.disabled():
-        print(f"\nfetch_units: {moved} units of 8 KiB at {rate:.1f} GB/s")
+        print(f"\nfetch_units: {moved} head pages of 8 KiB at {rate:.1f} GB/s")
     assert rate > 5, "far below any link to host memory"

@@ -25,7 +25,7 @@ SPARSE = {"budget_tokens": 512, "min_context_tokens": 1024, "dense_layers": 1}
 EVERYTHING = {**SPARSE, "budget_tokens": 4096}
 NEAR = 0.2
 """Natural logarithm: bf16 rounds sums of another order apart by a few hundredths here, while tokens that
-have nothing to do with each other differ by whole units."""
+have nothing to do with each other differ by whole head pages."""
 LOGPROBS = 8
 
 

@@ -49,10 +49,10 @@ def test_the_mean_over_sparse_layers_is_the_budget(file):
 def test_budgets_are_whole_pages_that_hold_what_is_always_attended(file):
     config = with_file(file, dense_layers=0, budget_tokens=128)
     # Sinks 1 page; a window of 32 can touch 3; one page to choose.
-    assert config.head_pages(16, 0, 0, 1, 2) == [5, 8]
-    assert config.head_pages(16, 1, 0, 1, 2) == [8, 8], "a layer without shares"
-    assert config.head_pages(16, 2, 0, 1, 2) == [12, 8]
-    assert config.head_pages(16, 3, 0, 1, 2) == [8, 8], "a draft's layer"
+    assert config.head_budget_pages(16, 0, 0, 1, 2) == [5, 8]
+    assert config.head_budget_pages(16, 1, 0, 1, 2) == [8, 8], "a layer without shares"
+    assert config.head_budget_pages(16, 2, 0, 1, 2) == [12, 8]
+    assert config.head_budget_pages(16, 3, 0, 1, 2) == [8, 8], "a draft's layer"
     assert (config.budget_pages(16), config.largest_pages(16)) == (8, 12)
     assert SparseConfig().largest_pages(16) == SparseConfig().budget_pages(16)
     assert SparseConfig(head_budgets=BudgetTable(((0.5,),))).largest_pages(16) == 128
@@ -112,15 +112,13 @@ def test_dense_decode_reads_no_budgets_and_says_so(caplog, monkeypatch):
 
 @pytest.mark.parametrize("given", ["auto", "budgets.json", TABLE], ids=["auto", "path", "table"])
 def test_twilight_takes_no_budgets_of_heads(given):
-    with pytest.raises(
-        ConfigError, match=r"sparse.head_budgets: .*'twilight'.*decode_coverage.*allowed with it: none"
-    ):
+    with pytest.raises(ConfigError, match=r"sparse.head_budgets: .*'twilight'.*top_p.*allowed with it: none"):
         SparseConfig(decode_policy="twilight", head_budgets=given)
 
 
 def test_the_driver_carries_budgets_to_workers(file):
     pytest.importorskip("vllm")
-    from vllm_sparse.backend import compat
+    from vllm_sparse.backend import check
 
     text = SimpleNamespace(num_hidden_layers=LAYERS, num_attention_heads=4)
     model = SimpleNamespace(
@@ -129,30 +127,30 @@ def test_the_driver_carries_budgets_to_workers(file):
     settings = {"head_budgets": str(file), "dense_layers": 0}
     vllm_config = SimpleNamespace(additional_config={"sparse": settings}, model_config=model)
     config = SparseConfig.from_vllm(vllm_config)
-    compat._carry(vllm_config, config, compat.with_tables(vllm_config, config), "head_budgets")
+    check.carry(vllm_config, config, check.with_tables(vllm_config, config), "head_budgets")
     carried = json.loads(json.dumps(vllm_config.additional_config))
     assert SparseConfig.from_vllm(SimpleNamespace(additional_config=carried)).head_budgets == TABLE
 
 
 def attended_pages(tiny, model, monkeypatch, **sparse):
     """Answers to two prompts, pages of each KV head by layer in the first step that decodes both, and counts."""
-    from vllm_sparse.attention.torch_attn import TorchEngine
+    from vllm_sparse.attention.torch_attn import TorchAttention
 
-    given, attend = [], TorchEngine.attend
+    given, attend = [], TorchAttention.attend
 
     def spy(self, q, kv, table, page_size, *args):
         if len(q) == 2:
             given.append((-(-table.lengths // page_size)).view(2, -1).tolist())
         return attend(self, q, kv, table, page_size, *args)
 
-    monkeypatch.setattr(TorchEngine, "attend", spy)
+    monkeypatch.setattr(TorchAttention, "attend", spy)
     with tiny.start(
-        model, {"engine": "torch", "budget_tokens": 256, **sparse}, enable_prefix_caching=False
+        model, {"attention_kernel": "torch", "budget_tokens": 256, **sparse}, enable_prefix_caching=False
     ) as llm:
         answers = tokens(llm, prompts((700, 300)), 8)
         kv_heads = {layer.impl.num_kv_heads for layer in attention_layers(llm).values()}
         counts = metrics.snapshot()
-    monkeypatch.setattr(TorchEngine, "attend", attend)
+    monkeypatch.setattr(TorchAttention, "attend", attend)
     assert kv_heads == {KV_HEADS}
     return answers, given[:LAYERS], counts
 
@@ -184,7 +182,7 @@ def test_the_models_file_is_taken_where_it_is_asked_for(tiny):
     try:
         with tiny.start(model, {"head_budgets": "auto", "budget_tokens": 256}, block_size=16) as llm:
             layers = attention_layers(llm).values()
-            assert [layer.impl.head_pages.tolist() for layer in layers] == [[8, 16], [16, 16], [24, 16]]
+            assert [layer.impl.head_budget_pages.tolist() for layer in layers] == [[8, 16], [16, 16], [24, 16]]
         message = refused(tiny, model=model, sparse={"head_budgets": str(model / "config.json")})
         assert "sparse.head_budgets" in message and "config.json has format None" in message
     finally:

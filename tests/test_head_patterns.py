@@ -18,7 +18,7 @@ from vllm_sparse.prefill import patterns
 from vllm_sparse.prefill.patterns import PatternTable
 
 LAYERS, Q_HEADS = 3, 4
-EVERYTHING, LITTLE = HeadPattern(coverage=1.0), HeadPattern(recent_tokens=32)
+EVERYTHING, LITTLE = HeadPattern(top_p=1.0), HeadPattern(recent_tokens=32)
 TABLE = PatternTable((EVERYTHING, LITTLE), ((0, 1, 1, 1), None, (0, 0, 0, 1)))
 SLASH = {"prefill_policy": "vertical_slash"}
 
@@ -41,7 +41,7 @@ def test_a_written_table_is_read_back(file):
 
 
 def pattern(**changes) -> dict:
-    return {"vertical_tokens": 0, "slash_tokens": 0, "recent_tokens": 0, "coverage": 0.5, **changes}
+    return {"vertical_tokens": 0, "slash_tokens": 0, "recent_tokens": 0, "top_p": 0.5, **changes}
 
 
 # Changes to a good file, and what the refusal must say of it.
@@ -58,8 +58,8 @@ STALE = {
     "no_candidates": ({"candidates": None}, "has no list of 'candidates'"),
     "unknown_field": ({"candidates": [pattern(block=1)] * 2}, "'block': 1"),
     "negative": ({"candidates": [pattern(), pattern(slash_tokens=-1)]}, "'slash_tokens': -1"),
-    "share": ({"candidates": [pattern(), pattern(coverage=98)]}, "a coverage of 0 to 1"),
-    "nan": ({"candidates": [pattern(), pattern(coverage=float("nan"))]}, "a coverage of 0 to 1"),
+    "share": ({"candidates": [pattern(), pattern(top_p=98)]}, "a top_p of 0 to 1"),
+    "nan": ({"candidates": [pattern(), pattern(top_p=float("nan"))]}, "a top_p of 0 to 1"),
 }
 
 
@@ -137,14 +137,14 @@ def test_each_rank_takes_its_slice_of_the_heads():
 def test_patterns_are_whole_pages_on_the_device():
     patterns = HeadPatterns.of([HeadPattern(1, 33, 0), HeadPattern(0, 0, 16, 0.25)], 16, torch.device("cpu"))
     assert patterns.sizes.tolist() == [[1, 0], [3, 0], [0, 1]] and patterns.sizes.dtype == torch.int32
-    assert patterns.coverage.tolist() == [0, 0.25]
-    uniform = HeadPatterns.of([SparseConfig(prefill_coverage=0).uniform_pattern] * 3, 16, torch.device("cpu"))
+    assert patterns.top_p.tolist() == [0, 0.25]
+    uniform = HeadPatterns.of([SparseConfig(prefill_top_p=0).uniform_pattern] * 3, 16, torch.device("cpu"))
     assert uniform.sizes.tolist() == [[64] * 3, [128] * 3, [0] * 3]
 
 
 def test_the_driver_carries_patterns_to_workers_whatever_named_them(file, monkeypatch):
     pytest.importorskip("vllm")
-    from vllm_sparse.backend import compat
+    from vllm_sparse.backend import check
 
     text = SimpleNamespace(num_hidden_layers=LAYERS, num_attention_heads=Q_HEADS)
     model = SimpleNamespace(model="some/model", hf_text_config=text)
@@ -152,7 +152,7 @@ def test_the_driver_carries_patterns_to_workers_whatever_named_them(file, monkey
     settings = {**SLASH, "head_patterns": str(file), "budget_tokens": 512}
     monkeypatch.setenv(ENV_CONFIG, json.dumps(settings))
     config = SparseConfig.from_vllm(vllm_config)
-    compat._carry(vllm_config, config, compat.with_tables(vllm_config, config), "head_patterns")
+    check.carry(vllm_config, config, check.with_tables(vllm_config, config), "head_patterns")
     monkeypatch.delenv(ENV_CONFIG)
     file.unlink()
     carried = json.loads(json.dumps(vllm_config.additional_config))
@@ -167,13 +167,13 @@ def test_the_driver_carries_patterns_to_workers_whatever_named_them(file, monkey
 def test_the_models_file_is_taken_by_an_engine_and_left_where_none_is_said(tiny):
     model = tiny.model(num_hidden_layers=LAYERS)
     patterns.write(model / patterns.FILE_NAME, TABLE, Q_HEADS)
-    settings = {"decode_policy": "dense", "prefill_coverage": 1, "min_prefill_tokens": 256, **SLASH}
+    settings = {"decode_policy": "dense", "prefill_top_p": 1, "min_prefill_tokens": 256, **SLASH}
 
     def density(**changes) -> float:
         with tiny.start(model, {**settings, **changes}, enable_prefix_caching=False) as llm:
             tokens(llm, prompts((1000,)), 1)
             layers = attention_layers(llm).values()
-            found.append([layer.impl.prefill.policy.patterns.coverage.tolist() for layer in layers])
+            found.append([layer.impl.prefill.policy.patterns.top_p.tolist() for layer in layers])
             counts = metrics.snapshot()
         assert counts["prefill_causal_pairs"] == (LAYERS - changes.get("dense_layers", 0)) * Q_HEADS * sum(
             range(257, 1001)

@@ -1,4 +1,4 @@
-"""Every Triton kernel against its plain-torch twin: on a GPU, or in Triton's interpreter."""
+"""Every Triton kernel against its plain-torch reference: on a GPU, or in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ from cases import (
 from vllm_sparse.errors import ConfigError
 from vllm_sparse.kernels import reference
 from vllm_sparse.pages.decode_plan import MAX_CANDIDATES, DecodePlan, segment_pages
-from vllm_sparse.pages.layout import UnitGrid
+from vllm_sparse.pages.layout import HeadPageGrid
 from vllm_sparse.pages.page_table import PageTable
+from vllm_sparse.pages.selection import Selection
 
 pytest.importorskip("triton")
 from vllm_sparse.kernels import launchers, select_pages
@@ -48,7 +49,7 @@ def case_of(shape, dtype=torch.float32, lengths=None, budget_pages=4, **kwargs):
 @shapes
 @dtypes
 @pytest.mark.parametrize("summary", ["key_range", "none"])
-def test_page_write_matches_twin_over_chunks(shape, dtype, summary):
+def test_page_write_matches_reference_over_chunks(shape, dtype, summary):
     kv_heads, _, head_dim, page_size = shape
     expected = torch.full((9, kv_heads, page_size + 1, 2 * head_dim), float("nan"), dtype=dtype, device=DEVICE)
     actual = expected.clone()
@@ -71,10 +72,10 @@ def test_page_write_matches_twin_over_chunks(shape, dtype, summary):
     if summary == "none":
         assert actual[7, :, page_size].isnan().all() and expected[7, :, page_size].isnan().all()
     else:
-        mine, twin = (reference.key_range(kv[[7, 2, 3, 8]], page_size) for kv in (actual, expected))
+        mine, right = (reference.key_range(kv[[7, 2, 3, 8]], page_size) for kv in (actual, expected))
         # Division and rounding of the two may differ by one step of 127.
-        assert all((a - b).abs().max() <= b.abs().max() / 100 for a, b in zip(mine, twin, strict=True))
-        assert error(mine[0], twin[0]) < 1e-3 and error(mine[1], twin[1]) < 1e-3
+        assert all((a - b).abs().max() <= b.abs().max() / 100 for a, b in zip(mine, right, strict=True))
+        assert error(mine[0], right[0]) < 1e-3 and error(mine[1], right[1]) < 1e-3
     assert expected[1].isnan().all(), "a block that no slot names was written"
 
 
@@ -116,7 +117,7 @@ def test_key_range_holds_every_key(dtype, keys):
 @pytest.mark.parametrize("short_rows_dense", [False, True])
 @pytest.mark.parametrize("capacity", [10**6, 30, 5])
 @pytest.mark.parametrize("largest", [None, 8])
-def test_plan_decode_matches_twin(short_rows_dense, capacity, largest):
+def test_plan_decode_matches_reference(short_rows_dense, capacity, largest):
     seq_lens = torch.tensor([0, 1, 64, 65, 96, 97, 400, 0, 129, 5000], dtype=torch.int32, device=DEVICE)
     expected, actual = DecodePlan.empty(10, DEVICE, 16), DecodePlan.empty(10, DEVICE, 16)
     tables = [PageTable.empty(10, 3, 8, DEVICE) for _ in range(2)]
@@ -126,7 +127,8 @@ def test_plan_decode_matches_twin(short_rows_dense, capacity, largest):
     ):
         table.lengths.fill_(-1)
         for _ in range(2):
-            run(seq_lens, plan, table, 16, 4, 96, capacity, short_rows_dense, 1, 20, largest)
+            selection = Selection(16, 4, 1, 20, largest_pages=largest)
+            run(seq_lens, plan, table, selection, 96, capacity, short_rows_dense)
     for name in ("table_seq_lens", "dense_seq_lens", "score_offsets", "totals", "counters"):
         assert torch.equal(getattr(actual, name), getattr(expected, name)), name
     assert torch.equal(tables[0].lengths, tables[1].lengths)
@@ -141,24 +143,24 @@ def test_plan_decode_matches_twin(short_rows_dense, capacity, largest):
 
 @shapes
 @dtypes
-@pytest.mark.parametrize("name", ["quest_score", "page_mass"])
-def test_scores_match_twin(shape, dtype, name):
+@pytest.mark.parametrize("name", ["range_score", "page_mass"])
+def test_scores_match_reference(shape, dtype, name):
     case = case_of(shape, dtype, lengths=[*LENGTHS, 130 * shape[3]])
     actual = poisoned_like(case)
     for run, scores in ((getattr(reference, name), case.scores), (getattr(launchers, name), actual)):
         run(case.q, case.kv, case.block_table, case.plan, case.page_size, case.scale, scores)
-    for mine, twin in ((actual.values, case.scores.values), (actual.chunk_lse, case.scores.chunk_lse)):
-        assert torch.equal(mine.isnan(), twin.isnan()), "wrote a score that nobody asked for"
+    for mine, expected in ((actual.values, case.scores.values), (actual.chunk_lse, case.scores.chunk_lse)):
+        assert torch.equal(mine.isnan(), expected.isnan()), "wrote a score that nobody asked for"
         written = ~mine.isnan()
         assert written.any()
-        assert error(mine[written], twin[written]) < TOLERANCE[torch.float32]
+        assert error(mine[written], expected[written]) < TOLERANCE[torch.float32]
 
 
 @dtypes
-def test_quest_score_slack_matches_twin(dtype):
+def test_quest_score_slack_matches_reference(dtype):
     case = case_of(SHAPES[0], dtype)
     actual = poisoned_like(case)
-    for run, scores in ((reference.quest_score, case.scores), (launchers.quest_score, actual)):
+    for run, scores in ((reference.range_score, case.scores), (launchers.range_score, actual)):
         run(case.q, case.kv, case.block_table, case.plan, case.page_size, case.scale, scores, 0.5)
     written = ~case.scores.values.isnan()
     # The kernel rounds three quarters of a query to its dtype.
@@ -166,7 +168,7 @@ def test_quest_score_slack_matches_twin(dtype):
 
 
 @pytest.mark.parametrize("name", ["recency_score", "random_score"])
-def test_index_scores_match_twin(name):
+def test_index_scores_match_reference(name):
     case = make([*LENGTHS, 2111])
     actual = poisoned_like(case)
     for run, scores in ((getattr(reference, name), case.scores), (getattr(launchers, name), actual)):
@@ -183,7 +185,7 @@ def poisoned_like(case):
 
 def test_quest_score_bounds_every_logit():
     case = make([300], budget_pages=4)
-    launchers.quest_score(case.q, case.kv, case.block_table, case.plan, 16, case.scale, case.scores)
+    launchers.range_score(case.q, case.kv, case.block_table, case.plan, case.geometry, case.scores)
     blocks = case.block_table[0, :19].long()
     keys = case.kv[blocks, :, :16, :64].double()
     logits = torch.einsum("hgd,phtd->hgpt", case.q[0].view(2, 3, 64).double(), keys) * case.scale
@@ -195,7 +197,7 @@ def test_quest_score_bounds_every_logit():
 @pytest.mark.parametrize("segment, small", [(2048, 1024), (256, 16), (16, 16)],
                          ids=["small", "one_segment", "merged_segments"])  # fmt: skip
 @pytest.mark.parametrize("scores", ["random", "ties", "underflow"])
-def test_select_pages_matches_twin(shape, segment, small, scores, monkeypatch):
+def test_select_pages_matches_reference(shape, segment, small, scores, monkeypatch):
     monkeypatch.setattr(select_pages, "SMALL_PAGES", small)
     case = case_of(shape, lengths=[*LENGTHS, 2111], segment_pages=segment)
     values = torch.randn_like(case.scores.values)
@@ -205,113 +207,113 @@ def test_select_pages_matches_twin(shape, segment, small, scores, monkeypatch):
         values = values.round() * 1000.0  # most masses are exactly 0: ties again, of the lowest kind
     set_scores(case, values)
     select_reference(case)
-    units, lengths = case.table.units.clone(), case.table.lengths.clone()
+    head_pages, lengths = case.table.head_pages.clone(), case.table.lengths.clone()
     # Twice: arrivals must be back at zero.
     for _ in range(2):
-        case.table.units.fill_(2**30)
-        launchers.select_pages(
-            case.scores, case.block_table, case.plan, case.kv, case.page_size, case.budget_pages, 1, 20, case.table
-        )
+        case.table.head_pages.fill_(2**30)
+        launchers.select_pages(case.scores, case.block_table, case.plan, case.kv, case.selection(), case.table)
     assert not case.scores.arrivals.any()
     for row, length in enumerate(lengths.tolist()):
         pages = -(-length // case.page_size)
-        mine, twin = case.table.units[row, :pages], units[row, :pages]
-        if torch.equal(mine, twin):
+        mine, expected = case.table.head_pages[row, :pages], head_pages[row, :pages]
+        if torch.equal(mine, expected):
             continue
         # Masses are sums of exponentials: rounding may swap pages, but only of nearly equal mass.
         assert scores != "ties", f"row {row}"
-        swapped = [pages_of(case, row, ids) for ids in (mine, twin)]
+        swapped = [pages_of(case, row, ids) for ids in (mine, expected)]
         assert all(a < b for a, b in zip(swapped[0], swapped[0][1:], strict=False)), "not ascending"
         only = [sorted(set(a) - set(b)) for a, b in (swapped, swapped[::-1])]
         mass = page_masses(case, row)
         assert torch.allclose(mass[only[0]].sort().values, mass[only[1]].sort().values, rtol=1e-3)
 
 
-def test_rows_of_any_length_are_ranked_as_by_the_twin():
+def test_rows_of_any_length_are_ranked_as_by_the_reference():
     """At the usual sizes: a small program, one segment, one program for two segments, and a merge."""
     lengths = [16 * pages + 5 for pages in (1020, 1027, 2050, 2054, 4097, 4102)]
     case = make(lengths, kv_heads=1, group=2, head_dim=16, budget_pages=128)
     random_scores(case)
     select_reference(case)
-    expected = case.table.units.clone()
-    case.table.units.fill_(2**30)
-    launchers.select_pages(case.scores, case.block_table, case.plan, case.kv, 16, 128, 1, 20, case.table)
+    expected = case.table.head_pages.clone()
+    case.table.head_pages.fill_(2**30)
+    launchers.select_pages(case.scores, case.block_table, case.plan, case.kv, case.selection(), case.table)
     # Rounding may swap pages of nearly equal mass, in few places.
-    assert (case.table.units != expected).float().mean() < 0.02
-    assert (case.table.units < 2**30).all()
+    assert (case.table.head_pages != expected).float().mean() < 0.02
+    assert (case.table.head_pages < 2**30).all()
 
 
 @pytest.mark.parametrize("segment, small", [(256, 256), (256, 16), (32, 16)],
                          ids=["small", "one_segment", "merged_segments"])  # fmt: skip
-@pytest.mark.parametrize("coverage", [0.3, 0.9, 1.0])
-def test_rows_that_stop_at_a_coverage_match_twin(segment, small, coverage, monkeypatch):
+@pytest.mark.parametrize("top_p", [0.3, 0.9, 1.0])
+def test_rows_that_stop_at_top_p_match_reference(segment, small, top_p, monkeypatch):
     monkeypatch.setattr(select_pages, "SMALL_PAGES", small)
     case = make([*LENGTHS, 1500, 2111], 2, 3, 64, 16, 30, segment_pages=segment)
     set_scores(case, 2 * torch.randn_like(case.scores.values))
-    args = (case.scores, case.block_table, case.plan, case.kv, 16, 30, 1, 20, case.table, coverage)
+    args = (case.scores, case.block_table, case.plan, case.kv, case.selection(top_p=top_p), case.table)
     found = []
     for run in (reference.select_pages, launchers.select_pages):
-        case.table.units.fill_(2**30)
+        case.table.head_pages.fill_(2**30)
         run(*args)
-        found.append((case.table.units.clone(), case.table.lengths.clone()))
-    (units, lengths), (twin_units, twin_lengths) = found
-    assert torch.equal(lengths, twin_lengths)
+        found.append((case.table.head_pages.clone(), case.table.lengths.clone()))
+    (head_pages, lengths), (expected_pages, expected_lengths) = found
+    assert torch.equal(lengths, expected_lengths)
     shortened = 0
     for row, length in enumerate(lengths.tolist()):
         pages = -(-length // 16)
-        assert torch.equal(units[row, :pages], twin_units[row, :pages])
-        if case.plan.score_offsets[row // 2] >= 0 and coverage < 1:
+        assert torch.equal(head_pages[row, :pages], expected_pages[row, :pages])
+        if case.plan.score_offsets[row // 2] >= 0 and top_p < 1:
             mass = page_masses(case, row)
-            held = mass[pages_of(case, row, units[row, :pages])].sum().item() / 3
-            assert held >= coverage - 1e-5 or pages == 30, "stopped short of the coverage"
+            held = mass[pages_of(case, row, head_pages[row, :pages])].sum().item() / 3
+            assert held >= top_p - 1e-5 or pages == 30, "stopped short of the top_p"
             shortened += pages < 30
-    assert shortened or coverage > 0.3
+    assert shortened or top_p > 0.3
 
 
 @pytest.mark.parametrize("segment, small", [(256, 256), (256, 16), (32, 16)],
                          ids=["small", "one_segment", "merged_segments"])  # fmt: skip
 @pytest.mark.parametrize("shape", [(3, 3, 64, 16), (5, 1, 32, 16), (2, 7, 64, 32)], ids=shape_id)
-def test_heads_with_budgets_of_their_own_match_twin(shape, segment, small, monkeypatch):
+def test_heads_with_budgets_of_their_own_match_reference(shape, segment, small, monkeypatch):
     monkeypatch.setattr(select_pages, "SMALL_PAGES", small)
     case = case_of(shape, lengths=[*LENGTHS, 1500, 2111], segment_pages=segment, budget_pages=30)
     page, kv_heads = case.page_size, case.kv_heads
     random_scores(case)
     asked = [4, 30, 11, 5, 17][:kv_heads]
-    head_pages = torch.tensor(asked, dtype=torch.int32, device=DEVICE)
-    args = (case.scores, case.block_table, case.plan, case.kv, page, 30, 1, 20, case.table, 0.0)
+    head_budget_pages = torch.tensor(asked, dtype=torch.int32, device=DEVICE)
+    selection = case.selection(head_budget_pages=head_budget_pages)
+    args = (case.scores, case.block_table, case.plan, case.kv, selection, case.table)
     found = []
     for run in (reference.select_pages, launchers.select_pages, launchers.select_pages):
         # What an earlier layer left in rows that are chosen; the others are the plan's.
         scored = (case.plan.score_offsets >= 0).repeat_interleave(kv_heads)
         case.table.lengths[scored] = -1
-        case.table.units.fill_(2**30)
-        run(*args, head_pages)
-        found.append((case.table.units.clone(), case.table.lengths.clone()))
+        case.table.head_pages.fill_(2**30)
+        run(*args)
+        found.append((case.table.head_pages.clone(), case.table.lengths.clone()))
     assert not case.scores.arrivals.any() and int(case.plan.totals[0]) >= 2
-    (twin_units, twin_lengths), *mine = found
-    for units, lengths in mine:
-        assert torch.equal(lengths, twin_lengths)
+    (expected_pages, expected_lengths), *mine = found
+    for head_pages, lengths in mine:
+        assert torch.equal(lengths, expected_lengths)
         for row, length in enumerate(lengths.tolist()):
             request, head = divmod(row, kv_heads)
             seq_len, pages = int(case.seq_lens[request]), -(-length // page)
             all_pages = -(-seq_len // page)
             assert pages == (min(all_pages, asked[head]) if all_pages > 30 else all_pages)
             assert length == seq_len - (all_pages - pages) * page
-            assert torch.equal(units[row, :pages], twin_units[row, :pages])
+            assert torch.equal(head_pages[row, :pages], expected_pages[row, :pages])
 
 
 def test_equal_budgets_of_heads_choose_what_one_budget_chooses():
     case = make([1500, 33, 2111], budget_pages=30)
     random_scores(case)
-    args = (case.scores, case.block_table, case.plan, case.kv, 16, 30, 1, 20, case.table)
+    args = (case.scores, case.block_table, case.plan, case.kv)
+    alike = torch.full((2,), 30, dtype=torch.int32, device=DEVICE)
     for run in (reference.select_pages, launchers.select_pages):
-        run(*args)
-        units, lengths = case.table.units.clone(), case.table.lengths.clone()
-        case.table.units.fill_(2**30)
-        run(*args, 0.0, torch.full((2,), 30, dtype=torch.int32, device=DEVICE))
+        run(*args, case.selection(), case.table)
+        head_pages, lengths = case.table.head_pages.clone(), case.table.lengths.clone()
+        case.table.head_pages.fill_(2**30)
+        run(*args, case.selection(head_budget_pages=alike), case.table)
         assert torch.equal(case.table.lengths, lengths)
         for row, length in enumerate(lengths.tolist()):
-            assert torch.equal(case.table.units[row, : -(-length // 16)], units[row, : -(-length // 16)])
+            assert torch.equal(case.table.head_pages[row, : -(-length // 16)], head_pages[row, : -(-length // 16)])
 
 
 @pytest.mark.parametrize("tokens, budget, expected", [(128 << 10, 128, 2048), (1 << 20, 128, 4096),
@@ -332,14 +334,16 @@ def test_a_budget_that_no_merge_holds_is_refused():
 def test_selection_takes_a_budget_larger_than_any_context():
     case = make([200, 33], budget_pages=10**5)
     assert (case.plan.score_offsets < 0).all()
-    launchers.select_pages(case.scores, case.block_table, case.plan, case.kv, 16, 10**5, 1, 20, case.table)
-    assert (case.table.units[0, :13] == UnitGrid.of(case.kv).units(case.block_table[0, :13], 0)).all()
+    launchers.select_pages(case.scores, case.block_table, case.plan, case.kv, case.selection(), case.table)
+    assert (
+        case.table.head_pages[0, :13] == HeadPageGrid.of(case.kv).head_pages(case.block_table[0, :13], 0)
+    ).all()
 
 
-def pages_of(case, row, units):
-    """Positions in the context of the pages that ``units`` of a table row name."""
+def pages_of(case, row, head_pages):
+    """Positions in the context of the pages that ``head_pages`` of a table row name."""
     blocks = case.block_table[row // case.kv_heads].tolist()
-    return [blocks.index(block) for block in UnitGrid.of(case.kv).split(units)[0].tolist()]
+    return [blocks.index(block) for block in HeadPageGrid.of(case.kv).split(head_pages)[0].tolist()]
 
 
 def page_masses(case, row):
@@ -358,9 +362,9 @@ def test_sparse_decode_matches_float64(shape, dtype):
     random_scores(case)
     select_reference(case)
     exact = torch.zeros_like(case.q, dtype=torch.float64)
-    reference.sparse_decode(case.q.double(), in_float64(case.kv), case.table, case.page_size, case.scale, exact)
+    reference.sparse_decode(case.q.double(), in_float64(case.kv), case.table, case.geometry, exact)
     out = torch.full_like(case.q, float("nan"))
-    launchers.sparse_decode(case.q, case.kv, case.table, case.page_size, case.scale, out)
+    launchers.sparse_decode(case.q, case.kv, case.table, case.geometry, out)
     attended = case.plan.table_seq_lens > 0
     assert error(out[attended], exact[attended]) < TOLERANCE[dtype]
     assert out[~attended].isnan().all(), "a row that is not of the table was written"
@@ -373,10 +377,10 @@ def test_sparse_decode_adds_the_parts_of_many_programs(dtype):
     random_scores(case)
     select_reference(case)
     exact = torch.zeros_like(case.q, dtype=torch.float64)
-    reference.sparse_decode(case.q.double(), in_float64(case.kv), case.table, case.page_size, case.scale, exact)
+    reference.sparse_decode(case.q.double(), in_float64(case.kv), case.table, case.geometry, exact)
     for _ in range(2):
         out = torch.full_like(case.q, float("nan"))
-        launchers.sparse_decode(case.q, case.kv, case.table, case.page_size, case.scale, out)
+        launchers.sparse_decode(case.q, case.kv, case.table, case.geometry, out)
         assert error(out[[0, 1, 3]], exact[[0, 1, 3]]) < TOLERANCE[dtype]
         assert out[2].isnan().all()
 
@@ -384,12 +388,12 @@ def test_sparse_decode_adds_the_parts_of_many_programs(dtype):
 @pytest.mark.parametrize("layers", [1, 3])
 def test_kernels_follow_the_strides_of_a_cache_with_layers_inside_blocks(layers):
     case = make([200, 70], layers=layers)
-    out, twin = torch.full_like(case.q, float("nan")), torch.full_like(case.q, float("nan"))
-    launchers.quest_score(case.q, case.kv, case.block_table, case.plan, 16, case.scale, case.scores)
+    out, expected = torch.full_like(case.q, float("nan")), torch.full_like(case.q, float("nan"))
+    launchers.range_score(case.q, case.kv, case.block_table, case.plan, case.geometry, case.scores)
     select_reference(case)
-    launchers.sparse_decode(case.q, case.kv, case.table, 16, case.scale, out)
-    reference.sparse_decode(case.q, case.kv, case.table, 16, case.scale, twin)
-    assert error(out, twin) < TOLERANCE[torch.float32]
+    launchers.sparse_decode(case.q, case.kv, case.table, case.geometry, out)
+    reference.sparse_decode(case.q, case.kv, case.table, case.geometry, expected)
+    assert error(out, expected) < TOLERANCE[torch.float32]
 
 
 @pytest.mark.gpu
@@ -407,11 +411,11 @@ def test_offsets_past_int32():
     case.kv, case.block_table = kv, far[None].int()
     scores = poisoned_like(case)
     args = (case.block_table, case.plan, page, case.scale)
-    launchers.quest_score(case.q, kv, *args, scores)
-    reference.quest_score(case.q, kv, *args, case.scores)
+    launchers.range_score(case.q, kv, *args, scores)
+    reference.range_score(case.q, kv, *args, case.scores)
     assert error(scores.values[:, :40], case.scores.values[:, :40]) < 1e-5
-    out, twin = torch.full_like(case.q, float("nan")), torch.full_like(case.q, float("nan"))
-    launchers.select_pages(case.scores, case.block_table, case.plan, kv, page, 8, 1, 20, case.table)
-    launchers.sparse_decode(case.q, kv, case.table, page, case.scale, out)
-    reference.sparse_decode(case.q, kv, case.table, page, case.scale, twin)
-    assert error(out, twin) < TOLERANCE[torch.bfloat16]
+    out, expected = torch.full_like(case.q, float("nan")), torch.full_like(case.q, float("nan"))
+    launchers.select_pages(case.scores, case.block_table, case.plan, kv, case.selection(), case.table)
+    launchers.sparse_decode(case.q, kv, case.table, case.geometry, out)
+    reference.sparse_decode(case.q, kv, case.table, case.geometry, expected)
+    assert error(out, expected) < TOLERANCE[torch.bfloat16]

@@ -10,7 +10,7 @@ import pytest
 from test_config import refused
 
 from vllm_sparse import misplaced
-from vllm_sparse.config import ENV_CONFIG, SparseConfig
+from vllm_sparse.config import ENV_CONFIG, KEYS, SparseConfig
 from vllm_sparse.errors import ConfigError
 
 BUDGET = {"budget_tokens": 512}
@@ -31,7 +31,7 @@ WRONG = {
     "dashes": ({"budget-tokens": 512}, ["'budget-tokens'", "['sparse']['budget_tokens']"]),
     "misspelt": ({"budget_token": 512}, ["'budget_token'", "['sparse']['budget_tokens']"]),
     "path": ({"sparse.budget_tokens": 512}, ["'sparse.budget_tokens'", "['sparse']['budget_tokens']"]),
-    "engine": ({"engine": "triton"}, ["'engine'", "['sparse']['engine']"]),
+    "kernel": ({"attention_kernel": "triton"}, ["'attention_kernel'", "['sparse']['attention_kernel']"]),
     "offload": ({"offload": {"host_gib": 4}}, ["'offload'", "['sparse']['offload']"]),
     "of offload": ({"host_gib": 4}, ["'host_gib'", "['sparse']['offload']['host_gib']"]),
     "nested": ({"additional_config": {"sparse": BUDGET}}, ["'additional_config'", RIGHT_KEY]),
@@ -75,14 +75,14 @@ def test_settings_in_the_wrong_place_are_refused_with_the_right_one(case):
 def test_other_plugins_keep_their_keys(additional):
     assert of_engine(additional) == SparseConfig()
     assert of_engine({**additional, "sparse": BUDGET}) == SparseConfig(**BUDGET)
-    assert misplaced.unread(additional) == []
+    assert misplaced.unread(additional, KEYS) == []
 
 
 def test_additional_configs_of_other_kinds_are_passed_over(monkeypatch):
     monkeypatch.setenv(ENV_CONFIG, json.dumps(BUDGET))
     for additional in (None, {}, SimpleNamespace(compute_hash=lambda: "1")):
         assert of_engine(additional) == SparseConfig(**BUDGET)
-        assert misplaced.unread(additional) == []
+        assert misplaced.unread(additional, KEYS) == []
 
 
 @pytest.mark.parametrize("content", [{"sparse": BUDGET}, {"additional_config": {"sparse": BUDGET}}])
@@ -97,11 +97,11 @@ def test_files_and_variables_hold_the_settings_themselves(content, monkeypatch, 
 
 
 def test_what_nobody_reads_is_named_and_what_an_engine_carries_is_not():
-    assert "additional_config['sparse'] is not read" in misplaced.unread({"sparse": BUDGET})[0]
-    assert "additional_config['sparse'] is not read" in misplaced.unread({"sparse": None})[0]
-    assert "additional_config['Sparse'] is not read" in misplaced.unread({"Sparse": BUDGET})[0]
+    assert "additional_config['sparse'] is not read" in misplaced.unread({"sparse": BUDGET}, KEYS)[0]
+    assert "additional_config['sparse'] is not read" in misplaced.unread({"sparse": None}, KEYS)[0]
+    assert "additional_config['Sparse'] is not read" in misplaced.unread({"Sparse": BUDGET}, KEYS)[0]
     carried = {"sparse": SparseConfig(**BUDGET).to_mapping(), "sparse_host_gib_admitted": 4.0}
-    assert misplaced.unread(carried) == []
+    assert misplaced.unread(carried, KEYS) == []
 
 
 @pytest.mark.engine

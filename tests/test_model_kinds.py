@@ -54,7 +54,7 @@ def test_an_engine_without_sparse_layers_says_so_aloud(tiny, monkeypatch):
 
 
 def test_full_attention_beside_wider_sliding_windows(tiny):
-    """Blocks of the full layers are padded to those of the windows, which a unit must step over."""
+    """Blocks of the full layers are padded to those of the windows, which a head page must step over."""
     settings = {
         "tie_word_embeddings": True, "embedding": 0.05, "sliding_window": 64, "num_hidden_layers": 4,
         "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
@@ -77,7 +77,7 @@ def test_a_cache_that_kernels_cannot_read_stops_the_start(tiny, monkeypatch):
     from vllm_sparse.backend.impl import SparseImpl
     from vllm_sparse.errors import ConfigError
 
-    monkeypatch.setattr(SparseImpl, "page_rows", lambda impl: 48)
+    monkeypatch.setattr(SparseImpl, "page_slots", lambda impl: 48)
     with (
         pytest.raises(
             ConfigError, match=r"cannot serve layer model\.layers\.0.*48 rows.*another --attention-backend"
@@ -130,7 +130,7 @@ def test_what_steps_need_survives_sleep(tiny):
 
     sparse = {
         "budget_tokens": 128,
-        "guard_every_steps": 3,
+        "recall_monitor_every_steps": 3,
         "prefill_policy": "vertical_slash",
         "min_prefill_tokens": 0,
     }

@@ -39,14 +39,14 @@ def assert_store(llm) -> None:
     for layer in attention_layers(llm).values():
         part = layer.impl.offloaded
         heads, page_size = part.host.shape[1:3]
-        residency, hot = part.residency, part.hot[:, :, :page_size].flatten(0, 1)
-        held = torch.nonzero(residency.slot_of >= 0).squeeze(1)
-        slots = residency.slot_of[held].long()
-        assert len(set(slots.tolist())) == len(slots), "two units in one slot"
-        assert torch.equal(residency.slot_unit[slots].long(), held)
-        by_unit = None if part.exponents is None else part.exponents.flatten(0, 1)
-        on_host = kept(part.host.flatten(0, 1), by_unit, held, hot.dtype)
-        assert torch.equal(hot[residency.first_unit + slots], on_host)
+        hot_set, hot = part.hot_set, part.hot[:, :, :page_size].flatten(0, 1)
+        held = torch.nonzero(hot_set.slot_of >= 0).squeeze(1)
+        slots = hot_set.slot_of[held].long()
+        assert len(set(slots.tolist())) == len(slots), "two head pages in one slot"
+        assert torch.equal(hot_set.slot_head_page[slots].long(), held)
+        by_head_page = None if part.exponents is None else part.exponents.flatten(0, 1)
+        on_host = kept(part.host.flatten(0, 1), by_head_page, held, hot.dtype)
+        assert torch.equal(hot[hot_set.first_head_page + slots], on_host)
         # The summaries of complete pages, written anew from the host's keys.
         used = torch.unique(held // heads)
         if len(used) and layer.impl.policy.summary == "key_range":
@@ -114,7 +114,7 @@ def test_size_of_the_hot_set_changes_traffic_only(tiny, resident, hot):
         assert slots > 0 and counts["units_fetched"] > 0
 
 
-SPARSE_PREFILL = {"min_prefill_tokens": 128, "prefill_coverage": 0, "vertical_tokens": 32, "slash_tokens": 64}
+SPARSE_PREFILL = {"min_prefill_tokens": 128, "prefill_top_p": 0, "vertical_tokens": 32, "slash_tokens": 64}
 
 
 @pytest.fixture

@@ -37,9 +37,15 @@ WRONG = {
     "all_hot": ({"offload": {"hot_fraction": 1}}, ["sparse.offload.hot_fraction: 1", "below 1"]),
     "dense_layers": ({"offload": {}, "dense_layers": 2}, ["sparse.dense_layers: 2", "allowed with offload: 0"]),
     "dense": ({"offload": {}, "decode_policy": "dense"}, ["sparse.decode_policy: 'dense'", "on the host"]),
-    "guard": ({"offload": {}, "guard_every_steps": 8}, ["sparse.guard_every_steps: 8", "with offload: 0"]),
+    "recall monitor": (
+        {"offload": {}, "recall_monitor_every_steps": 8},
+        ["sparse.recall_monitor_every_steps: 8", "with offload: 0"],
+    ),
     "oracle": ({"offload": {}, "decode_policy": "oracle"}, ["sparse.decode_policy: 'oracle'", "on the host"]),
-    "engine": ({"offload": {}, "engine": "fa3"}, ["sparse.engine: 'fa3'", "auto, triton, torch"]),
+    "engine": (
+        {"offload": {}, "attention_kernel": "fa3"},
+        ["sparse.attention_kernel: 'fa3'", "auto, triton, torch"],
+    ),
 }
 
 
@@ -153,10 +159,10 @@ def test_memory_that_is_not_given_is_refused(monkeypatch):
         HostPool(SHAPE, 8, torch.float32, CPU)
 
 
-def on_host(layer, units) -> torch.Tensor:
-    """K and V that the host holds of units."""
-    by_unit = None if layer.exponents is None else layer.exponents.flatten(0, 1)
-    return kept(layer.host.flatten(0, 1), by_unit, units, torch.float32)
+def on_host(layer, head_pages) -> torch.Tensor:
+    """K and V that the host holds of head pages."""
+    by_head_page = None if layer.exponents is None else layer.exponents.flatten(0, 1)
+    return kept(layer.host.flatten(0, 1), by_head_page, head_pages, torch.float32)
 
 
 class Schedule:
@@ -269,8 +275,8 @@ class Schedule:
             last = request["done"] // PAGE
             pages = [*sorted(self.random.sample(range(last), min(last, 3))), last]
             chosen.append(pages)
-            units = torch.tensor(request["blocks"])[pages] * HEADS + row % HEADS
-            table.units[row, : len(pages)] = units.int()
+            head_pages = torch.tensor(request["blocks"])[pages] * HEADS + row % HEADS
+            table.head_pages[row, : len(pages)] = head_pages.int()
             table.lengths[row] = (len(pages) - 1) * PAGE + request["done"] % PAGE + 1
         before = self.store.counters.clone()
         layer.bring(table)
@@ -280,8 +286,8 @@ class Schedule:
         hot = layer.hot[:, :, :PAGE].flatten(0, 1)
         for row, pages in enumerate(chosen):
             request, head = requests[row // HEADS], row % HEADS
-            for page, unit in zip(pages, table.units[row].tolist(), strict=False):
-                found = hot[unit] if unit >= 0 else on_host(layer, ~unit)
+            for page, head_page in zip(pages, table.head_pages[row].tolist(), strict=False):
+                found = hot[head_page] if head_page >= 0 else on_host(layer, ~head_page)
                 rows = min(PAGE, request["done"] + 1 - page * PAGE)
                 expected = self.content(request, layer.index, page * PAGE + torch.arange(rows))[:, head]
                 assert torch.equal(found[:rows], expected), f"page {page} of request {request['id']}"
@@ -297,16 +303,16 @@ class Schedule:
             assert torch.equal(out[:old].transpose(1, 2).flatten(0, 1), expected)
 
     def check(self) -> None:
-        """No block or slot is lost, and nobody can find a unit that is not what its block holds."""
+        """No block or slot is lost, and nobody can find a head page that is not what its block holds."""
         owned = [block for request in self.running.values() for block in request["blocks"]]
         assert sorted(owned + self.free) == list(range(1, self.num_blocks))
         for layer in self.store.layers:
-            residency = layer.residency
-            held = torch.nonzero(residency.slot_of >= 0).squeeze(1)
-            slots = residency.slot_of[held].long()
+            hot_set = layer.hot_set
+            held = torch.nonzero(hot_set.slot_of >= 0).squeeze(1)
+            slots = hot_set.slot_of[held].long()
             assert len(slots.unique()) == len(slots)
-            assert torch.equal(residency.slot_unit[slots].long(), held)
-            hot = layer.hot[:, :, :PAGE].flatten(0, 1)[residency.first_unit + slots]
+            assert torch.equal(hot_set.slot_head_page[slots].long(), held)
+            hot = layer.hot[:, :, :PAGE].flatten(0, 1)[hot_set.first_head_page + slots]
             assert torch.equal(hot, on_host(layer, held))
 
 
@@ -333,7 +339,7 @@ def test_memory_is_shared_out_to_the_last_page():
     gpu, blocks = 64 << 20, 900
     split = split_memory(SHAPE, step, gpu, blocks * SHAPE.host_page_bytes + 5, "auto")
     assert split.num_blocks == blocks and split.slots_per_layer == -(-blocks * HEADS // 16) * 16
-    # A GPU that is the narrower: a quarter is left for hot units.
+    # A GPU that is the narrower: a quarter is left for hot head pages.
     gpu = step.fixed_bytes(SHAPE) + 400 * (SHAPE.gpu_block_bytes + SHAPE.map_block_bytes)
     split = split_memory(SHAPE, step, gpu, 10**9, "auto")
     assert split.num_blocks == 300

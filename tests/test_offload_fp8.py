@@ -28,13 +28,13 @@ from vllm_sparse.offload.sizing import CacheShape
 from vllm_sparse.tools import cli
 
 FP8 = {"host_gib": 0.02, "host_dtype": "fp8"}
-UNIT_BYTES = 16 * 2 * 32
+HEAD_PAGE_BYTES = 16 * 2 * 32
 MOST = 448.0
 """The largest code of e4m3."""
 
 
 def steps_of(exponents: torch.Tensor) -> torch.Tensor:
-    """``2^exponent`` [..., 1, 1] of the halves of a unit, side by side [..., 2, 1, 1]."""
+    """``2^exponent`` [..., 1, 1] of the halves of a head page, side by side [..., 2, 1, 1]."""
     return (2.0 ** (exponents.double() - 127))[..., None, None]
 
 
@@ -43,8 +43,10 @@ def halves(kv: torch.Tensor) -> torch.Tensor:
     return kv.double().unflatten(-1, (2, -1)).transpose(-2, -3)
 
 
-def units(seed: int = 0, count: int = 200, rows: int = 16, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Units of very different sizes, some with a value far above the rest."""
+def head_pages(
+    seed: int = 0, count: int = 200, rows: int = 16, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """Head pages of very different sizes, some with a value far above the rest."""
     generator = torch.Generator().manual_seed(seed)
     kv = torch.randn(count, rows, 32, generator=generator)
     kv *= 2.0 ** torch.randint(-14, 14, (count, 1, 1), generator=generator)
@@ -53,8 +55,8 @@ def units(seed: int = 0, count: int = 200, rows: int = 16, dtype: torch.dtype = 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_a_unit_comes_back_within_a_sixteenth_or_a_thousandth_of_the_step(dtype):
-    kv = units(dtype=dtype)
+def test_coding_error_bound(dtype):
+    kv = head_pages(dtype=dtype)
     codes, exponents = to_e4m3(kv)
     back = from_e4m3(codes, exponents, dtype)
     x, y, step = halves(kv), halves(back), steps_of(exponents)
@@ -68,7 +70,7 @@ def test_a_unit_comes_back_within_a_sixteenth_or_a_thousandth_of_the_step(dtype)
 
 def test_a_page_that_grows_ends_as_one_that_came_whole_up_to_the_least_step():
     """Token by token, each time staged, added to and written again; the largest values come last."""
-    kv = units(3) * 2.0 ** (torch.arange(16)[:, None] // 3)
+    kv = head_pages(3) * 2.0 ** (torch.arange(16)[:, None] // 3)
     growing = kv[:, :0]
     for row in range(16):
         growing = from_e4m3(*to_e4m3(torch.cat([growing, kv[:, row : row + 1]], 1)), torch.float32)
@@ -89,9 +91,7 @@ def write(kv: torch.Tensor, run) -> tuple[torch.Tensor, torch.Tensor]:
     run.plan_writes(slots, len(kv), store.plan)
     store.hot[0, 0, : len(kv)] = kv.to(DEVICE)
     store.host.view(torch.uint8).fill_(0x55)
-    run.write_through(
-        store.hot, store.plan, len(kv), store.host, store.summaries, store.residency, store.exponents
-    )
+    run.write_through(store.hot, store.plan, len(kv), store.host, store.summaries, store.hot_set, store.exponents)
     return store.host[2, 0].view(torch.uint8), store.exponents[2, 0]
 
 
@@ -106,7 +106,7 @@ EXTREMES = {
 
 
 @pytest.mark.parametrize("name", EXTREMES)
-def test_extremes_are_coded_as_by_the_twin(name):
+def test_extremes_are_coded_as_by_the_reference(name):
     pytest.importorskip("triton")
     from vllm_sparse.kernels import launchers
 
@@ -165,11 +165,11 @@ def test_other_dtypes_are_refused(value):
     assert f"sparse.offload.host_dtype: {value!r}; allowed: auto, fp8" in str(refusal.value)
 
 
-def test_a_page_takes_half_of_the_host_and_two_bytes_a_unit_of_the_gpu():
+def test_fp8_pool_sizes():
     plain, coded = (CacheShape(32, 8, 128, 16, 2, 1, dtype) for dtype in ("auto", "fp8"))
     assert plain.host_page_bytes == 2 * coded.host_page_bytes
     assert coded.map_block_bytes - plain.map_block_bytes == 2 * 32 * 8
-    assert (plain.slot_bytes, plain.unit_bytes) == (coded.slot_bytes, coded.unit_bytes)
+    assert (plain.slot_bytes, plain.head_page_bytes) == (coded.slot_bytes, coded.head_page_bytes)
 
 
 def planned(capsys, folder, *options) -> int:
@@ -209,7 +209,7 @@ def test_tokens_are_those_of_resident_mode_where_codes_are_exact(tiny, codable, 
         counts = metrics.snapshot()
         assert_store(llm)
         assert_idle(llm)
-    assert counts["unit_bytes"] == UNIT_BYTES
+    assert counts["head_page_bytes"] == HEAD_PAGE_BYTES
     assert (counts["units_in_place"] == counts["units_looked_up"] > 0) == (hot == 0)
 
 
@@ -271,7 +271,7 @@ def test_rows_that_cannot_be_scored_attend_to_whole_contexts_in_place(tiny, coda
 
 
 @pytest.mark.engine
-def test_a_unit_is_the_same_wherever_it_is_read(tiny):
+def test_codes_are_read_alike_everywhere(tiny):
     """In a model as it is, whose values codes do not hold exactly."""
     found = answer(tiny, block_size=16, sparse={"offload": FP8})
     assert found != answer(tiny, block_size=16), "nothing was coded"

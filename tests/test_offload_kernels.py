@@ -1,4 +1,4 @@
-"""Offload kernels against their torch twins: on a GPU, or in Triton's interpreter."""
+"""Offload kernels against their torch references: on a GPU, or in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from offload_cases import assert_consistent, chosen_pages, copy_of, make_store, 
 
 from vllm_sparse.kernels import reference
 from vllm_sparse.kernels.reference_offload import kept, to_e4m3
+from vllm_sparse.pages.geometry import Geometry
 
 pytest.importorskip("triton")
 from vllm_sparse.kernels import launchers, plan_writes
-from vllm_sparse.pages.hot_set import Residency
+from vllm_sparse.pages.hot_set import HotSet
 
 # (kv_heads, head_dim, page_size)
 SHAPES = [(2, 32, 16), (1, 128, 16), (3, 96, 32), (2, 64, 64)]
@@ -44,7 +45,7 @@ def mixed_step(page_size: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("block", [16, 1024])
 @pytest.mark.parametrize("page_size", [16, 64])
-def test_writes_are_planned_as_by_the_twin(page_size, block, monkeypatch):
+def test_writes_are_planned_as_by_the_reference(page_size, block, monkeypatch):
     """In one part, and in parts whose borders lie inside pages."""
     monkeypatch.setattr(plan_writes, "BLOCK", block)
     actual = make_store(16, page_size=page_size, max_tokens=400)
@@ -62,18 +63,18 @@ def test_writes_are_planned_as_by_the_twin(page_size, block, monkeypatch):
 @shapes
 @dtypes
 @pools
-@pytest.mark.parametrize("summary_rows", [1, 2])
-def test_pages_are_staged_written_and_written_through_as_by_the_twin(shape, dtype, summary_rows, fp8):
+@pytest.mark.parametrize("summary_slots", [1, 2])
+def test_pages_are_staged_written_and_written_through_as_by_the_reference(shape, dtype, summary_slots, fp8):
     kv_heads, head_dim, page_size = shape
     actual = make_store(
-        16, kv_heads, head_dim, page_size, dtype=dtype, max_tokens=400, summary_rows=summary_rows, fp8=fp8
+        16, kv_heads, head_dim, page_size, dtype=dtype, max_tokens=400, summary_slots=summary_slots, fp8=fp8
     )
-    # Some of the blocks had owners whose units are in slots.
-    units = torch.arange(0, 16 * kv_heads, 3, device=DEVICE)
-    residency = actual.residency
-    residency.slot_of[units] = torch.arange(len(units), dtype=torch.int32, device=DEVICE)
-    residency.slot_unit[: len(units)] = units.int()
-    residency.last_use[: len(units)] = 1
+    # Some of the blocks had owners whose head pages are in slots.
+    head_pages = torch.arange(0, 16 * kv_heads, 3, device=DEVICE)
+    hot_set = actual.hot_set
+    hot_set.slot_of[head_pages] = torch.arange(len(head_pages), dtype=torch.int32, device=DEVICE)
+    hot_set.slot_head_page[: len(head_pages)] = head_pages.int()
+    hot_set.last_use[: len(head_pages)] = 1
     expected = copy_of(actual)
     generator = torch.Generator().manual_seed(3)
     for _ in range(2):
@@ -85,17 +86,17 @@ def test_pages_are_staged_written_and_written_through_as_by_the_twin(shape, dtyp
             staged = store.plan.staged_slots[: len(slots)]
             reference.page_write(key, value, store.hot, staged, page_size, "key_range")
             run.write_through(
-                store.hot, store.plan, len(slots), store.host, store.summaries, store.residency, store.exponents
+                store.hot, store.plan, len(slots), store.host, store.summaries, store.hot_set, store.exponents
             )
     assert not fp8 or torch.equal(actual.exponents, expected.exponents)
     for name in ("host", "hot", "summaries"):
         ours, theirs = (getattr(store, name).contiguous().view(torch.int8) for store in (actual, expected))
         assert torch.equal(ours, theirs), name
-    for name in ("slot_of", "slot_unit", "last_use"):
-        assert torch.equal(getattr(residency, name), getattr(expected.residency, name)), name
+    for name in ("slot_of", "slot_head_page", "last_use"):
+        assert torch.equal(getattr(hot_set, name), getattr(expected.hot_set, name)), name
     written = {5, 9, 7, 2, 11, 4, 8, 3}
-    for unit in units.tolist():
-        assert (residency.slot_of[unit].item() == -1) == (unit // kv_heads in written)
+    for head_page in head_pages.tolist():
+        assert (hot_set.slot_of[head_page].item() == -1) == (head_page // kv_heads in written)
     # The host now holds what was written, beside what was there.
     found = actual.on_host(4 * kv_heads + torch.arange(kv_heads, device=DEVICE)).transpose(0, 1)[:, :, :head_dim]
     written = key[len(key) - 4 - 2 * page_size :][:page_size]
@@ -105,18 +106,18 @@ def test_pages_are_staged_written_and_written_through_as_by_the_twin(shape, dtyp
 def decode(run, store, table, tails: list[int]) -> None:
     slots = tail_slots(tails, [4] * len(tails), store.page_size)
     run.plan_writes(slots, store.page_size, store.plan)
-    run.find_slots(
+    run.find_hot_slots(
         table,
         store.kv_heads,
         store.page_size,
         store.plan,
         store.layer,
-        store.residency,
+        store.hot_set,
         store.misses,
         store.counters,
     )
-    run.fetch_units(
-        store.host, table, store.plan, store.layer, store.residency, store.misses, store.hot, store.counters,
+    run.fetch_head_pages(
+        store.host, table, store.plan, store.layer, store.hot_set, store.misses, store.hot, store.counters,
         store.exponents,
     )  # fmt: skip
 
@@ -124,69 +125,69 @@ def decode(run, store, table, tails: list[int]) -> None:
 @shapes
 @dtypes
 @pools
-def test_chosen_units_are_found_or_fetched(shape, dtype, fp8):
+def test_find_and_fetch(shape, dtype, fp8):
     """Steps of three requests, one of them padding; contents, maps and counts after each."""
     kv_heads, head_dim, page_size = shape
     store = make_store(40, kv_heads, head_dim, page_size, sets=4, dtype=dtype, fp8=fp8)
-    twin = copy_of(store)
+    expected = copy_of(store)
     generator = torch.Generator().manual_seed(1)
     for step in range(6):
         order = torch.randperm(38, generator=generator).tolist()
         rows = [[*sorted(order[:5]), 38], [], [*sorted(order[4:9]), 39]]
         tails = [38, -1, 39]
         table, theirs = chosen_pages(store, rows, 130), chosen_pages(store, rows, 130)
-        wanted = table.units.clone()
+        wanted = table.head_pages.clone()
         decode(launchers, store, table, tails)
-        decode(reference, twin, theirs, tails)
+        decode(reference, expected, theirs, tails)
         assert_consistent(store)
-        assert_consistent(twin)
+        assert_consistent(expected)
         for row in range(3 * kv_heads):
             request, head = divmod(row, kv_heads)
             pages = len(rows[request])
             if not pages:
-                assert torch.equal(table.units[row], wanted[row])
+                assert torch.equal(table.head_pages[row], wanted[row])
                 continue
-            found = table.units[row, : pages - 1]
+            found = table.head_pages[row, : pages - 1]
             assert torch.equal(store.contents(found), store.on_host(wanted[row, : pages - 1]))
             staged = [0, None, 1][request]
-            assert table.units[row, pages - 1].item() == staged * kv_heads + head
-            assert (table.units[row, pages:] == 2**30).all()
-            held = store.residency.last_use[(found[found >= 0] - store.residency.first_unit).long()]
+            assert table.head_pages[row, pages - 1].item() == staged * kv_heads + head
+            assert (table.head_pages[row, pages:] == 2**30).all()
+            held = store.hot_set.last_use[(found[found >= 0] - store.hot_set.first_head_page).long()]
             assert (held == step + 1).all()
-        assert store.counters[0].item() == twin.counters[0].item() == (step + 1) * 10 * kv_heads
+        assert store.counters[0].item() == expected.counters[0].item() == (step + 1) * 10 * kv_heads
     assert store.counters[1] + store.counters[2] < store.counters[0], "nothing was ever found"
     assert store.plan.num_misses[store.layer] < 10 * kv_heads
     assert (store.plan.num_misses[[0, 2]] == 0).all()
 
 
-def test_a_unit_that_two_requests_share_is_found_by_both():
+def test_shared_head_page_is_found_twice():
     store = make_store(12, sets=2)
     for _ in range(3):
         table = chosen_pages(store, [[1, 2, 3, 10], [2, 3, 4, 11]], 8)
-        wanted = table.units.clone()
+        wanted = table.head_pages.clone()
         decode(launchers, store, table, [10, 11])
         assert_consistent(store)
         for row in range(4):
             assert torch.equal(
-                store.contents(table.units[row, :3]), store.host.flatten(0, 1)[wanted[row, :3].long()]
+                store.contents(table.head_pages[row, :3]), store.host.flatten(0, 1)[wanted[row, :3].long()]
             )
     assert store.plan.num_misses[store.layer] == 0
 
 
 @pytest.mark.parametrize("sets", [0, 1])
-def test_units_without_a_slot_are_left_on_the_host(sets):
+def test_without_a_slot_stays_on_the_host(sets):
     store = make_store(40, kv_heads=1, sets=sets, staged=4)
     table = chosen_pages(store, [[*range(30), 39]], 32)
     decode(launchers, store, table, [39])
     assert_consistent(store)
-    away = table.units[0, :30] < 0
+    away = table.head_pages[0, :30] < 0
     assert away.sum() == 30 - 16 * sets == store.counters[2]
-    assert torch.equal(store.contents(table.units[0, :30]), store.host.flatten(0, 1)[:30])
+    assert torch.equal(store.contents(table.head_pages[0, :30]), store.host.flatten(0, 1)[:30])
     # The next step does not need those that have slots, so the others take their places.
-    other = [unit for unit in range(30) if away[unit]][:8]
+    other = [head_page for head_page in range(30) if away[head_page]][:8]
     table = chosen_pages(store, [[*other, 39]], 32)
     decode(launchers, store, table, [39])
-    assert ((table.units[0, :8] < 0).sum() == 0) == (sets > 0)
+    assert ((table.head_pages[0, :8] < 0).sum() == 0) == (sets > 0)
     assert_consistent(store)
 
 
@@ -194,8 +195,8 @@ def test_the_least_recently_used_slot_is_given_away():
     store = make_store(64, kv_heads=1, sets=1, staged=2)
     for pages in ([*range(16)], [*range(1, 16)], [20]):
         decode(launchers, store, chosen_pages(store, [[*pages, 63]], 20), [63])
-    assert store.residency.slot_of[0] == -1 and store.residency.slot_of[20] >= 0
-    assert (store.residency.slot_of[1:16] >= 0).all()
+    assert store.hot_set.slot_of[0] == -1 and store.hot_set.slot_of[20] >= 0
+    assert (store.hot_set.slot_of[1:16] >= 0).all()
 
 
 @dtypes
@@ -217,28 +218,32 @@ def test_pages_are_read_side_by_side(dtype, programs, fp8):
 
 @dtypes
 @pools
-def test_decode_attends_to_units_on_the_gpu_and_on_the_host_alike(dtype, fp8):
+def test_decode_reads_gpu_and_host_alike(dtype, fp8):
     store = make_store(40, 2, 64, 16, dtype=dtype, fp8=fp8)
     store.hot.copy_(torch.randn(store.hot.shape).to(dtype))
     table = chosen_pages(store, [[*range(8)], [], [3, 4]], 12)
-    table.units[0, :4] = ~table.units[0, :4]
-    table.units[2:4] = 2**30
-    table.units[4, 0] = ~table.units[4, 0]
+    table.head_pages[0, :4] = ~table.head_pages[0, :4]
+    table.head_pages[2:4] = 2**30
+    table.head_pages[4, 0] = ~table.head_pages[4, 0]
     q = torch.randn(3, 6, 64, device=DEVICE).to(dtype)
     out = torch.full_like(q, float("nan"))
-    launchers.sparse_decode(q, store.hot, table, 16, 0.125, out, store.host, store.exponents)
+    launchers.sparse_decode(
+        q, store.hot, table, Geometry.of(q, store.hot, 16, 0.125), out, store.host, store.exponents
+    )
     expected = torch.full_like(q, float("nan"))
-    reference.sparse_decode(q, store.hot, table, 16, 0.125, expected, store.host, store.exponents)
+    reference.sparse_decode(
+        q, store.hot, table, Geometry.of(q, store.hot, 16, 0.125), expected, store.host, store.exponents
+    )
     assert out[1].isnan().all()
     assert error(out[[0, 2]], expected[[0, 2]]) < TOLERANCE[dtype]
     # By hand: the first row of the first request.
-    k, v = store.contents(table.units[0, :8]).flatten(0, 1)[: 7 * 16 + 5].float().chunk(2, -1)
+    k, v = store.contents(table.head_pages[0, :8]).flatten(0, 1)[: 7 * 16 + 5].float().chunk(2, -1)
     by_hand = ((q[0, :3].float() @ k.T * 0.125).softmax(-1) @ v).to(dtype)
     assert error(expected[0, :3], by_hand) < TOLERANCE[dtype]
 
 
 @pools
-def test_units_past_32_bit_offsets_are_reached(fp8):
+def test_offsets_past_int32(fp8):
     """Host pages in memory of more than 2**31 elements, of which only those that are read are ever touched."""
     kv_heads, page_size, content = 2, 16, 64
     blocks = 2**31 // (kv_heads * page_size * content) + 2
@@ -257,8 +262,8 @@ def test_units_past_32_bit_offsets_are_reached(fp8):
     page = torch.tensor([blocks - 1], dtype=torch.int32, device=DEVICE)
     launchers.read_pages(store.host, page, out, torch.zeros_like(page), 4, store.exponents)
     assert torch.equal(out[0], last)
-    store.residency = Residency.empty(blocks * kv_heads, 16, store.residency.first_unit, DEVICE)
+    store.hot_set = HotSet.empty(blocks * kv_heads, 16, store.hot_set.first_head_page, DEVICE)
     table = chosen_pages(store, [[blocks - 1, 0]], 4)
     decode(launchers, store, table, [0])
-    assert torch.equal(store.contents(table.units[:, 0]), last)
+    assert torch.equal(store.contents(table.head_pages[:, 0]), last)
     assert store.counters.tolist() == [kv_heads, kv_heads, 0]

@@ -173,7 +173,7 @@ OPTIONS = {
     "eval": {
         "--policies": ("", ",", "quset"),
         "--budgets": ("", "0", "512,-1", "512,,nan", "1e3", "x", LONG, "10000000000"),
-        "--prefill-policies": ("", "slash"), "--coverages": ("", "nan", "inf", "-1", "x"),
+        "--prefill-policies": ("", "slash"), "--top-p": ("", "nan", "inf", "-1", "x"),
         "--tasks": ("", ",", "needle"), "--lengths": ("", "0", "-1", "nan", "4096,x", "10000000000"),
         "--passages": ("0", "10001", *WHOLE), "--score-tokens": ("0", *WHOLE), "--needles": ("0", "10001", *WHOLE),
         "--recall-every": WHOLE, "--chunk": ("0", *WHOLE), "--batch": ("0", "1025", *WHOLE),

@@ -10,9 +10,9 @@ from cases import DEVICE, Case, make
 
 from vllm_sparse import kernels
 from vllm_sparse.kernels import reference
-from vllm_sparse.pages.layout import UnitGrid
+from vllm_sparse.pages.layout import HeadPageGrid
 from vllm_sparse.pages.summaries import SUMMARIES
-from vllm_sparse.policies import DECODE_POLICIES, get_decode_policy
+from vllm_sparse.policies import DECODE_POLICIES
 
 SCORING = [name for name in DECODE_POLICIES if name != "dense"]
 policies = pytest.mark.parametrize("policy", SCORING)
@@ -26,13 +26,11 @@ def made_for(policy: str, *args, **kwargs) -> Case:
 def choose(case: Case, policy: str, sink_pages: int = 1, window_tokens: int = 20) -> list[list[list[int]]]:
     """Positions of the chosen pages, by request and KV head, as the engines are given them."""
     run = kernels.for_device(DEVICE)
-    get_decode_policy(policy).score(
-        case.q, case.kv, case.block_table, case.plan, case.page_size, case.scale, case.scores
-    )
-    coverage = 0.9 if DECODE_POLICIES[policy].adaptive else 0.0
+    DECODE_POLICIES[policy].score(case.q, case.kv, case.block_table, case.plan, case.geometry, case.scores)
+    top_p = 0.9 if DECODE_POLICIES[policy].adaptive else 0.0
     run.select_pages(
-        case.scores, case.block_table, case.plan, case.kv, case.page_size,
-        case.budget_pages, sink_pages, window_tokens, case.table, coverage,
+        case.scores, case.block_table, case.plan, case.kv,
+        case.selection(sink_pages, window_tokens, top_p=top_p), case.table,
     )  # fmt: skip
     chosen = []
     for request, seq_len in enumerate(case.seq_lens.tolist()):
@@ -41,7 +39,7 @@ def choose(case: Case, policy: str, sink_pages: int = 1, window_tokens: int = 20
         for head in range(case.kv_heads):
             row = request * case.kv_heads + head
             count = -(-int(case.table.lengths[row]) // case.page_size)
-            named, owners = UnitGrid.of(case.kv).split(case.table.units[row, :count])
+            named, owners = HeadPageGrid.of(case.kv).split(case.table.head_pages[row, :count])
             assert (owners == head).all(), f"row of KV head {head} names pages of {owners.unique().tolist()}"
             heads.append([blocks.index(block) for block in named.tolist()])
         chosen.append(heads)
@@ -200,7 +198,5 @@ def test_random_reaches_every_page():
 def test_every_policy_names_a_known_summary():
     assert {policy.summary for policy in DECODE_POLICIES.values()} <= set(SUMMARIES)
     case = make([100])
-    with pytest.raises(AssertionError, match="no scores"):
-        get_decode_policy("dense").score(
-            case.q, case.kv, case.block_table, case.plan, case.page_size, case.scale, case.scores
-        )
+    with pytest.raises(AssertionError, match="scores nothing"):
+        DECODE_POLICIES["dense"].score(case.q, case.kv, case.block_table, case.plan, case.geometry, case.scores)

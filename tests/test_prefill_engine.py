@@ -13,8 +13,8 @@ pytestmark = pytest.mark.engine
 
 LAYERS, Q_HEADS = 3, 4
 DENSE_DECODE = {"decode_policy": "dense", "min_prefill_tokens": 0}
-EVERYTHING = {**DENSE_DECODE, "prefill_policy": "vertical_slash", "prefill_coverage": 1}
-SIZES = {"prefill_coverage": 0, "vertical_tokens": 32, "slash_tokens": 32}
+EVERYTHING = {**DENSE_DECODE, "prefill_policy": "vertical_slash", "prefill_top_p": 1}
+SIZES = {"prefill_top_p": 0, "vertical_tokens": 32, "slash_tokens": 32}
 LITTLE = {**DENSE_DECODE, **SIZES, "prefill_policy": "vertical_slash"}
 # Chunks that end anywhere in a page or block: what is left of 333 or 201 tokens after the decodes' share.
 LENGTHS = (1, 5, 140, 300, 700, 517)
@@ -48,7 +48,7 @@ def chunks(monkeypatch):
 @pytest.mark.seam
 @pytest.mark.parametrize("chunk_tokens", CHUNKS)
 @pytest.mark.parametrize("decode", ["dense", "quest"])
-def test_coverage_of_everything_gives_stock_tokens(tiny, chunks, decode, chunk_tokens):
+def test_top_p_of_everything_gives_stock_tokens(tiny, chunks, decode, chunk_tokens):
     """Odd chunks, several prefills in a step beside decodes, and prefix hits the second time."""
     settings = {"max_num_batched_tokens": chunk_tokens, "max_num_seqs": 6}
     sparse = {**EVERYTHING, "decode_policy": decode, "budget_tokens": 2048}
@@ -132,13 +132,13 @@ def test_dense_layers_prefill_densely(tiny, chunks):
 @pytest.mark.parametrize("policy", [name for name in PREFILL_POLICIES if name != "dense"])
 def test_every_policy_prefills_in_parts(tiny, policy, chunks, monkeypatch):
     """A table that holds one block at a time gives the tokens of one that holds the chunk."""
-    from vllm_sparse import prefill_buffers
+    from vllm_sparse.prefill import buffers
 
     sparse = {**LITTLE, "prefill_policy": policy}
     settings = {"max_num_batched_tokens": 512, "enable_prefix_caching": False}
     with tiny.start(sparse=sparse, **settings) as llm:
         expected = tokens(llm, MIXED)
-    monkeypatch.setattr(prefill_buffers.PrefillBuffers, "blocks_at_once", lambda self, chunk: 1)
+    monkeypatch.setattr(buffers.PrefillBuffers, "blocks_at_once", lambda self, chunk: 1)
     with tiny.start(sparse=sparse, **settings) as llm:
         assert tokens(llm, MIXED) == expected
     assert chunks

@@ -1,4 +1,4 @@
-"""Prefill kernels against their twins, and the twins against explicit masks and sums."""
+"""Prefill kernels against their references, and the references against explicit masks and sums."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ from prefill_cases import (
 from vllm_sparse.kernels import reference
 from vllm_sparse.pages.head_patterns import HeadPattern, HeadPatterns
 from vllm_sparse.pages.page_table import PageTable
-from vllm_sparse.pages.position_pattern import FixedPattern
+from vllm_sparse.pages.position_pattern import PositionPattern
 from vllm_sparse.pages.probe import probe_groups, probe_page, probe_parts, probe_queries, probe_start
 from vllm_sparse.pages.query_blocks import BLOCK_TOKENS, QueryBlocks
+from vllm_sparse.pages.selection import Selection
 
 pytest.importorskip("triton")
 from vllm_sparse.kernels import antidiagonal_score, launchers
@@ -35,7 +36,7 @@ CHUNKS = [(0, 129), (0, 64), (37, 200), (333, 130), (256, 256), (190, 77), (500,
 # (kv_heads, group, head_dim, page_size)
 SHAPES = [(2, 3, 64, 16), (1, 1, 128, 32), (1, 4, 96, 64), (1, 2, 32, 128), (1, 7, 64, 256)]
 SINK_PAGES, WINDOW_TOKENS = 1, 40
-BOTH = pytest.mark.parametrize("run", [reference, launchers], ids=["twin", "kernel"])
+BOTH = pytest.mark.parametrize("run", [reference, launchers], ids=["reference", "kernel"])
 chunks = pytest.mark.parametrize("chunk", CHUNKS, ids=lambda chunk: "{}+{}".format(*chunk))
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "kv{}_group{}_d{}_page{}".format(*shape))
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
@@ -44,7 +45,7 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6
 def build(run, case, keep, sink_pages=SINK_PAGES, window_tokens=WINDOW_TOKENS) -> PageTable:
     table = case.buffers.table(case.blocks)
     run.prefill_table(
-        keep, case.block_table, case.blocks, case.kv, case.page_size, sink_pages, window_tokens,
+        keep, case.block_table, case.blocks, case.kv, Selection(case.page_size, 1, sink_pages, window_tokens),
         case.buffers.counters, table,
     )  # fmt: skip
     return table
@@ -74,11 +75,11 @@ def test_table_means_the_keep_mask_token_by_token(run, first, tokens, page_size)
 
 @chunks
 @shapes
-def test_tables_match_twin(chunk, shape):
+def test_tables_match_reference(chunk, shape):
     case = make_chunk(*chunk, *shape, layers=2)
     keep = random_keep(case)
     expected = build(reference, case, keep)
-    units, lengths = expected.units.clone(), expected.lengths.clone()
+    head_pages, lengths = expected.head_pages.clone(), expected.lengths.clone()
     counters = case.buffers.counters.clone()
     poison(case.buffers)
     case.buffers.counters.zero_()
@@ -87,7 +88,7 @@ def test_tables_match_twin(chunk, shape):
     assert torch.equal(case.buffers.counters, counters)
     for row, length in enumerate(lengths.tolist()):
         pages = -(-length // case.page_size)
-        assert torch.equal(table.units[row, :pages], units[row, :pages])
+        assert torch.equal(table.head_pages[row, :pages], head_pages[row, :pages])
 
 
 @BOTH
@@ -99,7 +100,7 @@ def test_sparse_prefill_is_attention_under_the_mask(run, shape, chunk, dtype):
     keep = random_keep(case)
     table = build(reference, case, keep)
     out = torch.full_like(case.q, float("nan"))
-    run.sparse_prefill(case.q, case.kv, table, case.page_size, case.scale, out)
+    run.sparse_prefill(case.q, case.kv, table, case.geometry, out)
     exact = masked_attention(case, expected_mask(case, keep, SINK_PAGES, WINDOW_TOKENS))
     assert error(out, exact) < TOLERANCE[dtype]
 
@@ -110,7 +111,7 @@ def test_sparse_prefill_with_every_page_is_dense_attention(run, head_dim):
     case = make_chunk(70, 150, 1, 2, head_dim, 16)
     table = build(reference, case, torch.ones_like(random_keep(case)))
     out = torch.full_like(case.q, float("nan"))
-    run.sparse_prefill(case.q, case.kv, table, case.page_size, case.scale, out)
+    run.sparse_prefill(case.q, case.kv, table, case.geometry, out)
     dense = torch.full_like(case.q, float("nan"))
     starts = torch.tensor([0, 150], dtype=torch.int32, device=DEVICE)
     lens = torch.tensor([220], dtype=torch.int32, device=DEVICE)
@@ -125,7 +126,7 @@ def probe(run, case, elements=1 << 20) -> torch.Tensor:
         float("nan"), device=DEVICE,
     )  # fmt: skip
     run.probe_mass(
-        case.q, case.kv, case.block_table, chunk, case.page_size, case.scale, case.buffers.probe_lse,
+        case.q, case.kv, case.block_table, chunk, case.geometry, case.buffers.probe_lse,
         torch.full((elements,), float("nan"), dtype=case.kv.dtype, device=DEVICE), mass,
     )  # fmt: skip
     return mass
@@ -151,7 +152,7 @@ def test_probe_mass_sums_the_attention_of_the_last_queries(run, shape, chunk):
 
 
 @dtypes
-def test_probe_mass_matches_twin(dtype):
+def test_probe_mass_matches_reference(dtype):
     case = make_chunk(300, 211, 2, 3, 64, 16, dtype=dtype)
     assert error(probe(launchers, case), probe(reference, case)) < TOLERANCE[dtype]
 
@@ -164,13 +165,15 @@ def test_probe_mass_takes_a_few_heads_at_a_time_and_logits_of_any_size(dtype, si
     case.kv[int(case.block_table[28]), :, 3, :64] = size * case.q[200, ::4]
     whole = probe(launchers, case)
     few = probe(launchers, case, probe_parts(case.blocks.end_position))
-    twin = probe(reference, case)
+    expected = probe(reference, case)
     assert error(few, whole) < TOLERANCE[dtype]
     if size < 1:
-        assert error(whole, twin) < TOLERANCE[dtype]
+        assert error(whole, expected) < TOLERANCE[dtype]
     # The row of that query alone adds 1; past float32 its tile's pages (4 at most) share it.
     pages = whole.sum(1)
-    assert torch.isfinite(whole).all() and (pages[::4, 28:29] > 0.2).all() and (twin.sum(1)[::4, 28] > 0.9).all()
+    assert (
+        torch.isfinite(whole).all() and (pages[::4, 28:29] > 0.2).all() and (expected.sum(1)[::4, 28] > 0.9).all()
+    )
 
 
 @pytest.mark.parametrize("end", [200, 511])
@@ -179,15 +182,15 @@ def test_probe_mass_of_logits_far_below_zero(end):
     case = make_chunk(64, end - 64, 1, 2, 32, 16)
     case.q[:] = case.q.abs() + 1
     case.kv[..., :32] = case.kv[..., :32].abs().neg() * 10 - 30
-    mass, twin = probe(launchers, case), probe(reference, case)
+    mass, expected = probe(launchers, case), probe(reference, case)
     assert (case.q[-1] @ case.kv[int(case.block_table[0]), 0, 0, :32] * case.scale < -90).all()
-    assert torch.isfinite(mass).all() and error(mass, twin) < TOLERANCE[torch.float32]
+    assert torch.isfinite(mass).all() and error(mass, expected) < TOLERANCE[torch.float32]
 
 
-def select(run, case, mass, vertical=3, slash=4, coverage=0.0, patterns=None):
-    """``vertical`` pages and ``slash`` bands, or ``coverage``, in every head; or ``patterns`` of heads."""
+def select(run, case, mass, vertical=3, slash=4, top_p=0.0, patterns=None):
+    """``vertical`` pages and ``slash`` bands, or ``top_p``, in every head; or ``patterns`` of heads."""
     page, buffers = case.page_size, case.buffers
-    patterns = patterns or [HeadPattern(vertical * page, slash * page, coverage=coverage)] * case.q_heads
+    patterns = patterns or [HeadPattern(vertical * page, slash * page, top_p=top_p)] * case.q_heads
     run.select_bands(
         mass, case.blocks, page, HeadPatterns.of(patterns, page, DEVICE), SINK_PAGES,
         buffers.masses, buffers.page_keep, buffers.band_count,
@@ -212,7 +215,7 @@ SIZES = [
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("page_size", [16, 64, 128])
-def test_select_bands_matches_twin(page_size, sizes):
+def test_select_bands_matches_reference(page_size, sizes):
     case = make_chunk(700, 333, 1, 3, 32, page_size)
     shape = (case.q_heads, probe_groups(page_size) + 1, case.num_pages)
     # Sums of such numbers are exact in any order, so both sides see the same ties.
@@ -220,25 +223,25 @@ def test_select_bands_matches_twin(page_size, sizes):
     mass[0] = 0
     expected = select(reference, case, mass, *sizes)
     poison(case.buffers)
-    for mine, twin in zip(select(launchers, case, mass, *sizes), expected, strict=True):
-        assert torch.equal(mine, twin)
+    for mine, right in zip(select(launchers, case, mass, *sizes), expected, strict=True):
+        assert torch.equal(mine, right)
 
 
 MIXED = [
-    HeadPattern(coverage=0.8),
+    HeadPattern(top_p=0.8),
     HeadPattern(recent_tokens=100),
     HeadPattern(40, 70),
     HeadPattern(48, 64, 100),
     HeadPattern(10**7, 0),
-    HeadPattern(coverage=1.0),
-    HeadPattern(coverage=0.5, recent_tokens=65),
+    HeadPattern(top_p=1.0),
+    HeadPattern(top_p=0.5, recent_tokens=65),
     HeadPattern(),
 ]
 
 
 @pytest.mark.parametrize("page_size", [16, 64])
 def test_heads_of_a_launch_have_patterns_of_their_own(page_size):
-    """Kernel and twin choose for each head what they choose where all heads have its pattern."""
+    """Kernel and reference choose for each head what they choose where all heads have its pattern."""
     case = make_chunk(700, 333, 4, 2, 32, page_size)
     shape = (case.q_heads, probe_groups(page_size) + 1, case.num_pages)
     mass = torch.randint(0, 64, shape, device=DEVICE).float() / 64
@@ -246,7 +249,7 @@ def test_heads_of_a_launch_have_patterns_of_their_own(page_size):
     for run in (reference, launchers):
         poison(case.buffers)
         found.append(select(run, case, mass, patterns=MIXED)[1:])
-    assert all(torch.equal(twin, mine) for twin, mine in zip(*found, strict=True))
+    assert all(torch.equal(expected, mine) for expected, mine in zip(*found, strict=True))
     pages, counts = found[0]
     for head, pattern in enumerate(MIXED):
         poison(case.buffers)
@@ -298,7 +301,7 @@ def test_select_bands_keeps_a_number_of_equal_masses(run):
 
 
 @BOTH
-def test_select_bands_keeps_the_sizes_or_the_coverage_it_is_given(run):
+def test_select_bands_keeps_the_sizes_or_the_share_it_is_given(run):
     case = make_chunk(900, 200, 1, 2, 32, 16)
     mass = probe(reference, case)
     masses, pages, counts = select(run, case, mass, 5, 9)
@@ -312,13 +315,13 @@ def test_select_bands_keeps_the_sizes_or_the_coverage_it_is_given(run):
         cells = kept_pages[:, None] | (kept_bands[:, band.clamp(0, case.num_pages - 1)] & exists.to(DEVICE))
         return (mass * cells)[:, :, SINK_PAGES:].sum((1, 2)) / total
 
-    for coverage in (0.3, 0.9):
-        masses, pages, counts = select(run, case, mass, coverage=coverage)
+    for top_p in (0.3, 0.9):
+        masses, pages, counts = select(run, case, mass, top_p=top_p)
         pages, bands = pages.bool(), counts.diff(dim=1).bool()
-        assert (share(pages, bands) >= coverage * 0.9999).all(), "less than what was asked for"
+        assert (share(pages, bands) >= top_p * 0.9999).all(), "less than what was asked for"
         worth = torch.cat([masses[0].where(pages, 9e9), (masses[1] / 4).where(bands, 9e9)], 1)
         more = worth.amin(1, keepdim=True) * 1.01
-        assert (share(masses[0] >= more, masses[1] / 4 >= more) < coverage).all(), "more than what was asked for"
+        assert (share(masses[0] >= more, masses[1] / 4 >= more) < top_p).all(), "more than what was asked for"
 
 
 @BOTH
@@ -358,14 +361,14 @@ def score(run, case, name: str) -> torch.Tensor:
 @pytest.mark.parametrize("name", ["pooled_score", "antidiagonal_score"])
 @pytest.mark.parametrize("chunk", [(300, 129), (637, 200), (790, 77)], ids=str)
 @shapes
-def test_scores_match_twin(shape, chunk, name):
+def test_scores_match_reference(shape, chunk, name):
     case = make_chunk(*chunk, *shape)
     assert error(score(launchers, case, name), score(reference, case, name)) < 1e-4
 
 
 @pytest.mark.parametrize("name", ["pooled_score", "antidiagonal_score"])
 @dtypes
-def test_scores_match_twin_in_other_dtypes(dtype, name):
+def test_scores_match_reference_in_other_dtypes(dtype, name):
     case = make_chunk(300, 211, 2, 3, 64, 16, dtype=dtype)
     assert error(score(launchers, case, name), score(reference, case, name)) < TOLERANCE[dtype]
 
@@ -427,7 +430,7 @@ def test_pattern_distance_tells_heads_closer_than_the_threshold(run, shape, chun
     queries = probe_queries(case.blocks, case.page_size)
     scores = case.buffers.masses[0, :, : case.num_pages]
     run.pooled_score(
-        case.q[-queries.num_tokens :], case.kv, case.block_table, queries, case.page_size, case.scale,
+        case.q[-queries.num_tokens :], case.kv, case.block_table, queries, case.geometry,
         case.buffers.pooled, scores,
     )  # fmt: skip
     mass, slack = probe(reference, case), max(1e-3, TOLERANCE[dtype])
@@ -459,7 +462,7 @@ def test_pattern_distance_of_what_is_equal_and_of_what_has_nothing_in_common(run
 
 
 def test_antidiagonal_scores_of_more_blocks_than_a_program_holds(monkeypatch):
-    monkeypatch.setitem(antidiagonal_score.TUNING, "row_bytes", 1)  # two blocks each
+    monkeypatch.setitem(antidiagonal_score.TUNING, "token_bytes", 1)  # two blocks each
     case = make_chunk(75, 4 * BLOCK_TOKENS + 9, 1, 2, 32, 32)
     assert case.blocks.num_blocks == 5
     name = "antidiagonal_score"
@@ -480,7 +483,7 @@ def test_antidiagonal_score_samples_the_attention_of_a_block(run):
 
 @pytest.mark.parametrize("sizes", [(3, 0.0), (0, 0.0), (ALL, 0.0), (1, 0.6), (1, 1)], ids=str)
 @chunks
-def test_select_row_pages_matches_twin(chunk, sizes):
+def test_select_row_pages_matches_reference(chunk, sizes):
     case = make_chunk(*chunk, 1, 2, 32, 16)
     # Log-masses of powers of two: sums of masses are exact in any order.
     scores = torch.randint(-6, 0, random_keep(case).shape, device=DEVICE) * math.log(2)
@@ -492,30 +495,30 @@ def test_select_row_pages_matches_twin(chunk, sizes):
 
 
 PATTERNS = {
-    "a_shape": FixedPattern(initial_tokens=40, recent_tokens=70),
-    "strided": FixedPattern(recent_tokens=50, stride_tokens=100),
-    "dilated": FixedPattern(initial_tokens=20, recent_tokens=100, dilation=3),
-    "longformer": FixedPattern(recent_tokens=90, dilation=2, dilated_heads=2),
-    "bigbird": FixedPattern(initial_tokens=16, recent_tokens=16, random_tokens=120),
+    "a_shape": PositionPattern(initial_tokens=40, recent_tokens=70),
+    "strided": PositionPattern(recent_tokens=50, stride_tokens=100),
+    "dilated": PositionPattern(initial_tokens=20, recent_tokens=100, dilation=3),
+    "longformer": PositionPattern(recent_tokens=90, dilation=2, dilated_heads=2),
+    "bigbird": PositionPattern(initial_tokens=16, recent_tokens=16, random_tokens=120),
 }
 
 
 @pytest.mark.parametrize("page_size", [16, 32])
 @pytest.mark.parametrize("pattern", PATTERNS)
 @chunks
-def test_fixed_pattern_matches_twin(chunk, pattern, page_size):
+def test_fixed_pattern_matches_reference(chunk, pattern, page_size):
     case = make_chunk(*chunk, 1, 3, 32, page_size)
     expected = torch.full_like(random_keep(case), 77)
     actual = expected.clone()
     for run, keep in ((reference, expected), (launchers, actual)):
-        run.fixed_pattern(PATTERNS[pattern], case.blocks, page_size, keep)
+        run.position_pattern(PATTERNS[pattern], case.blocks, page_size, keep)
     assert torch.equal(actual, expected) and (expected <= 1).all()
 
 
-def fixed_keep(pattern: FixedPattern, case) -> torch.Tensor:
+def position_keep(pattern: PositionPattern, case) -> torch.Tensor:
     """bool [q_heads, num_blocks, num_pages]."""
     keep = torch.full_like(random_keep(case), 77)
-    reference.fixed_pattern(pattern, case.blocks, case.page_size, keep)
+    reference.position_pattern(pattern, case.blocks, case.page_size, keep)
     return keep.bool().view(case.q_heads, case.blocks.num_blocks, -1)
 
 
@@ -523,7 +526,7 @@ def fixed_keep(pattern: FixedPattern, case) -> torch.Tensor:
 @pytest.mark.parametrize("name", ["a_shape", "strided"])
 def test_fixed_pattern_keeps_pages_with_any_token_that_counts(chunk, name):
     case, pattern = make_chunk(*chunk, 1, 1, 32, 16), PATTERNS[name]
-    keep = fixed_keep(pattern, case)[0]
+    keep = position_keep(pattern, case)[0]
     key = torch.arange(case.num_pages * 16, device=DEVICE)
     for block, part in enumerate(case.blocks.split(1)):
         position = torch.arange(part.first_position, part.end_position, device=DEVICE)[:, None]
@@ -537,7 +540,7 @@ def test_fixed_pattern_keeps_pages_with_any_token_that_counts(chunk, name):
 
 def test_dilated_heads_skip_pages_and_reach_farther():
     case = make_chunk(600, 16, 1, 2, 32, 16)
-    near, far = fixed_keep(PATTERNS["longformer"], case)[:, 0]
+    near, far = position_keep(PATTERNS["longformer"], case)[:, 0]
     assert near.sum() == near[-int(near.sum()) :].sum(), "the undilated window has gaps"
     assert not far[-2] and far[-1] and far[-3]
     assert far.nonzero().min() < near.nonzero().min()
@@ -545,7 +548,7 @@ def test_dilated_heads_skip_pages_and_reach_farther():
 
 def test_random_pages_are_about_as_many_as_asked_for():
     case = make_chunk(3000, 256, 2, 8, 32, 16)
-    drawn = fixed_keep(FixedPattern(random_tokens=320), case).sum(-1).float()
+    drawn = position_keep(PositionPattern(random_tokens=320), case).sum(-1).float()
     assert 15 < drawn.mean() < 25 and drawn.std() > 1, "20 pages on average, drawn anew by block and head"
 
 

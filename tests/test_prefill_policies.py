@@ -8,11 +8,11 @@ from cases import DEVICE, ON_GPU, TOLERANCE, error
 from prefill_cases import attention_weights, causal_mask, make_chunk, masked_attention, poison, table_mask
 
 from vllm_sparse import kernels
-from vllm_sparse.attention.torch_attn import TorchEngine
+from vllm_sparse.attention.torch_attn import TorchAttention
 from vllm_sparse.config import SparseConfig
 from vllm_sparse.pages.head_patterns import HeadPatterns
 from vllm_sparse.pages.query_blocks import QueryBlocks
-from vllm_sparse.policies import PREFILL_POLICIES, get_prefill_policy
+from vllm_sparse.policies import PREFILL_POLICIES
 from vllm_sparse.prefill.attend import SparsePrefill, plan_chunks
 
 CHOOSING = [name for name in PREFILL_POLICIES if name != "dense"]
@@ -20,16 +20,16 @@ ESTIMATING = ["vertical_slash", "block_sparse", "xattention", "flex_prefill"]
 FIXED = {name: {"slash_tokens": 800} if name == "strided" else {} for name in CHOOSING if name not in ESTIMATING}
 """Policies by position alone, and sizes at which chunks of a few blocks leave pages out."""
 policies = pytest.mark.parametrize("policy", CHOOSING)
-SIZES = {"prefill_coverage": 0, "vertical_tokens": 48, "slash_tokens": 64}
+SIZES = {"prefill_top_p": 0, "vertical_tokens": 48, "slash_tokens": 64}
 
 
-class Recording(TorchEngine):
+class Recording(TorchAttention):
     """The torch engine, keeping the mask of each table that it was given."""
 
     def __init__(self, case):
         self.case, self.masks, self.first = case, [], case.blocks.first_position
 
-    def attend_blocks(self, q, kv, table, page_size, scale, out, scratch):
+    def attend_blocks(self, q, kv, table, geometry, out, scratch):
         part = QueryBlocks(0, 0, len(q), self.first)
         self.first += len(q)
         whole, self.case.blocks = self.case.blocks, part
@@ -37,12 +37,12 @@ class Recording(TorchEngine):
         self.case.blocks = whole
         pad = whole.end_position - part.end_position
         self.masks.append(torch.nn.functional.pad(mask, (0, pad)))
-        super().attend_blocks(q, kv, table, page_size, scale, out, scratch)
+        super().attend_blocks(q, kv, table, geometry, out, scratch)
 
 
 def policy_of(config: SparseConfig, case):
     patterns = HeadPatterns.of([config.uniform_pattern] * case.q_heads, case.page_size, DEVICE)
-    return get_prefill_policy(config, case.page_size, patterns)
+    return config.new_prefill_policy(case.page_size, patterns)
 
 
 def sparse_of(case, policy: str, engine, **settings) -> SparsePrefill:
@@ -85,7 +85,7 @@ def test_everything_asked_for_is_everything_attended(policy):
     case = make_chunk(300, 200, 1, 2, 32, 16)
     sizes = [{"slash_tokens": 10**6}]
     if policy in ESTIMATING:
-        sizes.append({"prefill_coverage": 1, "vertical_tokens": 0})
+        sizes.append({"prefill_top_p": 1, "vertical_tokens": 0})
     for settings in sizes:
         _, mask = attend(case, policy, **{"vertical_tokens": 10**6, **settings})
         assert torch.equal(mask, causal_mask(case).expand_as(mask))
@@ -111,7 +111,7 @@ def test_small_sizes_leave_pages_out(policy):
 
 @policies
 @pytest.mark.skipif(ON_GPU, reason="a GPU runs the kernels anyway")
-def test_kernels_choose_what_the_twins_choose(policy, monkeypatch):
+def test_kernels_choose_what_the_references_choose(policy, monkeypatch):
     pytest.importorskip("triton")
     from vllm_sparse.kernels import launchers
 
@@ -159,17 +159,17 @@ def test_random_pages_too_many_to_draw_on_the_host_are_all_in_reach():
 
 
 @pytest.mark.parametrize("policy", FIXED)
-@pytest.mark.parametrize("runs", ["twins", "kernels"])
+@pytest.mark.parametrize("runs", ["references", "kernels"])
 def test_what_is_out_of_reach_never_reaches_an_output(policy, runs, monkeypatch):
     """With offload the buffer holds anything there: neither K nor V of it may be looked at."""
-    engine = TorchEngine()
+    engine = TorchAttention()
     if runs == "kernels":
         pytest.importorskip("triton")
-        from vllm_sparse.attention.triton_attn import TritonEngine
+        from vllm_sparse.attention.triton_attn import TritonAttention
         from vllm_sparse.kernels import launchers
 
         monkeypatch.setattr(kernels, "for_device", lambda device: launchers)
-        engine = TritonEngine()
+        engine = TritonAttention()
     case = make_chunk(1500, 270, 1, 3, 32, 16, seed=6)
     sparse = sparse_of(case, policy, engine, **FIXED[policy])
     outs = [torch.full_like(case.q, float("nan")) for _ in range(2)]
@@ -186,7 +186,7 @@ def test_what_is_out_of_reach_never_reaches_an_output(policy, runs, monkeypatch)
 def test_warm_up_leaves_no_trace(policy):
     case = make_chunk(300, 200, 1, 2, 32, 16)
     config = SparseConfig(prefill_policy=policy)
-    sparse = SparsePrefill(policy_of(config, case), TorchEngine(), case.buffers, 1, 32, case.scale)
+    sparse = SparsePrefill(policy_of(config, case), TorchAttention(), case.buffers, 1, 32, case.scale)
     sparse.warm_up(1, 17, 32, 2, torch.float32)
     assert case.buffers.counters.tolist() == [0, 0]
     assert not (case.buffers.lengths == 2**30).all(), "nothing ran"
@@ -240,16 +240,16 @@ def two_kinds_of_head(page_size: int):
     return case, likes
 
 
-@pytest.mark.parametrize("runs", ["twins", "kernels"])
-@pytest.mark.parametrize(("page_size", "coverage"), [(16, 0), (64, 0.9)])
-def test_flex_prefill_gives_each_head_its_pattern(runs, page_size, coverage, monkeypatch):
+@pytest.mark.parametrize("runs", ["references", "kernels"])
+@pytest.mark.parametrize(("page_size", "top_p"), [(16, 0), (64, 0.9)])
+def test_flex_prefill_gives_each_head_its_pattern(runs, page_size, top_p, monkeypatch):
     if runs == "kernels":
         pytest.importorskip("triton")
         from vllm_sparse.kernels import launchers
 
         monkeypatch.setattr(kernels, "for_device", lambda device: launchers)
     case, likes = two_kinds_of_head(page_size)
-    settings = {"prefill_coverage": coverage, "vertical_tokens": 0, "slash_tokens": page_size}
+    settings = {"prefill_top_p": top_p, "vertical_tokens": 0, "slash_tokens": page_size}
     _, mask = attend(case, "flex_prefill", **settings)
     assert case.buffers.query_aware.tolist() == [1, 0]
     position = torch.arange(1000, 1256, device=DEVICE)[:, None]
@@ -262,7 +262,7 @@ def test_flex_prefill_gives_each_head_its_pattern(runs, page_size, coverage, mon
         always = (pages == 0) | (pages >= (start - 31) // page_size)
         share = (2 * likes[block, : start // page_size]).double().softmax(0)
         ordered = share.sort(descending=True)
-        wanted = int((ordered.values.cumsum(0) < coverage).sum()) + 1
+        wanted = int((ordered.values.cumsum(0) < top_p).sum()) + 1
         expected[0, rows] = torch.isin(pages, ordered.indices[:wanted]) | always
         expected[1, rows] = torch.isin(pages, pages.expand_as(band)[rows][band[rows]]) | always
     expected &= causal
@@ -290,5 +290,5 @@ def test_buffers_stay_within_256_mib_at_any_context():
             assert buffers.num_bytes <= 256 << 20, (heads, head_dim, context, buffers.num_bytes >> 20)
             chunk = QueryBlocks(0, 0, 8192, context - 8192)
             part = next(chunk.split(buffers.blocks_at_once(chunk)))
-            assert buffers.table(part).units.shape == buffers.keep_mask(part).shape
+            assert buffers.table(part).head_pages.shape == buffers.keep_mask(part).shape
             assert buffers.probe_masses(chunk).numel() > 0

@@ -27,7 +27,7 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backends import registry
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm_sparse import plugin_entrypoints
-from vllm_sparse.backend import compat
+from vllm_sparse.backend import compat, install
 from vllm_sparse.plugin_entrypoints import register
 
 platform = type(current_platform)
@@ -75,12 +75,12 @@ def fails(*args):
 half = vars(Half)["get_attn_backend_cls"]
 breaks = {
     "no platforms": Module("vllm.platforms", types.ModuleType("vllm.platforms")),
-    "no module of ours": Module("vllm_sparse.backend.compat", None),
+    "no module of ours": Module("vllm_sparse.backend.install", None),
     "too old": Patch(sys.modules["vllm"], "__version_tuple__", (0, 26, 0)),
     "no choice": Patch(vllm.platforms, "current_platform", Bare()),
     "no check": Patch(vllm.platforms, "current_platform", Half()),
     "static check": Patch(vllm.platforms, "current_platform", Static()),
-    "no name": Patch(compat, "add_backend_name", fails),
+    "no name": Patch(install, "add_backend_name", fails),
     "no registry": Module("vllm.v1.attention.backends.registry", types.ModuleType("registry")),
 }
 stock = state()
@@ -89,12 +89,12 @@ for name, broken in breaks.items():
     plugin_entrypoints._reasons.clear()
     if name == "no module of ours":
         import vllm_sparse.backend
-        del vllm_sparse.backend.compat
+        del vllm_sparse.backend.install
     with broken:
         register()
         register()
     if name == "no module of ours":
-        vllm_sparse.backend.compat = compat
+        vllm_sparse.backend.install = install
     assert len(warnings) == 1 and "not available" in warnings[0], (name, warnings)
     assert state() == stock, (name, state(), stock)
     assert vars(Half)["get_attn_backend_cls"] is half, name
@@ -142,7 +142,7 @@ assert len(warnings) == 1 and "RuntimeError: odd" in warnings[0], warnings
 from vllm.v1.worker import worker_base
 del worker_base.WorkerWrapperBase.initialize_from_config
 try:
-    compat._install_hooks()
+    install._install_hooks()
 except RuntimeError as error:
     assert "--attention-backend sparse is not available: AttributeError" in str(error), error
 else:
@@ -185,10 +185,10 @@ def test_a_gpu_without_triton_is_refused_by_name(monkeypatch):
 
     import vllm.platforms
 
-    from vllm_sparse.backend import compat
+    from vllm_sparse.backend import check
     from vllm_sparse.errors import ConfigError
 
     monkeypatch.setattr(vllm.platforms, "_current_platform", SimpleNamespace(is_cpu=lambda: False))
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(ConfigError, match="--attention-backend sparse: its kernels need Triton"):
-        compat._check_asked(SimpleNamespace(additional_config={}))
+        check.check_engine(SimpleNamespace(additional_config={}))

@@ -1,4 +1,4 @@
-"""Sketches of keys: their kernels against the torch twins, and what they must hold."""
+"""Sketches of keys: their kernels against the torch references, and what they must hold."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from cases import DEVICE, DTYPES, ON_GPU, error, make, poisoned_scores
 
 from vllm_sparse.kernels import reference
 from vllm_sparse.kernels.reference_sketch import hadamard, sketched_keys
-from vllm_sparse.pages.summaries import SKETCH_BITS, SUMMARIES, SketchLayout, summary_rows
+from vllm_sparse.pages.summaries import SKETCH_BITS, SUMMARIES, SketchLayout, summary_slots
 
 pytest.importorskip("triton")
 from vllm_sparse.kernels import launchers
@@ -23,7 +23,7 @@ summaries = pytest.mark.parametrize("summary", SKETCH_BITS)
 
 def empty_cache(blocks, kv_heads, head_dim, page_size, dtype, summary):
     """Poison, in bytes that are no code, no scale and no mean."""
-    rows = page_size + summary_rows(summary, page_size, head_dim, dtype.itemsize)
+    rows = page_size + summary_slots(summary, page_size, head_dim, dtype.itemsize)
     return torch.full((blocks, kv_heads, rows, 2 * head_dim), float("nan"), dtype=dtype, device=DEVICE)
 
 
@@ -36,7 +36,7 @@ def scale_of_logits(case, summary):
 @summaries
 @shapes
 @dtypes
-def test_scores_match_twin(shape, dtype, summary):
+def test_scores_match_reference(shape, dtype, summary):
     kv_heads, group, head_dim, page_size = shape
     lengths = [*LENGTHS, 66 * page_size]
     case = make(lengths, kv_heads, group, head_dim, page_size, 4, dtype=dtype, summary=summary)
@@ -47,17 +47,17 @@ def test_scores_match_twin(shape, dtype, summary):
     # The kernel rounds each channel of a rotated query to a step, so a logit is off by this much at one sigma.
     step = scale_of_logits(case, summary) / (127 * 128)
     sigma = step * 12**-0.5
-    for mine, twin in ((actual.values, case.scores.values), (actual.chunk_lse, case.scores.chunk_lse)):
-        assert torch.equal(mine.isnan(), twin.isnan()), "wrote a score that nobody asked for"
+    for mine, expected in ((actual.values, case.scores.values), (actual.chunk_lse, case.scores.chunk_lse)):
+        assert torch.equal(mine.isnan(), expected.isnan()), "wrote a score that nobody asked for"
         written = ~mine.isnan()
         assert written.any()
-        assert (mine - twin)[written].abs().max() < 6 * sigma + 1e-5
+        assert (mine - expected)[written].abs().max() < 6 * sigma + 1e-5
 
 
 @summaries
 @shapes
 @dtypes
-def test_page_write_matches_twin_over_chunks(shape, dtype, summary):
+def test_page_write_matches_reference_over_chunks(shape, dtype, summary):
     kv_heads, _, head_dim, page_size = shape
     expected = empty_cache(9, kv_heads, head_dim, page_size, dtype, summary)
     actual = expected.clone()
@@ -78,12 +78,12 @@ def test_page_write_matches_twin_over_chunks(shape, dtype, summary):
     assert actual[untouched].isnan().all(), "a block that no slot names was written"
     filled = torch.arange(2 * page_size + 16).split(page_size)  # up to the end of a tile
     for block, tokens in zip(blocks.tolist(), filled, strict=True):
-        mine, twin = (
+        mine, right = (
             sketched_keys(kv[[block]], page_size, summary)[0][:, :, : len(tokens)] for kv in (actual, expected)
         )
         # Rounding may move a code over a threshold, and a mean by one step of 127, but few of them.
-        assert error(mine, twin) < 1e-2
-        assert ((mine - twin).abs() > twin.abs().max() / 50).float().mean() < 1e-3
+        assert error(mine, right) < 1e-2
+        assert ((mine - right).abs() > right.abs().max() / 50).float().mean() < 1e-3
 
 
 @summaries
@@ -143,7 +143,7 @@ def test_a_key_far_from_the_others_wins_and_stays_finite(summary, size):
     key[5] = heads[:, 0] * size
     reference.page_write(key, key, case.kv, torch.arange(block * 16, block * 16 + 16, device=DEVICE), 16, summary)
     found = poisoned_scores(6, case.scores.capacity_pages, 1, DEVICE)
-    launchers.sketch_score(case.q, case.kv, case.block_table, case.plan, 16, case.scale, found, summary)
+    launchers.sketch_score(case.q, case.kv, case.block_table, case.plan, case.geometry, found, summary)
     scores = found.values[:, :10]
     assert scores.isfinite().all() and found.chunk_lse[:, 0].isfinite().all()
     assert scores.view(2, 3, 10)[:, 0].argmax(-1).tolist() == [3, 3]
@@ -163,7 +163,7 @@ def test_a_page_is_read_up_to_the_end_of_its_request_only(summary):
         reference.page_write(keys, keys, kv, slots, 32, summary)
         reference.page_write(first, first, kv, slots[:1], 32, summary)
         out = poisoned_scores(6, case.scores.capacity_pages, 2, DEVICE)
-        launchers.sketch_score(case.q, kv, case.block_table, case.plan, 32, case.scale, out, summary)
+        launchers.sketch_score(case.q, kv, case.block_table, case.plan, case.geometry, out, summary)
         scores.append(out.values[:, 5])
     assert scores[0].isfinite().all()
     assert torch.equal(*scores)
@@ -174,7 +174,7 @@ def test_a_page_is_read_up_to_the_end_of_its_request_only(summary):
 def test_offsets_past_int32():
     """A cache of more than 2**31 elements, used at its far end."""
     heads, page, head_dim, summary = 8, 16, 128, "sketch2"
-    rows = page + summary_rows(summary, page, head_dim, 2)
+    rows = page + summary_slots(summary, page, head_dim, 2)
     blocks = 2**32 // (heads * rows * 2 * head_dim)
     kv = torch.empty(blocks, heads, rows, 2 * head_dim, dtype=torch.bfloat16, device=DEVICE)
     far = torch.arange(blocks - 40, blocks, device=DEVICE)
@@ -190,9 +190,9 @@ def test_offsets_past_int32():
 
 
 def test_summaries_take_the_rows_they_need():
-    assert [summary_rows(summary, 16, 128, 2) for summary in SUMMARIES] == [0, 1, 1, 2]
-    assert [summary_rows("sketch2", page, 128, 2) for page in (32, 64, 256)] == [3, 6, 22]
-    assert summary_rows("sketch2", 16, 64, 4) == 1
+    assert [summary_slots(summary, 16, 128, 2) for summary in SUMMARIES] == [0, 1, 1, 2]
+    assert [summary_slots("sketch2", page, 128, 2) for page in (32, 64, 256)] == [3, 6, 22]
+    assert summary_slots("sketch2", 16, 64, 4) == 1
     assert SketchLayout.of("sketch2", 96).width == 128
     with pytest.raises(ValueError, match="summary 'sketch3'; allowed: none, key_range, sketch1, sketch2"):
-        summary_rows("sketch3", 16, 128, 2)
+        summary_slots("sketch3", 16, 128, 2)

@@ -17,7 +17,7 @@ from vllm.v1.kv_cache_interface import (
 
 from vllm_sparse.backend.backend import SparseBackend
 from vllm_sparse.backend.spec import SparseAttentionSpec, page_size_of
-from vllm_sparse.pages.summaries import SUMMARIES, summary_rows
+from vllm_sparse.pages.summaries import SUMMARIES, summary_slots
 
 try:
     from vllm.v1.core.kv_cache_planning import is_kv_cache_spec_uniform, unify_kv_cache_spec_page_size
@@ -43,7 +43,7 @@ def sliding(heads: int = 8, size: int = 128) -> SlidingWindowSpec:
 @pytest.mark.parametrize("size", [32, 64, 80, 96, 128, 256])
 def test_bytes_are_proportional_to_tokens_and_exact_for_one(summary, size):
     page = sparse(size=size, summary=summary)
-    rows = 16 + summary_rows(summary, 16, size, 2)
+    rows = 16 + summary_slots(summary, 16, size, 2)
     assert page.page_size_bytes == 8 * rows * 2 * size * 2
     one = sparse(size=size, block=1, summary=summary)
     assert one.page_size_bytes * 16 == page.page_size_bytes, (

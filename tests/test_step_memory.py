@@ -14,15 +14,17 @@ from cases import DEVICE, ON_GPU, TOLERANCE, error, in_float64
 from prefill_cases import make_chunk, random_keep
 
 from vllm_sparse import kernels
-from vllm_sparse.attention import fa3
-from vllm_sparse.attention.torch_attn import TorchEngine
+from vllm_sparse.attention import fa3_attn
+from vllm_sparse.attention.torch_attn import TorchAttention
 from vllm_sparse.backend import prefill_rows
 from vllm_sparse.config import SparseConfig
 from vllm_sparse.kernels import reference
+from vllm_sparse.pages.geometry import Geometry
 from vllm_sparse.pages.head_patterns import HeadPatterns
 from vllm_sparse.pages.layout import single_head_pages
 from vllm_sparse.pages.query_blocks import BLOCK_TOKENS, QueryBlocks
-from vllm_sparse.policies import DECODE_POLICIES, PREFILL_POLICIES, get_decode_policy, get_prefill_policy
+from vllm_sparse.pages.selection import Selection
+from vllm_sparse.policies import DECODE_POLICIES, PREFILL_POLICIES
 from vllm_sparse.prefill.attend import SparsePrefill
 from vllm_sparse.prefill.buffers import PrefillBuffers
 
@@ -32,9 +34,9 @@ CONTEXT, CHUNK = 65536, 16384
 cpu_only = pytest.mark.skipif(ON_GPU, reason="a GPU shows it itself: tests/test_gpu_memory.py")
 
 
-def fake_fa3(attend) -> fa3.FA3Engine:
+def fake_fa3(attend) -> fa3_attn.FA3Attention:
     """The engine around ``attend`` in place of FlashAttention."""
-    engine = fa3.FA3Engine.__new__(fa3.FA3Engine)
+    engine = fa3_attn.FA3Attention.__new__(fa3_attn.FA3Attention)
     engine._attend, engine._starts = attend, torch.arange(4097, dtype=torch.int32, device=DEVICE)
     return engine
 
@@ -50,8 +52,8 @@ def varlen_attention(seen: list[dict]):
             length = int(seqused_k[row])
             if not length:
                 continue
-            units = block_table[row, : -(-length // k.shape[1])].long()
-            keys, values = (x[units].flatten(0, 1)[:length, 0].double() for x in (k, v))
+            head_pages = block_table[row, : -(-length // k.shape[1])].long()
+            keys, values = (x[head_pages].flatten(0, 1)[:length, 0].double() for x in (k, v))
             logits = q[start:end].double() @ keys.T * softmax_scale
             queries = torch.arange(end - start, device=q.device)[:, None, None]
             unseen = torch.arange(length, device=q.device) > length - (end - start) + queries
@@ -61,7 +63,7 @@ def varlen_attention(seen: list[dict]):
     return attend
 
 
-@pytest.mark.parametrize("run", ["twin", "kernel"])
+@pytest.mark.parametrize("run", ["reference", "kernel"])
 @pytest.mark.parametrize(("first", "tokens"), [(0, 128), (37, 200), (333, 130), (256, 1), (100, 513)])
 def test_a_table_says_where_the_queries_of_each_block_begin(run, first, tokens):
     if run == "kernel":
@@ -72,7 +74,13 @@ def test_a_table_says_where_the_queries_of_each_block_begin(run, first, tokens):
     case = make_chunk(first, tokens, KV_HEADS, 2, 32)
     table = case.buffers.table(case.blocks)
     run.prefill_table(
-        random_keep(case), case.block_table, case.blocks, case.kv, PAGE, 1, 40, case.buffers.counters, table
+        random_keep(case),
+        case.block_table,
+        case.blocks,
+        case.kv,
+        Selection(PAGE, 1, 1, 40),
+        case.buffers.counters,
+        table,
     )
     starts = [head * tokens + block for head in range(case.q_heads) for block in range(0, tokens, BLOCK_TOKENS)]
     assert table.starts.tolist() == [*starts, case.q_heads * tokens]
@@ -87,8 +95,8 @@ def test_fa3_gets_the_blocks_of_each_head_in_turn(first, tokens):
     )
     out, expected = torch.full_like(case.q, 7.0), torch.empty_like(case.q, dtype=torch.float64)
     scratch = torch.full((2, case.q.numel() + 5), float("nan"), dtype=case.q.dtype, device=DEVICE)
-    fake_fa3(varlen_attention(seen)).attend_blocks(case.q, case.kv, table, PAGE, case.scale, out, scratch)
-    reference.sparse_prefill(case.q.double(), in_float64(case.kv), table, PAGE, case.scale, expected)
+    fake_fa3(varlen_attention(seen)).attend_blocks(case.q, case.kv, table, case.geometry, out, scratch)
+    reference.sparse_prefill(case.q.double(), in_float64(case.kv), table, case.geometry, expected)
     assert error(out, expected) < TOLERANCE[torch.float32]
     (call,) = seen
     assert call["cu_seqlens_q"].data_ptr() == case.buffers.starts.data_ptr(), "starts were copied"
@@ -101,14 +109,14 @@ def test_parts_of_split_rows_never_outgrow_their_bound():
         (64, 96, 128, 256),
         (16, 512, 513, 2048, 65536, 1 << 20),
     ):
-        splits = fa3.most_splits(queries, head_dim, tokens)
+        splits = fa3_attn.most_splits(queries, head_dim, tokens)
         assert 1 <= splits <= 128 and splits <= max(1, -(-tokens // 128))
-        assert splits == 1 or splits * queries * 4 * (head_dim + 1) <= fa3.PARTS_BYTES
+        assert splits == 1 or splits * queries * 4 * (head_dim + 1) <= fa3_attn.PARTS_BYTES
     # The call that once took 5.54 GiB: 31 blocks of 32 heads.
-    assert fa3.most_splits(31 * 128 * 32, 128, 65536) == 1
+    assert fa3_attn.most_splits(31 * 128 * 32, 128, 65536) == 1
     # A decode step of one request, and a short last chunk, still fill a GPU.
-    assert fa3.most_splits(32, 128, 2048) == 16
-    assert fa3.most_splits(2 * 128 * 32, 128, 65536) * 2 * 32 > 264
+    assert fa3_attn.most_splits(32, 128, 2048) == 16
+    assert fa3_attn.most_splits(2 * 128 * 32, 128, 65536) * 2 * 32 > 264
 
 
 @pytest.fixture
@@ -131,11 +139,11 @@ def settings(**changes) -> SparseConfig:
 
 
 @cpu_only
-@pytest.mark.parametrize("coverage", [0, 0.9])
+@pytest.mark.parametrize("top_p", [0, 0.9])
 @pytest.mark.parametrize("name", [name for name in PREFILL_POLICIES if name != "dense"])
-def test_a_chunk_allocates_nothing_and_waits_for_nothing(host_code, name, coverage):
+def test_a_chunk_allocates_nothing_and_waits_for_nothing(host_code, name, top_p):
     """Host code of estimate, choice, table and engine, over 16,384 queries that end a context of 65,536."""
-    config = settings(prefill_policy=name, prefill_coverage=coverage)
+    config = settings(prefill_policy=name, prefill_top_p=top_p)
     buffers = PrefillBuffers.allocate(Q_HEADS, HEAD_DIM, PAGE, CONTEXT, CHUNK, torch.float16, DEVICE)
     buffers.scratch = torch.empty(2, 1 << 23, dtype=torch.float16)  # a CPU allocates none
     q = torch.empty(CHUNK, Q_HEADS, HEAD_DIM, dtype=torch.float16)
@@ -143,7 +151,7 @@ def test_a_chunk_allocates_nothing_and_waits_for_nothing(host_code, name, covera
     patterns = HeadPatterns.of([config.uniform_pattern] * Q_HEADS, PAGE, DEVICE)
     calls = []
     sparse = SparsePrefill(
-        get_prefill_policy(config, PAGE, patterns),
+        config.new_prefill_policy(PAGE, patterns),
         fake_fa3(lambda **given: calls.append(given)),
         buffers,
         1,
@@ -245,39 +253,41 @@ def workspace_of(config: SparseConfig, max_model_len: int = 131072, max_num_seqs
 def rehearsal_of(config: SparseConfig, engine, **sizes):
     from vllm_sparse.backend.rehearsal import Rehearsal
 
-    policy = get_decode_policy(config.decode_policy)
+    policy = DECODE_POLICIES[config.decode_policy]
     workspace = workspace_of(config, **sizes)
     kv = torch.zeros(1, KV_HEADS, PAGE + 1, 2 * HEAD_DIM, dtype=torch.float16)
-    coverage = config.decode_coverage if policy.adaptive else 0.0
-    return Rehearsal(config, workspace, engine, engine, kv, coverage, 0.1), workspace
+    top_p = config.top_p if policy.adaptive else 0.0
+    return Rehearsal(config, workspace, engine, engine, kv, top_p, 0.1), workspace
 
 
 @cpu_only
 @pytest.mark.parametrize("name", [name for name in DECODE_POLICIES if name != "dense"])
 def test_what_a_decode_step_allocates_was_rehearsed(host_code, name):
     """Host code of score, selection and the Triton engine, at every batch size."""
-    from vllm_sparse.attention.triton_attn import TritonEngine
+    from vllm_sparse.attention.triton_attn import TritonAttention
 
     config = settings(decode_policy=name)
-    rehearsal, workspace = rehearsal_of(config, TritonEngine())
+    rehearsal, workspace = rehearsal_of(config, TritonAttention())
     q = torch.empty(32, Q_HEADS, HEAD_DIM, dtype=torch.float16)
     with Allocations() as rehearsed:
         rehearsal.run(q, q)
     assert not rehearsed.waits
     largest = max(size for _, size in rehearsed.made)
-    policy = get_decode_policy(name)
+    policy = DECODE_POLICIES[name]
     rows = PAGE + 8  # room for any summary
     kv = torch.zeros(1, KV_HEADS, rows, 2 * HEAD_DIM, dtype=torch.float16)
     for requests in range(1, 33):
         table = torch.zeros(requests, workspace.max_pages, dtype=torch.int32)
         plan, chosen = workspace.plan.rows(requests), workspace.table.rows(requests * KV_HEADS)
         with Allocations() as seen:
-            policy.score(q[:requests], kv, table, plan, PAGE, 0.1, workspace.scores)
+            policy.score(q[:requests], kv, table, plan, Geometry.of(q[:requests], kv, PAGE, 0.1), workspace.scores)
             host_code.select_pages(
-                workspace.scores, table, plan, kv, PAGE, config.largest_pages(PAGE), 1, 64, chosen,
-                rehearsal.coverage,
+                workspace.scores, table, plan, kv,
+                Selection(PAGE, config.largest_pages(PAGE), 1, 64, rehearsal.top_p), chosen,
             )  # fmt: skip
-            TritonEngine().attend(q[:requests], kv, chosen, PAGE, 0.1, q[:requests])
+            TritonAttention().attend(
+                q[:requests], kv, chosen, Geometry.of(q[:requests], kv, PAGE, 0.1), q[:requests]
+            )
         assert not seen.waits
         # Sizes between two that were rehearsed may fill a GPU a little better.
         assert max(size for _, size in seen.made) <= 1.1 * largest, f"{requests} requests: {seen.made}"
@@ -290,7 +300,7 @@ def test_a_rehearsal_attends_as_many_blocks_as_a_chunk_ever_does(host_code):
     rehearsal, workspace = rehearsal_of(config, fake_fa3(lambda **given: calls.append(given)))
     buffers = workspace.prefill
     buffers.scratch = torch.empty(2, buffers.max_blocks * BLOCK_TOKENS * Q_HEADS * HEAD_DIM, dtype=torch.float16)
-    for left in (buffers.lengths, buffers.starts, buffers.units):
+    for left in (buffers.lengths, buffers.starts, buffers.head_pages):
         left.fill_(2**30)  # of a step before
     q = torch.zeros(2048, Q_HEADS, HEAD_DIM, dtype=torch.float16)
     rehearsal.run(q, q)
@@ -300,17 +310,18 @@ def test_a_rehearsal_attends_as_many_blocks_as_a_chunk_ever_does(host_code):
     # The same bounds that a chunk's parts have.
     widest = [call["max_seqlen_k"] for call in calls]
     assert widest[0] >= 131072 and all(
-        call["num_splits"] == fa3.most_splits(len(call["q"]), HEAD_DIM, call["max_seqlen_k"]) for call in calls
+        call["num_splits"] == fa3_attn.most_splits(len(call["q"]), HEAD_DIM, call["max_seqlen_k"])
+        for call in calls
     )
 
 
 def test_a_rehearsal_leaves_no_trace():
     """In plain torch, over buffers that hold a step."""
     config = settings(prefill_policy="vertical_slash", budget_tokens=512)
-    rehearsal, workspace = rehearsal_of(config, TorchEngine(), max_model_len=4096, max_num_seqs=3)
+    rehearsal, workspace = rehearsal_of(config, TorchAttention(), max_model_len=4096, max_num_seqs=3)
     for left in (
         workspace.table.lengths,
-        workspace.table.units,
+        workspace.table.head_pages,
         workspace.prefill.lengths,
         workspace.prefill.starts,
     ):
@@ -338,21 +349,21 @@ def test_an_engine_answers_the_same_after_a_rehearsal(tiny):
         assert tokens(llm, batch) == expected
         workspace = impls[0].workspace
         assert workspace.rehearsed_tokens == 256 and all(impl.workspace is workspace for impl in impls)
-        kernels_before = workspace.table.units
+        kernels_before = workspace.table.head_pages
         impls[1].rehearse(query, torch.empty_like(query))
-        assert workspace.table.units is kernels_before
+        assert workspace.table.head_pages is kernels_before
 
 
-@pytest.mark.parametrize("run", ["twin", "kernel"])
+@pytest.mark.parametrize("run", ["reference", "kernel"])
 def test_rows_of_a_rehearsal_are_not_read(run):
     """On a GPU whose prefill is Triton's a rehearsal read before its table, and the start failed."""
     if run == "kernel":
         pytest.importorskip("triton")
-    launchers = reference if run == "twin" else importlib.import_module("vllm_sparse.kernels.launchers")
+    launchers = reference if run == "reference" else importlib.import_module("vllm_sparse.kernels.launchers")
     case = make_chunk(0, 300, KV_HEADS, 3, 32)
     table = case.buffers.table(case.blocks)
-    table.units.fill_(2**30)
+    table.head_pages.fill_(2**30)
     table.lengths.zero_()
     out = torch.full_like(case.q, 7.0)
-    launchers.sparse_prefill(case.q, case.kv, table, PAGE, case.scale, out)
+    launchers.sparse_prefill(case.q, case.kv, table, case.geometry, out)
     assert (out == 7.0).all()

@@ -43,14 +43,12 @@ def run(tmp_path, model, ray=False, environment=None, **llm) -> tuple[list[list[
 @pytest.mark.seam
 def test_two_ranks_give_stock_tokens_each_with_half_of_the_heads(tiny, tmp_path):
     shares = (0.25, 0.5, 0.75, 1.0)
-    table = PatternTable(
-        tuple(HeadPattern(coverage=share) for share in shares), ((0, 1, 2, 3), (3, 2, 1, 0), None)
-    )
+    table = PatternTable(tuple(HeadPattern(top_p=share) for share in shares), ((0, 1, 2, 3), (3, 2, 1, 0), None))
     patterns.write(tmp_path / "patterns.json", table, 4)
     sparse = {
         **SPARSE,
         "prefill_policy": "vertical_slash",
-        "prefill_coverage": 0.125,
+        "prefill_top_p": 0.125,
         "head_patterns": str(tmp_path / "patterns.json"),
     }
     answer, workers = run(
@@ -58,7 +56,7 @@ def test_two_ranks_give_stock_tokens_each_with_half_of_the_heads(tiny, tmp_path)
         tensor_parallel_size=2, distributed_executor_backend="mp",
     )  # fmt: skip
     assert answer == tiny.stock(prompts(LENGTHS))
-    assert [worker["coverages"] for worker in workers] == [[[1, 0.75], [0.125] * 2], [[0.5, 0.25], [0.125] * 2]]
+    assert [worker["top_ps"] for worker in workers] == [[[1, 0.75], [0.125] * 2], [[0.5, 0.25], [0.125] * 2]]
     for worker in workers:
         assert worker["kv_heads"] == [1, 1, 1]
         assert worker["sparse_layers"] == 2 and worker["dense_layers"] == {"dense_layers=1": 1}

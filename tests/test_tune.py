@@ -13,11 +13,10 @@ from test_prefill_policies import attend
 from tiny_engine import attention_layers, prompts, tokens
 
 from vllm_sparse import metrics
-from vllm_sparse.attention.torch_attn import TorchEngine
+from vllm_sparse.attention.torch_attn import TorchAttention
 from vllm_sparse.config import SparseConfig
 from vllm_sparse.decode import budgets
 from vllm_sparse.pages.head_patterns import HeadPattern, HeadPatterns
-from vllm_sparse.policies import get_prefill_policy
 from vllm_sparse.prefill import patterns
 from vllm_sparse.prefill.attend import SparsePrefill
 from vllm_sparse.tools import cli
@@ -33,9 +32,9 @@ def test_a_chunk_measures_each_head_under_each_candidate_and_leaves_the_dense_ou
     settings = {"sink_tokens": 16, "window_tokens": 32}
     config = SparseConfig(prefill_policy="vertical_slash", **settings)
     patterns = HeadPatterns.of([config.uniform_pattern] * case.q_heads, 16, DEVICE)
-    policy = get_prefill_policy(config, 16, patterns)
-    layer = SparsePrefill(policy, TorchEngine(), case.buffers, 1, 32, case.scale)
-    measured = MeasuredPrefill.around(layer, [HeadPattern(48, 64), HeadPattern(coverage=0.7)])
+    policy = config.new_prefill_policy(16, patterns)
+    layer = SparsePrefill(policy, TorchAttention(), case.buffers, 1, 32, case.scale)
+    measured = MeasuredPrefill.around(layer, [HeadPattern(48, 64), HeadPattern(top_p=0.7)])
     case.buffers.max_blocks = 1  # several tables
     out = torch.full_like(case.q, float("nan"))
     for _ in range(2):
@@ -45,7 +44,7 @@ def test_a_chunk_measures_each_head_under_each_candidate_and_leaves_the_dense_ou
     assert error(out, dense) < 1e-5
     assert measured.causal_pairs == 2 * causal.sum()
     assert torch.allclose(measured.norm, 2 * dense.square().sum((0, 2)), rtol=1e-4)
-    for index, sizes in enumerate(({"vertical_tokens": 48, "slash_tokens": 64}, {"prefill_coverage": 0.7})):
+    for index, sizes in enumerate(({"vertical_tokens": 48, "slash_tokens": 64}, {"prefill_top_p": 0.7})):
         found, mask = attend(case, "vertical_slash", **sizes)
         assert torch.equal(measured.pairs[index], 2 * mask.sum((1, 2)))
         expected = 2 * (found.double() - dense).square().sum((0, 2))
@@ -147,10 +146,10 @@ def test_tune_leaves_patterns_that_serving_takes_and_continues_where_it_was_inte
     with tiny.start(model, served) as llm:
         tokens(llm, prompts((900,)), 1)
         layers = attention_layers(llm).values()
-        coverages = [layer.impl.prefill.policy.patterns.coverage.tolist() for layer in layers]
+        top_ps = [layer.impl.prefill.policy.patterns.top_p.tolist() for layer in layers]
         counts = metrics.snapshot()
-    expected = [[CANDIDATES[choice].coverage for choice in row] for row in rows]
-    assert torch.allclose(torch.tensor(coverages), torch.tensor(expected))
+    expected = [[CANDIDATES[choice].top_p for choice in row] for row in rows]
+    assert torch.allclose(torch.tensor(top_ps), torch.tensor(expected))
     assert 0 < counts["prefill_attended_pairs"] < counts["prefill_causal_pairs"]
     place.unlink()
 
@@ -182,8 +181,8 @@ def best_held(case, query: int, head: int, pages: int) -> float:
 def test_queries_of_a_chunk_measure_what_the_best_pages_of_each_kv_head_hold():
     case = make_chunk(150, 300, 3, 2, 32, 16)
     config = SparseConfig(prefill_policy="vertical_slash")
-    policy = get_prefill_policy(config, 16, HeadPatterns.of([config.uniform_pattern] * case.q_heads, 16, DEVICE))
-    layer = SparsePrefill(policy, TorchEngine(), case.buffers, 1, 20, case.scale)
+    policy = config.new_prefill_policy(16, HeadPatterns.of([config.uniform_pattern] * case.q_heads, 16, DEVICE))
+    layer = SparsePrefill(policy, TorchAttention(), case.buffers, 1, 20, case.scale)
     measured = MeasuredDecode.around(layer, 3, 300)
     assert measured.most_pages == 18
     out = torch.full_like(case.q, float("nan"))
@@ -251,7 +250,7 @@ def test_tune_leaves_budgets_that_serving_takes_and_continues_where_it_was_inter
     served = {"head_budgets": "auto", "budget_tokens": 128, "dense_layers": 1}
     with tiny.start(model, served, block_size=16) as llm:
         tokens(llm, prompts((900,)), 4)
-        pages = [layer.impl.head_pages.tolist() for layer in attention_layers(llm).values()]
+        pages = [layer.impl.head_budget_pages.tolist() for layer in attention_layers(llm).values()]
     expected = [[max(5, round(8 * share)) for share in row] for row in shares[1:]]
     assert pages[1:] == expected
     place.unlink()

@@ -110,8 +110,8 @@ def test_whole_numbers_end_where_kernels_do(name):
             SparseConfig(**{name: value})
 
 
-@pytest.mark.parametrize("name", ["prefill_coverage", "decode_coverage"])
-def test_coverages_are_numbers_that_32_bits_hold(name):
+@pytest.mark.parametrize("name", ["prefill_top_p", "top_p"])
+def test_shares_fit_32_bits(name):
     for value in (math.nan, math.inf, -math.inf, 1e-320, 1e-7, -0.1, 1.0001, 10**400):
         with pytest.raises(ConfigError, match=rf"sparse.{name}: .*; allowed: "):
             SparseConfig(**{name: value})
@@ -154,7 +154,7 @@ def test_empty_names_of_files_are_refused():
 
 
 BUDGETS = {"format": 1, "num_layers": 2, "kv_heads": 2, "shares": [[1, 1], [1, 1]]}
-PATTERN = {"vertical_tokens": 16, "slash_tokens": 16, "recent_tokens": 0, "coverage": 0}
+PATTERN = {"vertical_tokens": 16, "slash_tokens": 16, "recent_tokens": 0, "top_p": 0}
 PATTERNS = {"format": 1, "num_layers": 2, "q_heads": 2, "candidates": [PATTERN], "patterns": [[0, 0]] * 2}
 
 
@@ -172,7 +172,7 @@ def test_the_largest_shares_and_budgets_are_still_counts_of_32_bits(tmp_path):
     path = tmp_path / "budgets.json"
     path.write_text(json.dumps({**BUDGETS, "shares": [[1e-4, 1e-4], [1e-4, 1e4]]}))
     config = SparseConfig(budget_tokens=MOST, head_budgets=str(path), dense_layers=0).with_budgets("m", 2, 2)
-    pages = [config.head_pages(16, layer, 0, 1, 2) for layer in range(2)]
+    pages = [config.head_budget_pages(16, layer, 0, 1, 2) for layer in range(2)]
     assert max(map(max, pages)) == config.largest_pages(16) == MOST // 16 and min(map(min, pages)) >= 5
 
 
@@ -180,9 +180,9 @@ def test_the_largest_shares_and_budgets_are_still_counts_of_32_bits(tmp_path):
     "changes, said",
     [
         ({"vertical_tokens": 2**31}, "up to 2147483647"), ({"recent_tokens": 10**400}, "up to 2147483647"),
-        ({"coverage": 1e-320}, "a coverage of 0 to 1, from 1e-06"),
-        ({"coverage": 10**400}, "a coverage of 0 to 1"),
-        ({"coverage": True}, "a coverage of 0 to 1"), ({"slash_tokens": 1.0}, "tokens from 0 on"),
+        ({"top_p": 1e-320}, "a top_p of 0 to 1, from 1e-06"),
+        ({"top_p": 10**400}, "a top_p of 0 to 1"),
+        ({"top_p": True}, "a top_p of 0 to 1"), ({"slash_tokens": 1.0}, "tokens from 0 on"),
     ],
 )  # fmt: skip
 def test_patterns_of_files_are_in_bounds(changes, said, tmp_path):

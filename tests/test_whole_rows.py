@@ -10,15 +10,16 @@ from cases import DEVICE, DTYPES, TOLERANCE, error, in_float64, make, random_sco
 
 from vllm_sparse.kernels import reference
 from vllm_sparse.pages.decode_plan import EVERY_PAGE, WHOLE
+from vllm_sparse.pages.selection import Selection
 
 LENGTHS = [1, 400, 0, 385, 16, 230, 47]
 PROMPT = [True, True, False, False, False, True, False]
 BUDGET = 6
 
 
-@pytest.fixture(params=["twin", "kernel"])
+@pytest.fixture(params=["reference", "kernel"])
 def run(request):
-    if request.param == "twin":
+    if request.param == "reference":
         return reference
     pytest.importorskip("triton")
     from vllm_sparse.kernels import launchers
@@ -32,11 +33,17 @@ def planned(run, dtype=torch.float32, short_rows_dense=False):
     case.plan.counters.zero_()
     case.plan.score_offsets.fill_(77)
     run.plan_decode(
-        case.seq_lens, case.plan, case.table, 16, BUDGET, 0, case.scores.capacity_pages, short_rows_dense, 1, 20
+        case.seq_lens,
+        case.plan,
+        case.table,
+        Selection(16, BUDGET, 1, 20),
+        0,
+        case.scores.capacity_pages,
+        short_rows_dense,
     )
     random_scores(case)
-    case.table.units.fill_(2**30)
-    run.select_pages(case.scores, case.block_table, case.plan, case.kv, 16, BUDGET, 1, 20, case.table)
+    case.table.head_pages.fill_(2**30)
+    run.select_pages(case.scores, case.block_table, case.plan, case.kv, Selection(16, BUDGET, 1, 20), case.table)
     case.table = replace(case.table, routes=case.plan.score_offsets, block_table=case.block_table)
     return case
 
@@ -47,7 +54,7 @@ def test_prompt_tokens_are_never_scored_and_not_counted(run):
     assert (case.plan.score_offsets[prompt] == WHOLE).all()
     assert case.plan.score_offsets.tolist()[2:5] == [EVERY_PAGE, 0, EVERY_PAGE]
     assert torch.equal(case.plan.table_seq_lens, case.seq_lens)
-    assert (case.table.units.view(-1, 2, BUDGET)[prompt] == 2**30).all(), "a row past its width was written"
+    assert (case.table.head_pages.view(-1, 2, BUDGET)[prompt] == 2**30).all(), "a row past its width was written"
     assert case.plan.totals.tolist()[:2] == [1, 6]
     assert case.plan.counters.tolist() == [385 - (25 - BUDGET) * 16 + 16 + 47, 385 + 16 + 47]
 
@@ -62,7 +69,7 @@ def test_prompt_tokens_go_to_the_dense_backend_where_one_runs_beside(run):
 def test_prompt_tokens_attend_to_every_page(run, dtype):
     case = planned(run, dtype)
     out = torch.full_like(case.q, 7.0)
-    run.sparse_decode(case.q, case.kv, case.table, 16, case.scale, out)
+    run.sparse_decode(case.q, case.kv, case.table, case.geometry, out)
     starts = torch.arange(len(LENGTHS) + 1, dtype=torch.int32)
     exact = torch.zeros_like(case.q, dtype=torch.float64)
     reference.dense_attention(
@@ -80,8 +87,8 @@ def test_prompt_tokens_are_read_on_the_host_in_place(run):
     host = case.kv[:, :, :16].clone(memory_format=torch.contiguous_format)
     hot = torch.full_like(host, float("nan"))
     out, expected = torch.full_like(case.q, 7.0), torch.full_like(case.q, 7.0)
-    reference.sparse_decode(case.q, case.kv, case.table, 16, case.scale, expected)
+    reference.sparse_decode(case.q, case.kv, case.table, case.geometry, expected)
     case.table.lengths[torch.tensor([4, 6, 7, 12, 13, 8, 9])] = 0  # leave prompt tokens alone
-    run.sparse_decode(case.q, hot, case.table, 16, case.scale, out, host)
+    run.sparse_decode(case.q, hot, case.table, case.geometry, out, host)
     whole = [row for row, prompt in enumerate(PROMPT) if prompt]
     assert error(out[whole], expected[whole]) < TOLERANCE[torch.float32]

@@ -61,7 +61,7 @@ def attention_layers(llm) -> dict:
 
 
 def kv_cache(layer) -> torch.Tensor:
-    """[num_blocks, kv_heads, page_size + summary rows, 2 * head_dim] of a layer."""
+    """[num_blocks, kv_heads, page_size + summary slots, 2 * head_dim] of a layer."""
     return layer.kv_cache[0] if isinstance(layer.kv_cache, list) else layer.kv_cache
 
 

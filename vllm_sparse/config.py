@@ -11,7 +11,6 @@ Settings that stand elsewhere are refused (:mod:`vllm_sparse.misplaced`), never 
 
 from __future__ import annotations
 
-import difflib
 import json
 import logging
 import os
@@ -20,15 +19,18 @@ from pathlib import Path
 from typing import Any
 
 from vllm_sparse import misplaced
+from vllm_sparse.attention.registry import ATTENTION_KERNELS
 from vllm_sparse.decode import budgets
 from vllm_sparse.decode.budgets import BudgetTable
 from vllm_sparse.errors import ConfigError, TableError, TextError
 from vllm_sparse.offload.config import OffloadConfig
-from vllm_sparse.pages.head_patterns import HeadPattern
+from vllm_sparse.pages.head_patterns import HeadPattern, HeadPatterns
 from vllm_sparse.pages.layout import PAGE_SIZES
+from vllm_sparse.pages.selection import Selection
+from vllm_sparse.policies import DECODE_POLICIES, PREFILL_POLICIES, PrefillPolicy, PrefillSizes
 from vllm_sparse.prefill import patterns
 from vllm_sparse.prefill.patterns import PatternTable
-from vllm_sparse.user_text import parse_json, read_file, shown
+from vllm_sparse.user_text import nearest, parse_json, read_file, shown
 
 logger = logging.getLogger("vllm.vllm_sparse")
 
@@ -39,11 +41,11 @@ DENSE_LAYERS = 2
 """Default of ``dense_layers`` where all pages are on the GPU."""
 TABLES = {"head_patterns": PatternTable, "head_budgets": BudgetTable}
 """Keys that name a file, which the driver reads; workers get what it holds."""
-OFFLOAD_ENGINES = ("auto", "triton", "torch")
-"""Values of ``engine`` that attend over units on the GPU and on the host alike."""
+OFFLOAD_KERNELS = ("auto", "triton", "torch")
+"""Values of ``attention_kernel`` that attend over head pages on the GPU and on the host alike."""
 MOST = 2**31 - 1
 """Largest whole number of any key, and "always" or "never" where that is meant: kernels count in 32 bits."""
-LEAST_COVERAGE = 1e-6
+LEAST_TOP_P = 1e-6
 """Of what is not 0; in 32 bits, less may be 0 all the same."""
 
 
@@ -58,7 +60,7 @@ class SparseConfig:
     head_budgets: str | BudgetTable = "none"
     """Shares of the budget for each KV head, 1 in the mean: ``none``, the same for all; a file of
     ``vllm-sparse tune --decode``; or ``auto``, the model's file if there is one."""
-    decode_coverage: float = 0.95
+    top_p: float = 0.95
     """Share of the estimated attention at which a row of ``twilight`` ends before its budget."""
     sink_tokens: int = 16
     """First tokens of the context, always attended (rounded up to whole pages)."""
@@ -77,26 +79,23 @@ class SparseConfig:
     """What a chunk keeps wherever the query is, in whole pages: columns, first or global tokens, by policy."""
     slash_tokens: int = 2048
     """What a chunk keeps by distance from the query: diagonals, in bands of a page, or recent tokens."""
-    prefill_coverage: float = 0.98
+    prefill_top_p: float = 0.98
     """Share of the estimated attention that policies which estimate keep; 0: the sizes above instead."""
     head_patterns: str | PatternTable = "auto"
     """Patterns of ``vertical_slash`` for each head: ``none``, a file of ``vllm-sparse tune``, or ``auto``, the
     model's file if there is one. Workers get the table itself, so that only the driver reads files."""
-    guard_every_steps: int = 0
+    recall_monitor_every_steps: int = 0
     """Decode steps between two in which a row's exact attention mass is measured 
     (:mod:`vllm_sparse.decode.recall_monitor`);
     0: never."""
-    engine: str = "auto"
-    """What attends over chosen pages: ``auto`` or a name of :mod:`vllm_sparse.attention`."""
+    attention_kernel: str = "auto"
+    """What attends over chosen pages: ``auto`` or a name of :mod:`vllm_sparse.attention.registry`."""
     offload: OffloadConfig | None = None
     """Keep K and V in CPU memory, and on the GPU their summaries and a hot set; None: all on the GPU."""
 
     def __post_init__(self) -> None:
         if self.dense_layers is None:
             object.__setattr__(self, "dense_layers", DENSE_LAYERS if self.offload is None else 0)
-        from vllm_sparse.attention.registry import ENGINES
-        from vllm_sparse.policies.registry import DECODE_POLICIES, PREFILL_POLICIES
-
         for field in fields(self):
             value, default = getattr(self, field.name), field.default
             if field.name == "offload":
@@ -113,10 +112,10 @@ class SparseConfig:
                 )
         _require_choice("decode_policy", self.decode_policy, DECODE_POLICIES)
         _require_choice("prefill_policy", self.prefill_policy, PREFILL_POLICIES)
-        _require_choice("engine", self.engine, ("auto", *ENGINES))
+        _require_choice("attention_kernel", self.attention_kernel, ("auto", *ATTENTION_KERNELS))
         for name in (
             "sink_tokens", "window_tokens", "min_context_tokens", "dense_layers",
-            "min_prefill_tokens", "vertical_tokens", "slash_tokens", "guard_every_steps",
+            "min_prefill_tokens", "vertical_tokens", "slash_tokens", "recall_monitor_every_steps",
         ):  # fmt: skip
             if not 0 <= getattr(self, name) <= MOST:
                 raise ConfigError(f"sparse.{name}: {shown(getattr(self, name))}; allowed: 0 or more, up to {MOST}")
@@ -132,25 +131,22 @@ class SparseConfig:
             raise ConfigError(
                 f"sparse.budget_tokens: {shown(self.budget_tokens)}; allowed: at least one page, up to {MOST}"
             )
-        if self.prefill_coverage != 0 and not LEAST_COVERAGE <= self.prefill_coverage <= 1:
+        if self.prefill_top_p != 0 and not LEAST_TOP_P <= self.prefill_top_p <= 1:
             raise ConfigError(
-                f"sparse.prefill_coverage: {shown(self.prefill_coverage)}; allowed: 0 (fixed sizes) to 1, "
-                f"from {LEAST_COVERAGE}"
+                f"sparse.prefill_top_p: {shown(self.prefill_top_p)}; allowed: 0 (fixed sizes) to 1, "
+                f"from {LEAST_TOP_P}"
             )
-        if self.guard_every_steps and self.decode_policy == "dense":
+        if self.recall_monitor_every_steps and self.decode_policy == "dense":
             raise ConfigError(
-                f"sparse.guard_every_steps: {self.guard_every_steps} with decode_policy='dense', which chooses no "
+                f"sparse.recall_monitor_every_steps: {self.recall_monitor_every_steps} with decode_policy='dense', which chooses no "
                 f"pages to measure; allowed with it: 0"
             )
-        if not LEAST_COVERAGE <= self.decode_coverage <= 1:
-            raise ConfigError(
-                f"sparse.decode_coverage: {shown(self.decode_coverage)}; allowed: above 0, up to 1, "
-                f"from {LEAST_COVERAGE}"
-            )
+        if not LEAST_TOP_P <= self.top_p <= 1:
+            raise ConfigError(f"sparse.top_p: {shown(self.top_p)}; allowed: above 0, up to 1, from {LEAST_TOP_P}")
         if self.head_budgets != "none" and self._policy.adaptive:
             raise ConfigError(
                 f"sparse.head_budgets: {_shown(self.head_budgets)} with decode_policy={self.decode_policy!r}, "
-                f"whose rows end where decode_coverage says; allowed with it: none"
+                f"whose rows end where top_p says; allowed with it: none"
             )
         if self.offload is not None:
             self._check_offload()
@@ -171,15 +167,15 @@ class SparseConfig:
                 f"sparse.decode_policy: {self.decode_policy!r} reads every key in every step, and with "
                 f"sparse.offload they are on the host; allowed with offload: a policy that reads summaries"
             )
-        if self.guard_every_steps:
+        if self.recall_monitor_every_steps:
             raise ConfigError(
-                f"sparse.guard_every_steps: {self.guard_every_steps} with sparse.offload: a sample would read its "
+                f"sparse.recall_monitor_every_steps: {self.recall_monitor_every_steps} with sparse.offload: a sample would read its "
                 f"whole context from the host; allowed with offload: 0"
             )
-        if self.engine not in OFFLOAD_ENGINES:
+        if self.attention_kernel not in OFFLOAD_KERNELS:
             raise ConfigError(
-                f"sparse.engine: {self.engine!r} cannot read pages on the host, as sparse.offload needs; "
-                f"allowed with offload: {', '.join(OFFLOAD_ENGINES)}"
+                f"sparse.attention_kernel: {self.attention_kernel!r} cannot read pages on the host, as sparse.offload needs; "
+                f"allowed with offload: {', '.join(OFFLOAD_KERNELS)}"
             )
 
     @classmethod
@@ -190,7 +186,7 @@ class SparseConfig:
         known = [field.name for field in fields(cls)]
         for key in values:
             if key not in known:
-                hint = misplaced.hint(key, source) or nearest(key, known)
+                hint = misplaced.hint(key, source, KEYS) or nearest(key, known)
                 raise ConfigError(f"{source}: unknown key {shown(key)}.{hint}")
         for key, table in TABLES.items():
             if isinstance(values.get(key), dict):
@@ -199,7 +195,7 @@ class SparseConfig:
                 except TableError as error:
                     raise ConfigError(f"{source}: sparse.{key}: the object given {error}") from None
         if values.get("offload") is not None:
-            values = {**values, "offload": OffloadConfig.from_mapping(values["offload"], source)}
+            values = {**values, "offload": OffloadConfig.from_mapping(values["offload"], source, KEYS)}
         return cls(**values)
 
     def to_mapping(self) -> dict[str, Any]:
@@ -220,7 +216,7 @@ class SparseConfig:
             ConfigError: it cannot be served, or settings stand where nothing would read them.
         """
         additional = getattr(vllm_config, "additional_config", None) or {}
-        if found := misplaced.find(additional):
+        if found := misplaced.find(additional, KEYS):
             raise ConfigError(" ".join(found))
         if isinstance(additional, dict) and "sparse" in additional:
             return cls.from_mapping(additional["sparse"], "additional_config['sparse']")
@@ -273,8 +269,6 @@ class SparseConfig:
 
     @property
     def _policy(self):
-        from vllm_sparse.policies.registry import DECODE_POLICIES
-
         return DECODE_POLICIES[self.decode_policy]
 
     def with_offload(self, offload: OffloadConfig) -> SparseConfig:
@@ -283,14 +277,32 @@ class SparseConfig:
     @property
     def uniform_pattern(self) -> HeadPattern:
         """The pattern of heads that have none of their own."""
-        if self.prefill_coverage:
-            return HeadPattern(coverage=float(self.prefill_coverage))
+        if self.prefill_top_p:
+            return HeadPattern(top_p=float(self.prefill_top_p))
         return HeadPattern(self.vertical_tokens, self.slash_tokens)
+
+    def prefill_sizes(self, page_size: int) -> PrefillSizes:
+        """What prefill policies are told of the pages to keep."""
+        return PrefillSizes(
+            self.vertical_tokens, self.slash_tokens, self.prefill_top_p, self.sink_pages(page_size)
+        )
+
+    def new_prefill_policy(self, page_size: int, patterns: HeadPatterns) -> PrefillPolicy:
+        """The prefill policy of a layer whose query heads have ``patterns``."""
+        return PREFILL_POLICIES[self.prefill_policy](self.prefill_sizes(page_size), page_size, patterns)
+
+    def selection(self, page_size: int) -> Selection:
+        """What selection keeps of a decode row, but for budgets of a layer's own heads."""
+        budget, largest = self.budget_pages(page_size), self.largest_pages(page_size)
+        return Selection(
+            page_size, budget, self.sink_pages(page_size), self.window_tokens,
+            self.top_p if self._policy.adaptive else 0.0, largest if largest > budget else None,
+        )  # fmt: skip
 
     def budget_pages(self, page_size: int) -> int:
         return self.budget_tokens // page_size
 
-    def head_pages(self, page_size: int, layer: int, rank: int, ranks: int, kv_heads: int) -> list[int]:
+    def head_budget_pages(self, page_size: int, layer: int, rank: int, ranks: int, kv_heads: int) -> list[int]:
         """Budgets of a layer's KV heads on a tensor-parallel rank, where ``head_budgets`` is a table."""
         shares = self.head_budgets.of_layer(layer, rank, ranks, kv_heads)
         return [self._pages_of_share(share, page_size) for share in shares or (1.0,) * kv_heads]
@@ -334,6 +346,7 @@ class SparseConfig:
             )
 
 
+KEYS = misplaced.Keys(*(tuple(field.name for field in fields(kind)) for kind in (SparseConfig, OffloadConfig)))
 _NAMES = {int: "a whole number", float: "a number", str: "a string"}
 
 
@@ -353,14 +366,6 @@ def _stale(key: str, asked: str, path: Path, error: TableError, command: str) ->
         f"sparse.{key}: {asked!r}: {path} {error}. Allowed: auto, none, or a file that "
         f"`vllm-sparse {command} --out {path}` writes anew"
     )
-
-
-def nearest(word: Any, known: list[str]) -> str:
-    word = word.strip().casefold() if isinstance(word, str) else ""
-    begun = [name for name in known if word and name.startswith(word)]
-    match = begun or difflib.get_close_matches(word, known, n=1)
-    hint = f" Did you mean {match[0]!r}?" if match else ""
-    return f"{hint} Allowed: {', '.join(known)}"
 
 
 def _require_choice(name: str, value: str, allowed) -> None:

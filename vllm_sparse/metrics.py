@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from vllm_sparse.decode.recall_monitor import Guard
+from vllm_sparse.decode.recall_monitor import RecallMonitor
 from vllm_sparse.prefill.buffers import PrefillBuffers
 from vllm_sparse.support import Treatment
 
@@ -87,12 +87,12 @@ class AttendedTokens(Counters):
         )  # fmt: skip
 
 
-class HotSet(Counters):
-    """Units that decode steps looked for, fetched into the hot set, and read on the host in place."""
+class HotSetCounts(Counters):
+    """Head pages that decode steps looked for, fetched into the hot set, and read on the host in place."""
 
-    def __init__(self, counters: torch.Tensor, unit_bytes: int):
+    def __init__(self, counters: torch.Tensor, head_page_bytes: int):
         super().__init__(counters)
-        self.unit_bytes = unit_bytes
+        self.head_page_bytes = head_page_bytes
         self.reset()
 
     def reset(self) -> None:
@@ -109,9 +109,9 @@ class HotSet(Counters):
         self._logged = looked_up
         moved = fetched + in_place
         logger.info(
-            "sparse attention: %.1f%% of the chosen units were in the hot set; %.2f MiB a decode step came from "
-            "the host (%d units in place)",
-            100 * (1 - moved / looked_up), moved * self.unit_bytes / 2**20 / max(1, self.steps), in_place,
+            "sparse attention: %.1f%% of the chosen head pages were in the hot set; %.2f MiB a decode step came from "
+            "the host (%d head pages in place)",
+            100 * (1 - moved / looked_up), moved * self.head_page_bytes / 2**20 / max(1, self.steps), in_place,
         )  # fmt: skip
 
 
@@ -143,23 +143,23 @@ class EngineCounts:
         self.decode = AttendedTokens(torch.zeros(2, dtype=torch.int64, device=device))
         self.prefill: list[AttendedTokens] = []
         """One for each shape of layers that has buffers for sparse prefill."""
-        self.guards: list[Guard] = []
-        """Likewise where ``guard_every_steps`` asks for them."""
+        self.monitors: list[RecallMonitor] = []
+        """Likewise where ``recall_monitor_every_steps`` asks for them."""
         self.drafts = DraftSteps()
-        self.hot: HotSet | None = None
+        self.hot: HotSetCounts | None = None
         """With offload."""
 
-    def follow(self, prefill: PrefillBuffers | None, guard: Guard | None) -> None:
+    def follow(self, prefill: PrefillBuffers | None, monitor: RecallMonitor | None) -> None:
         """Count what is counted in a workspace of sparse layers, once for all that share it."""
         if prefill is not None and all(one.counters is not prefill.counters for one in self.prefill):
             what = "(query, key) pairs of sparse prefill"
             self.prefill.append(AttendedTokens(prefill.counters, what))
-        if guard is not None and all(one is not guard for one in self.guards):
-            self.guards.append(guard)
+        if monitor is not None and all(one is not monitor for one in self.monitors):
+            self.monitors.append(monitor)
 
     def reset(self) -> None:
         """Forget everything counted so far."""
-        for counts in (self.decode, *self.prefill, *self.guards, self.drafts):
+        for counts in (self.decode, *self.prefill, *self.monitors, self.drafts):
             counts.reset()
         if self.hot is not None:
             self.hot.reset()
@@ -202,14 +202,14 @@ def snapshot(worker: Any = None) -> dict:
         "dense_verification_steps": sum(counts.steps for counts in drafts),
         "dense_verification_tokens": sum(counts.tokens for counts in drafts),
         "dense_verification_context_tokens": sum(counts.context_tokens for counts in drafts),
-        "guard_shares": [guard.read() for engine in engines for guard in engine.guards],
+        "recall_by_layer": [monitor.read() for engine in engines for monitor in engine.monitors],
         "prefill_attended_pairs": sum(attended for attended, _ in prefill),
         "prefill_causal_pairs": sum(causal for _, causal in prefill),
         **_hot_set([engine.hot for engine in engines if engine.hot is not None]),
     }
 
 
-def _hot_set(hot_sets: list[HotSet]) -> dict:
+def _hot_set(hot_sets: list[HotSetCounts]) -> dict:
     if not hot_sets:
         return {}
     looked_up, fetched, in_place = (
@@ -219,7 +219,7 @@ def _hot_set(hot_sets: list[HotSet]) -> dict:
         "units_looked_up": looked_up,
         "units_fetched": fetched,
         "units_in_place": in_place,
-        "unit_bytes": hot_sets[-1].unit_bytes,
+        "head_page_bytes": hot_sets[-1].head_page_bytes,
         "decode_steps": sum(hot.steps for hot in hot_sets),
     }
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import fields
+from dataclasses import dataclass
 from typing import Any
 
 from vllm_sparse.user_text import shown
@@ -18,7 +18,16 @@ ALIKE = ("sparse", "vllmsparse", "sparseconfig", "sparseattention", "sparsesetti
 EXAMPLE = '--additional-config \'{"sparse": {"budget_tokens": 2048}}\''
 
 
-def find(additional: Any) -> list[str]:
+@dataclass(frozen=True)
+class Keys:
+    """Names of all settings."""
+
+    settings: tuple[str, ...]
+    offload: tuple[str, ...]
+    """Of those in ``offload``."""
+
+
+def find(additional: Any, keys: Keys) -> list[str]:
     """One sentence for each thing in ``additional`` that is ours and in the wrong place."""
     if not isinstance(additional, dict):
         return []
@@ -30,9 +39,9 @@ def find(additional: Any) -> list[str]:
             found.append(
                 f"additional_config[{shown(key)}] is not read; allowed: the key 'sparse', as in {EXAMPLE}."
             )
-        elif place := _place(key, value):
+        elif place := _place(key, value, keys):
             found.append(f"additional_config[{shown(key)}] is not read; allowed: additional_config{place}.")
-        elif isinstance(value, dict) and _holds_ours(value):
+        elif isinstance(value, dict) and _holds_ours(value, keys):
             found.append(
                 f"additional_config[{shown(key)}] holds settings of sparse attention and is not read; allowed: "
                 f"the key 'sparse' of additional_config itself, as in {EXAMPLE}."
@@ -40,29 +49,28 @@ def find(additional: Any) -> list[str]:
     return found
 
 
-def unread(additional: Any) -> list[str]:
+def unread(additional: Any, keys: Keys) -> list[str]:
     """One sentence for each thing in ``additional`` that is ours, where nothing of it is read."""
     if not isinstance(additional, dict):
         return []
     ours = additional.get(KEY)
     # An engine's settings reach its draft model's config in full, as nobody writes them.
-    carried = isinstance(ours, dict) and set(ours) >= set(_names()[0])
+    carried = isinstance(ours, dict) and set(ours) >= set(keys.settings)
     named = [] if KEY not in additional or carried else [f"additional_config[{KEY!r}] is not read."]
-    return named + find(additional)
+    return named + find(additional, keys)
 
 
-def hint(key: Any, source: str, inside: str = "") -> str:
+def hint(key: Any, source: str, keys: Keys, inside: str = "") -> str:
     """Where ``key`` belongs, of an object that settings (or, ``inside``, a part of them) are read from; '' if that
     is not known."""
-    settings, offload = _names()
     if not isinstance(key, str):
         return ""
     if means_sparse(key) or _letters(key) == "additionalconfig":
         return f' The settings stand in {source} itself, as in {{"budget_tokens": 2048}}.'
-    name = _near(key, offload)
+    name = _near(key, keys.offload)
     if name and not inside:
         return f' {name!r} belongs into \'offload\', as in {{"offload": {{"{name}": ...}}}}.'
-    name = _near(key, settings)
+    name = _near(key, keys.settings)
     if name and inside:
         return f" {name!r} belongs beside {inside!r}, not into it."
     return ""
@@ -79,43 +87,26 @@ def _letters(key: str) -> str:
     return re.sub(r"[\W_]", "", key).casefold()
 
 
-def _names() -> tuple[list[str], list[str]]:
-    """Keys of the settings, and of ``offload`` in them."""
-    from vllm_sparse.config import SparseConfig
-    from vllm_sparse.offload.config import OffloadConfig
-
-    return [field.name for field in fields(SparseConfig)], [field.name for field in fields(OffloadConfig)]
-
-
-def _near(key: str, names: list[str]) -> str:
+def _near(key: str, names: tuple[str, ...]) -> str:
     word = key.strip().casefold().replace("-", "_")
     return next(iter(difflib.get_close_matches(word, names, 1, 0.9)), "")
 
 
-def _place(key: str, value: Any) -> str:
+def _place(key: str, value: Any, keys: Keys) -> str:
     """Where a setting that stands beside :data:`KEY` belongs; '' if it is none."""
-    settings, offload = _names()
     first, _, rest = key.partition(".")
     if rest and means_sparse(first):  # a path, as vLLM takes it in the option's own name
         key = rest
-    name = _near(key, settings)
-    if name and (name not in ("engine", "offload") or rest or _is_ours(name, value)):
+    name = _near(key, keys.settings)
+    of_offload = isinstance(value, dict) and set(value) <= set(keys.offload)  # other plugins may offload, too
+    if name and (name != "offload" or rest or of_offload):
         return f"['sparse'][{name!r}]"
-    name = _near(key, offload)
+    name = _near(key, keys.offload)
     return f"['sparse']['offload'][{name!r}]" if name else ""
 
 
-def _is_ours(name: str, value: Any) -> bool:
-    """Whether a key whose name another plugin might use has a value of ours."""
-    from vllm_sparse.attention.registry import ENGINES
-
-    if name == "engine":
-        return isinstance(value, str) and value in ("auto", *ENGINES)
-    return isinstance(value, dict) and set(value) <= set(_names()[1])
-
-
-def _holds_ours(value: dict) -> bool:
+def _holds_ours(value: dict, keys: Keys) -> bool:
     if isinstance(value.get(KEY), dict):
         return True
-    distinct = set(_names()[0]) - {"engine", "offload"}
+    distinct = set(keys.settings) - {"offload"}
     return any(isinstance(key, str) and key in distinct for key in value)

@@ -13,6 +13,7 @@ far as rows ask, is :class:`Layer`; :mod:`vllm_sparse.backend.hooks` reads it of
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
@@ -162,6 +163,12 @@ def stock_model(config: SparseConfig, linear: bool, encoder_decoder: bool) -> De
     """The decision about every layer of a model that is left to stock as a whole, else None."""
     decision = decide(Layer(config, linear=linear, encoder_decoder=encoder_decoder))
     return decision if decision.treatment is STOCK else None
+
+
+def layer_number(name: str) -> int | None:
+    """The number in a layer's name, ``model.layers.7.self_attn.attn``, None where there is none."""
+    found = re.search(r"\.(\d+)\.", name)
+    return int(found[1]) if found else None
 
 
 def full_attention_layers(layer_types: Iterable[str] | None, num_layers: int) -> list[int]:

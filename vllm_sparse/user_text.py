@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import os
@@ -104,3 +105,12 @@ def read_json(path: str | os.PathLike) -> Any:
 def is_number(value: Any, least: float, most: float) -> bool:
     """Whether ``value`` is a finite number in these bounds; a bool is none."""
     return type(value) in (int, float) and least <= value <= most and math.isfinite(value)
+
+
+def nearest(word: Any, known: list[str]) -> str:
+    """What an error says of a word that is none of ``known``."""
+    word = word.strip().casefold() if isinstance(word, str) else ""
+    begun = [name for name in known if word and name.startswith(word)]
+    match = begun or difflib.get_close_matches(word, known, n=1)
+    hint = f" Did you mean {match[0]!r}?" if match else ""
+    return f"{hint} Allowed: {', '.join(known)}"

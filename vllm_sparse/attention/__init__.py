@@ -1,6 +1,19 @@
-"""Engines attend over a PageTable; see :mod:`vllm_sparse.attention.base` for the methods they have."""
+"""Attention over a PageTable: :mod:`vllm_sparse.attention.base` says what an attention kernel is."""
 
-from vllm_sparse.attention.base import Engine
-from vllm_sparse.attention.registry import ENGINES, OFFLOAD_ORDER, PREFILL_ORDER, choose_engine
+from vllm_sparse.attention.base import AttentionKernel
+from vllm_sparse.attention.registry import (
+    ATTENTION_KERNELS,
+    DECODE_ORDER,
+    OFFLOAD_ORDER,
+    PREFILL_ORDER,
+    choose_kernel,
+)
 
-__all__ = ["ENGINES", "OFFLOAD_ORDER", "PREFILL_ORDER", "Engine", "choose_engine"]
+__all__ = [
+    "ATTENTION_KERNELS",
+    "DECODE_ORDER",
+    "OFFLOAD_ORDER",
+    "PREFILL_ORDER",
+    "AttentionKernel",
+    "choose_kernel",
+]

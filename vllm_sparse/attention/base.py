@@ -1,4 +1,4 @@
-"""What an engine is: attention over a PageTable, of one query token per request or of query blocks."""
+"""What an attention kernel is: attention over a PageTable, of one query token per request or of query blocks."""
 
 from __future__ import annotations
 
@@ -8,39 +8,33 @@ from dataclasses import dataclass
 import torch
 
 from vllm_sparse import kernels
+from vllm_sparse.pages.geometry import Geometry
 from vllm_sparse.pages.page_table import PageTable
 
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """What an engine must know of a layer to say whether it can serve it."""
+    """What an attention kernel must know of a layer to say whether it can serve it."""
 
     device: torch.device
     dtype: torch.dtype
-    q_heads: int
-    kv_heads: int
-    head_dim: int
-    page_size: int
-
-    @property
-    def group(self) -> int:
-        return self.q_heads // self.kv_heads
+    geometry: Geometry
 
 
-class Engine(ABC):
-    """Computes attention over chosen pages. Engines know nothing of how pages are chosen."""
+class AttentionKernel(ABC):
+    """Computes attention over chosen pages. It knows nothing of how pages are chosen."""
 
     reads_unlisted_rows = False
-    """Whether :meth:`attend` reads rows that ``table.routes`` leaves to the block table. Of an engine that does
+    """Whether :meth:`attend` reads rows that ``table.routes`` leaves to the block table. Of one that does
     not, prompt tokens in decode steps go to a dense backend beside it."""
 
     @classmethod
     @abstractmethod
     def unsupported(cls, shape: AttentionShape) -> str | None:
-        """Why this engine cannot serve ``shape`` here, or None if it can."""
+        """Why this kernel cannot serve ``shape`` here, or None if it can."""
 
     def unreadable(self, kv: torch.Tensor, page_size: int) -> str | None:
-        """Why this engine cannot read the cache ``kv`` that vLLM has laid out, or None if it can."""
+        """Why this kernel cannot read the cache ``kv`` that vLLM has laid out, or None if it can."""
         return None
 
     @abstractmethod
@@ -49,8 +43,7 @@ class Engine(ABC):
         q: torch.Tensor,
         kv: torch.Tensor,
         table: PageTable,
-        page_size: int,
-        scale: float,
+        geometry: Geometry,
         out: torch.Tensor,
         host: torch.Tensor | None = None,
         exponents: torch.Tensor | None = None,
@@ -59,13 +52,12 @@ class Engine(ABC):
 
         Args:
             q: [num_reqs, q_heads, head_dim].
-            kv: [num_blocks, kv_heads, page_size + summary rows, 2 * head_dim].
+            kv: [num_blocks, kv_heads, page_size + summary slots, 2 * head_dim].
             table: the chosen pages; rows of length 0 leave ``out`` untouched.
-            page_size: tokens per page.
-            scale: softmax scale.
+            geometry: of the layer.
             out: [num_reqs, q_heads, head_dim], the dtype of ``q``.
-            host: [num_blocks, kv_heads, page_size, 2 * head_dim], where a unit below 0 is unit ``~unit`` of it;
-                given to the engines of ``OFFLOAD_ORDER`` only.
+            host: [num_blocks, kv_heads, page_size, 2 * head_dim], where a head page below 0 is head page ``~head_page`` of it;
+                given to the kernels of ``OFFLOAD_ORDER`` only.
             exponents: uint8 [num_blocks, kv_heads, 2], where ``host`` is e4m3.
         """
 
@@ -74,23 +66,21 @@ class Engine(ABC):
         q: torch.Tensor,
         kv: torch.Tensor,
         table: PageTable,
-        page_size: int,
-        scale: float,
+        geometry: Geometry,
         out: torch.Tensor,
         scratch: torch.Tensor,
     ) -> None:
         """Write the attention of one request's query blocks over their pages to ``out``.
 
-        Query i of the n in a block sees all but the last ``n - 1 - i`` tokens of its row. Unless an
-        engine does it in its own way, kernels of this project do.
+        Query i of the n in a block sees all but the last ``n - 1 - i`` tokens of its row. Unless a kernel
+        does it in its own way, kernels of this project do.
 
         Args:
             q: [num_tokens, q_heads, head_dim], blocks of 128 tokens, the last one may be partial.
-            kv: [num_blocks, kv_heads, page_size + summary rows, 2 * head_dim].
+            kv: [num_blocks, kv_heads, page_size + summary slots, 2 * head_dim].
             table: the chosen pages; row ``head * num_blocks + block``, a block's own pages last; with ``starts``.
-            page_size: tokens per page.
-            scale: softmax scale.
+            geometry: of the layer.
             out: [num_tokens, q_heads, head_dim], the dtype of ``q``.
             scratch: [2, num_tokens * q_heads * head_dim or more] of undefined contents; empty on a CPU.
         """
-        kernels.for_device(q.device).sparse_prefill(q, kv, table, page_size, scale, out)
+        kernels.for_device(q.device).sparse_prefill(q, kv, table, geometry, out)

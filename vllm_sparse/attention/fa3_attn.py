@@ -1,4 +1,4 @@
-"""FlashAttention-3 as a page-sparse engine, unmodified.
+"""FlashAttention-3 as a page-sparse attention kernel, unmodified.
 
 It allocates for itself in each call: scheduling data (8 bytes a row), log-sums (4 bytes a query and head), and
 where it splits rows float32 outputs of every part, for which it assumes that one row is long and all others are
@@ -11,7 +11,7 @@ from functools import cache
 
 import torch
 
-from vllm_sparse.attention.base import AttentionShape, Engine
+from vllm_sparse.attention.base import AttentionKernel, AttentionShape
 from vllm_sparse.pages.layout import single_head_pages
 from vllm_sparse.pages.query_blocks import BLOCK_TOKENS
 
@@ -38,7 +38,7 @@ def most_splits(queries: int, head_dim: int, row_tokens: int) -> int:
     return max(1, min(MOST_SPLITS, tiles, PARTS_BYTES // (4 * queries * (head_dim + 1))))
 
 
-class FA3Engine(Engine):
+class FA3Attention(AttentionKernel):
     """Every (request, KV head) is a sequence over single-head pages; its group are the query heads.
 
     Shah et al., "FlashAttention-3", arXiv 2407.08608, in the build that vLLM ships.
@@ -50,8 +50,8 @@ class FA3Engine(Engine):
             return f"needs a GPU, and this is {shape.device.type}"
         if shape.dtype not in (torch.float16, torch.bfloat16):
             return f"computes float16 and bfloat16, not {shape.dtype}"
-        if shape.head_dim % 8 or shape.head_dim > 256:
-            return f"head_dim {shape.head_dim} is not a multiple of 8 up to 256"
+        if shape.geometry.head_dim % 8 or shape.geometry.head_dim > 256:
+            return f"head_dim {shape.geometry.head_dim} is not a multiple of 8 up to 256"
         try:
             from vllm.vllm_flash_attn.flash_attn_interface import fa_version_unsupported_reason
         except ImportError as error:
@@ -65,14 +65,14 @@ class FA3Engine(Engine):
         # Made here and not on first use, which may be inside a CUDA graph's capture.
         self._starts = _sequence_starts(torch.cuda.current_device())
 
-    def attend(self, q, kv, table, page_size, scale, out, host=None):
-        assert host is None, "this engine attends to pages on the GPU only"
+    def attend(self, q, kv, table, geometry, out, host=None):
+        assert host is None, "this kernel attends to pages on the GPU only"
         num_reqs, q_heads, head_dim = q.shape
         kv_heads = kv.shape[1]
         rows, group = num_reqs * kv_heads, q_heads // kv_heads
         assert rows <= MAX_ROWS, f"{rows} rows of (request, KV head) in a step; at most {MAX_ROWS}"
-        keys, values = single_head_pages(kv, page_size)
-        row_tokens = table.units.shape[1] * page_size
+        keys, values = single_head_pages(kv, geometry.page_size)
+        row_tokens = table.head_pages.shape[1] * geometry.page_size
         result = self._attend(
             q=q.reshape(rows, group, head_dim),
             k=keys,
@@ -81,8 +81,8 @@ class FA3Engine(Engine):
             max_seqlen_q=1,
             seqused_k=table.lengths,
             max_seqlen_k=row_tokens,
-            block_table=table.units,
-            softmax_scale=scale,
+            block_table=table.head_pages,
+            softmax_scale=geometry.scale,
             causal=True,
             num_splits=most_splits(num_reqs * q_heads, head_dim, row_tokens),
             fa_version=3,
@@ -92,13 +92,13 @@ class FA3Engine(Engine):
         heads = (num_reqs, kv_heads, group, head_dim)
         torch.where(attended, result.view(heads), out.view(heads), out=out.view(heads))
 
-    def attend_blocks(self, q, kv, table, page_size, scale, out, scratch):
+    def attend_blocks(self, q, kv, table, geometry, out, scratch):
         """Every (query head, block) is a sequence; queries by head lie as sequences must."""
         num_tokens, q_heads, head_dim = q.shape
-        keys, values = single_head_pages(kv, page_size)
+        keys, values = single_head_pages(kv, geometry.page_size)
         by_head, result = scratch[:, : q.numel()].view(2, q_heads, num_tokens, head_dim)
         by_head.copy_(q.transpose(0, 1))
-        row_tokens = table.units.shape[1] * page_size
+        row_tokens = table.head_pages.shape[1] * geometry.page_size
         self._attend(
             q=by_head.view(-1, 1, head_dim),
             k=keys,
@@ -108,8 +108,8 @@ class FA3Engine(Engine):
             max_seqlen_q=min(num_tokens, BLOCK_TOKENS),
             seqused_k=table.lengths,
             max_seqlen_k=row_tokens,
-            block_table=table.units,
-            softmax_scale=scale,
+            block_table=table.head_pages,
+            softmax_scale=geometry.scale,
             causal=True,
             num_splits=most_splits(num_tokens * q_heads, head_dim, row_tokens),
             fa_version=3,

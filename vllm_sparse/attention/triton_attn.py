@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from vllm_sparse.attention.base import AttentionShape, Engine
+from vllm_sparse.attention.base import AttentionKernel, AttentionShape
 
 
-class TritonEngine(Engine):
+class TritonAttention(AttentionKernel):
     """Flash-decoding over the page table (:mod:`vllm_sparse.kernels.sparse_decode`)."""
 
     reads_unlisted_rows = True
@@ -16,7 +16,7 @@ class TritonEngine(Engine):
             return f"needs a GPU, and this is {shape.device.type}"
         return None
 
-    def attend(self, q, kv, table, page_size, scale, out, host=None, exponents=None):
+    def attend(self, q, kv, table, geometry, out, host=None, exponents=None):
         from vllm_sparse.kernels.sparse_decode import sparse_decode
 
-        sparse_decode(q, kv, table, page_size, scale, out, host, exponents)
+        sparse_decode(q, kv, table, geometry, out, host, exponents)

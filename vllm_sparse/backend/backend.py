@@ -62,7 +62,7 @@ class SparseBackend(AttentionBackend):
     def supports_device_cpu_query_lens_mismatch(cls) -> bool:
         return False  # which rows of a step decode is read off the CPU's lengths
 
-    # The cache: pages of page_size rows [K | V] per KV head, then the summary rows.
+    # The cache: pages of page_size rows [K | V] per KV head, then the summary slots.
 
     @classmethod
     def customize_spec(cls, spec):

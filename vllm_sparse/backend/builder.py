@@ -61,7 +61,7 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
         # Hybrid models have several groups of layers, each with a builder, and vLLM may build each twice: steps
         # are counted by the one that has the engine's first sparse layer, and samples of a workspace likewise.
         self.counts = impl.counts if SparseImpl.first(vllm_config) in sparse else None
-        self.guard = self.workspace.guard if SparseImpl.first(vllm_config, self.workspace) in sparse else None
+        self.monitor = self.workspace.monitor if SparseImpl.first(vllm_config, self.workspace) in sparse else None
         counters = (
             torch.zeros_like(self.workspace.plan.counters) if self.counts is None else self.counts.decode.counters
         )
@@ -120,7 +120,7 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
             plan=plan,
             table=table,
             scores=workspace.scores,
-            guard=workspace.guard,
+            monitor=workspace.monitor,
         )
         offloads = self.config.offload is not None
         if not offloads:
@@ -144,21 +144,17 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
             selects_decode = self.config.decode_policy != "dense"
             short_rows_dense = (
                 num_decodes >= SHORT_ROWS_DENSE_FROM or not selects_decode
-                or not self.first_layer.engine.reads_unlisted_rows
+                or not self.first_layer.attention.reads_unlisted_rows
             )  # fmt: skip
             dense_beside = short_rows_dense
             if offloads:
                 # Dense rows would read all of their contexts from the host: only those that cannot be scored.
                 short_rows_dense = False
                 dense_beside = num_decodes * workspace.max_pages > workspace.scores.capacity_pages
-            budget_pages = self.config.budget_pages(self.page_size)
-            largest_pages = self.config.largest_pages(self.page_size)
             kernels.for_device(self.device).plan_decode(
-                common.seq_lens[:num_decodes], plan, metadata.table, self.page_size, budget_pages,
+                common.seq_lens[:num_decodes], plan, metadata.table, self.config.selection(self.page_size),
                 self.config.min_context_tokens if selects_decode else NEVER,
                 workspace.scores.capacity_pages, short_rows_dense,
-                self.config.sink_pages(self.page_size), self.config.window_tokens,
-                largest_pages if largest_pages > budget_pages else None,
             )  # fmt: skip
             if dense_beside:
                 decodes = common if not num_prefills else dense.decode_rows(common, num_decodes, num_decode_tokens)
@@ -168,8 +164,8 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
                 self.counts.decode.step()
                 if self.counts.hot is not None:
                     self.counts.hot.step()
-            if self.guard is not None:
-                self.guard.advance()
+            if self.monitor is not None:
+                self.monitor.advance()
         return metadata
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-import re
 from contextlib import contextmanager
 from typing import Any
 
@@ -134,7 +133,7 @@ def describe(layer: Any, arguments: dict, vllm_config: Any, config: SparseConfig
         numbers = support.full_attention_layers(
             getattr(text, "layer_types", None), getattr(text, "num_hidden_layers", 0)
         )
-        number = layer_number(arguments["prefix"])
+        number = support.layer_number(arguments["prefix"])
         position = numbers.index(number) if number in numbers else None
     head_size = arguments["head_size"]
     backend = arguments["attn_backend"]
@@ -160,12 +159,6 @@ def describe(layer: Any, arguments: dict, vllm_config: Any, config: SparseConfig
         position=position,
         of=len(numbers),
     )
-
-
-def layer_number(name: str) -> int | None:
-    """The number in a layer's name, ``model.layers.7.self_attn.attn``, None where there is none."""
-    found = re.search(r"\.(\d+)\.", name)
-    return int(found[1]) if found else None
 
 
 def _is_absent(value: Any) -> bool:
@@ -207,10 +200,10 @@ def _build_ours(original, layer, bound, vllm_config, config: SparseConfig, decis
     from vllm.v1.attention.selector import get_attn_backend
 
     from vllm_sparse.backend.backend import SparseBackend
-    from vllm_sparse.policies import get_decode_policy
+    from vllm_sparse.policies import DECODE_POLICIES
 
     arguments = bound.arguments
-    summary = "none" if decision.all_dense else get_decode_policy(config.decode_policy).summary
+    summary = "none" if decision.all_dense else DECODE_POLICIES[config.decode_policy].summary
     arguments["attn_backend"] = SparseBackend.storing(summary, config.offload is not None)
     original(*bound.args, **bound.kwargs)
     with without_sparse(vllm_config):

@@ -1,8 +1,9 @@
-"""SparseImpl: one attention layer. Policies, kernels and engines do the work."""
+"""SparseImpl: one attention layer. Policies and kernels do the work."""
 
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import torch
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
@@ -10,9 +11,9 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from vllm_sparse import kernels, metrics
-from vllm_sparse.attention import OFFLOAD_ORDER, PREFILL_ORDER, choose_engine
+from vllm_sparse.attention import DECODE_ORDER, OFFLOAD_ORDER, PREFILL_ORDER, choose_kernel
 from vllm_sparse.attention.base import AttentionShape
-from vllm_sparse.backend import dense, hooks
+from vllm_sparse.backend import dense
 from vllm_sparse.backend.metadata import SparseMetadata
 from vllm_sparse.backend.rehearsal import MOST_IN_PLACE, Rehearsal
 from vllm_sparse.backend.workspace import Workspace
@@ -20,15 +21,16 @@ from vllm_sparse.config import SparseConfig
 from vllm_sparse.decode.budgets import BudgetTable
 from vllm_sparse.errors import ConfigError
 from vllm_sparse.offload.store import OffloadedLayer
+from vllm_sparse.pages.geometry import Geometry
 from vllm_sparse.pages.head_patterns import HeadPatterns
 from vllm_sparse.pages.layout import summaries_as_pages, unreadable
 from vllm_sparse.pages.page_table import PageTable
-from vllm_sparse.pages.summaries import summary_rows
-from vllm_sparse.policies import get_decode_policy, get_prefill_policy
+from vllm_sparse.pages.summaries import summary_slots
+from vllm_sparse.policies import DECODE_POLICIES
 from vllm_sparse.prefill.attend import SparsePrefill
 from vllm_sparse.prefill.buffers import PrefillBuffers
 from vllm_sparse.prefill.patterns import PatternTable
-from vllm_sparse.support import Decision, Treatment
+from vllm_sparse.support import Decision, Treatment, layer_number
 
 logger = logging.getLogger("vllm.vllm_sparse")
 
@@ -84,8 +86,8 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
         """
         self.config = SparseConfig.from_vllm(vllm_config)
         self.name, self.decision, self.summary = name, decision, summary
-        self.layer_index = hooks.layer_number(name)
-        self.policy = get_decode_policy(self.config.decode_policy)
+        self.layer_index = layer_number(name)
+        self.policy = DECODE_POLICIES[self.config.decode_policy]
         self.stock_impl = self.stock_backend = None
         if self.device.type != "cpu":
             self.stock_backend = dense.reader_of_pages(stock, self.dtype, self.head_size)
@@ -129,7 +131,7 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
                 vllm_config, self.config, page_size, self.num_heads, self.num_kv_heads, self.head_size, self.device
             )
         if self.is_sparse:
-            self.counts.follow(self.workspace.prefill, self.workspace.guard)
+            self.counts.follow(self.workspace.prefill, self.workspace.monitor)
 
     @classmethod
     def first(cls, vllm_config, workspace: Workspace | None = None) -> SparseImpl | None:
@@ -137,9 +139,9 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
         impls = (impl for impl in cls._impls(vllm_config) if impl.is_sparse)
         return next((impl for impl in impls if workspace is None or impl.workspace is workspace), None)
 
-    def page_rows(self) -> int:
+    def page_slots(self) -> int:
         """Rows of a page in the cache that vLLM gives this layer."""
-        rows = summary_rows(
+        rows = summary_slots(
             self.summary, self.page_size, self.head_size, self.cache_dtype.itemsize,
             least=int(self.config.offload is not None),
         )  # fmt: skip
@@ -147,10 +149,10 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
 
     def unreadable(self, kv_cache: torch.Tensor) -> str | None:
         """Why this layer's kernels cannot work on the cache that vLLM has laid out, or None if they can."""
-        reason = unreadable(kv_cache, self.page_rows())
+        reason = unreadable(kv_cache, self.page_slots())
         if reason is None and self.config.offload is None and self.is_sparse:
-            reason = self.engine.unreadable(kv_cache, self.page_size)
-            reason = reason or self.prefill_engine.unreadable(kv_cache, self.page_size)
+            reason = self.attention.unreadable(kv_cache, self.page_size)
+            reason = reason or self.prefill_attention.unreadable(kv_cache, self.page_size)
         return reason
 
     def bind(self, position: int, page_size: int) -> None:
@@ -163,45 +165,35 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
             self.layer_index = position
         self.kernels = kernels.for_device(self.device)
         self.bind_budget()
-        self._choose_engines(page_size)
+        self._choose_attention(page_size)
         if self.stock_impl is None:
             self.dense = dense.TorchDense(self.scale, page_size)
         else:
             self.dense = dense.StockDense(self.stock_impl, page_size)
 
-    def _choose_engines(self, page_size: int) -> None:
-        shape = AttentionShape(
-            self.device, self.dtype, self.num_heads, self.num_kv_heads, self.head_size, page_size
-        )
-        if self.config.offload is None:
-            self.engine = choose_engine(self.config.engine, shape)
-        else:
-            self.engine = choose_engine(self.config.engine, shape, OFFLOAD_ORDER)
-        self.prefill_engine = choose_engine(self.config.engine, shape, PREFILL_ORDER)
-
-    @property
-    def coverage(self) -> float:
-        """Share of its estimated attention at which a decode row ends before its budget; 0: it does not."""
-        return self.config.decode_coverage if self.policy.adaptive else 0.0
+    def _choose_attention(self, page_size: int) -> None:
+        self.geometry = Geometry(self.num_heads, self.num_kv_heads, self.head_size, page_size, self.scale)
+        asked, shape = self.config.attention_kernel, AttentionShape(self.device, self.dtype, self.geometry)
+        order = DECODE_ORDER if self.config.offload is None else OFFLOAD_ORDER
+        self.attention = choose_kernel(asked, shape, order)
+        self.prefill_attention = choose_kernel(asked, shape, PREFILL_ORDER)
 
     def bind_budget(self) -> None:
         """Settle what selection keeps, from config and policy."""
-        config = self.config
-        self.budget_pages = config.largest_pages(self.page_size)
-        self.sink_pages = config.sink_pages(self.page_size)
-        self.head_pages = None
+        config, head_budget_pages = self.config, None
         if isinstance(config.head_budgets, BudgetTable):
             rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-            pages = config.head_pages(self.page_size, self.layer_index, rank, ranks, self.num_kv_heads)
-            self.head_pages = torch.tensor(pages, dtype=torch.int32, device=self.device)
+            pages = config.head_budget_pages(self.page_size, self.layer_index, rank, ranks, self.num_kv_heads)
+            head_budget_pages = torch.tensor(pages, dtype=torch.int32, device=self.device)
+        self.selection = replace(config.selection(self.page_size), head_budget_pages=head_budget_pages)
 
     def bind_prefill(self, buffers: PrefillBuffers | None) -> None:
         """Settle how sparse chunks are attended; None where prefill is dense."""
         self.prefill = None
         if buffers is not None:
             self.prefill = SparsePrefill(
-                get_prefill_policy(self.config, self.page_size, self._patterns()), self.prefill_engine, buffers,
-                self.sink_pages, self.config.window_tokens, self.scale,
+                self.config.new_prefill_policy(self.page_size, self._patterns()), self.prefill_attention, buffers,
+                self.selection, self.geometry,
             )  # fmt: skip
 
     def _patterns(self) -> HeadPatterns:
@@ -215,13 +207,13 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
             return HeadPatterns.of([self.config.uniform_pattern] * self.num_heads, self.page_size, self.device)
         return HeadPatterns.of(patterns, self.page_size, self.device)
 
-    def _prefill_rows(self) -> int:
+    def _prefill_slots(self) -> int:
         """Rows of the pages that prefill reads: with offload of contexts read back, without summaries."""
-        return self.page_size if self.config.offload is not None else self.page_rows()
+        return self.page_size if self.config.offload is not None else self.page_slots()
 
     def warm_up_prefill(self) -> None:
         """Compile the kernels of sparse prefill; layers of equal shape share them."""
-        rows = self._prefill_rows()
+        rows = self._prefill_slots()
         self.prefill.warm_up(self.num_kv_heads, rows, self.head_size, self.num_heads, self.dtype)
 
     def rehearse(self, query: torch.Tensor, output: torch.Tensor) -> None:
@@ -231,11 +223,11 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
             return
         workspace.rehearsed_tokens = len(query)
         self.page_size = workspace.page_size
-        self._choose_engines(self.page_size)
-        shape = (1, self.num_kv_heads, self._prefill_rows(), 2 * self.head_size)
+        self._choose_attention(self.page_size)
+        shape = (1, self.num_kv_heads, self._prefill_slots(), 2 * self.head_size)
         kv = torch.zeros(shape, dtype=self.cache_dtype, device=query.device)
-        engines = (self.engine, self.prefill_engine)
-        Rehearsal(self.config, workspace, *engines, kv, self.coverage, self.scale).run(query, output)
+        kernels_of_steps = (self.attention, self.prefill_attention)
+        Rehearsal(self.config, workspace, *kernels_of_steps, kv, self.geometry).run(query, output)
 
     def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping) -> None:
         """Write K and V of new tokens and refresh the summaries of the pages they touch."""
@@ -262,7 +254,7 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
         Args:
             query, output: [num_tokens, num_heads, head_size].
             key, value: [num_tokens, num_kv_heads, head_size]; already in the cache.
-            kv_cache: [num_blocks, num_kv_heads, page_size + summary rows, 2 * head_size]; the summary rows
+            kv_cache: [num_blocks, num_kv_heads, page_size + summary slots, 2 * head_size]; the summary slots
                 alone with offload.
             attn_metadata: None in profiling runs.
         """
@@ -297,23 +289,19 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
         if self.config.decode_policy == "dense":
             return
         block_table = md.block_table[: md.num_decodes]
-        self.policy.score(query, kv_cache, block_table, md.plan, self.page_size, self.scale, md.scores)
-        self.kernels.select_pages(
-            md.scores, block_table, md.plan, kv_cache, self.page_size,
-            self.budget_pages, self.sink_pages, self.config.window_tokens, md.table, self.coverage,
-            self.head_pages,
-        )  # fmt: skip
-        if md.guard is not None and self.layer_index < len(md.guard.sums):
-            self.kernels.guard_mass(
+        self.policy.score(query, kv_cache, block_table, md.plan, self.geometry, md.scores)
+        self.kernels.select_pages(md.scores, block_table, md.plan, kv_cache, self.selection, md.table)
+        if md.monitor is not None and self.layer_index < len(md.monitor.sums):
+            self.kernels.recall_mass(
                 query, kv_cache, block_table, md.plan, md.table,
-                self.page_size, self.scale, md.guard, self.layer_index,
+                self.geometry, md.monitor, self.layer_index,
             )  # fmt: skip
-        self.engine.attend(query, kv_cache, md.table, self.page_size, self.scale, output)
+        self.attention.attend(query, kv_cache, md.table, self.geometry, output)
 
     def _attend_offloaded(
         self, layer, query, key, value, summaries, md: SparseMetadata, output: torch.Tensor
     ) -> torch.Tensor:
-        """The same with K and V on the host: prefill reads contexts into buffers, decode the chosen units."""
+        """The same with K and V on the host: prefill reads contexts into buffers, decode the chosen head pages."""
         offloaded, decodes = self.offloaded, md.num_decodes
         if offloaded is None:  # graphs captured to see what they take, before there is a cache
             return output.zero_()
@@ -335,21 +323,15 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
             else:
                 self._attend_whole(query, block_table, md.plan.dense_seq_lens, out)
         pages = summaries_as_pages(summaries, self.page_size)
-        self.policy.score(query, pages, block_table, md.plan, self.page_size, self.scale, md.scores)
-        self.kernels.select_pages(
-            md.scores, block_table, md.plan, offloaded.host, self.page_size,
-            self.budget_pages, self.sink_pages, self.config.window_tokens, md.table, self.coverage,
-            self.head_pages,
-        )  # fmt: skip
+        self.policy.score(query, pages, block_table, md.plan, self.geometry, md.scores)
+        self.kernels.select_pages(md.scores, block_table, md.plan, offloaded.host, self.selection, md.table)
         offloaded.bring(md.table)
         self._attend_on_host(query, md.table, out)
         return output
 
     def _attend_on_host(self, query: torch.Tensor, table: PageTable, out: torch.Tensor) -> None:
         offloaded = self.offloaded
-        self.engine.attend(
-            query, offloaded.hot, table, self.page_size, self.scale, out, offloaded.host, offloaded.exponents
-        )
+        self.attention.attend(query, offloaded.hot, table, self.geometry, out, offloaded.host, offloaded.exponents)
 
     def _attend_whole(self, query, block_table: torch.Tensor, seq_lens: torch.Tensor, out: torch.Tensor) -> None:
         """Rows that cannot be scored, where no dense backend can read the host: every page of them, in place."""
@@ -357,6 +339,6 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
         requests = max(1, MOST_IN_PLACE // (self.num_kv_heads * block_table.shape[1]))
         for rows in (slice(at, at + requests) for at in range(0, len(query), requests)):
             # ~(block * kv_heads + head), without a copy of it.
-            units = block_table[rows, None, :] * -self.num_kv_heads + ~heads[:, None]
+            head_pages = block_table[rows, None, :] * -self.num_kv_heads + ~heads[:, None]
             lengths = seq_lens[rows, None].expand(-1, self.num_kv_heads)
-            self._attend_on_host(query[rows], PageTable(units.flatten(0, 1), lengths.flatten()), out[rows])
+            self._attend_on_host(query[rows], PageTable(head_pages.flatten(0, 1), lengths.flatten()), out[rows])

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from vllm_sparse.decode.recall_monitor import Guard
+from vllm_sparse.decode.recall_monitor import RecallMonitor
 from vllm_sparse.offload.contexts import ContextRun
 from vllm_sparse.pages.decode_plan import DecodePlan
 from vllm_sparse.pages.page_scores import PageScores
@@ -33,7 +33,7 @@ class SparseMetadata:
     table: PageTable
     scores: PageScores
 
-    guard: Guard | None = None
+    monitor: RecallMonitor | None = None
     """Measures what the chosen pages hold, where the config asks for it."""
     dense_all: Any = None
     """Metadata of the dense backend for every row: what dense layers run."""

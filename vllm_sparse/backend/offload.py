@@ -79,7 +79,7 @@ def check(vllm_config: Any, config: SparseConfig) -> SparseConfig:
             "it is a KV connector, which sees the bytes on the GPU only, which are summaries"
         ),
         "--enable-sleep-mode": getattr(vllm_config.model_config, "enable_sleep_mode", False) and (
-            "it would discard summaries and hot units but not the host pool"
+            "it would discard summaries and hot head pages but not the host pool"
         ),
     }  # fmt: skip
     for option, reason in refused.items():
@@ -121,7 +121,7 @@ def _shape(specs: dict[str, Any], config: SparseConfig) -> CacheShape:
         head_dim=spec.head_size,
         page_size=spec.block_size,
         item_bytes=spec.dtype.itemsize,
-        summary_rows=spec.summary_rows,
+        summary_slots=spec.summary_slots,
         host_dtype=config.offload.host_dtype,
     )
 
@@ -191,7 +191,7 @@ def build_store(worker: Any, kv_cache_config: Any) -> None:
     for name, offloaded in zip(specs, store.layers, strict=True):
         impl = layers[name].impl
         impl.offloaded = offloaded
-    impl.counts.hot = metrics.HotSet(store.counters, shape.host_unit_bytes)
+    impl.counts.hot = metrics.HotSetCounts(store.counters, shape.host_head_page_bytes)
     slots = split.slots_per_layer * shape.layers
     logger.info(
         "sparse attention: offload: %.2f GiB of host memory%s for %d tokens of context, hot set of %.2f GiB "

@@ -15,14 +15,15 @@ from dataclasses import dataclass
 import torch
 
 from vllm_sparse import kernels
-from vllm_sparse.attention.base import Engine
+from vllm_sparse.attention.base import AttentionKernel
 from vllm_sparse.backend.workspace import Workspace
 from vllm_sparse.config import SparseConfig
+from vllm_sparse.pages.geometry import Geometry
 from vllm_sparse.pages.page_table import PageTable
 from vllm_sparse.pages.query_blocks import BLOCK_TOKENS
 
 MOST_IN_PLACE = 1 << 22
-"""Units that are read on the host by one launch where whole contexts are: what its page table holds."""
+"""Head pages that are read on the host by one launch where whole contexts are: what its page table holds."""
 
 
 @dataclass
@@ -31,12 +32,11 @@ class Rehearsal:
 
     config: SparseConfig
     workspace: Workspace
-    engine: Engine
-    prefill_engine: Engine
+    attention: AttentionKernel
+    prefill_attention: AttentionKernel
     kv: torch.Tensor
-    """[1, kv_heads, page_size + summary rows, 2 * head_dim]."""
-    coverage: float
-    scale: float
+    """[1, kv_heads, page_size + summary slots, 2 * head_dim]."""
+    geometry: Geometry
 
     def run(self, query: torch.Tensor, output: torch.Tensor) -> None:
         """Make every call; ``output`` holds nothing afterwards.
@@ -55,7 +55,7 @@ class Rehearsal:
 
     def decode(self, query: torch.Tensor, output: torch.Tensor) -> None:
         """Select and attend for rows of no context."""
-        workspace, page_size = self.workspace, self.workspace.page_size
+        workspace = self.workspace
         table = workspace.table.rows(len(query) * workspace.kv_heads)
         plan = workspace.plan.rows(len(query))
         for left in (table.lengths, plan.table_seq_lens, plan.totals):
@@ -63,11 +63,9 @@ class Rehearsal:
         block_table = self._block_table(len(query))
         table.routes, table.block_table = plan.score_offsets, block_table
         kernels.for_device(query.device).select_pages(
-            workspace.scores, block_table, plan, self.kv, page_size,
-            self.config.largest_pages(page_size), self.config.sink_pages(page_size), self.config.window_tokens,
-            table, self.coverage,
-        )  # fmt: skip
-        self.engine.attend(query, self.kv, table, page_size, self.scale, output)
+            workspace.scores, block_table, plan, self.kv, self.config.selection(self.geometry.page_size), table
+        )
+        self.attention.attend(query, self.kv, table, self.geometry, output)
         if self.config.offload is not None and self.config.offload.host_dtype == "fp8":
             torch.empty(min(MOST_IN_PLACE, workspace.kv_heads * len(query) * workspace.max_pages),
                         dtype=torch.int32, device=query.device)  # fmt: skip
@@ -76,14 +74,21 @@ class Rehearsal:
         """Attend for ``blocks`` query blocks without queries: as many rows, as wide as a table gets with them."""
         buffers = self.workspace.prefill
         rows = buffers.q_heads * blocks
-        pages = min(buffers.max_pages, len(buffers.units) // rows)
+        pages = min(buffers.max_pages, len(buffers.head_pages) // rows)
         table = PageTable(
-            buffers.units[: rows * pages].view(rows, pages), buffers.lengths[:rows], buffers.starts[: rows + 1]
+            buffers.head_pages[: rows * pages].view(rows, pages),
+            buffers.lengths[:rows],
+            buffers.starts[: rows + 1],
         )
         table.lengths.zero_()
         table.starts.zero_()
-        self.prefill_engine.attend_blocks(
-            query, self.kv, table, buffers.page_size, self.scale, output, buffers.scratch
+        self.prefill_attention.attend_blocks(
+            query,
+            self.kv,
+            table,
+            self.geometry,
+            output,
+            buffers.scratch,
         )
 
     def _block_table(self, rows: int) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """The KV-cache spec that makes vLLM plan, allocate and share pages with their summaries.
 
-A page holds ``page_size`` rows of ``[K | V]`` per KV head and then ``summary_rows`` rows of the same width.
+A page holds ``page_size`` rows of ``[K | V]`` per KV head and then ``summary_slots`` rows of the same width.
 vLLM's memory planning counts them, and prefix caching, copy-on-write, preemption and KV connectors that copy
 whole blocks carry them, because they are bytes of the page like any others. A block of vLLM's holds one page;
 where vLLM makes blocks larger, to bring layers to one size, it splits them into pages again for the kernels.
@@ -12,13 +12,13 @@ from dataclasses import dataclass, fields
 
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from vllm_sparse import summaries
+from vllm_sparse.pages import summaries
 from vllm_sparse.pages.layout import PAGE_SIZES
 
 
 @dataclass(frozen=True, kw_only=True)
 class SparseAttentionSpec(FullAttentionSpec):
-    """Full attention whose pages end in ``summary_rows`` extra rows per KV head.
+    """Full attention whose pages end in ``summary_slots`` extra rows per KV head.
 
     vLLM manages its blocks as those of its base class: prefix hits and preemption are those of full attention,
     since a summary is a function of its page's keys and lives in the page. With offload a block names a page of
@@ -30,28 +30,28 @@ class SparseAttentionSpec(FullAttentionSpec):
     summary: str = "none"
     """One of :data:`vllm_sparse.pages.summaries.SUMMARIES`."""
     on_host: bool = False
-    """Offload: K and V are in CPU memory, and a block of vLLM's holds the summary rows alone."""
+    """Offload: K and V are in CPU memory, and a block of vLLM's holds the summary slots alone."""
 
     @property
-    def summary_rows(self) -> int:
+    def summary_slots(self) -> int:
         """Summary rows of a page."""
-        return summaries.summary_rows(
+        return summaries.summary_slots(
             self.summary, self.page_size, self.head_size, self.dtype.itemsize, least=int(self.on_host)
         )
 
     @property
-    def page_rows(self) -> int:
+    def page_slots(self) -> int:
         """Rows of a page in vLLM's memory."""
-        return self.summary_rows if self.on_host else self.page_size + self.summary_rows
+        return self.summary_slots if self.on_host else self.page_size + self.summary_slots
 
     @property
     def unpadded_page_size_bytes(self) -> int:
         """Bytes of a block: proportional to its tokens, so exact for one token too."""
-        row_bytes = self.num_heads * self.state_content_size_bytes
-        return self.block_size * self.page_rows * row_bytes // self.page_size
+        token_bytes = self.num_heads * self.state_content_size_bytes
+        return self.block_size * self.page_slots * token_bytes // self.page_size
 
     def get_num_kernel_states(self, kernel_block_size: int) -> int:
-        return kernel_block_size * self.page_rows // self.page_size
+        return kernel_block_size * self.page_slots // self.page_size
 
     @classmethod
     def merge(cls, specs):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm_sparse.config import SparseConfig
-from vllm_sparse.decode.recall_monitor import Guard
+from vllm_sparse.decode.recall_monitor import RecallMonitor
 from vllm_sparse.pages.decode_plan import DecodePlan, segment_pages
 from vllm_sparse.pages.page_scores import PageScores
 from vllm_sparse.pages.page_table import PageTable
@@ -39,8 +39,8 @@ class Workspace:
     """Whether the plan marks rows as prompt tokens, which the next step must wipe out."""
     prefill: PrefillBuffers | None = None
     """None where prefill is dense."""
-    guard: Guard | None = None
-    """None where ``guard_every_steps`` is 0."""
+    monitor: RecallMonitor | None = None
+    """None where ``recall_monitor_every_steps`` is 0."""
     rehearsed_tokens: int = 0
     """Of the largest step whose calls were rehearsed (:mod:`vllm_sparse.backend.rehearsal`)."""
 
@@ -85,10 +85,12 @@ class Workspace:
                 q_heads, head_dim, page_size, vllm_config.model_config.max_model_len,
                 vllm_config.scheduler_config.max_num_batched_tokens, vllm_config.model_config.dtype, device,
             )  # fmt: skip
-        if config.guard_every_steps:
+        if config.recall_monitor_every_steps:
             layers = vllm_config.model_config.hf_text_config.num_hidden_layers
-            workspace.guard = Guard.allocate(config.guard_every_steps, layers, q_heads, kv_heads, device)
-        mib = (workspace.scores.values.numel() + workspace.table.units.numel()) * 4 / 2**20
+            workspace.monitor = RecallMonitor.allocate(
+                config.recall_monitor_every_steps, layers, q_heads, kv_heads, device
+            )
+        mib = (workspace.scores.values.numel() + workspace.table.head_pages.numel()) * 4 / 2**20
         if workspace.prefill is not None:
             mib += workspace.prefill.num_bytes / 2**20
         logger.info("sparse attention: workspace of %.0f MiB for up to %d requests", mib, max_num_reqs)

@@ -1,7 +1,7 @@
-"""Guard: the attention mass that chosen pages hold, measured while an engine serves.
+"""RecallMonitor: the attention mass that chosen pages hold, measured while an engine serves.
 
 In every ``every``-th decode step each layer also computes the exact attention mass of all pages of one of
-the step's sparse rows (:mod:`vllm_sparse.kernels.guard_mass`) and adds up what share the chosen pages
+the step's sparse rows (:mod:`vllm_sparse.kernels.recall_mass`) and adds up what share the chosen pages
 hold. The device counts steps, picks the row and keeps the sums, so a CUDA graph replays it.
 """
 
@@ -13,27 +13,18 @@ from dataclasses import dataclass, field
 
 import torch
 
+from vllm_sparse.pages.recall_sums import RecallSums
+
 logger = logging.getLogger("vllm.vllm_sparse")
 
-PARTS = 64
-"""Programs that share the pages of the sampled row, for each KV head."""
 REPORT_SECONDS = 10.0
 REPORT_STEPS = 16
 
 
 @dataclass
-class Guard:
-    every: int
-    """Steps from one sample to the next."""
-    step: torch.Tensor
-    """int64 [1]: decode steps so far."""
-    sums: torch.Tensor
-    """float64 [layers, kv_heads, 2]: shares added up, and how many."""
-    parts: torch.Tensor
-    """float32 [kv_heads, PARTS, 4, group]: largest logit and sum of exponentials relative to it, over all
-    pages and over the chosen ones; what the programs of a row leave for the last of them."""
-    arrivals: torch.Tensor
-    """int32 [kv_heads], 0 between launches: programs that are done."""
+class RecallMonitor(RecallSums):
+    """The sums, and now and then a line in the log about them."""
+
     _copied: torch.Tensor = field(init=False, repr=False)
     _steps: int = 0
     _next_report: float = 0.0
@@ -44,16 +35,6 @@ class Guard:
         # vLLM builds its layers with the GPU as default device.
         on_gpu = self.sums.device.type != "cpu"
         self._copied = torch.zeros(self.sums.shape, dtype=torch.float64, device="cpu", pin_memory=on_gpu)
-
-    @classmethod
-    def allocate(cls, every: int, layers: int, q_heads: int, kv_heads: int, device: torch.device) -> Guard:
-        return cls(
-            every,
-            torch.zeros(1, dtype=torch.int64, device=device),
-            torch.zeros(layers, kv_heads, 2, dtype=torch.float64, device=device),
-            torch.zeros(kv_heads, PARTS, 4, q_heads // kv_heads, device=device),
-            torch.zeros(kv_heads, dtype=torch.int32, device=device),
-        )
 
     def reset(self) -> None:
         """Forget what was measured so far: warm-up and graph capture decode nothing real."""

@@ -1,1 +1,1 @@
-"""KV pages in CPU memory: a pinned host pool, and a hot set of units on the GPU."""
+"""KV pages in CPU memory: a pinned host pool, and a hot set of head pages on the GPU."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from vllm_sparse.user_text import shown
+from vllm_sparse.errors import ConfigError
+from vllm_sparse.misplaced import Keys, hint
+from vllm_sparse.user_text import nearest, shown
 
 HOST_DTYPES = ("auto", "fp8")
 MOST_GIB = 2**20
@@ -20,14 +22,13 @@ class OffloadConfig:
     """Pinned memory of one host for K and V, all its ranks together; ``auto``: three quarters of what is free,
     rounded down by up to a ninth, so that the number mostly repeats and vLLM's compile cache stays warm."""
     hot_fraction: float | str = "auto"
-    """Share of the GPU's KV memory for hot units, the rest for summaries; ``auto``: what the summaries of
+    """Share of the GPU's KV memory for hot head pages, the rest for summaries; ``auto``: what the summaries of
     the whole host pool leave, and at least a quarter."""
     host_dtype: str = "auto"
     """How K and V are stored on the host: ``auto``, as in the cache, or ``fp8``: e4m3 with one exponent for K and
-    one for V of a unit (:mod:`vllm_sparse.kernels.e4m3`), which is not exact."""
+    one for V of a head page (:mod:`vllm_sparse.kernels.e4m3`), which is not exact."""
 
     def __post_init__(self) -> None:
-        from vllm_sparse.errors import ConfigError
 
         for name, allowed, good in (
             ("host_gib", f"auto, or a number above 0, up to {MOST_GIB}", lambda x: 0 < x <= MOST_GIB),
@@ -43,11 +44,8 @@ class OffloadConfig:
             )
 
     @classmethod
-    def from_mapping(cls, values: Any, source: str) -> OffloadConfig:
-        """Check and build from a JSON object; ``source`` names it in errors."""
-        from vllm_sparse import misplaced
-        from vllm_sparse.config import nearest
-        from vllm_sparse.errors import ConfigError
+    def from_mapping(cls, values: Any, source: str, keys: Keys) -> OffloadConfig:
+        """Check and build from a JSON object; ``source`` names it in errors, and ``keys`` tell where others belong."""
 
         known = [field.name for field in fields(cls)]
         if not isinstance(values, dict):
@@ -57,8 +55,8 @@ class OffloadConfig:
             )
         for key in values:
             if key not in known:
-                hint = misplaced.hint(key, source, inside="offload") or nearest(key, known)
-                raise ConfigError(f"{source}: unknown key {shown(key)} in sparse.offload.{hint}")
+                found = hint(key, source, keys, inside="offload") or nearest(key, known)
+                raise ConfigError(f"{source}: unknown key {shown(key)} in sparse.offload.{found}")
         return cls(**values)
 
     def to_mapping(self) -> dict[str, Any]:

@@ -40,7 +40,7 @@ class HostPool:
         """
         self.pages = (num_blocks, shape.kv_heads, shape.page_size, 2 * shape.head_dim)
         kept = torch.float8_e4m3fn if shape.in_fp8 else dtype
-        size = num_blocks * shape.kv_heads * shape.host_unit_bytes
+        size = num_blocks * shape.kv_heads * shape.host_head_page_bytes
         self._pinned: dict[int, int] = {}  # bytes by address
         self._memory: list[mmap.mmap] = []
         # Where an engine ends in a process that goes on. At exit the driver lets go of everything itself.

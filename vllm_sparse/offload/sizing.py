@@ -5,18 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vllm_sparse.errors import ConfigError
+from vllm_sparse.pages.hot_set import WAYS
 
 GIB = 1 << 30
-WAYS = 16
-"""Slots among which a unit can be placed (:mod:`vllm_sparse.kernels.find_slots`)."""
 LEAST_HOT_SHARE = 0.25
 """Of the GPU's KV memory, with ``hot_fraction: auto``."""
 SLOT_STATE_BYTES = 8
-"""Per slot: the unit it holds and when it was last used."""
+"""Per slot: the head page it holds and when it was last used."""
 MAP_BYTES = 4
-"""Per unit of the pool: the slot that holds it."""
+"""Per head page of the pool: the slot that holds it."""
 EXPONENT_BYTES = 2
-"""Per unit of a pool in fp8: those of its K and its V."""
+"""Per head page of a pool in fp8: those of its K and its V."""
 
 
 @dataclass(frozen=True)
@@ -28,47 +27,47 @@ class CacheShape:
     head_dim: int
     page_size: int
     item_bytes: int
-    summary_rows: int
+    summary_slots: int
     host_dtype: str = "auto"
     """See :class:`vllm_sparse.offload.config.OffloadConfig`."""
 
     @property
-    def row_bytes(self) -> int:
+    def token_bytes(self) -> int:
         """K and V of one token and KV head."""
         return 2 * self.head_dim * self.item_bytes
 
     @property
-    def unit_bytes(self) -> int:
+    def head_page_bytes(self) -> int:
         """K and V of a page of one KV head, on the GPU."""
-        return self.page_size * self.row_bytes
+        return self.page_size * self.token_bytes
 
     @property
     def in_fp8(self) -> bool:
         return self.host_dtype == "fp8"
 
     @property
-    def host_unit_bytes(self) -> int:
+    def host_head_page_bytes(self) -> int:
         """The same on the host: what a decode step moves."""
-        return self.unit_bytes // self.item_bytes if self.in_fp8 else self.unit_bytes
+        return self.head_page_bytes // self.item_bytes if self.in_fp8 else self.head_page_bytes
 
     @property
     def slot_bytes(self) -> int:
-        """GPU memory of a slot: a unit, and room for a summary, so that pages are written in slots too."""
-        return (self.page_size + self.summary_rows) * self.row_bytes
+        """GPU memory of a slot: a head page, and room for a summary, so that pages are written in slots too."""
+        return (self.page_size + self.summary_slots) * self.token_bytes
 
     @property
     def host_page_bytes(self) -> int:
         """Host memory of a block: its K and V in all layers."""
-        return self.layers * self.kv_heads * self.host_unit_bytes
+        return self.layers * self.kv_heads * self.host_head_page_bytes
 
     @property
     def gpu_block_bytes(self) -> int:
         """What vLLM allocates for a block on the GPU: its summaries in all layers."""
-        return self.layers * self.kv_heads * self.summary_rows * self.row_bytes
+        return self.layers * self.kv_heads * self.summary_slots * self.token_bytes
 
     @property
     def map_block_bytes(self) -> int:
-        """What is known of a block's units on the GPU."""
+        """What is known of a block's head pages on the GPU."""
         return self.layers * self.kv_heads * (MAP_BYTES + (EXPONENT_BYTES if self.in_fp8 else 0))
 
 
@@ -92,7 +91,7 @@ class StepLimits:
     def fixed_bytes(self, shape: CacheShape) -> int:
         """GPU memory that does not grow with the pool: pages being written, two contexts of a layer, tables."""
         staged = self.staged_pages(shape.page_size) * shape.kv_heads * shape.slot_bytes
-        contexts = 2 * self.context_pages(shape.page_size) * shape.kv_heads * shape.unit_bytes
+        contexts = 2 * self.context_pages(shape.page_size) * shape.kv_heads * shape.head_page_bytes
         tables = 2 * 4 * self.max_num_reqs * shape.kv_heads * self.table_pages
         return staged + contexts + tables + 8 * self.max_num_tokens + 12 * self.staged_pages(shape.page_size)
 
@@ -104,7 +103,7 @@ class Split:
     num_blocks: int
     """vLLM's blocks, of which one is never used: pages of the host pool, with summaries on the GPU."""
     slots_per_layer: int
-    """Units that the hot set holds of each layer."""
+    """Head pages that the hot set holds of each layer."""
 
     def tokens(self, page_size: int) -> int:
         return self.num_blocks * page_size
@@ -144,7 +143,7 @@ def split_memory(
             f"{needed * shape.host_page_bytes / GIB:.3f} GiB of host memory and "
             f"{(fixed + summaries / (1 - share)) / GIB:.3f} GiB of GPU memory per rank "
             f"(buffers of a step {fixed / GIB:.3f} GiB, summaries of its pages "
-            f"{summaries / GIB:.3f} GiB, the rest hot units); there are {host_bytes / GIB:.3f} GiB of "
+            f"{summaries / GIB:.3f} GiB, the rest hot head pages); there are {host_bytes / GIB:.3f} GiB of "
             f"host memory and {gpu_bytes / GIB:.3f} GiB of GPU memory for KV. Lower --max-model-len or "
             f"--max-num-batched-tokens, or raise sparse.offload.host_gib or --gpu-memory-utilization"
         )

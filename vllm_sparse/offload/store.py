@@ -10,13 +10,13 @@ from vllm_sparse import kernels
 from vllm_sparse.offload.contexts import ContextReader
 from vllm_sparse.offload.pool import HostPool
 from vllm_sparse.offload.sizing import CacheShape, Split, StepLimits
-from vllm_sparse.pages.hot_set import Residency
+from vllm_sparse.pages.hot_set import HotSet
 from vllm_sparse.pages.page_table import PageTable
 from vllm_sparse.pages.write_plan import WritePlan
 
 
 class OffloadStore:
-    """The host pool, the hot store on the GPU, and what finds units in it.
+    """The host pool, the hot store on the GPU, and what finds head pages in it.
 
     The hot store is one tensor of pages like those of a resident cache. Its first pages are the ones that a
     step writes to, shared by all layers; after them each layer has its slots. So ``page_write`` and every
@@ -30,29 +30,29 @@ class OffloadStore:
         self.pool = HostPool(shape, split.num_blocks, dtype, device)
         staged = limits.staged_pages(shape.page_size)
         pages = staged - (-shape.layers * split.slots_per_layer // shape.kv_heads)
-        rows = shape.page_size + shape.summary_rows
+        rows = shape.page_size + shape.summary_slots
         self.hot = torch.zeros(pages, shape.kv_heads, rows, 2 * shape.head_dim, dtype=dtype, device=device)
         self.plan = WritePlan.empty(limits.max_num_tokens, staged, shape.layers, device)
-        units = limits.max_num_reqs * shape.kv_heads * limits.table_pages
-        self.misses = torch.zeros(units, dtype=torch.int32, device=device)
+        head_pages = limits.max_num_reqs * shape.kv_heads * limits.table_pages
+        self.misses = torch.zeros(head_pages, dtype=torch.int32, device=device)
         self.counters = torch.zeros(3, dtype=torch.int64, device=device)
-        """Running totals of all layers: units looked for, fetched into slots, read from the host in place."""
-        units = (split.num_blocks, shape.kv_heads, 2)
+        """Running totals of all layers: head pages looked for, fetched into slots, read from the host in place."""
+        head_pages = (split.num_blocks, shape.kv_heads, 2)
         exponents = [
-            torch.zeros(units, dtype=torch.uint8, device=device) if shape.in_fp8 else None
+            torch.zeros(head_pages, dtype=torch.uint8, device=device) if shape.in_fp8 else None
             for _ in range(shape.layers)
         ]
         self.contexts = ContextReader(limits.context_pages(shape.page_size), self.pool.layers, self.hot, exponents)
         self.layers = [
             OffloadedLayer(
-                self, index, self.pool.layers[index], self._residency(index, staged, device), exponents[index]
+                self, index, self.pool.layers[index], self._hot_set_of(index, staged, device), exponents[index]
             )
             for index in range(shape.layers)
         ]
 
-    def _residency(self, layer: int, staged_pages: int, device: torch.device) -> Residency:
+    def _hot_set_of(self, layer: int, staged_pages: int, device: torch.device) -> HotSet:
         heads, slots = self.shape.kv_heads, self.slots_per_layer
-        return Residency.empty(self.num_blocks * heads, slots, staged_pages * heads + layer * slots, device)
+        return HotSet.empty(self.num_blocks * heads, slots, staged_pages * heads + layer * slots, device)
 
 
 @dataclass
@@ -63,7 +63,7 @@ class OffloadedLayer:
     index: int
     host: torch.Tensor
     """[num_blocks, kv_heads, page_size, 2 * head_dim]: K and V of all blocks."""
-    residency: Residency
+    hot_set: HotSet
     exponents: torch.Tensor | None
     """uint8 [num_blocks, kv_heads, 2], on the GPU, of a host in e4m3: a link to the host moves codes alone."""
 
@@ -84,7 +84,7 @@ class OffloadedLayer:
         Args:
             key, value: [num_tokens, kv_heads, head_dim].
             slot_mapping: int64 [num_tokens], ``block * page_size + row``; -1: not written.
-            summaries: [num_blocks, kv_heads, summary rows, 2 * head_dim], vLLM's cache of this layer.
+            summaries: [num_blocks, kv_heads, summary slots, 2 * head_dim], vLLM's cache of this layer.
             summary: see :mod:`vllm_sparse.kernels.page_write`.
         """
         store, run, num_tokens = self.store, kernels.for_device(key.device), slot_mapping.shape[0]
@@ -95,19 +95,19 @@ class OffloadedLayer:
             run.plan_writes(slot_mapping, page_size, store.plan)
         run.stage_pages(self.host, summaries, store.plan, num_tokens, store.hot, self.exponents)
         run.page_write(key, value, store.hot, store.plan.staged_slots[:num_tokens], page_size, summary)
-        run.write_through(store.hot, store.plan, num_tokens, self.host, summaries, self.residency, self.exponents)
+        run.write_through(store.hot, store.plan, num_tokens, self.host, summaries, self.hot_set, self.exponents)
 
     def bring(self, table: PageTable) -> None:
-        """Turn the chosen units of ``table`` into places in the hot store, fetching those that it lacks.
+        """Turn the chosen head pages of ``table`` into places in the hot store, fetching those that it lacks.
 
-        A unit for which there is no slot becomes ``~unit``, for the engine to read on the host.
+        A head page for which there is no slot becomes ``~head_page``, for the engine to read on the host.
         """
-        store, run = self.store, kernels.for_device(table.units.device)
-        run.find_slots(
-            table, store.shape.kv_heads, store.shape.page_size, store.plan, self.index, self.residency,
+        store, run = self.store, kernels.for_device(table.head_pages.device)
+        run.find_hot_slots(
+            table, store.shape.kv_heads, store.shape.page_size, store.plan, self.index, self.hot_set,
             store.misses, store.counters,
         )  # fmt: skip
-        run.fetch_units(
-            self.host, table, store.plan, self.index, self.residency, store.misses, store.hot, store.counters,
+        run.fetch_head_pages(
+            self.host, table, store.plan, self.index, self.hot_set, store.misses, store.hot, store.counters,
             self.exponents,
         )  # fmt: skip

@@ -17,12 +17,12 @@ class HeadPattern:
     """
 
     vertical_tokens: int = 0
-    """Columns, in whole pages, where ``coverage`` is 0."""
+    """Columns, in whole pages, where ``top_p`` is 0."""
     slash_tokens: int = 0
-    """Diagonals, in bands of a page, where ``coverage`` is 0."""
+    """Diagonals, in bands of a page, where ``top_p`` is 0."""
     recent_tokens: int = 0
     """Diagonals nearest to the query, in bands of a page, whatever the estimate says of them."""
-    coverage: float = 0.0
+    top_p: float = 0.0
     """Share of the estimated attention that columns and diagonals hold; 0: the sizes above."""
 
 
@@ -32,7 +32,7 @@ class HeadPatterns:
 
     sizes: torch.Tensor
     """int32 [3, q_heads]: pages, bands of diagonals, and nearest bands to keep."""
-    coverage: torch.Tensor
+    top_p: torch.Tensor
     """float32 [q_heads]: share of a head's mass to keep; 0: ``sizes``; all from 1 on."""
 
     @classmethod
@@ -42,5 +42,5 @@ class HeadPatterns:
         pages = [[-(-n // page_size) for n in sizes] for sizes in zip(*tokens, strict=True)]
         return cls(
             torch.tensor(pages, dtype=torch.int32, device=device),
-            torch.tensor([p.coverage for p in patterns], dtype=torch.float32, device=device),
+            torch.tensor([p.top_p for p in patterns], dtype=torch.float32, device=device),
         )

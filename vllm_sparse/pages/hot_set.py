@@ -1,4 +1,4 @@
-"""Residency: which units of a layer the hot set holds, and where."""
+"""HotSet: which head pages of a layer the hot set holds, and where."""
 
 from __future__ import annotations
 
@@ -6,38 +6,38 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_sparse.offload.sizing import WAYS
-
+WAYS = 16
+"""Hot slots among which a head page can be placed (:mod:`vllm_sparse.kernels.find_hot_slots`)."""
 HASH = 0x9E3779B1
-"""Fibonacci hashing (Knuth, TAOCP 3, 6.4): neighbouring units go to sets far apart, evenly."""
+"""Fibonacci hashing (Knuth, TAOCP 3, 6.4): neighbouring head pages go to sets far apart, evenly."""
 
 
 @dataclass
-class Residency:
-    """A set-associative cache of units: a unit may lie in any of the 16 slots of one set.
+class HotSet:
+    """A set-associative cache of head pages: a head page may lie in any of the 16 slots of one set.
 
-    A decode step first stamps the slots of the chosen units that are there, then gives each missing one
+    A decode step first stamps the slots of the chosen head pages that are there, then gives each missing one
     the least recently used slot of its set that this step does not need. Where the step needs all 16, the
-    unit is read from the host for this once.
+    head page is read from the host for this once.
     """
 
     slot_of: torch.Tensor
-    """int32 [num_blocks * kv_heads]: slot that holds the unit ``block * kv_heads + head``, or -1."""
-    slot_unit: torch.Tensor
-    """int32 [num_slots]: unit that was last put into the slot, or -1."""
+    """int32 [num_blocks * kv_heads]: slot that holds the head page ``block * kv_heads + head``, or -1."""
+    slot_head_page: torch.Tensor
+    """int32 [num_slots]: head page that was last put into the slot, or -1."""
     last_use: torch.Tensor
     """int32 [num_slots]: step that last needed the slot; 0: free."""
-    first_unit: int
-    """Unit of the hot store at which slot 0 lies."""
+    first_head_page: int
+    """Head page of the hot store at which slot 0 lies."""
 
     @classmethod
-    def empty(cls, num_units: int, num_slots: int, first_unit: int, device: torch.device) -> Residency:
+    def empty(cls, num_head_pages: int, num_slots: int, first_head_page: int, device: torch.device) -> HotSet:
         assert num_slots % WAYS == 0
         return cls(
-            torch.full((num_units,), -1, dtype=torch.int32, device=device),
+            torch.full((num_head_pages,), -1, dtype=torch.int32, device=device),
             torch.full((num_slots,), -1, dtype=torch.int32, device=device),
             torch.zeros(num_slots, dtype=torch.int32, device=device),
-            first_unit,
+            first_head_page,
         )
 
     @property

@@ -9,11 +9,11 @@ import torch
 
 @dataclass
 class PageTable:
-    """Pages to attend for each (request, KV head), as units of one paged KV cache.
+    """Pages to attend for each (request, KV head), as head pages of one paged KV cache.
 
-    A *unit* is a page of one KV head. With a cache ``[num_blocks, kv_heads, rows, 2 * head_dim]``
-    unit ``block * per_block + head * per_head`` starts ``unit * stride`` elements into the cache
-    (:class:`vllm_sparse.pages.layout.UnitGrid`), so each row here is an ordinary block table over
+    A *head page* is a page of one KV head. With a cache ``[num_blocks, kv_heads, rows, 2 * head_dim]``
+    head page ``block * per_block + head * per_head`` starts ``head_page * stride`` elements into the cache
+    (:class:`vllm_sparse.pages.layout.HeadPageGrid`), so each row here is an ordinary block table over
     single-head pages, and
     any paged attention kernel can be an engine.
 
@@ -21,7 +21,7 @@ class PageTable:
     may be partly filled is the last; entries past ``ceil(lengths / page_size)`` are undefined.
     """
 
-    units: torch.Tensor
+    head_pages: torch.Tensor
     """int32 [num_reqs * kv_heads, max_pages]; row ``req * kv_heads + head``."""
     lengths: torch.Tensor
     """int32 [num_reqs * kv_heads]: tokens attended. 0: the row is not attended through this table."""
@@ -30,7 +30,7 @@ class PageTable:
     where queries lie by head. None in decode, where a row is one token."""
     routes: torch.Tensor | None = None
     """int32 [num_reqs]: ``WHOLE`` of :mod:`vllm_sparse.pages.decode_plan` where a request's rows are not listed in
-    ``units`` and are all pages of ``block_table``; None: there are no such rows."""
+    ``head_pages`` and are all pages of ``block_table``; None: there are no such rows."""
     block_table: torch.Tensor | None = None
     """int32 [num_reqs, max_pages], beside ``routes``."""
 
@@ -38,10 +38,10 @@ class PageTable:
     def empty(cls, num_reqs: int, kv_heads: int, max_pages: int, device: torch.device) -> PageTable:
         rows = num_reqs * kv_heads
         return cls(
-            units=torch.zeros(rows, max_pages, dtype=torch.int32, device=device),
+            head_pages=torch.zeros(rows, max_pages, dtype=torch.int32, device=device),
             lengths=torch.zeros(rows, dtype=torch.int32, device=device),
         )
 
     def rows(self, num_rows: int) -> PageTable:
         """The first ``num_rows`` rows, without a copy."""
-        return PageTable(self.units[:num_rows], self.lengths[:num_rows])
+        return PageTable(self.head_pages[:num_rows], self.lengths[:num_rows])

@@ -1,4 +1,4 @@
-"""FixedPattern: prefill pages by position alone, what the fixed policies share."""
+"""PositionPattern: prefill pages by position alone, what the fixed policies share."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class FixedPattern:
+class PositionPattern:
     """Pages that a block of queries keeps; a page counts as soon as any of its tokens does.
 
     Distances are from a query back to a key. Parts of a pattern add up; 0 leaves a part out.

@@ -11,7 +11,7 @@ BUNDLE_HEADS = 4
 LEAST_TILE_TOKENS = 16
 """in tiles of at least so many tokens, and no more than a page."""
 COVER_OCTAVES = 24
-"""The threshold of a coverage target is sought within so many powers of two of the largest mass,"""
+"""The threshold of a top-p target is sought within so many powers of two of the largest mass,"""
 COVER_ROUNDS = 13
 """in so many halvings: to 0.3 % of itself."""
 

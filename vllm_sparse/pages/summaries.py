@@ -68,7 +68,7 @@ class SketchLayout:
         return -(-self.used_bytes // 64) * 64
 
 
-def summary_rows(summary: str, page_size: int, head_dim: int, item_bytes: int, least: int = 0) -> int:
+def summary_slots(summary: str, page_size: int, head_dim: int, item_bytes: int, least: int = 0) -> int:
     """Extra rows of ``2 * head_dim`` elements of ``item_bytes`` that a summary takes in each page and KV head.
 
     At ``least`` so many: with K and V on the host a block holds nothing else, and vLLM counts blocks by bytes.

@@ -29,7 +29,7 @@ class WritePlan:
     clock: torch.Tensor
     """int32 [1]: steps so far, the time of last use of slots."""
     num_misses: torch.Tensor
-    """int32 [layers]: units that this step lacks in each layer; 0 until the layer looks for them."""
+    """int32 [layers]: head pages that this step lacks in each layer; 0 until the layer looks for them."""
 
     @classmethod
     def empty(cls, max_num_tokens: int, max_pages: int, layers: int, device: torch.device) -> WritePlan:

@@ -1,19 +1,13 @@
-"""Policies choose pages; see :mod:`base` and :mod:`prefill_base` here for the one method they need."""
+"""Policies choose pages: :mod:`base` says what one is, :mod:`registry` has their names."""
 
-from vllm_sparse.policies.base import DecodePolicy
-from vllm_sparse.policies.prefill_base import PrefillPolicy
-from vllm_sparse.policies.registry import (
-    DECODE_POLICIES,
-    PREFILL_POLICIES,
-    get_decode_policy,
-    get_prefill_policy,
-)
+from vllm_sparse.policies.base import DecodePolicy, PrefillPolicy, PrefillSizes
+from vllm_sparse.policies.registry import DECODE_POLICIES, POSITIONS, PREFILL_POLICIES
 
 __all__ = [
     "DECODE_POLICIES",
+    "POSITIONS",
     "PREFILL_POLICIES",
     "DecodePolicy",
     "PrefillPolicy",
-    "get_decode_policy",
-    "get_prefill_policy",
+    "PrefillSizes",
 ]

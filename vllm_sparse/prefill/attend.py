@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import torch
 
 from vllm_sparse import kernels
-from vllm_sparse.attention.base import Engine
+from vllm_sparse.attention.base import AttentionKernel
+from vllm_sparse.pages.geometry import Geometry
 from vllm_sparse.pages.query_blocks import BLOCK_TOKENS, QueryBlocks
-from vllm_sparse.policies.prefill_base import PrefillPolicy
+from vllm_sparse.pages.selection import Selection
+from vllm_sparse.policies.base import PrefillPolicy
 from vllm_sparse.prefill.buffers import PrefillBuffers
 
 MIN_CHUNK_TOKENS = BLOCK_TOKENS
@@ -43,23 +45,23 @@ def plan_chunks(
 
 @dataclass
 class SparsePrefill:
-    """Policy, engine and buffers of a layer; sinks and window are the same for all policies."""
+    """Policy, attention kernel and buffers of a layer; sinks and window are the same for all policies."""
 
     policy: PrefillPolicy
-    engine: Engine
+    attention: AttentionKernel
     buffers: PrefillBuffers
-    sink_pages: int
-    window_tokens: int
-    scale: float
+    selection: Selection
+    """Sinks and window."""
+    geometry: Geometry
 
-    def warm_up(self, kv_heads: int, page_rows: int, head_dim: int, q_heads: int, dtype: torch.dtype) -> None:
+    def warm_up(self, kv_heads: int, page_slots: int, head_dim: int, q_heads: int, dtype: torch.dtype) -> None:
         """Compile what a chunk launches, so that the first long request does not wait for it."""
-        device, page_size = self.buffers.units.device, self.buffers.page_size
+        device, page_size = self.buffers.head_pages.device, self.buffers.page_size
         chunk = QueryBlocks(0, 0, BLOCK_TOKENS, 0)
         pages = chunk.num_pages(page_size)
         if pages > self.buffers.max_pages:
             return  # no context is as long as a block
-        kv = torch.zeros(pages, kv_heads, page_rows, 2 * head_dim, dtype=dtype, device=device)
+        kv = torch.zeros(pages, kv_heads, page_slots, 2 * head_dim, dtype=dtype, device=device)
         q = torch.zeros(BLOCK_TOKENS, q_heads, head_dim, dtype=dtype, device=device)
         block_table = torch.arange(pages, dtype=torch.int32, device=device)[None]
         self.attend(q, kv, block_table, chunk, torch.empty_like(q))
@@ -73,8 +75,10 @@ class SparsePrefill:
         reached = self.policy.pages_in_reach(chunk, self.buffers.q_heads)
         if reached is None:
             return None
-        window_start = max(0, chunk.first_position + 1 - max(1, self.window_tokens)) // self.buffers.page_size
-        reached[: self.sink_pages] = True
+        window_start = (
+            max(0, chunk.first_position + 1 - max(1, self.selection.window_tokens)) // self.buffers.page_size
+        )
+        reached[: self.selection.sink_pages] = True
         reached[window_start:] = True
         return reached.nonzero().squeeze(1).int()
 
@@ -90,20 +94,24 @@ class SparsePrefill:
 
         Args:
             q, out: [num_tokens, q_heads, head_dim], all tokens of the step.
-            kv: [num_blocks, kv_heads, page_size + summary rows, 2 * head_dim], these tokens included.
+            kv: [num_blocks, kv_heads, page_size + summary slots, 2 * head_dim], these tokens included.
             block_table: int32 [num_reqs, max_pages].
             chunk: queries of one request.
         """
         buffers, pages = self.buffers, block_table[chunk.request]
-        self.policy.estimate(q[chunk.tokens()], kv, pages, chunk, self.scale, buffers)
+        self.policy.estimate(q[chunk.tokens()], kv, pages, chunk, self.geometry, buffers)
         for blocks in chunk.split(buffers.blocks_at_once(chunk)):
             tokens = blocks.tokens()
             keep, table = buffers.keep_mask(blocks), buffers.table(blocks)
-            self.policy.choose(q[tokens], kv, pages, blocks, self.scale, buffers, keep)
+            self.policy.choose(q[tokens], kv, pages, blocks, self.geometry, buffers, keep)
             kernels.for_device(q.device).prefill_table(
-                keep, pages, blocks, kv, buffers.page_size, self.sink_pages, self.window_tokens,
-                buffers.counters, table,
-            )  # fmt: skip
-            self.engine.attend_blocks(
-                q[tokens], kv, table, buffers.page_size, self.scale, out[tokens], buffers.scratch
+                keep, pages, blocks, kv, self.selection, buffers.counters, table
+            )
+            self.attention.attend_blocks(
+                q[tokens],
+                kv,
+                table,
+                self.geometry,
+                out[tokens],
+                buffers.scratch,
             )

@@ -36,10 +36,10 @@ class PrefillBuffers:
     q_heads: int
     max_blocks: int
     """Most query blocks attended at once, at any context."""
-    units: torch.Tensor
+    head_pages: torch.Tensor
     """int32 [capacity]: page tables, cut to the width of each context."""
     keep: torch.Tensor
-    """uint8 [capacity]: pages to keep, one for each of ``units``."""
+    """uint8 [capacity]: pages to keep, one for each of ``head_pages``."""
     lengths: torch.Tensor
     """int32 [max_blocks * q_heads]."""
     starts: torch.Tensor
@@ -92,7 +92,7 @@ class PrefillBuffers:
             page_size=page_size,
             q_heads=q_heads,
             max_blocks=max_blocks,
-            units=zeros(capacity, dtype=torch.int32),
+            head_pages=zeros(capacity, dtype=torch.int32),
             keep=zeros(capacity, dtype=torch.uint8),
             lengths=zeros(max_blocks * q_heads, dtype=torch.int32),
             starts=zeros(max_blocks * q_heads + 1, dtype=torch.int32),
@@ -118,13 +118,13 @@ class PrefillBuffers:
     def blocks_at_once(self, chunk: QueryBlocks) -> int:
         """Query blocks of ``chunk`` whose page tables fit."""
         row = self.q_heads * chunk.num_pages(self.page_size)
-        return max(1, min(self.max_blocks, self.units.shape[0] // row))
+        return max(1, min(self.max_blocks, self.head_pages.shape[0] // row))
 
     def table(self, blocks: QueryBlocks) -> PageTable:
         """An uninitialised table for ``blocks``, [q_heads * num_blocks] rows."""
         rows, pages = self.q_heads * blocks.num_blocks, blocks.num_pages(self.page_size)
-        units = self.units[: rows * pages].view(rows, pages)
-        return PageTable(units, self.lengths[:rows], self.starts[: rows + 1])
+        head_pages = self.head_pages[: rows * pages].view(rows, pages)
+        return PageTable(head_pages, self.lengths[:rows], self.starts[: rows + 1])
 
     def keep_mask(self, blocks: QueryBlocks) -> torch.Tensor:
         """An uninitialised mask uint8 [q_heads * num_blocks, num_pages]."""
@@ -134,9 +134,9 @@ class PrefillBuffers:
     def scores(self, blocks: QueryBlocks) -> torch.Tensor:
         """Float32 [q_heads * num_blocks, num_pages], in the memory of these blocks' table."""
         rows, pages = self.q_heads * blocks.num_blocks, blocks.num_pages(self.page_size)
-        return self.units.view(torch.float32)[: rows * pages].view(rows, pages)
+        return self.head_pages.view(torch.float32)[: rows * pages].view(rows, pages)
 
     def probe_masses(self, chunk: QueryBlocks) -> torch.Tensor:
         """Float32 [q_heads, groups + 1, num_pages], in memory that the chunk's tables take later."""
         shape = (self.q_heads, probe_groups(self.page_size) + 1, chunk.num_pages(self.page_size))
-        return self.units.view(torch.float32)[: shape[0] * shape[1] * shape[2]].view(shape)
+        return self.head_pages.view(torch.float32)[: shape[0] * shape[1] * shape[2]].view(shape)

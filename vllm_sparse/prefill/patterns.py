@@ -13,7 +13,7 @@ from vllm_sparse.user_text import is_number, shown
 
 FORMAT = 1
 FILE_NAME, FOLDER = "vllm_sparse_patterns.json", "patterns"
-LEAST_COVERAGE = 1e-6
+LEAST_TOP_P = 1e-6
 """Of a candidate's that is not 0; in 32 bits, less may be 0 all the same."""
 
 
@@ -26,12 +26,12 @@ def pattern_from_mapping(values: Any) -> HeadPattern:
     known = [field.name for field in fields(HeadPattern)]
     if not isinstance(values, dict) or set(values) != set(known):
         raise TableError(f"has the candidate {shown(values)}, not an object of {', '.join(known)}")
-    sizes, share = [values[name] for name in known[:-1]], values["coverage"]
+    sizes, share = [values[name] for name in known[:-1]], values["top_p"]
     whole = all(type(n) is int and 0 <= n < 2**31 for n in sizes)
-    if not whole or not is_number(share, 0, 1) or 0 < share < LEAST_COVERAGE:
+    if not whole or not is_number(share, 0, 1) or 0 < share < LEAST_TOP_P:
         raise TableError(
             f"has the candidate {shown(values)}; allowed: tokens from 0 on, up to {2**31 - 1}, "
-            f"a coverage of 0 to 1, from {LEAST_COVERAGE}"
+            f"a top_p of 0 to 1, from {LEAST_TOP_P}"
         )
     return HeadPattern(*sizes, float(share))
 

@@ -58,7 +58,7 @@ class Plan:
 
     @property
     def hot_share(self) -> float:
-        """Of the units of all tokens that offload holds."""
+        """Of the head pages of all tokens that offload holds."""
         if not self.offload:
             return 0.0
         return min(1.0, self.offload.slots_per_layer / (self.offload.num_blocks * self.shape.kv_heads))
@@ -71,7 +71,7 @@ def make_plan(
     host_bytes: int,
     limits: StepLimits,
     page_size: int,
-    summary_rows: int,
+    summary_slots: int,
     ranks: int = 1,
 ) -> Plan:
     """Share out ``kv_bytes`` of each rank's GPU and ``host_bytes`` of the host of all ``ranks``."""
@@ -80,9 +80,9 @@ def make_plan(
     if config.offload is not None:
         hot_fraction, host_dtype = config.offload.hot_fraction, config.offload.host_dtype
     shape = CacheShape(
-        model.layers, heads, model.head_dim, page_size, model.item_bytes, max(1, summary_rows), host_dtype
+        model.layers, heads, model.head_dim, page_size, model.item_bytes, max(1, summary_slots), host_dtype
     )
-    row_bytes = model.layers * heads * shape.row_bytes
+    token_bytes = model.layers * heads * shape.token_bytes
     split, refusal = None, ""
     try:
         split = split_memory(shape, limits, kv_bytes, host_bytes // ranks, hot_fraction)
@@ -90,8 +90,8 @@ def make_plan(
         refusal = str(error)
     return Plan(
         kv_gib=kv_bytes / GIB,
-        stock_tokens=kv_bytes // (row_bytes * page_size) * page_size,
-        resident_tokens=kv_bytes // (row_bytes * (page_size + summary_rows)) * page_size,
+        stock_tokens=kv_bytes // (token_bytes * page_size) * page_size,
+        resident_tokens=kv_bytes // (token_bytes * (page_size + summary_slots)) * page_size,
         offload=split,
         refusal=refusal,
         shape=shape,
@@ -238,11 +238,11 @@ def run(args: argparse.Namespace) -> None:
 
 def rows_of(config: SparseConfig, model: Model, page_size: int) -> int:
     """Summary rows of a page."""
-    from vllm_sparse.pages.summaries import summary_rows
-    from vllm_sparse.policies import get_decode_policy
+    from vllm_sparse.pages.summaries import summary_slots
+    from vllm_sparse.policies import DECODE_POLICIES
 
-    summary = get_decode_policy(config.decode_policy).summary
-    return summary_rows(summary, page_size, model.head_dim, model.item_bytes)
+    summary = DECODE_POLICIES[config.decode_policy].summary
+    return summary_slots(summary, page_size, model.head_dim, model.item_bytes)
 
 
 def print_plan(args: argparse.Namespace, model: Model, plan: Plan, limits: StepLimits) -> None:
@@ -266,7 +266,7 @@ def print_plan(args: argparse.Namespace, model: Model, plan: Plan, limits: StepL
         f"with offload         {host:.2f} GiB of the host hold K and V{' in fp8' if shape.in_fp8 else ''}; "
         f"each GPU holds "
         f"{split.num_blocks * shape.gpu_block_bytes / GIB:.2f} GiB of summaries, "
-        f"{split.slots_per_layer * shape.layers * shape.slot_bytes / GIB:.2f} GiB of hot units "
+        f"{split.slots_per_layer * shape.layers * shape.slot_bytes / GIB:.2f} GiB of hot head pages "
         f"({100 * plan.hot_share:.1f}% of all), {limits.fixed_bytes(shape) / GIB:.2f} GiB of buffers"
     )
     narrow = split.num_blocks * shape.host_page_bytes * ranks < 0.99 * args.host * GIB

@@ -1,7 +1,7 @@
 """`vllm-sparse eval`: what a budget costs in quality, measured through the real engine.
 
 - ``command``  arguments, and the loop over tasks, samples and settings
-- ``settings`` policies, budgets and coverages that are compared
+- ``settings`` policies, budgets and shares that are compared
 - ``samples``  passages and RULER prompts of a length, half of the text for ``dev``, half for ``report``
 - ``ruler``    the prompts themselves, and their score
 - ``engine``   one vLLM engine that runs all settings

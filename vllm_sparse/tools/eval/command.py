@@ -51,7 +51,7 @@ def add_command(subparsers) -> None:
         names,
         default=["dense"],
     )
-    option("--coverages", "of prefill policies that estimate; default: 0.98", several(real()), default=[0.98])
+    option("--top-p", "of prefill policies that estimate; default: 0.98", several(real()), default=[0.98])
     tasks = [TEXT, "niah_single"]
     option("--tasks", f"default: {','.join(tasks)}; known: {','.join(TASKS)}", names, default=tasks)
     option(
@@ -128,7 +128,7 @@ def _checked(args: argparse.Namespace) -> list[Setting]:
             f"--tasks: {TEXT} is compared with dense decode, which offload refuses; allowed with offload in "
             f"--sparse: {', '.join(task for task in TASKS if task != TEXT)}"
         )
-    return grid(args.policies, args.budgets, args.prefill_policies, args.coverages, args.sparse)
+    return grid(args.policies, args.budgets, args.prefill_policies, args.top_p, args.sparse)
 
 
 def _settle(args: argparse.Namespace, settings: list[Setting], model: Any) -> None:

@@ -190,19 +190,19 @@ class EvalEngine:
 def _widest(settings: list[Setting], summary: str) -> Setting:
     """What an engine must start with to have room for all ``settings``."""
     decode = [s for s in settings if s.policy != "dense"]
-    # Of those whose pages hold most: without a summary row there would be no place for one.
+    # Of those whose pages hold most: without a summary slot there would be no place for one.
     fitting = [s for s in decode if DECODE_POLICIES[s.policy].summary == summary] or decode
     widest = next(iter(fitting), Setting())
     prefill = next((s for s in settings if s.prefill_policy != "dense"), Setting())
     return Setting(
         widest.policy, max((s.budget for s in decode), default=None),
-        prefill.prefill_policy, prefill.coverage,
+        prefill.prefill_policy, prefill.top_p,
     )  # fmt: skip
 
 
 def _salt(setting: Setting, sample: Sample) -> str:
     """Keeps what decode steps wrote under one setting, and other prefill policies, out of a prompt's cache."""
-    return f"{setting.prefill_policy} {setting.coverage} {sample.task} {sample.length} {sample.seed}"
+    return f"{setting.prefill_policy} {setting.top_p} {sample.task} {sample.length} {sample.seed}"
 
 
 def loss(steps: list[Distribution], forced: list[int]) -> float:

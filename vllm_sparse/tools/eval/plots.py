@@ -30,7 +30,7 @@ def _families(summary: Summary) -> dict[tuple, list[Setting]]:
     families: dict[tuple, list[Setting]] = {}
     for setting in summary.settings:
         if setting.budget is not None:
-            key = (setting.policy, setting.prefill_policy, setting.coverage)
+            key = (setting.policy, setting.prefill_policy, setting.top_p)
             families.setdefault(key, []).append(setting)
     return families
 
@@ -95,7 +95,7 @@ def needles(summary: Summary) -> Figure | None:
     cells: dict[Setting, dict[tuple, list[float]]] = {}
     for row in summary.rows:
         if row.get("depth") is not None:
-            setting = Setting(row["policy"], row["budget"], row["prefill_policy"], row["coverage"])
+            setting = Setting(row["policy"], row["budget"], row["prefill_policy"], row["top_p"])
             place = round(8 * row["depth"]) / 8, row["length"]
             cells.setdefault(setting, {}).setdefault(place, []).append(row["score"])
     if not cells:

@@ -10,19 +10,19 @@ from __future__ import annotations
 import torch
 
 from vllm_sparse import kernels
-from vllm_sparse.attention.base import Engine
-from vllm_sparse.pages.layout import UnitGrid
+from vllm_sparse.attention.base import AttentionKernel
+from vllm_sparse.pages.layout import HeadPageGrid
 from vllm_sparse.pages.page_scores import PageScores
 from vllm_sparse.pages.page_table import PageTable
 
 
 class RecallProbe:
-    """The sums of one layer, its policy and its engine stand in for the layer's own."""
+    """The sums of one layer, its policy and its attention kernel stand in for the layer's own."""
 
     def __init__(self, impl, exact: dict[tuple, PageScores]):
         """``exact``: buffers by their shape, which the probes of all layers share."""
         self.impl, self.exact = impl, exact
-        self.engine = _Engine(impl.engine, self)
+        self.attention = _Attention(impl.attention, self)
         self.every = 0
         self.reset()
 
@@ -40,21 +40,21 @@ class RecallProbe:
         self.pending = None
 
     def scored(self, *step) -> None:
-        """Called with what a policy scored; weighed when the engine shows what was chosen of it."""
+        """Called with what a policy scored; weighed when the attention kernel shows what was chosen of it."""
         self.pending = step if self.steps % self.every == 0 else None
         self.steps += 1
 
     def attended(self, table: PageTable) -> None:
         if self.pending is None:
             return
-        (q, kv, block_table, plan, page_size, scale, scores), self.pending = self.pending, None
-        impl, device = self.impl, q.device
+        (q, kv, block_table, plan, geometry, scores), self.pending = self.pending, None
+        impl, device, page_size = self.impl, q.device, geometry.page_size
         shape = tuple(scores.values.shape)
         if shape not in self.exact:
             parts = (scores.values, scores.chunk_lse, scores.arrivals)
             self.exact[shape] = PageScores(*(torch.zeros_like(part) for part in parts))
         exact = self.exact[shape]
-        kernels.for_device(device).page_mass(q, kv, block_table, plan, page_size, scale, exact)
+        kernels.for_device(device).page_mass(q, kv, block_table, plan, geometry, exact)
         kv_heads = kv.shape[1]
         for request, offset in enumerate(plan.score_offsets.tolist()):
             if offset < 0 or not (length := int(plan.table_seq_lens[request])):
@@ -63,13 +63,13 @@ class RecallProbe:
             mass = exact.values[:, offset : offset + len(blocks)].double().softmax(-1)
             mass = mass.unflatten(0, (kv_heads, -1)).mean(1)
             ranked = mass.clone()
-            ranked[:, : impl.sink_pages] = float("inf")
+            ranked[:, : impl.selection.sink_pages] = float("inf")
             ranked[:, max(0, min(length - impl.config.window_tokens, length - 1)) // page_size :] = float("inf")
             self.rows += 1
             for head in range(kv_heads):
                 row = request * kv_heads + head
                 count = -(-int(table.lengths[row]) // page_size)
-                chosen = torch.isin(blocks, UnitGrid.of(kv).split(table.units[row, :count])[0])
+                chosen = torch.isin(blocks, HeadPageGrid.of(kv).split(table.head_pages[row, :count])[0])
                 self.chosen_mass[head] += mass[head, chosen].sum()
                 self.best_mass[head] += mass[head, ranked[head].topk(count).indices].sum()
 
@@ -90,9 +90,9 @@ class _Policy:
         self.probe.scored(*step)
 
 
-class _Engine(Engine):
-    def __init__(self, engine: Engine, probe: RecallProbe):
-        self.engine, self.probe = engine, probe
+class _Attention(AttentionKernel):
+    def __init__(self, attention: AttentionKernel, probe: RecallProbe):
+        self.attention, self.probe = attention, probe
 
     @classmethod
     def unsupported(cls, shape):
@@ -100,7 +100,7 @@ class _Engine(Engine):
 
     def attend(self, q, kv, table, *more):
         self.probe.attended(table)
-        self.engine.attend(q, kv, table, *more)
+        self.attention.attend(q, kv, table, *more)
 
     def attend_blocks(self, *args):
         self.engine.attend_blocks(*args)

@@ -13,7 +13,7 @@ from vllm_sparse.errors import ConfigError
 
 KEY = (
     "model", "device", "dtype", "tp", "page_size", "chunk", "text", "score_tokens", "sparse", "split",
-    "task", "length", "seed", "policy", "budget", "prefill_policy", "coverage",
+    "task", "length", "seed", "policy", "budget", "prefill_policy", "top_p",
 )  # fmt: skip
 """What a measurement depends on; a row with the same is not measured again."""
 BEGINNING = '{"vllm": "'

@@ -7,12 +7,11 @@ from typing import Any
 
 from vllm_sparse.config import SparseConfig
 from vllm_sparse.errors import ConfigError
-from vllm_sparse.policies.fixed import FixedPolicy
-from vllm_sparse.policies.registry import DECODE_POLICIES, PREFILL_POLICIES
+from vllm_sparse.policies import DECODE_POLICIES, POSITIONS, PREFILL_POLICIES
 
 COMMON = {"min_context_tokens": 0, "min_prefill_tokens": 1024, "head_patterns": "none"}
 """Of all settings unless ``--sparse`` says otherwise: what ships would run short contexts dense, and a file of
-tuned patterns would stand in for the coverages asked for."""
+tuned patterns would stand in for the shares asked for."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +20,7 @@ class Setting:
     budget: int | None = None
     """None where decode is dense."""
     prefill_policy: str = "dense"
-    coverage: float | None = None
+    top_p: float | None = None
     """None where the prefill policy has none."""
 
     @property
@@ -33,13 +32,13 @@ class Setting:
         own = {"decode_policy": self.policy, "prefill_policy": self.prefill_policy}
         if self.budget is not None:
             own["budget_tokens"] = self.budget
-        if self.coverage is not None:
-            own["prefill_coverage"] = self.coverage
+        if self.top_p is not None:
+            own["prefill_top_p"] = self.top_p
         return {**COMMON, **common, **own}
 
     def describe(self) -> str:
         decode = self.policy if self.budget is None else f"{self.policy} {self.budget}"
-        prefill = self.prefill_policy if self.coverage is None else f"{self.prefill_policy} {self.coverage:g}"
+        prefill = self.prefill_policy if self.top_p is None else f"{self.prefill_policy} {self.top_p:g}"
         return decode if self.prefill_policy == "dense" else f"{decode}, prefill {prefill}"
 
 
@@ -47,7 +46,7 @@ def grid(
     policies: list[str],
     budgets: list[int],
     prefill_policies: list[str],
-    coverages: list[float],
+    top_ps: list[float],
     common: dict[str, Any],
 ) -> list[Setting]:
     """Dense first, then every decode and every prefill choice alone, and all pairs of them.
@@ -57,7 +56,7 @@ def grid(
     Raises:
         ConfigError: a choice cannot be served, or none is sparse.
     """
-    own = ("decode_policy", "budget_tokens", "prefill_policy", "prefill_coverage")
+    own = ("decode_policy", "budget_tokens", "prefill_policy", "prefill_top_p")
     for key in own:
         if key in common:
             raise ConfigError(f"--sparse: {key} is what is compared; allowed: the options for it, and other keys")
@@ -68,8 +67,8 @@ def grid(
     for policy in prefill_policies:
         if policy == "dense":
             continue
-        sized = policy not in PREFILL_POLICIES or not issubclass(PREFILL_POLICIES[policy], FixedPolicy)
-        prefills += [{"prefill_policy": policy, "coverage": c} for c in (coverages if sized else [None])]
+        sized = policy not in POSITIONS
+        prefills += [{"prefill_policy": policy, "top_p": c} for c in (top_ps if sized else [None])]
     # Each once, however often it was named.
     settings = list(dict.fromkeys(Setting(**decode, **prefill) for prefill in prefills for decode in decodes))
     if common.get("offload") is not None:

@@ -89,12 +89,12 @@ class Summary:
 
 
 def setting_of(row: dict[str, Any]) -> Setting:
-    return Setting(row["policy"], row["budget"], row["prefill_policy"], row["coverage"])
+    return Setting(row["policy"], row["budget"], row["prefill_policy"], row["top_p"])
 
 
 def _order(setting: Setting) -> tuple:
     return (
-        setting.prefill_policy != "dense", setting.prefill_policy, setting.coverage or 0,
+        setting.prefill_policy != "dense", setting.prefill_policy, setting.top_p or 0,
         setting.policy != "dense", setting.policy, setting.budget or 0,
     )  # fmt: skip
 

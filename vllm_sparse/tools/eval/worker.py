@@ -5,10 +5,10 @@ from __future__ import annotations
 from vllm.distributed import get_tensor_model_parallel_rank
 
 from vllm_sparse import metrics
-from vllm_sparse.backend import compat
+from vllm_sparse.backend import check
 from vllm_sparse.backend.builder import SparseMetadataBuilder
 from vllm_sparse.config import SparseConfig
-from vllm_sparse.policies import get_decode_policy
+from vllm_sparse.policies import DECODE_POLICIES
 from vllm_sparse.tools.eval.recall import RecallProbe
 
 
@@ -22,18 +22,18 @@ class EvalWorker:
     def eval_switch(self, settings: dict, recall_every: int) -> None:
         """Attend by ``settings`` from the next step on, as if the engine had started with them."""
         config = SparseConfig.from_mapping(settings, "settings")
-        config = compat.with_tables(self.vllm_config, config)
+        config = check.with_tables(self.vllm_config, config)
         for builder in self._builders():
             config.check_page_size(builder.page_size)
             builder.config = config
         exact: dict = {}
         for impl in self._layers():
             impl.config = config
-            policy = get_decode_policy(config.decode_policy)
+            policy = DECODE_POLICIES[config.decode_policy]
             probe = getattr(impl, "recall_probe", None)
             if probe is None:
                 probe = impl.recall_probe = RecallProbe(impl, exact)
-                impl.engine = probe.engine
+                impl.attention = probe.attention
             impl.policy = probe.watch(policy, recall_every)
             impl.bind_budget()
             if impl.prefill is not None:

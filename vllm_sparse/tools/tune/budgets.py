@@ -31,8 +31,8 @@ class MeasuredDecode(SparsePrefill):
     @classmethod
     def around(cls, prefill: SparsePrefill, kv_heads: int, most_tokens: int) -> MeasuredDecode:
         """``prefill`` of a layer with ``vertical_slash``, measured for budgets up to ``most_tokens``."""
-        page_size, device = prefill.buffers.page_size, prefill.buffers.units.device
-        pattern = [HeadPattern(coverage=1.0)] * prefill.buffers.q_heads
+        page_size, device = prefill.buffers.page_size, prefill.buffers.head_pages.device
+        pattern = [HeadPattern(top_p=1.0)] * prefill.buffers.q_heads
         measured = cls(
             **{field.name: getattr(prefill, field.name) for field in fields(SparsePrefill)},
             most_pages=most_tokens // page_size,
@@ -53,14 +53,14 @@ class MeasuredDecode(SparsePrefill):
             pages = -(-seq_len // page_size)
             if pages <= self.most_pages:
                 continue
-            heads = q[chunk.first_token + token].float().view(kv_heads, -1, head_dim) * self.scale
+            heads = q[chunk.first_token + token].float().view(kv_heads, -1, head_dim) * self.geometry.scale
             weights = (heads @ keys[:, :seq_len].transpose(1, 2)).softmax(-1).mean(1)
             mass = (
                 torch.nn.functional.pad(weights, (0, -seq_len % page_size)).unflatten(1, (pages, page_size)).sum(2)
             )
             rank = mass.clone()
-            rank[:, : self.sink_pages] = float("inf")
-            rank[:, max(0, min(seq_len - self.window_tokens, seq_len - 1)) // page_size :] = float("inf")
+            rank[:, : self.selection.sink_pages] = float("inf")
+            rank[:, max(0, min(seq_len - self.selection.window_tokens, seq_len - 1)) // page_size :] = float("inf")
             self.mass += mass.gather(1, rank.topk(self.most_pages).indices)
             self.queries += 1
 

@@ -287,7 +287,7 @@ def _print_summary(found: Measurement, choices, tolerance: float, out: Path) -> 
 
 def _describe(pattern: HeadPattern) -> str:
     named = {
-        "coverage": pattern.coverage,
+        "top_p": pattern.top_p,
         "vertical": pattern.vertical_tokens,
         "slash": pattern.slash_tokens,
         "recent": pattern.recent_tokens,

@@ -7,17 +7,17 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from vllm_sparse.attention.base import Engine
+from vllm_sparse.attention.base import AttentionKernel
 from vllm_sparse.pages.head_patterns import HeadPattern, HeadPatterns
 from vllm_sparse.pages.query_blocks import BLOCK_TOKENS
 from vllm_sparse.prefill.attend import SparsePrefill
 
 
-class CountingEngine(Engine):
-    """Passes query blocks on to ``engine`` and adds up what each head attends to."""
+class CountingAttention(AttentionKernel):
+    """Passes query blocks on to ``attention`` and adds up what each head attends to."""
 
-    def __init__(self, engine: Engine):
-        self.engine = engine
+    def __init__(self, attention: AttentionKernel):
+        self.attention = attention
         self.pairs: torch.Tensor | None = None
         """int64 [q_heads]: (query, key) pairs are added, where it is set."""
 
@@ -25,10 +25,10 @@ class CountingEngine(Engine):
     def unsupported(cls, shape):
         return None
 
-    def attend(self, q, kv, table, page_size, scale, out):
-        self.engine.attend(q, kv, table, page_size, scale, out)
+    def attend(self, q, kv, table, geometry, out):
+        self.attention.attend(q, kv, table, geometry, out)
 
-    def attend_blocks(self, q, kv, table, page_size, scale, out, scratch):
+    def attend_blocks(self, q, kv, table, geometry, out, scratch):
         if self.pairs is not None:
             num_blocks = -(-len(q) // BLOCK_TOKENS)
             queries = torch.full((num_blocks,), BLOCK_TOKENS, device=q.device)
@@ -36,7 +36,7 @@ class CountingEngine(Engine):
             # Query i of the n in a block sees all but the last n - 1 - i tokens of its row.
             seen = table.lengths.view(-1, num_blocks) * queries - queries * (queries - 1) // 2
             self.pairs += seen.sum(1)
-        self.engine.attend_blocks(q, kv, table, page_size, scale, out, scratch)
+        self.attention.attend_blocks(q, kv, table, geometry, out, scratch)
 
 
 @dataclass
@@ -57,7 +57,7 @@ class MeasuredPrefill(SparsePrefill):
     @classmethod
     def around(cls, prefill: SparsePrefill, candidates: Sequence[HeadPattern]) -> MeasuredPrefill:
         """``prefill`` of a layer with the policy ``vertical_slash``, measured."""
-        q_heads, device = prefill.buffers.q_heads, prefill.buffers.units.device
+        q_heads, device = prefill.buffers.q_heads, prefill.buffers.head_pages.device
 
         def in_all_heads(pattern: HeadPattern) -> HeadPatterns:
             return HeadPatterns.of([pattern] * q_heads, prefill.buffers.page_size, device)
@@ -65,15 +65,15 @@ class MeasuredPrefill(SparsePrefill):
         measured = cls(
             **{field.name: getattr(prefill, field.name) for field in fields(SparsePrefill)},
             candidates=[in_all_heads(candidate) for candidate in candidates],
-            everything=in_all_heads(HeadPattern(coverage=1.0)),
+            everything=in_all_heads(HeadPattern(top_p=1.0)),
         )
-        measured.engine = CountingEngine(prefill.engine)
+        measured.attention = CountingAttention(prefill.attention)
         measured.reset()
         return measured
 
     def reset(self) -> None:
         """Start the sums afresh."""
-        q_heads, device = self.buffers.q_heads, self.buffers.units.device
+        q_heads, device = self.buffers.q_heads, self.buffers.head_pages.device
         shape = (len(self.candidates), q_heads)
         self.error = torch.zeros(shape, dtype=torch.float64, device=device)
         self.norm = torch.zeros(q_heads, dtype=torch.float64, device=device)
@@ -89,13 +89,13 @@ class MeasuredPrefill(SparsePrefill):
 
     def attend(self, q, kv, block_table, chunk, out):
         tokens = chunk.tokens()
-        self.policy.patterns, self.engine.pairs = self.everything, None
+        self.policy.patterns, self.attention.pairs = self.everything, None
         super().attend(q, kv, block_table, chunk, out)
         dense = out[tokens].float()
         self.norm += dense.square().sum((0, 2), dtype=torch.float64)
         self.causal_pairs += chunk.num_tokens * chunk.end_position - chunk.num_tokens * (chunk.num_tokens - 1) // 2
         found = torch.empty_like(out)
         for index, patterns in enumerate(self.candidates):
-            self.policy.patterns, self.engine.pairs = patterns, self.pairs[index]
+            self.policy.patterns, self.attention.pairs = patterns, self.pairs[index]
             super().attend(q, kv, block_table, chunk, found)
             self.error[index] += (found[tokens].float() - dense).square().sum((0, 2), dtype=torch.float64)

@@ -16,11 +16,11 @@ MINFERENCE = ((30, 800), (100, 800), (500, 700), (1000, 4096), (3500, 100))
 """(columns, diagonals) that MInference's released search tries for a vertical-slash head."""
 A_SHAPE_TOKENS = 1024
 """The window of its A-shape; what comes first are this project's sinks."""
-COVERAGES = (0.9, 0.95, 0.98, 0.99)
+TOP_PS = (0.9, 0.95, 0.98, 0.99)
 """Shares, as FlexPrefill (Lai et al., arXiv 2502.20766) gives them."""
 CANDIDATES = (
     SparseConfig().uniform_pattern,
-    *(HeadPattern(coverage=share) for share in COVERAGES if share != SparseConfig.prefill_coverage),
+    *(HeadPattern(top_p=share) for share in TOP_PS if share != SparseConfig.prefill_top_p),
     HeadPattern(recent_tokens=A_SHAPE_TOKENS),
     *(HeadPattern(columns, diagonals - FORCED_TOKENS, FORCED_TOKENS) for columns, diagonals in MINFERENCE),
 )

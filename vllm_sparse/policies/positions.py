@@ -1,16 +1,17 @@
-"""What the prefill policies share that choose by position alone."""
+"""Prefill policies that choose by position alone: rows of one table of patterns."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from collections.abc import Callable
 
 import torch
 
 from vllm_sparse import kernels
 from vllm_sparse.kernels.reference_prefill import hash_uniform
-from vllm_sparse.pages.position_pattern import FixedPattern
+from vllm_sparse.pages.head_patterns import HeadPatterns
+from vllm_sparse.pages.position_pattern import PositionPattern
 from vllm_sparse.pages.query_blocks import BLOCK_TOKENS, QueryBlocks
-from vllm_sparse.policies.prefill_base import PrefillPolicy
+from vllm_sparse.policies.base import PrefillPolicy, PrefillSizes
 
 MOST_HASHES = 1 << 17
 """For random pages of a chunk, about a millisecond of the host; where it takes more, all pages count as drawn."""
@@ -18,22 +19,64 @@ HASHES_AT_ONCE = 1 << 15
 MOST_TOKENS = 1 << 29
 """More than any context; a pattern doubles its sizes in 32 bits."""
 
+Sized = Callable[[int, int], PositionPattern]
+"""A pattern for ``vertical_tokens`` and ``slash_tokens``."""
 
-class FixedPolicy(PrefillPolicy):
-    """Pages by a :class:`FixedPattern`, which ``vertical_tokens`` and ``slash_tokens`` size."""
 
-    @abstractmethod
-    def pattern(self, vertical_tokens: int, slash_tokens: int) -> FixedPattern:
-        """The pattern for tokens kept wherever the query is, and tokens kept by their distance."""
+def a_shape(vertical: int, slash: int) -> PositionPattern:
+    """``vertical`` first and ``slash`` recent tokens.
 
-    def _sized_pattern(self) -> FixedPattern:
-        sizes = self.config.vertical_tokens, self.config.slash_tokens
-        return self.pattern(*(min(size, MOST_TOKENS) for size in sizes))
+    Xiao et al., "Efficient Streaming Language Models with Attention Sinks", arXiv 2309.17453, as a prefill pattern
+    in Jiang et al., "MInference 1.0", arXiv 2407.02490.
+    """
+    return PositionPattern(initial_tokens=vertical, recent_tokens=slash)
+
+
+def strided(vertical: int, slash: int) -> PositionPattern:
+    """``slash`` recent tokens, and distances that are multiples of ``slash``.
+
+    Child et al., "Generating Long Sequences with Sparse Transformers", arXiv 1904.10509.
+    """
+    return PositionPattern(recent_tokens=slash, stride_tokens=slash)
+
+
+def dilated(vertical: int, slash: int) -> PositionPattern:
+    """``vertical`` first tokens, and every second page of the last ``slash`` tokens.
+
+    The dilated baseline of Jiang et al., "MInference 1.0", arXiv 2407.02490, by pages instead of diagonals: a block
+    of 128 queries would need every page for every second diagonal.
+    """
+    return PositionPattern(initial_tokens=vertical, recent_tokens=slash // 2, dilation=2)
+
+
+def longformer(vertical: int, slash: int) -> PositionPattern:
+    """``vertical`` first tokens, and a window of ``slash`` tokens, spread over twice the distance in every second head.
+
+    Beltagy et al., "Longformer", arXiv 2004.05150. In a decoder only the keys of global tokens are global; dilation
+    is by pages.
+    """
+    return PositionPattern(initial_tokens=vertical, recent_tokens=slash, dilation=2, dilated_heads=2)
+
+
+def bigbird(vertical: int, slash: int) -> PositionPattern:
+    """``vertical`` first, ``slash`` recent and ``slash`` random tokens.
+
+    Zaheer et al., "Big Bird", arXiv 2007.14062: global, window and random blocks, here of a page. In a decoder only
+    the keys of global tokens are global.
+    """
+    return PositionPattern(initial_tokens=vertical, recent_tokens=slash, random_tokens=slash)
+
+
+class ByPosition(PrefillPolicy):
+    """Pages by a :class:`PositionPattern`, the same for any content."""
+
+    def __init__(self, pattern: Sized, sizes: PrefillSizes, page_size: int, patterns: HeadPatterns):
+        super().__init__(sizes, page_size, patterns)
+        self.pattern = pattern(min(sizes.vertical_tokens, MOST_TOKENS), min(sizes.slash_tokens, MOST_TOKENS))
 
     def pages_in_reach(self, chunk, q_heads):
-        """The union of :mod:`vllm_sparse.kernels.fixed_pattern` over heads and blocks, without their product."""
-        pattern = self._sized_pattern()
-        size = self.page_size
+        """The union of :mod:`vllm_sparse.kernels.position_pattern` over heads and blocks, without their product."""
+        pattern, size = self.pattern, self.page_size
         page = torch.arange(max(0, chunk.first_position) // size, dtype=torch.int32, device="cpu")
         first_token = page * size
         reached = first_token < pattern.initial_tokens
@@ -63,9 +106,8 @@ class FixedPolicy(PrefillPolicy):
             starts.setdefault((block.end_position - 1) // self.page_size % dilation, block.first_position)
         return starts
 
-    def choose(self, q, kv, block_table, blocks, scale, buffers, keep):
-        pattern = self._sized_pattern()
-        kernels.for_device(q.device).fixed_pattern(pattern, blocks, self.page_size, keep)
+    def choose(self, q, kv, block_table, blocks, geometry, buffers, keep):
+        kernels.for_device(q.device).position_pattern(self.pattern, blocks, self.page_size, keep)
 
 
 def _undrawn(

@@ -1,4 +1,4 @@
-"""The guard: its kernel against the twin, the twin against plain attention, and both in steps of an engine."""
+"""The recall monitor: its kernel against the reference, the reference against plain attention, and both in steps of an engine."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from tiny_engine import engine_core, prompts, tokens
 
 from vllm_sparse import metrics
 from vllm_sparse.config import SparseConfig
-from vllm_sparse.decode.recall_monitor import Guard
+from vllm_sparse.decode.recall_monitor import RecallMonitor
 from vllm_sparse.errors import ConfigError
 from vllm_sparse.kernels import reference
-from vllm_sparse.pages.layout import UnitGrid
+from vllm_sparse.pages.layout import HeadPageGrid
 
 LENGTHS = [0, 200, 15, 389, 1, 33, 1500]
 SCORED = [1, 3, 6]
@@ -29,48 +29,46 @@ def chosen_case(shape=SHAPES[0], dtype=torch.float32, **kwargs):
     return case
 
 
-def guard_of(case, every: int = 1, layers: int = 3) -> Guard:
-    guard = Guard.allocate(every, layers, case.q.shape[1], case.kv_heads, DEVICE)
-    guard.parts.fill_(float("nan"))
-    return guard
+def monitor_of(case, every: int = 1, layers: int = 3) -> RecallMonitor:
+    monitor = RecallMonitor.allocate(every, layers, case.q.shape[1], case.kv_heads, DEVICE)
+    monitor.parts.fill_(float("nan"))
+    return monitor
 
 
-def run(kernels, case, guard: Guard, step: int, layer: int = 1) -> None:
-    guard.step.fill_(step)
-    kernels.guard_mass(
-        case.q, case.kv, case.block_table, case.plan, case.table, case.page_size, case.scale, guard, layer
-    )
+def run(kernels, case, monitor: RecallMonitor, step: int, layer: int = 1) -> None:
+    monitor.step.fill_(step)
+    kernels.recall_mass(case.q, case.kv, case.block_table, case.plan, case.table, case.geometry, monitor, layer)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_the_twin_adds_the_share_of_plain_attention_on_chosen_pages(shape):
+def test_the_reference_adds_the_share_of_plain_attention_on_chosen_pages(shape):
     case = chosen_case(shape)
     for index, request in enumerate(SCORED):
-        guard, length = guard_of(case), LENGTHS[request]
-        run(reference, case, guard, step=3 + index)
+        monitor, length = monitor_of(case), LENGTHS[request]
+        run(reference, case, monitor, step=3 + index)
         blocks = case.block_table[request, : -(-length // case.page_size)]
         head_dim = case.q.shape[-1]
         for head, query in enumerate(case.q[request].unflatten(0, (case.kv_heads, -1))):
             keys = case.kv[blocks, head, : case.page_size, :head_dim].flatten(0, 1)[:length]
             weights = (query @ keys.T * case.scale).softmax(-1)
-            units = case.table.units[request * case.kv_heads + head, : case.budget_pages]
-            kept = torch.isin(blocks, UnitGrid.of(case.kv).split(units)[0]).repeat_interleave(case.page_size)[
-                :length
-            ]
-            share, rows = guard.sums[1, head].tolist()
+            head_pages = case.table.head_pages[request * case.kv_heads + head, : case.budget_pages]
+            kept = torch.isin(blocks, HeadPageGrid.of(case.kv).split(head_pages)[0]).repeat_interleave(
+                case.page_size
+            )[:length]
+            share, rows = monitor.sums[1, head].tolist()
             assert share == pytest.approx(weights[:, kept].sum(-1).mean().item(), rel=1e-4) and 0 < share < 1
             assert rows == 1
-        assert not guard.sums[[0, 2]].any(), "another layer's"
+        assert not monitor.sums[[0, 2]].any(), "another layer's"
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
-def test_the_kernel_matches_the_twin_step_by_step(shape, dtype):
+def test_the_kernel_matches_the_reference_step_by_step(shape, dtype):
     pytest.importorskip("triton")
     from vllm_sparse.kernels import launchers
 
     case = chosen_case(shape, dtype, layers=2)
-    actual, expected = guard_of(case, every=2), guard_of(case, every=2)
+    actual, expected = monitor_of(case, every=2), monitor_of(case, every=2)
     seen = []
     for step in range(1, 5):
         before = expected.sums.clone()
@@ -86,21 +84,21 @@ def test_the_kernel_matches_the_twin_step_by_step(shape, dtype):
 def test_a_step_without_chosen_pages_and_a_full_budget_say_so():
     case = make([40, 3], budget_pages=8)
     select_reference(case)
-    guard = guard_of(case)
-    run(reference, case, guard, step=1)
-    assert not guard.sums.any() and guard.read() == [None] * 3, "rows attended whole are no samples"
+    monitor = monitor_of(case)
+    run(reference, case, monitor, step=1)
+    assert not monitor.sums.any() and monitor.read() == [None] * 3, "rows attended whole are no samples"
     for index in range(SHAPES[0][0]):
-        guard.sums[2, index] = torch.tensor([1.5, 2.0])
-    assert guard.read() == [None, None, 0.75]
-    guard.reset()
-    assert guard.read() == [None] * 3 and not guard.step.any()
+        monitor.sums[2, index] = torch.tensor([1.5, 2.0])
+    assert monitor.read() == [None, None, 0.75]
+    monitor.reset()
+    assert monitor.read() == [None] * 3 and not monitor.step.any()
 
 
 def test_wrong_settings_are_refused():
-    with pytest.raises(ConfigError, match=r"sparse.guard_every_steps: -1; allowed: 0 or more"):
-        SparseConfig(guard_every_steps=-1)
-    with pytest.raises(ConfigError, match=r"guard_every_steps: 9 with decode_policy='dense'"):
-        SparseConfig(guard_every_steps=9, decode_policy="dense", prefill_policy="vertical_slash")
+    with pytest.raises(ConfigError, match=r"sparse.recall_monitor_every_steps: -1; allowed: 0 or more"):
+        SparseConfig(recall_monitor_every_steps=-1)
+    with pytest.raises(ConfigError, match=r"recall_monitor_every_steps: 9 with decode_policy='dense'"):
+        SparseConfig(recall_monitor_every_steps=9, decode_policy="dense", prefill_policy="vertical_slash")
 
 
 @pytest.mark.seam
@@ -108,14 +106,19 @@ def test_wrong_settings_are_refused():
 def test_the_engine_samples_every_so_many_steps_in_each_layer(tiny, caplog):
     found, answers = {}, {}
     for policy, budget in (("oracle", 128), ("random", 128), ("random", 1024)):
-        settings = {"decode_policy": policy, "budget_tokens": budget, "guard_every_steps": 3, "dense_layers": 1}
+        settings = {
+            "decode_policy": policy,
+            "budget_tokens": budget,
+            "recall_monitor_every_steps": 3,
+            "dense_layers": 1,
+        }
         with tiny.start(sparse=settings) as llm:
             answers[policy, budget] = tokens(llm, prompts((700, 500, 20)), 19)
-            (shares,) = metrics.snapshot()["guard_shares"]
+            (shares,) = metrics.snapshot()["recall_by_layer"]
             layers = engine_core(llm).vllm_config.compilation_config.static_forward_context.values()
-            guard = next(layer.impl.workspace.guard for layer in layers if hasattr(layer, "impl"))
-            steps = int(guard.step)
-            rows = guard.sums[..., 1].tolist()
+            monitor = next(layer.impl.workspace.monitor for layer in layers if hasattr(layer, "impl"))
+            steps = int(monitor.step)
+            rows = monitor.sums[..., 1].tolist()
         found[policy, budget] = shares
         if budget == 128:
             assert shares[0] is None, "a dense layer chooses nothing"
@@ -125,5 +128,7 @@ def test_the_engine_samples_every_so_many_steps_in_each_layer(tiny, caplog):
             assert shares == [None] * 3, "everything is attended"
     assert min(found["oracle", 128][1:]) > max(found["random", 128][1:])
     with tiny.start(sparse={"decode_policy": "oracle", "budget_tokens": 128, "dense_layers": 1}) as llm:
-        assert tokens(llm, prompts((700, 500, 20)), 19) == answers["oracle", 128], "the guard changed an answer"
-        assert metrics.snapshot()["guard_shares"] == []
+        assert tokens(llm, prompts((700, 500, 20)), 19) == answers["oracle", 128], (
+            "the recall monitor changed an answer"
+        )
+        assert metrics.snapshot()["recall_by_layer"] == []

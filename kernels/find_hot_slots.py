@@ -1,10 +1,10 @@
-"""find_slots: which units of a decode step's page table the hot set holds.
+"""find_hot_slots: which head pages of a decode step's page table the hot set holds.
 
-    units[row, p] = first_unit + slot_of[unit]     where the hot set holds it; the slot is stamped as used now
-                    ~unit                          where it does not; its place is listed among the misses
+    head pages[row, p] = first_head_page + slot_of[head page]     where the hot set holds it; the slot is stamped as used now
+                    ~head page                          where it does not; its place is listed among the misses
                     staging page of the request    for the last page, which this step has just written
 
-Slots that a step needs are all stamped before :mod:`vllm_sparse.kernels.fetch_units` gives any away.
+Slots that a step needs are all stamped before :mod:`vllm_sparse.kernels.fetch_head_pages` gives any away.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from vllm_sparse.pages.decode_plan import WHOLE
-from vllm_sparse.pages.hot_set import Residency
+from vllm_sparse.pages.hot_set import HotSet
 from vllm_sparse.pages.page_table import PageTable
 from vllm_sparse.pages.write_plan import WritePlan
 
@@ -22,9 +22,9 @@ BLOCK = 128
 
 
 @triton.jit(do_not_specialize=["layer"])
-def _find_slots(
-    units, lengths, routes, staged_slots, clock, slot_of, last_use, misses, num_misses, counters,
-    units_stride, first_unit, layer,
+def _find_hot_slots(
+    head_pages, lengths, routes, staged_slots, clock, slot_of, last_use, misses, num_misses, counters,
+    table_stride_row, first_head_page, layer,
     KV_HEADS: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     row, part = tl.program_id(0), tl.program_id(1)
@@ -38,17 +38,17 @@ def _find_slots(
     place = part * BLOCK + tl.arange(0, BLOCK)
     written = place == num_pages - 1
     wanted = place < num_pages - 1
-    at = row * units_stride + place
-    unit = tl.load(units + at, mask=wanted, other=0)
-    slot = tl.load(slot_of + unit, mask=wanted, other=-1)
+    at = row * table_stride_row + place
+    head_page = tl.load(head_pages + at, mask=wanted, other=0)
+    slot = tl.load(slot_of + head_page, mask=wanted, other=-1)
     held = wanted & (slot >= 0)
     missing = wanted & (slot < 0)
     now = tl.load(clock)
     tl.store(last_use + slot, tl.zeros([BLOCK], tl.int32) + now, mask=held)
     # A row that is padded, or of a dummy run, was not written; its output is never read.
     staged = tl.maximum(tl.load(staged_slots + request), 0).to(tl.int32) // PAGE
-    found = tl.where(written, staged * KV_HEADS + head, tl.where(held, first_unit + slot, ~unit))
-    tl.store(units + at, found, mask=wanted | written)
+    found = tl.where(written, staged * KV_HEADS + head, tl.where(held, first_head_page + slot, ~head_page))
+    tl.store(head_pages + at, found, mask=wanted | written)
     count = tl.sum(missing.to(tl.int32), axis=0)
     if count > 0:
         start = tl.atomic_add(num_misses + layer, count)
@@ -56,17 +56,17 @@ def _find_slots(
     tl.atomic_add(counters, tl.sum(wanted.to(tl.int64), axis=0))
 
 
-def find_slots(
+def find_hot_slots(
     table: PageTable,
     kv_heads: int,
     page_size: int,
     plan: WritePlan,
     layer: int,
-    residency: Residency,
+    hot_set: HotSet,
     misses: torch.Tensor,
     counters: torch.Tensor,
 ) -> None:
-    """Turn units of the host pool into units of the hot store, in place, and list those that it lacks.
+    """Turn head pages of the host pool into head pages of the hot store, in place, and list those that it lacks.
 
     Args:
         table: a decode step's chosen pages; row ``request * kv_heads + head``, request r being token r. Rows
@@ -75,15 +75,15 @@ def find_slots(
         plan: this step's writes and time.
         layer: position among the layers of this rank.
         residency: the layer's.
-        misses: int32 [rows * max_pages or more]; gets ``plan.num_misses[layer]`` places in ``table.units``.
-        counters: int64 [3]: units looked for are added to the first.
+        misses: int32 [rows * max_pages or more]; gets ``plan.num_misses[layer]`` places in ``table.head pages``.
+        counters: int64 [3]: head pages looked for are added to the first.
     """
-    rows, width = table.units.shape
+    rows, width = table.head_pages.shape
     if rows == 0:
         return
-    assert table.units.stride(0) == width and misses.shape[0] >= rows * width
-    _find_slots[(rows, triton.cdiv(width, BLOCK))](
-        table.units, table.lengths, table.routes, plan.staged_slots, plan.clock, residency.slot_of,
-        residency.last_use, misses, plan.num_misses, counters, width, residency.first_unit, layer,
+    assert table.head_pages.stride(0) == width and misses.shape[0] >= rows * width
+    _find_hot_slots[(rows, triton.cdiv(width, BLOCK))](
+        table.head_pages, table.lengths, table.routes, plan.staged_slots, plan.clock, hot_set.slot_of,
+        hot_set.last_use, misses, plan.num_misses, counters, width, hot_set.first_head_page, layer,
         KV_HEADS=kv_heads, PAGE=page_size, BLOCK=BLOCK, WHOLE=WHOLE, num_warps=1,
     )  # fmt: skip

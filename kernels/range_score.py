@@ -1,10 +1,10 @@
-"""quest_score: estimates of a page's largest logit from its per-channel key range.
+"""range_score: estimates of a page's largest logit from its per-channel key range.
 
     score[h, p] = scale * (q[h] . centre[p] + slack * |q[h]| . half_width[p])
 
 With slack 1 it is Quest's upper bound, sum_d max(q_d min_d, q_d max_d) (arXiv 2406.10774). Centre and
 half width are int8 (:mod:`vllm_sparse.kernels.page_write` has the format), and so is the query, in two
-digits to base 128: two int8 matrix products with the bytes of the summary row. Turning those bytes
+digits to base 128: two int8 matrix products with the bytes of the summary slot. Turning those bytes
 into floats first took longer than reading them, and so did asking for scales after the bytes had come:
 they are read one chunk ahead.
 """
@@ -19,6 +19,7 @@ from vllm_sparse.kernels.launch import num_multiprocessors
 from vllm_sparse.kernels.store_scores import store_chunk, store_scores
 from vllm_sparse.kernels.two_digits import two_digits
 from vllm_sparse.pages.decode_plan import NOT_LISTED, WORK_COLUMNS, DecodePlan
+from vllm_sparse.pages.geometry import Geometry
 from vllm_sparse.pages.page_scores import CHUNK_PAGES, PageScores
 
 TUNING = {"waves": 4, "num_warps": 2, "num_stages": 2}
@@ -52,7 +53,7 @@ def _scales(words):
 
 
 @triton.jit(do_not_specialize=["num_reqs", "slack"])
-def _quest_score(
+def _range_score(
     q, kv_bytes, kv_words, block_table, work, totals, values, chunk_lse,
     q_stride_r, q_stride_h, kv_stride_b, kv_stride_h, kv_stride_r, table_stride, score_stride, chunk_stride,
     num_reqs, scale, slack,
@@ -127,13 +128,12 @@ def _quest_score(
         row += 1
 
 
-def quest_score(
+def range_score(
     q: torch.Tensor,
     kv: torch.Tensor,
     block_table: torch.Tensor,
     plan: DecodePlan,
-    page_size: int,
-    scale: float,
+    geometry: Geometry,
     scores: PageScores,
     slack: float = 1.0,
 ) -> None:
@@ -142,6 +142,7 @@ def quest_score(
 
     Reads ``2 * head_dim`` bytes per page and KV head.
     """
+    page_size, scale = geometry.page_size, geometry.scale
     num_reqs, q_heads, head_dim = q.shape
     kv_heads = kv.shape[1]
     group = q_heads // kv_heads
@@ -149,7 +150,7 @@ def quest_score(
     assert kv.shape[2] > page_size, "the pages of this cache hold no summary"
     chunks = num_reqs * triton.cdiv(block_table.shape[1], CHUNK_PAGES)
     programs = min(chunks, triton.cdiv(TUNING["waves"] * num_multiprocessors(q.device), kv_heads))
-    _quest_score[(programs, kv_heads)](
+    _range_score[(programs, kv_heads)](
         q, kv.view(torch.int8), kv.view(torch.int32), block_table, plan.work, plan.totals,
         scores.values, scores.chunk_lse,
         q.stride(0), q.stride(1), kv.stride(0), kv.stride(1), kv.stride(2), block_table.stride(0),

@@ -1,4 +1,4 @@
-"""guard_mass: the share of exact attention mass that the chosen pages of one row hold.
+"""recall_mass: the share of exact attention mass that the chosen pages of one row hold.
 
     share[h] = sum_{t in chosen} exp(scale * q[h] . K[t]) / sum_t exp(scale * q[h] . K[t])
 
@@ -13,10 +13,11 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_sparse.decode.recall_monitor import PARTS, Guard
 from vllm_sparse.pages.decode_plan import WORK_COLUMNS, DecodePlan
-from vllm_sparse.pages.layout import UnitGrid
+from vllm_sparse.pages.geometry import Geometry
+from vllm_sparse.pages.layout import HeadPageGrid
 from vllm_sparse.pages.page_table import PageTable
+from vllm_sparse.pages.recall_sums import PARTS, RecallSums
 
 
 @triton.jit
@@ -38,9 +39,9 @@ def _merged(tops, totals):
 
 
 @triton.jit(do_not_specialize=["every"])
-def _guard_mass(
-    q, kv, block_table, units, lengths, work, totals, step, sums, parts, arrivals, every,
-    q_stride_r, q_stride_h, kv_stride_b, kv_stride_h, kv_stride_r, unit_stride, table_stride, units_stride, scale,
+def _recall_mass(
+    q, kv, block_table, head_pages, lengths, work, totals, step, sums, parts, arrivals, every,
+    q_stride_r, q_stride_h, kv_stride_b, kv_stride_h, kv_stride_r, head_page_stride, table_stride, table_stride_row, scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, PAGE: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -67,10 +68,10 @@ def _guard_mass(
         top, total = _add_page(query, keys, page * PAGE + rows < seq_len, in_head, scale, top, total, PRECISION)
     row = request * KV_HEADS + head
     length = tl.load(lengths + row)
-    unit_row = units + row.to(tl.int64) * units_stride
+    table_row = head_pages + row.to(tl.int64) * table_stride_row
     some_top, some_total = tl.full([GROUP_PAD], float("-inf"), tl.float32), tl.zeros([GROUP_PAD], tl.float32)
     for place in range(part, (length + PAGE - 1) // PAGE, PARTS):
-        keys = kv + tl.load(unit_row + place).to(tl.int64) * unit_stride + cells
+        keys = kv + tl.load(table_row + place).to(tl.int64) * head_page_stride + cells
         some_top, some_total = _add_page(
             query, keys, place * PAGE + rows < length, in_head, scale, some_top, some_total, PRECISION
         )
@@ -99,33 +100,33 @@ def _guard_mass(
         tl.store(added + 1, tl.load(added + 1) + 1.0)
 
 
-def guard_mass(
+def recall_mass(
     q: torch.Tensor,
     kv: torch.Tensor,
     block_table: torch.Tensor,
     plan: DecodePlan,
     table: PageTable,
-    page_size: int,
-    scale: float,
-    guard: Guard,
+    geometry: Geometry,
+    monitor: RecallSums,
     layer: int,
 ) -> None:
-    """Add one row's share to ``guard.sums[layer]``, in steps whose number ``guard.every`` divides.
+    """Add one row's share to ``recall monitor.sums[layer]``, in steps whose number ``recall monitor.every`` divides.
 
     ``table`` holds what was selected from ``plan``; else as in
     :meth:`vllm_sparse.policies.base.DecodePolicy.score`. Reads ``2 * head_dim`` bytes (16-bit cache) per
     token of the row and KV head in a sampled step.
     """
+    page_size, scale = geometry.page_size, geometry.scale
     q_heads, head_dim = q.shape[1:]
     kv_heads = kv.shape[1]
     group = q_heads // kv_heads
     assert q.stride(2) == kv.stride(3) == 1
-    assert guard.parts.shape == (kv_heads, PARTS, 4, group)
-    _guard_mass[(PARTS, kv_heads)](
-        q, kv, block_table, table.units, table.lengths, plan.work, plan.totals,
-        guard.step, guard.sums[layer], guard.parts, guard.arrivals, guard.every,
+    assert monitor.parts.shape == (kv_heads, PARTS, 4, group)
+    _recall_mass[(PARTS, kv_heads)](
+        q, kv, block_table, table.head_pages, table.lengths, plan.work, plan.totals,
+        monitor.step, monitor.sums[layer], monitor.parts, monitor.arrivals, monitor.every,
         q.stride(0), q.stride(1), kv.stride(0), kv.stride(1), kv.stride(2),
-        UnitGrid.of(kv).stride, block_table.stride(0), table.units.stride(0), scale,
+        HeadPageGrid.of(kv).stride, block_table.stride(0), table.head_pages.stride(0), scale,
         KV_HEADS=kv_heads, GROUP=group, GROUP_PAD=max(16, triton.next_power_of_2(group)), HEAD_DIM=head_dim,
         BLOCK_D=triton.next_power_of_2(head_dim), PAGE=page_size, PARTS=PARTS, COLUMNS=WORK_COLUMNS,
         PRECISION="ieee",

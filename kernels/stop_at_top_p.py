@@ -1,6 +1,6 @@
-"""stop_at_coverage: of the pages chosen for a KV head, the fewest that hold a share of its attention.
+"""stop_at_top_p: of the pages chosen for a KV head, the fewest that hold a share of its attention.
 
-    kept = forced pages, then the largest masses, until  sum_{p in kept} mass[p] >= coverage * group
+    kept = forced pages, then the largest masses, until  sum_{p in kept} mass[p] >= top_p * group
 
 where a head's masses, forced pages included, add up to 1 over its whole context. Pages of a mass equal to
 the last one kept are kept too. A row that does not reach its share within the budget keeps all of it.
@@ -14,14 +14,15 @@ import triton.language as tl
 
 from vllm_sparse.pages.decode_plan import DecodePlan
 from vllm_sparse.pages.page_table import PageTable
+from vllm_sparse.pages.selection import Selection
 
 FORCED = 0x80000000
 """Set in the keys of forced pages; the rest of a key is the bits of its mass, plus 1."""
 
 
 @triton.jit
-def _stop_at_coverage(
-    chosen_keys, seq_lens, score_offsets, units, lengths, keys_stride, units_stride, budget, target,
+def _stop_at_top_p(
+    chosen_keys, seq_lens, score_offsets, head_pages, lengths, keys_stride, table_stride_row, budget, target,
     KV_HEADS: tl.constexpr, PAGE: tl.constexpr, BUDGET_PAD: tl.constexpr, FORCED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
@@ -32,7 +33,7 @@ def _stop_at_coverage(
     places = tl.arange(0, BUDGET_PAD)
     mask = places < budget
     keys = tl.load(chosen_keys + row.to(tl.int64) * keys_stride + places, mask=mask, other=0).to(tl.uint32)
-    unit = tl.load(units + row.to(tl.int64) * units_stride + places, mask=mask, other=0)
+    head_page = tl.load(head_pages + row.to(tl.int64) * table_stride_row + places, mask=mask, other=0)
     forced = keys >= FORCED
     bits = tl.where(mask, (keys & 0x7FFFFFFF).to(tl.int32) - 1, 0)
     mass = bits.to(tl.float32, bitcast=True)
@@ -48,35 +49,38 @@ def _stop_at_coverage(
     # Where forced pages reach it alone, every threshold did, up to one above all masses.
     keep = mask & (forced | (bits >= low))
     kept = tl.sum(keep.to(tl.int32), axis=0)
-    tl.debug_barrier()  # all threads have read their units
-    tl.store(units + row.to(tl.int64) * units_stride + tl.cumsum(keep.to(tl.int32), axis=0) - 1, unit, mask=keep)
+    tl.debug_barrier()  # all threads have read their head pages
+    tl.store(
+        head_pages + row.to(tl.int64) * table_stride_row + tl.cumsum(keep.to(tl.int32), axis=0) - 1,
+        head_page,
+        mask=keep,
+    )
     tl.store(lengths + row, seq_len - ((seq_len + PAGE - 1) // PAGE - kept) * PAGE)
 
 
-def stop_at_coverage(
+def stop_at_top_p(
     chosen_keys: torch.Tensor,
     plan: DecodePlan,
     kv_heads: int,
     group: int,
-    page_size: int,
+    selection: Selection,
     budget_pages: int,
-    coverage: float,
     table: PageTable,
 ) -> None:
-    """Shorten the scored rows of ``table``, whose units are those of ``select_pages``.
+    """Shorten the scored rows of ``table``, whose head pages are those of ``select_pages``.
 
     Args:
         chosen_keys: uint32 [num_reqs * kv_heads, budget_pages or more], the keys of the chosen pages.
         plan: this step's routing.
         kv_heads, group: heads of the cache, and query heads that share one.
-        page_size, budget_pages: as in ``select_pages``.
-        coverage: share of the estimated attention to be held, above 0, at most 1.
-        table: its units are compacted in place, and its lengths written anew.
+        selection: as in ``select_pages``; ``top_p`` above 0, at most 1.
+        budget_pages: pages chosen of each row.
+        table: its head pages are compacted in place, and its lengths written anew.
     """
     rows = plan.table_seq_lens.shape[0] * kv_heads
-    _stop_at_coverage[(rows,)](
-        chosen_keys, plan.table_seq_lens, plan.score_offsets, table.units, table.lengths, chosen_keys.stride(0),
-        table.units.stride(0), budget_pages, coverage * group,
-        KV_HEADS=kv_heads, PAGE=page_size, BUDGET_PAD=triton.next_power_of_2(budget_pages), FORCED=FORCED,
+    _stop_at_top_p[(rows,)](
+        chosen_keys, plan.table_seq_lens, plan.score_offsets, table.head_pages, table.lengths, chosen_keys.stride(0),
+        table.head_pages.stride(0), budget_pages, selection.top_p * group,
+        KV_HEADS=kv_heads, PAGE=selection.page_size, BUDGET_PAD=triton.next_power_of_2(budget_pages), FORCED=FORCED,
         num_warps=4,
     )  # fmt: skip

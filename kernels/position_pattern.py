@@ -1,4 +1,4 @@
-"""fixed_pattern: the keep mask of a FixedPattern, the same for any content.
+"""position_pattern: the keep mask of a PositionPattern, the same for any content.
 
     keep[h, b, p] = p * page < initial
                     or nearest < recent * dilation_h  and  (last - p) mod dilation_h = 0
@@ -15,12 +15,12 @@ import triton
 import triton.language as tl
 
 from vllm_sparse.kernels.hash_uniform import hash_uniform
-from vllm_sparse.pages.position_pattern import FixedPattern
+from vllm_sparse.pages.position_pattern import PositionPattern
 from vllm_sparse.pages.query_blocks import BLOCK_TOKENS, QueryBlocks
 
 
 @triton.jit(do_not_specialize=["keep_stride", "first_position", "end_position", "num_pages", "num_blocks"])
-def _fixed_pattern(
+def _position_pattern(
     keep, keep_stride, first_position, end_position, num_pages, num_blocks,
     INITIAL: tl.constexpr, RECENT: tl.constexpr, DILATION: tl.constexpr, DILATED_HEADS: tl.constexpr,
     STRIDE: tl.constexpr, RANDOM_PAGES: tl.constexpr,
@@ -46,7 +46,7 @@ def _fixed_pattern(
     tl.store(keep + row.to(tl.int64) * keep_stride + page, chosen.to(tl.uint8), mask=page < num_pages)
 
 
-def fixed_pattern(pattern: FixedPattern, blocks: QueryBlocks, page_size: int, keep: torch.Tensor) -> None:
+def position_pattern(pattern: PositionPattern, blocks: QueryBlocks, page_size: int, keep: torch.Tensor) -> None:
     """Write the keep mask of query blocks.
 
     Args:
@@ -57,7 +57,7 @@ def fixed_pattern(pattern: FixedPattern, blocks: QueryBlocks, page_size: int, ke
     """
     rows, num_pages = keep.shape
     assert rows % blocks.num_blocks == 0 and num_pages == blocks.num_pages(page_size) and keep.stride(1) == 1
-    _fixed_pattern[(rows, triton.cdiv(num_pages, 1024))](
+    _position_pattern[(rows, triton.cdiv(num_pages, 1024))](
         keep, keep.stride(0), blocks.first_position, blocks.end_position, num_pages, blocks.num_blocks,
         INITIAL=pattern.initial_tokens, RECENT=pattern.recent_tokens, DILATION=pattern.dilation,
         DILATED_HEADS=pattern.dilated_heads, STRIDE=pattern.stride_tokens,

@@ -1,0 +1,111 @@
+"""What an engine that asks for the sparse backend is refused for, before it starts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm_sparse import support
+from vllm_sparse.backend import connectors, offload
+from vllm_sparse.config import TABLES, SparseConfig
+from vllm_sparse.errors import ConfigError
+
+
+def check_engine(vllm_config: Any) -> None:
+    """Check the settings of an engine, and put what they name into its config.
+
+    Raises:
+        ConfigError: they cannot be served.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        try:
+            import triton  # noqa: F401
+        except ImportError as error:
+            raise ConfigError(
+                f"--attention-backend sparse: its kernels need Triton, which cannot be imported here ({error})"
+            ) from None
+    config, model = SparseConfig.from_vllm(vllm_config), vllm_config.model_config
+    left = model and support.stock_model(config, model.is_hybrid, model.is_encoder_decoder)
+    if left:
+        if config.offload is not None:
+            raise ConfigError(
+                f"sparse.offload: every layer would run as in stock vLLM: {left.reason}; allowed: null"
+            )
+        return  # what follows would change an engine that stays as it is
+    found = with_tables(vllm_config, config)
+    read = (key for key in TABLES if getattr(found, key) is not getattr(config, key))
+    carry(vllm_config, config, found, next(read, ""))
+    cache = vllm_config.cache_config
+    if cache is None:
+        return
+    if current_platform.is_cpu() and not getattr(cache, "user_specified_block_size", False):
+        # CPUs default to 128, at which a budget of a few hundred tokens holds no pages to choose; 32
+        # is the least that vLLM's own CPU backend takes for layers that are left to it.
+        cache.block_size = 32
+    if cache.block_size is not None:
+        config.check_page_size(cache.block_size)
+    if model is not None:
+        _check_kv_dtype(cache.cache_dtype, model)
+    parallel = vllm_config.parallel_config
+    if getattr(parallel, "decode_context_parallel_size", 1) > 1:
+        raise ConfigError(
+            f"--decode-context-parallel-size: {parallel.decode_context_parallel_size} is not supported by the "
+            f"sparse backend; allowed: 1"
+        )
+    if getattr(parallel, "enable_dbo", False):
+        raise ConfigError(
+            "--enable-dbo: micro-batches would share the buffers of one decode step; the sparse backend "
+            "runs without it"
+        )
+    config = SparseConfig.from_vllm(vllm_config)
+    if config.offload is not None:
+        found = offload.check(vllm_config, config)
+        carry(vllm_config, config, found, "offload")
+        vllm_config.additional_config[offload.ADMITTED] = found.offload.host_gib
+    connectors.check(vllm_config, config)
+
+
+def _check_kv_dtype(asked: str, model: Any) -> None:
+    """Raise :class:`ConfigError` unless the cache has the dtype of the model."""
+    own = str(model.dtype).removeprefix("torch.")
+    if asked in ("auto", own):
+        return
+    quantised = getattr(model.hf_config, "quantization_config", None) or {}
+    scheme = quantised.get("kv_cache_scheme") if isinstance(quantised, dict) else None
+    if scheme:
+        raise ConfigError(
+            f"--kv-cache-dtype: the checkpoint's kv_cache_scheme asks for {asked}, and sparse attention has no "
+            f"quantised KV cache yet; allowed for this model: {own}, given by name, which comes before the scheme"
+        )
+    raise ConfigError(
+        f"--kv-cache-dtype: {asked!r} is not supported by the sparse backend beside a model of {own}; "
+        f"allowed: auto, {own}"
+    )
+
+
+def with_tables(vllm_config, config):
+    """``config`` with the patterns and budgets that it names for the heads of the engine's model."""
+    model = vllm_config.model_config
+    if model is None:
+        return config
+    layers, heads = (getattr(model.hf_text_config, f"num_{of}", 0) for of in ("hidden_layers", "attention_heads"))
+    config = config.with_patterns(model.model, layers, heads)
+    if config.head_budgets == "none":
+        return config
+    return config.with_budgets(model.model, layers, model.get_total_num_kv_heads())
+
+
+def carry(vllm_config, config, found, key: str) -> None:
+    """Put the settings into vLLM's config, which it takes to every worker: other nodes have other files.
+
+    So a path in ``VLLM_SPARSE_CONFIG`` or in :data:`vllm_sparse.config.TABLES` is read on the driver alone.
+    """
+    additional = vllm_config.additional_config or {}
+    if isinstance(additional, dict):
+        vllm_config.additional_config = {**additional, "sparse": found.to_mapping()}
+    elif found is not config:
+        raise ConfigError(
+            f"sparse.{key}: {getattr(config, key)!r} cannot travel beside an additional_config that is "
+            f"no object; allowed: none"
+        )
