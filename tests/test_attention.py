@@ -1,4 +1,4 @@
-"""Every engine against the torch reference in float64; engines that need a GPU are skipped without one."""
+"""Every attention kernel against the torch reference in float64; kernels that need a GPU are skipped without one."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from vllm_sparse.attention.base import AttentionShape
 from vllm_sparse.attention.registry import kernel_class
 from vllm_sparse.errors import ConfigError
 from vllm_sparse.kernels import reference
+from vllm_sparse.pages.geometry import Geometry
 from vllm_sparse.pages.selection import Selection
 
 SHAPES = [(8, 4, 128, 16), (3, 3, 64, 16), (2, 7, 128, 32), (1, 1, 256, 64), (4, 8, 96, 16)]
@@ -28,7 +29,7 @@ def case_of(shape, name="torch"):
 
 
 def kernel_for(name, case):
-    shape = AttentionShape(DEVICE, DTYPE, case.q.shape[1], case.kv_heads, case.q.shape[2], case.page_size)
+    shape = AttentionShape(DEVICE, DTYPE, case.geometry)
     reason = kernel_class(name).unsupported(shape)
     if reason is not None:
         pytest.skip(reason)
@@ -37,14 +38,14 @@ def kernel_for(name, case):
 
 @pytest.mark.parametrize("name", ATTENTION_KERNELS)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "kv{}_group{}_d{}_page{}".format(*shape))
-def test_engine_agrees_with_the_torch_reference(name, shape):
+def test_kernel_agrees_with_the_torch_reference(name, shape):
     case = case_of(shape, name)
-    engine = kernel_for(name, case)
-    assert engine.unreadable(case.kv, case.page_size) is None
+    kernel = kernel_for(name, case)
+    assert kernel.unreadable(case.kv, case.page_size) is None
     exact = torch.zeros_like(case.q, dtype=torch.float64)
     reference.sparse_decode(case.q.double(), in_float64(case.kv), case.table, case.geometry, exact)
     out = torch.full_like(case.q, 7.0)
-    engine.attend(case.q, case.kv, case.table, case.geometry, out)
+    kernel.attend(case.q, case.kv, case.table, case.geometry, out)
     attended = case.plan.table_seq_lens > 0
     assert error(out[attended], exact[attended]) < TOLERANCE[DTYPE]
     assert (out[~attended] == 7.0).all(), "a row of length 0 was written"
@@ -53,13 +54,13 @@ def test_engine_agrees_with_the_torch_reference(name, shape):
 @pytest.mark.gpu
 @pytest.mark.skipif(not ON_GPU, reason="CUDA graphs need a GPU")
 @pytest.mark.parametrize("name", [name for name in ATTENTION_KERNELS if name != "torch"])
-def test_engine_replays_in_a_cuda_graph_with_other_pages(name):
+def test_kernel_replays_in_a_cuda_graph_with_other_pages(name):
     first, second = case_of(SHAPES[0], name), case_of(SHAPES[0], name)
-    engine = kernel_for(name, first)
+    kernel = kernel_for(name, first)
     out = torch.zeros_like(first.q)
 
     def attend():
-        engine.attend(first.q, first.kv, first.table, first.geometry, out)
+        kernel.attend(first.q, first.kv, first.table, first.geometry, out)
 
     attend()
     torch.cuda.synchronize()
@@ -86,7 +87,7 @@ def test_a_decode_step_never_waits_for_the_gpu(policy, name):
     from vllm_sparse.policies import DECODE_POLICIES
 
     case = case_of(SHAPES[0], name)
-    engine, chooser = kernel_for(name, case), DECODE_POLICIES[policy]
+    kernel, chooser = kernel_for(name, case), DECODE_POLICIES[policy]
 
     def step():
         launchers.plan_decode(
@@ -96,7 +97,7 @@ def test_a_decode_step_never_waits_for_the_gpu(policy, name):
         launchers.select_pages(
             case.scores, case.block_table, case.plan, case.kv, Selection(16, 8, 1, 20), case.table
         )
-        engine.attend(case.q, case.kv, case.table, case.geometry, case.q.clone())
+        kernel.attend(case.q, case.kv, case.table, case.geometry, case.q.clone())
 
     step()
     torch.cuda.set_sync_debug_mode("error")
@@ -107,8 +108,8 @@ def test_a_decode_step_never_waits_for_the_gpu(policy, name):
 
 
 @pytest.mark.skipif(ON_GPU, reason="about machines without a GPU")
-def test_an_engine_that_cannot_run_is_refused_with_the_reason_and_what_can():
-    shape = AttentionShape(DEVICE, DTYPE, 4, 2, 64, 16)
+def test_a_kernel_that_cannot_run_is_refused_with_the_reason_and_what_can():
+    shape = AttentionShape(DEVICE, DTYPE, Geometry(4, 2, 64, 16, 0.1))
     with pytest.raises(
         ConfigError, match=r"sparse.attention_kernel: 'fa3' cannot run here.*GPU.*Allowed here: auto, torch"
     ):

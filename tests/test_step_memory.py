@@ -30,6 +30,7 @@ from vllm_sparse.prefill.buffers import PrefillBuffers
 
 KV_HEADS, GROUP, HEAD_DIM, PAGE = 2, 4, 64, 16
 Q_HEADS = KV_HEADS * GROUP
+GEOMETRY = Geometry(Q_HEADS, KV_HEADS, HEAD_DIM, PAGE, 0.1)
 CONTEXT, CHUNK = 65536, 16384
 cpu_only = pytest.mark.skipif(ON_GPU, reason="a GPU shows it itself: tests/test_gpu_memory.py")
 
@@ -91,8 +92,9 @@ def test_fa3_gets_the_blocks_of_each_head_in_turn(first, tokens):
     case, seen = make_chunk(first, tokens, KV_HEADS, 3, 32), []
     table = case.buffers.table(case.blocks)
     reference.prefill_table(
-        random_keep(case), case.block_table, case.blocks, case.kv, PAGE, 1, 40, case.buffers.counters, table
-    )
+        random_keep(case), case.block_table, case.blocks, case.kv, Selection(PAGE, 1, 1, 40),
+        case.buffers.counters, table,
+    )  # fmt: skip
     out, expected = torch.full_like(case.q, 7.0), torch.empty_like(case.q, dtype=torch.float64)
     scratch = torch.full((2, case.q.numel() + 5), float("nan"), dtype=case.q.dtype, device=DEVICE)
     fake_fa3(varlen_attention(seen)).attend_blocks(case.q, case.kv, table, case.geometry, out, scratch)
@@ -154,9 +156,8 @@ def test_a_chunk_allocates_nothing_and_waits_for_nothing(host_code, name, top_p)
         config.new_prefill_policy(PAGE, patterns),
         fake_fa3(lambda **given: calls.append(given)),
         buffers,
-        1,
-        64,
-        0.1,
+        config.selection(PAGE),
+        GEOMETRY,
     )
     table = torch.zeros(1, CONTEXT // PAGE, dtype=torch.int32)
     with Allocations() as seen:
@@ -250,14 +251,12 @@ def workspace_of(config: SparseConfig, max_model_len: int = 131072, max_num_seqs
     return Workspace.allocate(vllm_config, config, PAGE, Q_HEADS, KV_HEADS, HEAD_DIM, DEVICE)
 
 
-def rehearsal_of(config: SparseConfig, engine, **sizes):
+def rehearsal_of(config: SparseConfig, kernel, **sizes):
     from vllm_sparse.backend.rehearsal import Rehearsal
 
-    policy = DECODE_POLICIES[config.decode_policy]
     workspace = workspace_of(config, **sizes)
     kv = torch.zeros(1, KV_HEADS, PAGE + 1, 2 * HEAD_DIM, dtype=torch.float16)
-    top_p = config.top_p if policy.adaptive else 0.0
-    return Rehearsal(config, workspace, engine, engine, kv, top_p, 0.1), workspace
+    return Rehearsal(config, workspace, kernel, kernel, kv, GEOMETRY), workspace
 
 
 @cpu_only
@@ -283,7 +282,7 @@ def test_what_a_decode_step_allocates_was_rehearsed(host_code, name):
             policy.score(q[:requests], kv, table, plan, Geometry.of(q[:requests], kv, PAGE, 0.1), workspace.scores)
             host_code.select_pages(
                 workspace.scores, table, plan, kv,
-                Selection(PAGE, config.largest_pages(PAGE), 1, 64, rehearsal.top_p), chosen,
+                config.selection(PAGE), chosen,
             )  # fmt: skip
             TritonAttention().attend(
                 q[:requests], kv, chosen, Geometry.of(q[:requests], kv, PAGE, 0.1), q[:requests]
