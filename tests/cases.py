@@ -8,7 +8,7 @@ from math import prod
 import torch
 
 from vllm_sparse.kernels import reference
-from vllm_sparse.kernels.reference_scores import store_scores
+from vllm_sparse.kernels.reference.store_scores import store_scores
 from vllm_sparse.pages.decode_plan import SEGMENT_PAGES, DecodePlan
 from vllm_sparse.pages.geometry import Geometry
 from vllm_sparse.pages.page_scores import PageScores

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from cases import DEVICE, ON_GPU
 
-from vllm_sparse.kernels.reference_offload import kept, to_e4m3
+from vllm_sparse.kernels.reference.e4m3 import kept, to_e4m3
 from vllm_sparse.offload.pool import view_from_device
 from vllm_sparse.pages.hot_set import HotSet
 from vllm_sparse.pages.page_table import PageTable

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from cases import DEVICE, make
 
+from vllm_sparse.pages.geometry import Geometry
 from vllm_sparse.pages.layout import HeadPageGrid
 from vllm_sparse.pages.page_table import PageTable
 from vllm_sparse.pages.probe import probe_parts
@@ -38,6 +39,10 @@ class PrefillCase:
     @property
     def group(self) -> int:
         return self.q_heads // self.kv.shape[1]
+
+    @property
+    def geometry(self) -> Geometry:
+        return Geometry.of(self.q, self.kv, self.page_size, self.scale)
 
 
 def make_chunk(
@@ -71,7 +76,7 @@ def make_chunk(
 
 
 def poison(buffers: PrefillBuffers) -> None:
-    for name in ("head pages", "lengths", "starts", "band_count"):
+    for name in ("head_pages", "lengths", "starts", "band_count"):
         getattr(buffers, name).fill_(2**30)
     for name in ("keep", "page_keep", "query_aware"):
         getattr(buffers, name).fill_(77)

@@ -7,7 +7,7 @@ import torch
 from cases import ON_GPU, TOLERANCE, error
 from test_gpu_engine import GRAPHS, LENGTHS, answer, assert_same, synchronising_lines  # noqa: F401
 
-from vllm_sparse.kernels.reference_offload import kept
+from vllm_sparse.kernels.reference.e4m3 import kept
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not ON_GPU, reason="needs a CUDA GPU")]
 

@@ -148,7 +148,7 @@ def test_scores_match_reference(shape, dtype, name):
     case = case_of(shape, dtype, lengths=[*LENGTHS, 130 * shape[3]])
     actual = poisoned_like(case)
     for run, scores in ((getattr(reference, name), case.scores), (getattr(launchers, name), actual)):
-        run(case.q, case.kv, case.block_table, case.plan, case.page_size, case.scale, scores)
+        run(case.q, case.kv, case.block_table, case.plan, case.geometry, scores)
     for mine, expected in ((actual.values, case.scores.values), (actual.chunk_lse, case.scores.chunk_lse)):
         assert torch.equal(mine.isnan(), expected.isnan()), "wrote a score that nobody asked for"
         written = ~mine.isnan()
@@ -161,7 +161,7 @@ def test_quest_score_slack_matches_reference(dtype):
     case = case_of(SHAPES[0], dtype)
     actual = poisoned_like(case)
     for run, scores in ((reference.range_score, case.scores), (launchers.range_score, actual)):
-        run(case.q, case.kv, case.block_table, case.plan, case.page_size, case.scale, scores, 0.5)
+        run(case.q, case.kv, case.block_table, case.plan, case.geometry, scores, 0.5)
     written = ~case.scores.values.isnan()
     # The kernel rounds three quarters of a query to its dtype.
     assert error(actual.values[written], case.scores.values[written]) < TOLERANCE[dtype]
@@ -410,7 +410,7 @@ def test_offsets_past_int32():
     case = make([len(slots)], heads, 4, head_dim, page, 8, dtype=torch.bfloat16)
     case.kv, case.block_table = kv, far[None].int()
     scores = poisoned_like(case)
-    args = (case.block_table, case.plan, page, case.scale)
+    args = (case.block_table, case.plan, case.geometry)
     launchers.range_score(case.q, kv, *args, scores)
     reference.range_score(case.q, kv, *args, case.scores)
     assert error(scores.values[:, :40], case.scores.values[:, :40]) < 1e-5

@@ -19,7 +19,7 @@ from tiny_engine import (
 from vllm_sparse import metrics
 from vllm_sparse.backend import prefill_rows
 from vllm_sparse.kernels import reference
-from vllm_sparse.kernels.reference_offload import kept
+from vllm_sparse.kernels.reference.e4m3 import kept
 
 pytestmark = pytest.mark.engine
 

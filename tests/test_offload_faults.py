@@ -11,7 +11,7 @@ import torch
 from vllm_sparse.config import SparseConfig
 from vllm_sparse.errors import ConfigError
 from vllm_sparse.kernels import reference
-from vllm_sparse.kernels.reference_offload import kept
+from vllm_sparse.kernels.reference.e4m3 import kept
 from vllm_sparse.offload import limits, pool
 from vllm_sparse.offload.limits import UNLIMITED, HostLimits, read_limits, resolve_host_gib
 from vllm_sparse.offload.pool import HostPool

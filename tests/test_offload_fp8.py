@@ -22,7 +22,7 @@ from tiny_engine import cached_tokens, engine_core, outputs, preemptions, prompt
 
 from vllm_sparse import metrics
 from vllm_sparse.kernels import reference
-from vllm_sparse.kernels.reference_offload import from_e4m3, kept, to_e4m3
+from vllm_sparse.kernels.reference.e4m3 import from_e4m3, kept, to_e4m3
 from vllm_sparse.offload.config import OffloadConfig
 from vllm_sparse.offload.sizing import CacheShape
 from vllm_sparse.tools import cli

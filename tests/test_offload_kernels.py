@@ -8,7 +8,7 @@ from cases import DEVICE, DTYPES, TOLERANCE, error
 from offload_cases import assert_consistent, chosen_pages, copy_of, make_store, tail_slots
 
 from vllm_sparse.kernels import reference
-from vllm_sparse.kernels.reference_offload import kept, to_e4m3
+from vllm_sparse.kernels.reference.e4m3 import kept, to_e4m3
 from vllm_sparse.pages.geometry import Geometry
 
 pytest.importorskip("triton")

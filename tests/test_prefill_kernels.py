@@ -351,7 +351,7 @@ def score(run, case, name: str) -> torch.Tensor:
     scores = torch.full((len(random_keep(case)), case.num_pages), float("nan"), device=DEVICE)
     pooled = [case.buffers.pooled] if name == "pooled_score" else []
     getattr(run, name)(
-        case.q, case.kv, case.block_table, case.blocks, case.page_size, case.scale, *pooled, scores
+        case.q, case.kv, case.block_table, case.blocks, case.geometry, *pooled, scores
     )  # fmt: skip
     for block, part in enumerate(case.blocks.split(1)):
         scores.view(case.q_heads, -1, case.num_pages)[:, block, part.first_position // case.page_size :] = 0
@@ -393,7 +393,7 @@ def test_heads_that_do_not_ask_keep_their_rows(run, group):
     heads = torch.zeros(case.q_heads, dtype=torch.uint8, device=DEVICE)
     heads[: group + group // 2] = 1
     asked = heads.bool().repeat_interleave(blocks.num_blocks)
-    scored = (case.q, case.kv, case.block_table, blocks, page, case.scale, case.buffers.pooled)
+    scored = (case.q, case.kv, case.block_table, blocks, case.geometry, case.buffers.pooled)
     everyone = torch.full((len(asked), case.num_pages), float("nan"), device=DEVICE)
     run.pooled_score(*scored, everyone)
     scores = torch.full_like(everyone, float("nan"))

@@ -7,7 +7,8 @@ import torch
 from cases import DEVICE, DTYPES, ON_GPU, error, make, poisoned_scores
 
 from vllm_sparse.kernels import reference
-from vllm_sparse.kernels.reference_sketch import hadamard, sketched_keys
+from vllm_sparse.kernels.reference.hadamard import hadamard
+from vllm_sparse.kernels.reference.sketch_write import sketched_keys
 from vllm_sparse.pages.summaries import SKETCH_BITS, SUMMARIES, SketchLayout, summary_slots
 
 pytest.importorskip("triton")
@@ -43,7 +44,7 @@ def test_scores_match_reference(shape, dtype, summary):
     q_heads, capacity = case.scores.values.shape
     actual = poisoned_scores(q_heads, capacity, len(case.seq_lens), DEVICE)
     for run, scores in ((reference.sketch_score, case.scores), (launchers.sketch_score, actual)):
-        run(case.q, case.kv, case.block_table, case.plan, case.page_size, case.scale, scores, summary)
+        run(case.q, case.kv, case.block_table, case.plan, case.geometry, scores, summary)
     # The kernel rounds each channel of a rotated query to a step, so a logit is off by this much at one sigma.
     step = scale_of_logits(case, summary) / (127 * 128)
     sigma = step * 12**-0.5
@@ -183,7 +184,7 @@ def test_offsets_past_int32():
     launchers.page_write(key, value, kv, slots, page, summary)
     case = make([len(slots)], heads, 4, head_dim, page, 8, dtype=torch.bfloat16, summary=summary)
     actual = poisoned_scores(case.scores.q_heads, case.scores.capacity_pages, 1, DEVICE)
-    args = (case.q, kv, far[None].int(), case.plan, page, case.scale)
+    args = (case.q, kv, far[None].int(), case.plan, case.geometry)
     launchers.sketch_score(*args, actual, summary)
     reference.sketch_score(*args, case.scores, summary)
     assert error(actual.values[:, :40], case.scores.values[:, :40]) < 1e-4

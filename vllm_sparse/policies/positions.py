@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from vllm_sparse import kernels
-from vllm_sparse.kernels.reference_prefill import hash_uniform
+from vllm_sparse.kernels.reference.hash_uniform import hash_uniform
 from vllm_sparse.pages.head_patterns import HeadPatterns
 from vllm_sparse.pages.position_pattern import PositionPattern
 from vllm_sparse.pages.query_blocks import BLOCK_TOKENS, QueryBlocks

@@ -1,4 +1,4 @@
-"""What references that score pages share: rows to be scored, and where scores go, as by :mod:`store_scores`."""
+"""Rows to be scored, and their scores in a PageScores, for the references that score pages."""
 
 from __future__ import annotations
 

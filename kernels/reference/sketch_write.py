@@ -1,23 +1,13 @@
-"""Plain-torch references of the sketch kernels, and what a sketch stands for."""
+"""Sketches as :mod:`vllm_sparse.kernels.sketch_write` stores them, and the keys they stand for."""
 
 from __future__ import annotations
 
 import torch
 
+from vllm_sparse.kernels.reference.hadamard import hadamard
 from vllm_sparse.pages.summaries import TILE_TOKENS, SketchLayout
 
 STEP, SMALLEST = 0.9957, 1e-7
-
-
-def hadamard(x: torch.Tensor) -> torch.Tensor:
-    """The Walsh-Hadamard transform along the last dimension, a power of two, scaled to keep lengths."""
-    width = x.shape[-1]
-    span = 1
-    while span < width:
-        left, right = x.unflatten(-1, (-1, 2, span)).unbind(-2)
-        x = torch.stack([left + right, left - right], -2).flatten(-3)
-        span *= 2
-    return x * width**-0.5
 
 
 def write_sketches(kv: torch.Tensor, slots: torch.Tensor, page_size: int, summary: str) -> None:

@@ -1,0 +1,43 @@
+"""Reference of :mod:`vllm_sparse.kernels.find_hot_slots`."""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_sparse.pages.decode_plan import WHOLE
+from vllm_sparse.pages.hot_set import HotSet
+from vllm_sparse.pages.page_table import PageTable
+from vllm_sparse.pages.write_plan import WritePlan
+
+
+def find_hot_slots(
+    table: PageTable,
+    kv_heads: int,
+    page_size: int,
+    plan: WritePlan,
+    layer: int,
+    hot_set: HotSet,
+    misses: torch.Tensor,
+    counters: torch.Tensor,
+) -> None:
+    width, missing = table.head_pages.shape[1], []
+    for row, length in enumerate(table.lengths.tolist()):
+        if length == 0:
+            continue
+        request, head = divmod(row, kv_heads)
+        if table.routes is not None and table.routes[request] == WHOLE:
+            continue
+        pages = -(-length // page_size)
+        head_pages = table.head_pages[row, :pages].clone()
+        slots = hot_set.slot_of[head_pages[:-1].long()]
+        hit = slots >= 0
+        hot_set.last_use[slots[hit].long()] = plan.clock
+        table.head_pages[row, : pages - 1] = torch.where(hit, hot_set.first_head_page + slots, ~head_pages[:-1])
+        staged = int(plan.staged_slots[request]) // page_size
+        table.head_pages[row, pages - 1] = max(staged, 0) * kv_heads + head
+        missing.append(row * width + torch.nonzero(~hit).squeeze(1))
+        counters[0] += pages - 1
+    if missing:
+        missing = torch.cat(missing)
+        misses[: len(missing)] = missing.int()
+        plan.num_misses[layer] = len(missing)

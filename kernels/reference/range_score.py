@@ -1,0 +1,30 @@
+"""Reference of :mod:`vllm_sparse.kernels.range_score`."""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_sparse.kernels.reference.page_write import key_range
+from vllm_sparse.kernels.reference.store_scores import scored_requests, store_scores
+from vllm_sparse.pages.decode_plan import DecodePlan
+from vllm_sparse.pages.geometry import Geometry
+from vllm_sparse.pages.page_scores import PageScores
+
+
+def range_score(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    block_table: torch.Tensor,
+    plan: DecodePlan,
+    geometry: Geometry,
+    scores: PageScores,
+    slack: float = 1.0,
+) -> None:
+    page_size, scale = geometry.page_size, geometry.scale
+    head_dim, group = q.shape[-1], q.shape[1] // kv.shape[1]
+    for request, blocks, offset, _ in scored_requests(block_table, plan, page_size):
+        summaries = kv[:, :, page_size:][blocks]
+        centre, half = (x.permute(1, 2, 0) for x in key_range(summaries, 0))
+        heads = q[request].float().view(-1, group, head_dim) * scale
+        bound = heads @ centre + slack * (heads.abs() @ half)
+        store_scores(scores, request, offset, bound.flatten(0, 1))
