@@ -17,7 +17,7 @@ import triton.language as tl
 
 from vllm_sparse.kernels.e4m3 import codes_of, from_e4m3, powers_256_of
 from vllm_sparse.kernels.launch import num_multiprocessors
-from vllm_sparse.pages.hot_set import HASH, WAYS, HotSet
+from vllm_sparse.pages.hot_set import HASH, WAYS, HotSet, Lookups
 from vllm_sparse.pages.layout import HeadPageGrid
 from vllm_sparse.pages.page_table import PageTable
 from vllm_sparse.pages.write_plan import WritePlan
@@ -85,9 +85,8 @@ def fetch_head_pages(
     plan: WritePlan,
     layer: int,
     hot_set: HotSet,
-    misses: torch.Tensor,
+    lookups: Lookups,
     hot: torch.Tensor,
-    counters: torch.Tensor,
     exponents: torch.Tensor | None = None,
 ) -> None:
     """Fetch what :mod:`vllm_sparse.kernels.find_hot_slots` found missing, and put its place into the table.
@@ -95,9 +94,10 @@ def fetch_head_pages(
     Args:
         host: [num_blocks, kv_heads, page_size, 2 * head_dim], pinned.
         table: as ``find_hot_slots`` left it.
-        plan, layer, residency, misses: as given to it.
+        plan, layer, hot_set: as given to it.
+        lookups: with its misses; head pages fetched, and those left on the host, are added to the second and third
+            of ``counters``.
         hot: [pages, kv_heads, page_size + summary slots, 2 * head_dim].
-        counters: int64 [3]: head pages fetched and head pages left on the host are added to the second and third.
         exponents: uint8 [num_blocks, kv_heads, 2], where ``host`` is e4m3 (:mod:`vllm_sparse.kernels.e4m3`).
     """
     _, kv_heads, page_size, content = host.shape
@@ -110,7 +110,7 @@ def fetch_head_pages(
     programs = min(most, TUNING["programs_per_sm"] * num_multiprocessors(hot.device))
     _fetch_head_pages[(programs,)](
         codes_of(host, exponents), exponents, hot, table.head_pages, plan.clock, hot_set.slot_of,
-        hot_set.slot_head_page, hot_set.last_use, misses, plan.num_misses, counters, host.stride(1), hot.stride(1),
+        hot_set.slot_head_page, hot_set.last_use, lookups.misses, plan.num_misses, lookups.counters, host.stride(1), hot.stride(1),
         hot_set.first_head_page, layer, hot_set.num_sets, HEAD_PAGE=head_page, HEAD_DIM=content // 2,
         BLOCK=min(TUNING["block"], triton.next_power_of_2(head_page)), WAYS=WAYS, HASH=HASH,
         # One: warps that each read the ages of a set, while other programs claim its slots, would choose

@@ -9,12 +9,11 @@ Slots that a step needs are all stamped before :mod:`vllm_sparse.kernels.fetch_h
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
 from vllm_sparse.pages.decode_plan import WHOLE
-from vllm_sparse.pages.hot_set import HotSet
+from vllm_sparse.pages.hot_set import HotSet, Lookups
 from vllm_sparse.pages.page_table import PageTable
 from vllm_sparse.pages.write_plan import WritePlan
 
@@ -63,8 +62,7 @@ def find_hot_slots(
     plan: WritePlan,
     layer: int,
     hot_set: HotSet,
-    misses: torch.Tensor,
-    counters: torch.Tensor,
+    lookups: Lookups,
 ) -> None:
     """Turn head pages of the host pool into head pages of the hot store, in place, and list those that it lacks.
 
@@ -74,16 +72,16 @@ def find_hot_slots(
         kv_heads, page_size: of the cache.
         plan: this step's writes and time.
         layer: position among the layers of this rank.
-        residency: the layer's.
-        misses: int32 [rows * max_pages or more]; gets ``plan.num_misses[layer]`` places in ``table.head pages``.
-        counters: int64 [3]: head pages looked for are added to the first.
+        hot_set: the layer's.
+        lookups: ``misses`` gets ``plan.num_misses[layer]`` places in ``table.head_pages``; head pages looked for are
+            added to the first of ``counters``.
     """
     rows, width = table.head_pages.shape
     if rows == 0:
         return
-    assert table.head_pages.stride(0) == width and misses.shape[0] >= rows * width
+    assert table.head_pages.stride(0) == width and lookups.misses.shape[0] >= rows * width
     _find_hot_slots[(rows, triton.cdiv(width, BLOCK))](
         table.head_pages, table.lengths, table.routes, plan.staged_slots, plan.clock, hot_set.slot_of,
-        hot_set.last_use, misses, plan.num_misses, counters, width, hot_set.first_head_page, layer,
+        hot_set.last_use, lookups.misses, plan.num_misses, lookups.counters, width, hot_set.first_head_page, layer,
         KV_HEADS=kv_heads, PAGE=page_size, BLOCK=BLOCK, WHOLE=WHOLE, num_warps=1,
     )  # fmt: skip

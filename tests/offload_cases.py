@@ -9,7 +9,7 @@ from cases import DEVICE, ON_GPU
 
 from vllm_sparse.kernels.reference.e4m3 import kept, to_e4m3
 from vllm_sparse.offload.pool import view_from_device
-from vllm_sparse.pages.hot_set import HotSet
+from vllm_sparse.pages.hot_set import HotSet, Lookups
 from vllm_sparse.pages.page_table import PageTable
 from vllm_sparse.pages.write_plan import WritePlan
 
@@ -23,8 +23,7 @@ class Store:
     summaries: torch.Tensor
     plan: WritePlan
     hot_set: HotSet
-    misses: torch.Tensor
-    counters: torch.Tensor
+    lookups: Lookups
     page_size: int
     layer: int = 1
     exponents: torch.Tensor | None = None
@@ -73,13 +72,13 @@ def make_store(
     pages = staged - (-16 * sets // kv_heads)
     hot = torch.full((pages, kv_heads, page_size + summary_slots, 2 * head_dim), float("nan"), dtype=dtype)
     summaries = torch.full((num_blocks, kv_heads, summary_slots, 2 * head_dim), float("nan"), dtype=dtype)
+    lookups = Lookups.empty(4096, DEVICE)
+    lookups.misses.fill_(-7)
     return Store(
         host=on_host(host), hot=hot.to(DEVICE), summaries=summaries.to(DEVICE),
         plan=WritePlan.empty(max_tokens, staged, 3, DEVICE),
         hot_set=HotSet.empty(num_blocks * kv_heads, 16 * sets, staged * kv_heads, DEVICE),
-        misses=torch.full((4096,), -7, dtype=torch.int32, device=DEVICE),
-        counters=torch.zeros(3, dtype=torch.int64, device=DEVICE), page_size=page_size,
-        exponents=exponents,
+        lookups=lookups, page_size=page_size, exponents=exponents,
     )  # fmt: skip
 
 
@@ -113,7 +112,7 @@ def copy_of(store: Store) -> Store:
     def clone(value):
         if isinstance(value, torch.Tensor):
             return value.clone()
-        if isinstance(value, WritePlan | HotSet):
+        if isinstance(value, WritePlan | HotSet | Lookups):
             return type(value)(**{name: clone(field) for name, field in vars(value).items()})
         return value
 

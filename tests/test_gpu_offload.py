@@ -188,20 +188,20 @@ def test_gather_from_pinned_memory_reaches_the_link(capsys):
     from vllm_sparse.kernels import launchers
 
     store = make_store(16384, 8, 128, 16, sets=256, staged=2, dtype=torch.bfloat16, seed=1)
-    store.misses = torch.zeros(8 * 1024, dtype=torch.int32, device="cuda")
+    store.lookups.misses = torch.zeros(8 * 1024, dtype=torch.int32, device="cuda")
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     for _ in range(3):  # the first one compiles
-        before = store.counters[1].item()
+        before = store.lookups.counters[1].item()
         blocks = torch.randperm(16000)[:512].tolist()
         table = chosen_pages(store, [[*blocks, 16383]], 1024)
         launchers.plan_writes(tail_slots([16383], [4], 16), 16, store.plan)
-        found = (store.plan, 1, store.hot_set, store.misses)
-        launchers.find_hot_slots(table, 8, 16, *found, store.counters)
+        found = (store.plan, 1, store.hot_set, store.lookups)
+        launchers.find_hot_slots(table, 8, 16, *found)
         start.record()
-        launchers.fetch_head_pages(store.host, table, *found, store.hot, store.counters)
+        launchers.fetch_head_pages(store.host, table, *found, store.hot)
         end.record()
         torch.cuda.synchronize()
-    moved = store.counters[1].item() - before
+    moved = store.lookups.counters[1].item() - before
     assert moved > 3000
     rate = moved * 8192 / (start.elapsed_time(end) / 1e3) / 1e9
     with capsys.disabled():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from cases import (
@@ -31,6 +33,19 @@ from vllm_sparse.kernels import launchers, select_pages
 # (kv_heads, group, head_dim, page_size): group 1/3/4/7/8, odd head sizes, every page size.
 SHAPES = [(2, 3, 64, 16), (1, 1, 128, 16), (3, 4, 96, 32), (1, 7, 256, 16), (2, 8, 32, 64)]
 LENGTHS = [1, 0, 15, 16, 17, 33, 200, 389]
+
+
+@pytest.mark.parametrize("name", launchers.__all__)
+def test_launcher_and_reference_take_the_same_arguments(name):
+    """Kernels of either kind are called alike, and what travels together is one object: at most 8 arguments."""
+    launcher, plain = getattr(launchers, name), getattr(reference, name)
+    assert launcher.__module__.rpartition(".")[2] == plain.__module__.rpartition(".")[2], "files of one name"
+    parameters = inspect.signature(launcher).parameters.values()
+    others = inspect.signature(plain).parameters.values()
+    assert [(p.name, p.default, p.annotation) for p in parameters] == [
+        (p.name, p.default, p.annotation) for p in others
+    ]
+    assert len(parameters) <= 8
 
 
 def shape_id(shape):

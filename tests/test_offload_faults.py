@@ -278,9 +278,9 @@ class Schedule:
             head_pages = torch.tensor(request["blocks"])[pages] * HEADS + row % HEADS
             table.head_pages[row, : len(pages)] = head_pages.int()
             table.lengths[row] = (len(pages) - 1) * PAGE + request["done"] % PAGE + 1
-        before = self.store.counters.clone()
+        before = self.store.lookups.counters.clone()
         layer.bring(table)
-        looked_up, fetched, in_place = (self.store.counters - before).tolist()
+        looked_up, fetched, in_place = (self.store.lookups.counters - before).tolist()
         self.seen["hit"] += looked_up - fetched - in_place
         self.seen["fetch"] += fetched
         hot = layer.hot[:, :, :PAGE].flatten(0, 1)

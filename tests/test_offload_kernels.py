@@ -106,20 +106,9 @@ def test_pages_are_staged_written_and_written_through_as_by_the_reference(shape,
 def decode(run, store, table, tails: list[int]) -> None:
     slots = tail_slots(tails, [4] * len(tails), store.page_size)
     run.plan_writes(slots, store.page_size, store.plan)
-    run.find_hot_slots(
-        table,
-        store.kv_heads,
-        store.page_size,
-        store.plan,
-        store.layer,
-        store.hot_set,
-        store.misses,
-        store.counters,
-    )
-    run.fetch_head_pages(
-        store.host, table, store.plan, store.layer, store.hot_set, store.misses, store.hot, store.counters,
-        store.exponents,
-    )  # fmt: skip
+    here = (store.plan, store.layer, store.hot_set, store.lookups)
+    run.find_hot_slots(table, store.kv_heads, store.page_size, *here)
+    run.fetch_head_pages(store.host, table, *here, store.hot, store.exponents)
 
 
 @shapes
@@ -154,8 +143,12 @@ def test_find_and_fetch(shape, dtype, fp8):
             assert (table.head_pages[row, pages:] == 2**30).all()
             held = store.hot_set.last_use[(found[found >= 0] - store.hot_set.first_head_page).long()]
             assert (held == step + 1).all()
-        assert store.counters[0].item() == expected.counters[0].item() == (step + 1) * 10 * kv_heads
-    assert store.counters[1] + store.counters[2] < store.counters[0], "nothing was ever found"
+        assert (
+            store.lookups.counters[0].item() == expected.lookups.counters[0].item() == (step + 1) * 10 * kv_heads
+        )
+    assert store.lookups.counters[1] + store.lookups.counters[2] < store.lookups.counters[0], (
+        "nothing was ever found"
+    )
     assert store.plan.num_misses[store.layer] < 10 * kv_heads
     assert (store.plan.num_misses[[0, 2]] == 0).all()
 
@@ -181,7 +174,7 @@ def test_without_a_slot_stays_on_the_host(sets):
     decode(launchers, store, table, [39])
     assert_consistent(store)
     away = table.head_pages[0, :30] < 0
-    assert away.sum() == 30 - 16 * sets == store.counters[2]
+    assert away.sum() == 30 - 16 * sets == store.lookups.counters[2]
     assert torch.equal(store.contents(table.head_pages[0, :30]), store.host.flatten(0, 1)[:30])
     # The next step does not need those that have slots, so the others take their places.
     other = [head_page for head_page in range(30) if away[head_page]][:8]
@@ -266,4 +259,4 @@ def test_offsets_past_int32(fp8):
     table = chosen_pages(store, [[blocks - 1, 0]], 4)
     decode(launchers, store, table, [0])
     assert torch.equal(store.contents(table.head_pages[:, 0]), last)
-    assert store.counters.tolist() == [kv_heads, kv_heads, 0]
+    assert store.lookups.counters.tolist() == [kv_heads, kv_heads, 0]

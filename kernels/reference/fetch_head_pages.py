@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from vllm_sparse.kernels.reference.e4m3 import kept
-from vllm_sparse.pages.hot_set import HASH, WAYS, HotSet
+from vllm_sparse.pages.hot_set import HASH, WAYS, HotSet, Lookups
 from vllm_sparse.pages.page_table import PageTable
 from vllm_sparse.pages.write_plan import WritePlan
 
@@ -16,19 +16,18 @@ def fetch_head_pages(
     plan: WritePlan,
     layer: int,
     hot_set: HotSet,
-    misses: torch.Tensor,
+    lookups: Lookups,
     hot: torch.Tensor,
-    counters: torch.Tensor,
     exponents: torch.Tensor | None = None,
 ) -> None:
     heads, page_size = host.shape[1], host.shape[2]
     head_pages, now = table.head_pages.view(-1), int(plan.clock)
-    for at in misses[: int(plan.num_misses[layer])].tolist():
+    for at in lookups.misses[: int(plan.num_misses[layer])].tolist():
         head_page = ~int(head_pages[at])
         first = ((head_page * HASH & 0xFFFFFFFF) * hot_set.num_sets >> 32) * WAYS
         ages = hot_set.last_use[first : first + WAYS]
         if not len(ages) or int(ages.min()) >= now:
-            counters[2] += 1
+            lookups.counters[2] += 1
             continue
         slot = first + int(ages.argmin())
         hot_set.last_use[slot] = now
@@ -41,4 +40,4 @@ def fetch_head_pages(
         block, head = divmod(head_page, heads)
         hot[place // heads, place % heads, :page_size] = kept(host, exponents, block, hot.dtype)[head]
         head_pages[at] = place
-        counters[1] += 1
+        lookups.counters[1] += 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from vllm_sparse.pages.decode_plan import WHOLE
-from vllm_sparse.pages.hot_set import HotSet
+from vllm_sparse.pages.hot_set import HotSet, Lookups
 from vllm_sparse.pages.page_table import PageTable
 from vllm_sparse.pages.write_plan import WritePlan
 
@@ -17,8 +17,7 @@ def find_hot_slots(
     plan: WritePlan,
     layer: int,
     hot_set: HotSet,
-    misses: torch.Tensor,
-    counters: torch.Tensor,
+    lookups: Lookups,
 ) -> None:
     width, missing = table.head_pages.shape[1], []
     for row, length in enumerate(table.lengths.tolist()):
@@ -36,8 +35,8 @@ def find_hot_slots(
         staged = int(plan.staged_slots[request]) // page_size
         table.head_pages[row, pages - 1] = max(staged, 0) * kv_heads + head
         missing.append(row * width + torch.nonzero(~hit).squeeze(1))
-        counters[0] += pages - 1
+        lookups.counters[0] += pages - 1
     if missing:
         missing = torch.cat(missing)
-        misses[: len(missing)] = missing.int()
+        lookups.misses[: len(missing)] = missing.int()
         plan.num_misses[layer] = len(missing)

@@ -10,7 +10,7 @@ from vllm_sparse import kernels
 from vllm_sparse.offload.contexts import ContextReader
 from vllm_sparse.offload.pool import HostPool
 from vllm_sparse.offload.sizing import CacheShape, Split, StepLimits
-from vllm_sparse.pages.hot_set import HotSet
+from vllm_sparse.pages.hot_set import HotSet, Lookups
 from vllm_sparse.pages.page_table import PageTable
 from vllm_sparse.pages.write_plan import WritePlan
 
@@ -34,9 +34,7 @@ class OffloadStore:
         self.hot = torch.zeros(pages, shape.kv_heads, rows, 2 * shape.head_dim, dtype=dtype, device=device)
         self.plan = WritePlan.empty(limits.max_num_tokens, staged, shape.layers, device)
         head_pages = limits.max_num_reqs * shape.kv_heads * limits.table_pages
-        self.misses = torch.zeros(head_pages, dtype=torch.int32, device=device)
-        self.counters = torch.zeros(3, dtype=torch.int64, device=device)
-        """Running totals of all layers: head pages looked for, fetched into slots, read from the host in place."""
+        self.lookups = Lookups.empty(head_pages, device)
         head_pages = (split.num_blocks, shape.kv_heads, 2)
         exponents = [
             torch.zeros(head_pages, dtype=torch.uint8, device=device) if shape.in_fp8 else None
@@ -105,9 +103,8 @@ class OffloadedLayer:
         store, run = self.store, kernels.for_device(table.head_pages.device)
         run.find_hot_slots(
             table, store.shape.kv_heads, store.shape.page_size, store.plan, self.index, self.hot_set,
-            store.misses, store.counters,
+            store.lookups,
         )  # fmt: skip
         run.fetch_head_pages(
-            self.host, table, store.plan, self.index, self.hot_set, store.misses, store.hot, store.counters,
-            self.exponents,
+            self.host, table, store.plan, self.index, self.hot_set, store.lookups, store.hot, self.exponents,
         )  # fmt: skip

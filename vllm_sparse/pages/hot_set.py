@@ -1,4 +1,4 @@
-"""HotSet: which head pages of a layer the hot set holds, and where."""
+"""HotSet: which head pages of a layer the hot set holds, and where; Lookups: what steps ask of the hot sets."""
 
 from __future__ import annotations
 
@@ -43,3 +43,22 @@ class HotSet:
     @property
     def num_sets(self) -> int:
         return self.last_use.shape[0] // WAYS
+
+
+@dataclass
+class Lookups:
+    """What decode steps look for in the hot sets, shared by all layers, which take their turns."""
+
+    misses: torch.Tensor
+    """int32 [rows * max_pages or more]: places in ``PageTable.head_pages`` whose head pages the layer at work lacks;
+    how many is ``WritePlan.num_misses`` of the layer."""
+    counters: torch.Tensor
+    """int64 [3], running totals of all layers: head pages looked for, fetched into slots, read from the host in
+    place."""
+
+    @classmethod
+    def empty(cls, most_misses: int, device: torch.device) -> Lookups:
+        return cls(
+            torch.zeros(most_misses, dtype=torch.int32, device=device),
+            torch.zeros(3, dtype=torch.int64, device=device),
+        )
