@@ -5,7 +5,8 @@
 ``random_score``, ``select_pages``, ``sparse_decode``, ``recall_mass``; for prefill
 ``probe_mass``, ``select_bands``, ``vertical_slash``, ``position_pattern``, ``pooled_score``,
 ``antidiagonal_score``, ``pattern_distance``, ``select_row_pages``, ``prefill_table``, ``sparse_prefill``; for
-offload ``plan_writes``, ``stage_pages``, ``write_through``, ``find_hot_slots``, ``fetch_head_pages``, ``read_pages``.
+offload ``plan_writes``, ``stage_pages``, ``write_through``, ``find_hot_slots``, ``fetch_head_pages``,
+``read_pages``.
 """
 
 from __future__ import annotations

@@ -28,8 +28,8 @@ TUNING = {"token_bytes": 32768, "column_bytes": 16384, "num_warps": 8, "num_stag
 
 @triton.jit
 def _strided_logits(
-    q, kv_head_base, block_table, columns, q_stride_t, q_row, num_tokens, first_position, end_position,
-    kv_stride_b, kv_stride_r, scale_log2,
+    q_ptr, kv_head_ptr, block_table_ptr, columns, q_stride_t, q_row, num_tokens, first_position, end_position,
+    kv_stride_b, kv_stride_slot, scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, STRIDE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_J: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -39,12 +39,12 @@ def _strided_logits(
     logits = tl.zeros([ROWS, BLOCK_J], tl.float32)
     for s in range(STRIDE):
         token = q_row + STRIDE - 1 - s
-        query = tl.load(q + token.to(tl.int64)[:, None] * q_stride_t + dims[None, :],
+        query = tl.load(q_ptr + token.to(tl.int64)[:, None] * q_stride_t + dims[None, :],
                         mask=(token < num_tokens)[:, None] & in_head[None, :], other=0.0)  # fmt: skip
         key = columns * STRIDE + s
         known = key < end_position
-        block = tl.load(block_table + key // PAGE, mask=known, other=0).to(tl.int64)
-        cells = kv_head_base + block * kv_stride_b + (key % PAGE) * kv_stride_r
+        block = tl.load(block_table_ptr + key // PAGE, mask=known, other=0).to(tl.int64)
+        cells = kv_head_ptr + block * kv_stride_b + (key % PAGE) * kv_stride_slot
         k = tl.load(cells[None, :] + dims[:, None], mask=known[None, :] & in_head[:, None], other=0.0)
         logits = tl.dot(query, k, logits, input_precision=PRECISION)
     last = tl.minimum(q_row + STRIDE, num_tokens) - 1 + first_position
@@ -54,7 +54,8 @@ def _strided_logits(
 
 @triton.jit(do_not_specialize=["score_stride", "first_position", "num_tokens", "num_blocks", "num_pages"])
 def _antidiagonal_score(
-    q, kv, block_table, scores, q_stride_t, q_stride_h, kv_stride_b, kv_stride_h, kv_stride_r, score_stride,
+    q_ptr, kv_ptr, block_table_ptr, scores_ptr, q_stride_t, q_stride_h, kv_stride_b, kv_stride_h, kv_stride_slot,
+    score_stride,
     scale_log2, first_position, num_tokens, num_blocks, num_pages,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
     STRIDE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_J: tl.constexpr,
@@ -65,15 +66,15 @@ def _antidiagonal_score(
     q_row = (first_block * BLOCK_ROWS + tl.arange(0, ROWS)) * STRIDE
     end_position = first_position + num_tokens
     seen_position = first_position + tl.minimum((first_block + BLOCKS) * BLOCK_ROWS * STRIDE, num_tokens)
-    queries = q + head * q_stride_h
-    base = kv + (head // GROUP).to(tl.int64) * kv_stride_h
+    queries = q_ptr + head * q_stride_h
+    base = kv_ptr + (head // GROUP).to(tl.int64) * kv_stride_h
     tiles = ((seen_position - 1) // STRIDE + BLOCK_J) // BLOCK_J
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     for tile in range(0, tiles):
         logits = _strided_logits(
-            queries, base, block_table, tile * BLOCK_J + tl.arange(0, BLOCK_J), q_stride_t, q_row, num_tokens,
-            first_position, end_position, kv_stride_b, kv_stride_r, scale_log2,
+            queries, base, block_table_ptr, tile * BLOCK_J + tl.arange(0, BLOCK_J), q_stride_t, q_row, num_tokens,
+            first_position, end_position, kv_stride_b, kv_stride_slot, scale_log2,
             HEAD_DIM, BLOCK_D, PAGE, STRIDE, ROWS, BLOCK_J, PRECISION,
         )  # fmt: skip
         new_top = tl.maximum(top, tl.max(logits, axis=1))
@@ -83,15 +84,15 @@ def _antidiagonal_score(
     lse = tl.where(total > 0, top + tl.log2(tl.maximum(total, 1e-30)), 0.0)
     for tile in range(0, tiles):
         logits = _strided_logits(
-            queries, base, block_table, tile * BLOCK_J + tl.arange(0, BLOCK_J), q_stride_t, q_row, num_tokens,
-            first_position, end_position, kv_stride_b, kv_stride_r, scale_log2,
+            queries, base, block_table_ptr, tile * BLOCK_J + tl.arange(0, BLOCK_J), q_stride_t, q_row, num_tokens,
+            first_position, end_position, kv_stride_b, kv_stride_slot, scale_log2,
             HEAD_DIM, BLOCK_D, PAGE, STRIDE, ROWS, BLOCK_J, PRECISION,
         )  # fmt: skip
         mass = tl.reshape(tl.exp2(logits - lse[:, None]), [BLOCKS, BLOCK_ROWS, BLOCK_J])
         mass = tl.sum(tl.reshape(tl.sum(mass, axis=1), [BLOCKS, PAGES_J, BLOCK_J // PAGES_J]), axis=2)
         block, page = first_block + tl.arange(0, BLOCKS), tile * PAGES_J + tl.arange(0, PAGES_J)
         row = (head * num_blocks + block).to(tl.int64)
-        tl.store(scores + row[:, None] * score_stride + page[None, :], tl.log(tl.maximum(mass, 1e-30)),
+        tl.store(scores_ptr + row[:, None] * score_stride + page[None, :], tl.log(tl.maximum(mass, 1e-30)),
                  mask=(block < num_blocks)[:, None] & (page < num_pages)[None, :])  # fmt: skip
 
 

@@ -36,9 +36,9 @@ def power_256_of(exponent):
 
 
 @triton.jit
-def powers_256_of(exponents, head_page, in_value):
+def powers_256_of(exponents_ptr, head_page, in_value):
     """Those of a head page, for cells of its K and, where ``in_value``, of its V."""
-    of_key, of_value = tl.load(exponents + 2 * head_page), tl.load(exponents + 2 * head_page + 1)
+    of_key, of_value = tl.load(exponents_ptr + 2 * head_page), tl.load(exponents_ptr + 2 * head_page + 1)
     return tl.where(in_value, power_256_of(of_value), power_256_of(of_key))
 
 

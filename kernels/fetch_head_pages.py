@@ -27,56 +27,57 @@ TUNING = {"programs_per_sm": 2, "block": 4096}
 
 @triton.jit(do_not_specialize=["layer", "num_sets"])
 def _fetch_head_pages(
-    host, exponents, hot, head_pages, clock, slot_of, slot_head_page, last_use, misses, num_misses, counters,
+    host_ptr, exponents_ptr, hot_ptr, head_pages_ptr, clock_ptr, slot_of_ptr, slot_head_page_ptr, last_use_ptr,
+    misses_ptr, num_misses_ptr, counters_ptr,
     host_stride_u, hot_stride_u, first_head_page, layer, num_sets,
     HEAD_PAGE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, WAYS: tl.constexpr, HASH: tl.constexpr,
 ):  # fmt: skip
-    count = tl.load(num_misses + layer)
+    count = tl.load(num_misses_ptr + layer)
     item = tl.program_id(0)
     if item >= count:
         return
-    now = tl.load(clock)
+    now = tl.load(clock_ptr)
     ways = tl.arange(0, WAYS)
     fetched, in_place = tl.full([], 0, tl.int64), tl.full([], 0, tl.int64)
     while item < count:
-        at = tl.load(misses + item)
-        head_page = ~tl.load(head_pages + at)
+        at = tl.load(misses_ptr + item)
+        head_page = ~tl.load(head_pages_ptr + at)
         first = (((head_page.to(tl.int64) * HASH) & 0xFFFFFFFF) * num_sets >> 32).to(tl.int32) * WAYS
         slot = -1
         searching = num_sets > 0
         while searching:
             # Volatile: other programs claim slots of the same set meanwhile.
-            ages = tl.load(last_use + first + ways, volatile=True)
+            ages = tl.load(last_use_ptr + first + ways, volatile=True)
             oldest = tl.min(ages, axis=0)
             if oldest >= now:
                 searching = False
             else:
                 way = tl.min(tl.where(ages == oldest, ways, WAYS), axis=0)
-                if tl.atomic_cas(last_use + first + way, oldest, now) == oldest:
+                if tl.atomic_cas(last_use_ptr + first + way, oldest, now) == oldest:
                     slot = first + way
                     searching = False
         if slot >= 0:
-            old = tl.load(slot_head_page + slot)
-            if tl.load(slot_of + old, mask=old >= 0, other=-1) == slot:
-                tl.store(slot_of + old, -1)
-            tl.store(slot_head_page + slot, head_page)
-            tl.store(slot_of + head_page, slot)
-            source = host + head_page.to(tl.int64) * host_stride_u
-            target = hot + (first_head_page + slot).to(tl.int64) * hot_stride_u
+            old = tl.load(slot_head_page_ptr + slot)
+            if tl.load(slot_of_ptr + old, mask=old >= 0, other=-1) == slot:
+                tl.store(slot_of_ptr + old, -1)
+            tl.store(slot_head_page_ptr + slot, head_page)
+            tl.store(slot_of_ptr + head_page, slot)
+            source = host_ptr + head_page.to(tl.int64) * host_stride_u
+            target = hot_ptr + (first_head_page + slot).to(tl.int64) * hot_stride_u
             for start in range(0, HEAD_PAGE, BLOCK):
                 cells = start + tl.arange(0, BLOCK)
                 kv = tl.load(source + cells, mask=cells < HEAD_PAGE)
-                if exponents is not None:
-                    powers = powers_256_of(exponents, head_page.to(tl.int64), (cells // HEAD_DIM) % 2 == 1)
+                if exponents_ptr is not None:
+                    powers = powers_256_of(exponents_ptr, head_page.to(tl.int64), (cells // HEAD_DIM) % 2 == 1)
                     kv = from_e4m3(kv, powers)
-                tl.store(target + cells, kv.to(hot.dtype.element_ty), mask=cells < HEAD_PAGE)
-            tl.store(head_pages + at, first_head_page + slot)
+                tl.store(target + cells, kv.to(hot_ptr.dtype.element_ty), mask=cells < HEAD_PAGE)
+            tl.store(head_pages_ptr + at, first_head_page + slot)
             fetched += 1
         else:
             in_place += 1
         item += tl.num_programs(0)
-    tl.atomic_add(counters + 1, fetched)
-    tl.atomic_add(counters + 2, in_place)
+    tl.atomic_add(counters_ptr + 1, fetched)
+    tl.atomic_add(counters_ptr + 2, in_place)
 
 
 def fetch_head_pages(
@@ -110,7 +111,8 @@ def fetch_head_pages(
     programs = min(most, TUNING["programs_per_sm"] * num_multiprocessors(hot.device))
     _fetch_head_pages[(programs,)](
         codes_of(host, exponents), exponents, hot, table.head_pages, plan.clock, hot_set.slot_of,
-        hot_set.slot_head_page, hot_set.last_use, lookups.misses, plan.num_misses, lookups.counters, host.stride(1), hot.stride(1),
+        hot_set.slot_head_page, hot_set.last_use, lookups.misses, plan.num_misses, lookups.counters,
+        host.stride(1), hot.stride(1),
         hot_set.first_head_page, layer, hot_set.num_sets, HEAD_PAGE=head_page, HEAD_DIM=content // 2,
         BLOCK=min(TUNING["block"], triton.next_power_of_2(head_page)), WAYS=WAYS, HASH=HASH,
         # One: warps that each read the ages of a set, while other programs claim its slots, would choose

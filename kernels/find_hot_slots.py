@@ -1,6 +1,7 @@
 """find_hot_slots: which head pages of a decode step's page table the hot set holds.
 
-    head pages[row, p] = first_head_page + slot_of[head page]     where the hot set holds it; the slot is stamped as used now
+    head pages[row,
+               p] = first_head_page + slot_of[head page]     where the hot set holds it; the slot is stamped as used now
                     ~head page                          where it does not; its place is listed among the misses
                     staging page of the request    for the last page, which this step has just written
 
@@ -22,37 +23,38 @@ BLOCK = 128
 
 @triton.jit(do_not_specialize=["layer"])
 def _find_hot_slots(
-    head_pages, lengths, routes, staged_slots, clock, slot_of, last_use, misses, num_misses, counters,
+    head_pages_ptr, lengths_ptr, routes_ptr, staged_slots_ptr, clock_ptr, slot_of_ptr, last_use_ptr, misses_ptr,
+    num_misses_ptr, counters_ptr,
     table_stride_row, first_head_page, layer,
     KV_HEADS: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     row, part = tl.program_id(0), tl.program_id(1)
-    num_pages = (tl.load(lengths + row) + PAGE - 1) // PAGE
+    num_pages = (tl.load(lengths_ptr + row) + PAGE - 1) // PAGE
     if part * BLOCK >= num_pages:
         return
     request, head = row // KV_HEADS, row % KV_HEADS
-    if routes is not None:  # noqa: SIM102  settled when the kernel is compiled
-        if tl.load(routes + request) == WHOLE:
+    if routes_ptr is not None:  # noqa: SIM102  settled when the kernel is compiled
+        if tl.load(routes_ptr + request) == WHOLE:
             return
     place = part * BLOCK + tl.arange(0, BLOCK)
     written = place == num_pages - 1
     wanted = place < num_pages - 1
     at = row * table_stride_row + place
-    head_page = tl.load(head_pages + at, mask=wanted, other=0)
-    slot = tl.load(slot_of + head_page, mask=wanted, other=-1)
+    head_page = tl.load(head_pages_ptr + at, mask=wanted, other=0)
+    slot = tl.load(slot_of_ptr + head_page, mask=wanted, other=-1)
     held = wanted & (slot >= 0)
     missing = wanted & (slot < 0)
-    now = tl.load(clock)
-    tl.store(last_use + slot, tl.zeros([BLOCK], tl.int32) + now, mask=held)
+    now = tl.load(clock_ptr)
+    tl.store(last_use_ptr + slot, tl.zeros([BLOCK], tl.int32) + now, mask=held)
     # A row that is padded, or of a dummy run, was not written; its output is never read.
-    staged = tl.maximum(tl.load(staged_slots + request), 0).to(tl.int32) // PAGE
+    staged = tl.maximum(tl.load(staged_slots_ptr + request), 0).to(tl.int32) // PAGE
     found = tl.where(written, staged * KV_HEADS + head, tl.where(held, first_head_page + slot, ~head_page))
-    tl.store(head_pages + at, found, mask=wanted | written)
+    tl.store(head_pages_ptr + at, found, mask=wanted | written)
     count = tl.sum(missing.to(tl.int32), axis=0)
     if count > 0:
-        start = tl.atomic_add(num_misses + layer, count)
-        tl.store(misses + start + tl.cumsum(missing.to(tl.int32), axis=0) - 1, at, mask=missing)
-    tl.atomic_add(counters, tl.sum(wanted.to(tl.int64), axis=0))
+        start = tl.atomic_add(num_misses_ptr + layer, count)
+        tl.store(misses_ptr + start + tl.cumsum(missing.to(tl.int32), axis=0) - 1, at, mask=missing)
+    tl.atomic_add(counters_ptr, tl.sum(wanted.to(tl.int64), axis=0))
 
 
 def find_hot_slots(

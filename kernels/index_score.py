@@ -19,12 +19,12 @@ from vllm_sparse.pages.page_scores import CHUNK_PAGES, PageScores
 
 @triton.jit
 def _index_score(
-    seq_lens, score_offsets, values, chunk_lse, score_stride, chunk_stride,
+    seq_lens_ptr, score_offsets_ptr, values_ptr, chunk_lse_ptr, score_stride, chunk_stride,
     PAGE: tl.constexpr, CHUNK: tl.constexpr, RANDOM: tl.constexpr,
 ):  # fmt: skip
     split, head, request = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    offset = tl.load(score_offsets + request)
-    seq_len = tl.load(seq_lens + request)
+    offset = tl.load(score_offsets_ptr + request)
+    seq_len = tl.load(seq_lens_ptr + request)
     if (offset < 0) | (seq_len == 0):
         return
     num_pages = (seq_len + PAGE - 1) // PAGE
@@ -33,9 +33,10 @@ def _index_score(
         pages = chunk * CHUNK + tl.arange(0, CHUNK)
         score = hash_uniform(seq_len, head, pages) if RANDOM else pages.to(tl.float32)
         top, total = tl.full([1], float("-inf"), tl.float32), tl.zeros([1], tl.float32)
-        top, total = store_scores(values, score[None, :], head + one, one == 0, offset, pages, pages < num_pages,
+        top, total = store_scores(values_ptr, score[None, :], head + one, one == 0, offset, pages,
+                                  pages < num_pages,
                                   score_stride, top, total)  # fmt: skip
-        store_chunk(chunk_lse, head + one, one == 0, offset, request, chunk, chunk_stride, top, total, CHUNK)
+        store_chunk(chunk_lse_ptr, head + one, one == 0, offset, request, chunk, chunk_stride, top, total, CHUNK)
 
 
 def _launch(block_table, plan, page_size, scores, random):

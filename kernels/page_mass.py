@@ -20,14 +20,15 @@ from vllm_sparse.pages.page_scores import CHUNK_PAGES, PageScores
 
 @triton.jit
 def _page_mass(
-    q, kv, block_table, seq_lens, score_offsets, values, chunk_lse, q_stride_r, q_stride_h,
-    kv_stride_b, kv_stride_h, kv_stride_r, table_stride, score_stride, chunk_stride, scale,
+    q_ptr, kv_ptr, block_table_ptr, seq_lens_ptr, score_offsets_ptr, values_ptr, chunk_lse_ptr, q_stride_row,
+    q_stride_h,
+    kv_stride_b, kv_stride_h, kv_stride_slot, table_stride, score_stride, chunk_stride, scale,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     PAGE: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     split, head, request = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    offset = tl.load(score_offsets + request)
-    seq_len = tl.load(seq_lens + request)
+    offset = tl.load(score_offsets_ptr + request)
+    seq_len = tl.load(seq_lens_ptr + request)
     if (offset < 0) | (seq_len == 0):
         return
     num_pages = (seq_len + PAGE - 1) // PAGE
@@ -36,24 +37,25 @@ def _page_mass(
     rows = tl.arange(0, PAGE)
     q_mask = (group < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
     heads = head * GROUP + group
-    query = tl.load(q + request.to(tl.int64) * q_stride_r + heads[:, None] * q_stride_h + dims[None, :],
+    query = tl.load(q_ptr + request.to(tl.int64) * q_stride_row + heads[:, None] * q_stride_h + dims[None, :],
                     mask=q_mask, other=0.0)  # fmt: skip
-    keys = kv + head.to(tl.int64) * kv_stride_h + rows[None, :] * kv_stride_r + dims[:, None]
+    keys = kv_ptr + head.to(tl.int64) * kv_stride_h + rows[None, :] * kv_stride_slot + dims[:, None]
     one = tl.arange(0, 1)
     for chunk in range(split, (num_pages + CHUNK - 1) // CHUNK, tl.num_programs(0)):
         top = tl.full([GROUP_PAD], float("-inf"), tl.float32)
         total = tl.zeros([GROUP_PAD], tl.float32)
         for page in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, num_pages)):
-            block = tl.load(block_table + request * table_stride + page).to(tl.int64)
+            block = tl.load(block_table_ptr + request * table_stride + page).to(tl.int64)
             live = page * PAGE + rows < seq_len
             k = tl.load(keys + block * kv_stride_b, mask=live[None, :] & (dims < HEAD_DIM)[:, None], other=0.0)
             logits = tl.dot(query, k, input_precision=PRECISION) * scale
             logits = tl.where(live[None, :], logits, float("-inf"))
             peak = tl.max(logits, axis=1)
             mass = tl.log(tl.sum(tl.exp(logits - peak[:, None]), axis=1)) + peak
-            top, total = store_scores(values, mass[:, None], heads, group < GROUP, offset, page + one, one == 0,
+            top, total = store_scores(values_ptr, mass[:, None], heads, group < GROUP, offset, page + one,
+                                      one == 0,
                                       score_stride, top, total)  # fmt: skip
-        store_chunk(chunk_lse, heads, group < GROUP, offset, request, chunk, chunk_stride, top, total, CHUNK)
+        store_chunk(chunk_lse_ptr, heads, group < GROUP, offset, request, chunk, chunk_stride, top, total, CHUNK)
 
 
 def page_mass(

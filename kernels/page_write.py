@@ -49,9 +49,9 @@ def _as_float(bits):
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _page_write(
-    key, value, kv, kv_bytes, kv_words, slots,
+    key_ptr, value_ptr, kv_ptr, kv_bytes_ptr, kv_words_ptr, slots_ptr,
     num_tokens, key_stride_t, key_stride_h, value_stride_t, value_stride_h,
-    kv_stride_b, kv_stride_h, kv_stride_r,
+    kv_stride_b, kv_stride_h, kv_stride_slot,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
     SKETCH_BITS: tl.constexpr, TILE_BYTES: tl.constexpr,
     ITEM_BYTES: tl.constexpr, SCALE_BITS: tl.constexpr, LEVELS: tl.constexpr, SMALLEST: tl.constexpr,
@@ -60,16 +60,16 @@ def _page_write(
     token, head = tl.program_id(0), tl.program_id(1)
     dims = tl.arange(0, BLOCK_D)
     in_head = dims < HEAD_DIM
-    slot = tl.load(slots + token)
-    before = tl.load(slots + token - 1, mask=token > 0, other=-1)
-    k = tl.load(key + token.to(tl.int64) * key_stride_t + head * key_stride_h + dims, mask=in_head)
-    v = tl.load(value + token.to(tl.int64) * value_stride_t + head * value_stride_h + dims, mask=in_head)
+    slot = tl.load(slots_ptr + token)
+    before = tl.load(slots_ptr + token - 1, mask=token > 0, other=-1)
+    k = tl.load(key_ptr + token.to(tl.int64) * key_stride_t + head * key_stride_h + dims, mask=in_head)
+    v = tl.load(value_ptr + token.to(tl.int64) * value_stride_t + head * value_stride_h + dims, mask=in_head)
     if slot < 0:
         return
     block, row = slot // PAGE, slot % PAGE
     page = block.to(tl.int64) * kv_stride_b + head.to(tl.int64) * kv_stride_h
-    tl.store(kv + page + row * kv_stride_r + dims, k, mask=in_head)
-    tl.store(kv + page + row * kv_stride_r + HEAD_DIM + dims, v, mask=in_head)
+    tl.store(kv_ptr + page + row * kv_stride_slot + dims, k, mask=in_head)
+    tl.store(kv_ptr + page + row * kv_stride_slot + HEAD_DIM + dims, v, mask=in_head)
     # What follows a return is compiled all the same.
     if not OF_KEYS:
         return
@@ -79,16 +79,16 @@ def _page_write(
         old = rows < first
         # Row r of the tile is token + r - first of the batch, if that token is of this tile.
         source = token + rows - first
-        fresh = tl.load(slots + source, mask=~old & (source < num_tokens), other=-1) == slot - first + rows
+        fresh = tl.load(slots_ptr + source, mask=~old & (source < num_tokens), other=-1) == slot - first + rows
         # Older rows come from the page, new ones from the batch: other programs write those just now.
-        cells = tl.where(old[:, None], kv + page + (row - first + rows)[:, None] * kv_stride_r,
-                         key + source.to(tl.int64)[:, None] * key_stride_t + head * key_stride_h)  # fmt: skip
+        cells = tl.where(old[:, None], kv_ptr + page + (row - first + rows)[:, None] * kv_stride_slot,
+                         key_ptr + source.to(tl.int64)[:, None] * key_stride_t + head * key_stride_h)  # fmt: skip
         mask = (old | fresh)[:, None] & in_head[None, :]
         keys = tl.load(cells + dims[None, :], mask=mask, other=0.0).to(tl.float32)
-        summary = page + PAGE * kv_stride_r
+        summary = page + PAGE * kv_stride_slot
         if SKETCH_BITS:
             sketch = summary * ITEM_BYTES + row // TILE * TILE_BYTES
-            write_sketch(kv_bytes + sketch, kv_words + sketch // 4, keys, old | fresh,
+            write_sketch(kv_bytes_ptr + sketch, kv_words_ptr + sketch // 4, keys, old | fresh,
                          SKETCH_BITS, BLOCK_D, TILE, STEP, SMALLEST)  # fmt: skip
             return
         low = tl.where(in_head, tl.min(tl.where(mask, keys, float("inf")), axis=0), 0.0)
@@ -105,7 +105,7 @@ def _page_write(
         bit = ((w_bits >> place) & 1).to(tl.float32)
         x = half / _as_float(w_bits)
         w = tl.where(carries, 2 * tl.ceil((x - bit) * 0.5) + bit, tl.ceil(x))
-        cells = kv_bytes + summary * ITEM_BYTES + dims
+        cells = kv_bytes_ptr + summary * ITEM_BYTES + dims
         tl.store(cells, c.to(tl.int8), mask=in_head)
         tl.store(cells + HEAD_DIM, w.to(tl.int8), mask=in_head)
 

@@ -33,17 +33,17 @@ def _of_blocks(of_pages, PER_BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _block_mass(cells, pages, num_pages, mass_stride_k, BANDS: tl.constexpr, PER_BLOCK: tl.constexpr):
+def _block_mass(mass_ptr, pages, num_pages, mass_stride_k, BANDS: tl.constexpr, PER_BLOCK: tl.constexpr):
     total = tl.zeros(pages.shape, tl.float32)
     for k in tl.static_range(BANDS):
-        total += tl.load(cells + k * mass_stride_k + pages, mask=pages < num_pages, other=0.0)
+        total += tl.load(mass_ptr + k * mass_stride_k + pages, mask=pages < num_pages, other=0.0)
     return _of_blocks(total, PER_BLOCK)
 
 
 @triton.jit
-def _block_score(row, pages, num_pages, end_position, PAGE: tl.constexpr, PER_BLOCK: tl.constexpr):
+def _block_score(score_ptr, pages, num_pages, end_position, PAGE: tl.constexpr, PER_BLOCK: tl.constexpr):
     """-inf past the last page."""
-    score = tl.load(row + pages, mask=pages < num_pages, other=0.0)
+    score = tl.load(score_ptr + pages, mask=pages < num_pages, other=0.0)
     tokens = tl.minimum(tl.maximum(end_position - pages * PAGE, 0), PAGE).to(tl.float32)
     total = _of_blocks(tokens, PER_BLOCK)
     mean = _of_blocks(score * tokens, PER_BLOCK) / tl.maximum(total, 1.0)
@@ -54,12 +54,13 @@ def _block_score(row, pages, num_pages, end_position, PAGE: tl.constexpr, PER_BL
     do_not_specialize=["mass_stride_h", "mass_stride_k", "score_stride", "num_pages", "end_position", "threshold"]
 )
 def _pattern_distance(
-    mass, scores, query_aware, mass_stride_h, mass_stride_k, score_stride, num_pages, end_position, threshold,
+    mass_ptr, scores_ptr, query_aware_ptr, mass_stride_h, mass_stride_k, score_stride, num_pages, end_position,
+    threshold,
     BANDS: tl.constexpr, PAGE: tl.constexpr, PER_BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
-    cells = mass + head.to(tl.int64) * mass_stride_h
-    row = scores + head.to(tl.int64) * score_stride
+    cells = mass_ptr + head.to(tl.int64) * mass_stride_h
+    row = scores_ptr + head.to(tl.int64) * score_stride
     lanes = tl.arange(0, TILE)
     tops = tl.full([TILE // PER_BLOCK], float("-inf"), tl.float32)
     weights, masses = tl.zeros_like(tops), tl.zeros_like(tops)
@@ -81,7 +82,7 @@ def _pattern_distance(
         true = _block_mass(cells, pages, num_pages, mass_stride_k, BANDS, PER_BLOCK) / total
         divergence += _divergence_from(pooled, true) + _divergence_from(true, pooled)
     aware = tl.sum(divergence, axis=0) / 2 < threshold * threshold
-    tl.store(query_aware + head, aware.to(tl.uint8))
+    tl.store(query_aware_ptr + head, aware.to(tl.uint8))
 
 
 def pattern_distance(

@@ -25,7 +25,8 @@ from vllm_sparse.pages.selection import Selection
 
 @triton.jit(do_not_specialize=["num_reqs", "capacity"])
 def _plan_decode(
-    seq_lens, whole, table_seq_lens, dense_seq_lens, score_offsets, work, totals, counters, lengths,
+    seq_lens_ptr, whole_ptr, table_seq_lens_ptr, dense_seq_lens_ptr, score_offsets_ptr, work_ptr, totals_ptr,
+    counters_ptr, lengths_ptr,
     num_reqs, budget_pages, largest_pages, min_context, capacity, sink_pages, window_tokens,
     KV_HEADS: tl.constexpr, PAGE: tl.constexpr, CHUNK: tl.constexpr, SEGMENT: tl.constexpr, ALONE: tl.constexpr,
     COLUMNS: tl.constexpr, NOT_LISTED: tl.constexpr, EVERY_PAGE: tl.constexpr, WHOLE: tl.constexpr,
@@ -33,9 +34,9 @@ def _plan_decode(
 ):  # fmt: skip
     rows = tl.arange(0, BLOCK)
     mask = rows < num_reqs
-    seq_len = tl.load(seq_lens + rows, mask=mask, other=0).to(tl.int64)
+    seq_len = tl.load(seq_lens_ptr + rows, mask=mask, other=0).to(tl.int64)
     pages = (seq_len + PAGE - 1) // PAGE
-    prompt = tl.load(whole + rows, mask=mask, other=0) > 0
+    prompt = tl.load(whole_ptr + rows, mask=mask, other=0) > 0
     wanted = (
         ~prompt & (seq_len > min_context) & (pages > (budget_pages if largest_pages is None else largest_pages))
     )
@@ -44,13 +45,13 @@ def _plan_decode(
     scored = wanted & (offset + pages <= capacity)
     dense = (wanted & (offset + pages > capacity)) | (~wanted & SHORT_DENSE)
     in_table = tl.where(dense, 0, seq_len)
-    tl.store(table_seq_lens + rows, in_table.to(tl.int32), mask=mask)
-    tl.store(dense_seq_lens + rows, tl.where(dense, seq_len, 0).to(tl.int32), mask=mask)
+    tl.store(table_seq_lens_ptr + rows, in_table.to(tl.int32), mask=mask)
+    tl.store(dense_seq_lens_ptr + rows, tl.where(dense, seq_len, 0).to(tl.int32), mask=mask)
     route = tl.where(scored, offset, tl.where(prompt, WHOLE, EVERY_PAGE)).to(tl.int32)
-    tl.store(score_offsets + rows, route, mask=mask)
+    tl.store(score_offsets_ptr + rows, route, mask=mask)
     length = tl.where(scored, seq_len - (pages - budget_pages) * PAGE, in_table).to(tl.int32)
     for head in range(KV_HEADS):
-        tl.store(lengths + rows * KV_HEADS + head, length, mask=mask)
+        tl.store(lengths_ptr + rows * KV_HEADS + head, length, mask=mask)
     # The work list: scored rows, then short ones. Two counts share a prefix sum, 32 bits each.
     listed = in_table > 0
     numbers = tl.where(scored, 1, listed.to(tl.int64) << 32)
@@ -62,22 +63,24 @@ def _plan_decode(
     sizes = tl.where(scored, (pages + CHUNK - 1) // CHUNK + (segments << 32), 0)
     ends, size = tl.cumsum(sizes, axis=0), tl.sum(sizes, axis=0)
     scored_segments = (size >> 32).to(tl.int32)
-    item = work + (tl.where(scored, (places & 0xFFFFFFFF).to(tl.int32), num_scored + short_place) - 1) * COLUMNS
+    item = (
+        work_ptr + (tl.where(scored, (places & 0xFFFFFFFF).to(tl.int32), num_scored + short_place) - 1) * COLUMNS
+    )
     tl.store(item, rows, mask=listed)
     tl.store(item + 1, seq_len.to(tl.int32), mask=listed)
     tl.store(item + 2, route, mask=listed)
     tl.store(item + 3, tl.where(scored, ends & 0xFFFFFFFF, NOT_LISTED).to(tl.int32), mask=listed)
     tl.store(item + 4, tl.where(scored, (ends >> 32).to(tl.int32), scored_segments + short_place), mask=listed)
-    past = work + rows * COLUMNS
+    past = work_ptr + rows * COLUMNS
     tl.store(past + 3, NOT_LISTED, mask=mask & (rows >= num_scored + num_short))
     tl.store(past + 4, NOT_LISTED, mask=mask & (rows >= num_scored + num_short))
-    tl.store(totals, num_scored)
-    tl.store(totals + 1, num_scored + num_short)
-    tl.store(totals + 2, (size & 0xFFFFFFFF).to(tl.int32))
-    tl.store(totals + 3, scored_segments + num_short)
+    tl.store(totals_ptr, num_scored)
+    tl.store(totals_ptr + 1, num_scored + num_short)
+    tl.store(totals_ptr + 2, (size & 0xFFFFFFFF).to(tl.int32))
+    tl.store(totals_ptr + 3, scored_segments + num_short)
     attended = tl.where(dense, seq_len, length)
-    tl.atomic_add(counters, tl.sum(tl.where(prompt, 0, attended), axis=0))
-    tl.atomic_add(counters + 1, tl.sum(tl.where(prompt, 0, seq_len), axis=0))
+    tl.atomic_add(counters_ptr, tl.sum(tl.where(prompt, 0, attended), axis=0))
+    tl.atomic_add(counters_ptr + 1, tl.sum(tl.where(prompt, 0, seq_len), axis=0))
 
 
 def plan_decode(

@@ -20,30 +20,31 @@ BLOCK = 1024
 
 @triton.jit(do_not_specialize=["num_tokens", "layers"])
 def _plan_writes(
-    slots, staged_slots, blocks, first_row, end_row, num_pages, clock, num_misses, num_tokens, layers,
+    slots_ptr, staged_slots_ptr, blocks_ptr, first_row_ptr, end_row_ptr, num_pages_ptr, clock_ptr, num_misses_ptr,
+    num_tokens, layers,
     PAGE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     pages = 0
     for first in range(0, num_tokens, BLOCK):
         token = first + tl.arange(0, BLOCK)
         live = token < num_tokens
-        slot = tl.load(slots + token, mask=live, other=-1)
-        before = tl.load(slots + token - 1, mask=live & (token > 0), other=-1)
-        after = tl.load(slots + token + 1, mask=token + 1 < num_tokens, other=-1)
+        slot = tl.load(slots_ptr + token, mask=live, other=-1)
+        before = tl.load(slots_ptr + token - 1, mask=live & (token > 0), other=-1)
+        after = tl.load(slots_ptr + token + 1, mask=token + 1 < num_tokens, other=-1)
         written, block, row = slot >= 0, slot // PAGE, slot % PAGE
         starts = written & ((before < 0) | (before // PAGE != block))
         ends = written & ((after < 0) | (after // PAGE != block))
         staged = pages + tl.cumsum(starts.to(tl.int32), axis=0) - 1
-        tl.store(staged_slots + token, tl.where(written, staged * PAGE + row, -1), mask=live)
-        tl.store(blocks + staged, block.to(tl.int32), mask=starts)
-        tl.store(first_row + staged, row.to(tl.int32), mask=starts)
-        tl.store(end_row + staged, (row + 1).to(tl.int32), mask=ends)
+        tl.store(staged_slots_ptr + token, tl.where(written, staged * PAGE + row, -1), mask=live)
+        tl.store(blocks_ptr + staged, block.to(tl.int32), mask=starts)
+        tl.store(first_row_ptr + staged, row.to(tl.int32), mask=starts)
+        tl.store(end_row_ptr + staged, (row + 1).to(tl.int32), mask=ends)
         pages += tl.sum(starts.to(tl.int32), axis=0)
-    tl.store(num_pages, pages)
-    tl.store(clock, tl.load(clock) + 1)
+    tl.store(num_pages_ptr, pages)
+    tl.store(clock_ptr, tl.load(clock_ptr) + 1)
     for first in range(0, layers, BLOCK):
         layer = first + tl.arange(0, BLOCK)
-        tl.store(num_misses + layer, tl.zeros([BLOCK], tl.int32), mask=layer < layers)
+        tl.store(num_misses_ptr + layer, tl.zeros([BLOCK], tl.int32), mask=layer < layers)
 
 
 def plan_writes(slot_mapping: torch.Tensor, page_size: int, plan: WritePlan) -> None:

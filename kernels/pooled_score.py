@@ -18,60 +18,61 @@ from vllm_sparse.pages.query_blocks import BLOCK_TOKENS, QueryBlocks
 
 @triton.jit(do_not_specialize=["num_tokens", "num_blocks"])
 def _pool_queries(
-    q, pooled, heads, q_stride_t, q_stride_h, pooled_stride, num_tokens, num_blocks,
+    q_ptr, pooled_ptr, heads_ptr, q_stride_t, q_stride_h, pooled_stride, num_tokens, num_blocks,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     head, block = row // num_blocks, row % num_blocks
-    asked = 1 if heads is None else tl.load(heads + head)
+    asked = 1 if heads_ptr is None else tl.load(heads_ptr + head)
     if asked == 0:
         return
     tokens = block * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     dims = tl.arange(0, BLOCK_D)
     mask = (tokens < num_tokens)[:, None] & (dims < HEAD_DIM)[None, :]
-    query = tl.load(q + tokens.to(tl.int64)[:, None] * q_stride_t + head * q_stride_h + dims[None, :],
+    query = tl.load(q_ptr + tokens.to(tl.int64)[:, None] * q_stride_t + head * q_stride_h + dims[None, :],
                     mask=mask, other=0.0).to(tl.float32)  # fmt: skip
     count = tl.minimum(num_tokens - block * BLOCK_TOKENS, BLOCK_TOKENS)
     mean = tl.sum(query, axis=0) / count
-    tl.store(pooled + row * pooled_stride + dims, mean.to(pooled.dtype.element_ty), mask=dims < HEAD_DIM)
+    tl.store(pooled_ptr + row * pooled_stride + dims, mean.to(pooled_ptr.dtype.element_ty), mask=dims < HEAD_DIM)
 
 
 @triton.jit(do_not_specialize=["score_stride", "end_position", "num_pages", "num_blocks"])
 def _pooled_score(
-    pooled, kv, block_table, scores, heads, pooled_stride, kv_stride_b, kv_stride_h, kv_stride_r, score_stride,
+    pooled_ptr, kv_ptr, block_table_ptr, scores_ptr, heads_ptr, pooled_stride, kv_stride_b, kv_stride_h,
+    kv_stride_slot, score_stride,
     scale, end_position, num_pages, num_blocks,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, PAGES_N: tl.constexpr,
     GROUP_PAD: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tile, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    if heads is not None:
+    if heads_ptr is not None:
         members = tl.arange(0, GROUP_PAD)
-        wanted = tl.load(heads + head * GROUP + members, mask=members < GROUP, other=0)
+        wanted = tl.load(heads_ptr + head * GROUP + members, mask=members < GROUP, other=0)
         if tl.max(wanted.to(tl.int32), axis=0) == 0:
             return
     pages = tile * PAGES_N + tl.arange(0, PAGES_N)
     dims = tl.arange(0, BLOCK_D)
     in_head = dims < HEAD_DIM
-    block = tl.load(block_table + pages, mask=pages < num_pages, other=0).to(tl.int64)
-    cells = kv + block * kv_stride_b + head * kv_stride_h
+    block = tl.load(block_table_ptr + pages, mask=pages < num_pages, other=0).to(tl.int64)
+    cells = kv_ptr + block * kv_stride_b + head * kv_stride_h
     total = tl.zeros([BLOCK_D, PAGES_N], tl.float32)
     known = tl.minimum(end_position - pages * PAGE, PAGE)
     for row in range(PAGE):
-        key = tl.load(cells[None, :] + row * kv_stride_r + dims[:, None],
+        key = tl.load(cells[None, :] + row * kv_stride_slot + dims[:, None],
                       mask=(row < known)[None, :] & in_head[:, None], other=0.0)  # fmt: skip
         total += key.to(tl.float32)
-    mean = (total / tl.maximum(known, 1)[None, :]).to(kv.dtype.element_ty)
+    mean = (total / tl.maximum(known, 1)[None, :]).to(kv_ptr.dtype.element_ty)
     rows_per_head = GROUP * num_blocks
     for first in range(0, rows_per_head, ROWS):
         within = first + tl.arange(0, ROWS)
         rows = head * rows_per_head + within
         live = within < rows_per_head
-        if heads is not None:
-            live = live & (tl.load(heads + head * GROUP + within // num_blocks, mask=live, other=0) > 0)
-        query = tl.load(pooled + rows[:, None] * pooled_stride + dims[None, :],
+        if heads_ptr is not None:
+            live = live & (tl.load(heads_ptr + head * GROUP + within // num_blocks, mask=live, other=0) > 0)
+        query = tl.load(pooled_ptr + rows[:, None] * pooled_stride + dims[None, :],
                         mask=live[:, None] & in_head[None, :], other=0.0)  # fmt: skip
         score = tl.dot(query, mean, input_precision=PRECISION) * scale
-        tl.store(scores + rows[:, None] * score_stride + pages[None, :], score,
+        tl.store(scores_ptr + rows[:, None] * score_stride + pages[None, :], score,
                  mask=live[:, None] & (pages < num_pages)[None, :])  # fmt: skip
 
 

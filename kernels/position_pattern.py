@@ -21,7 +21,7 @@ from vllm_sparse.pages.query_blocks import BLOCK_TOKENS, QueryBlocks
 
 @triton.jit(do_not_specialize=["keep_stride", "first_position", "end_position", "num_pages", "num_blocks"])
 def _position_pattern(
-    keep, keep_stride, first_position, end_position, num_pages, num_blocks,
+    keep_ptr, keep_stride, first_position, end_position, num_pages, num_blocks,
     INITIAL: tl.constexpr, RECENT: tl.constexpr, DILATION: tl.constexpr, DILATED_HEADS: tl.constexpr,
     STRIDE: tl.constexpr, RANDOM_PAGES: tl.constexpr,
     PAGE: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK: tl.constexpr,
@@ -43,7 +43,7 @@ def _position_pattern(
         draw = hash_uniform(start, head, page)
         chosen = chosen | (draw * (last + 1) < RANDOM_PAGES)
     chosen = chosen & (farthest >= 0)
-    tl.store(keep + row.to(tl.int64) * keep_stride + page, chosen.to(tl.uint8), mask=page < num_pages)
+    tl.store(keep_ptr + row.to(tl.int64) * keep_stride + page, chosen.to(tl.uint8), mask=page < num_pages)
 
 
 def position_pattern(pattern: PositionPattern, blocks: QueryBlocks, page_size: int, keep: torch.Tensor) -> None:

@@ -31,7 +31,8 @@ from vllm_sparse.pages.selection import Selection
     ]
 )  # fmt: skip
 def _prefill_table(
-    keep, block_table, head_pages, lengths, starts, counters, keep_stride, table_stride_row, per_block,
+    keep_ptr, block_table_ptr, head_pages_ptr, lengths_ptr, starts_ptr, counters_ptr, keep_stride,
+    table_stride_row, per_block,
     per_head, first_position, end_position, num_blocks, sink_pages, window_tokens,
     GROUP: tl.constexpr, PAGE: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -41,8 +42,8 @@ def _prefill_table(
     end = tl.minimum(start + BLOCK_TOKENS, end_position)
     pages_before_end = (end + PAGE - 1) // PAGE
     window_start = tl.maximum(start + 1 - tl.maximum(window_tokens, 1), 0) // PAGE
-    keep_row = keep + row.to(tl.int64) * keep_stride
-    table_row = head_pages + row.to(tl.int64) * table_stride_row
+    keep_row = keep_ptr + row.to(tl.int64) * keep_stride
+    table_row = head_pages_ptr + row.to(tl.int64) * table_stride_row
     kept = 0
     for first in range(0, pages_before_end, BLOCK):
         page = first + tl.arange(0, BLOCK)
@@ -51,20 +52,20 @@ def _prefill_table(
         chosen = live & (chosen | (page < sink_pages) | (page >= window_start))
         count = chosen.to(tl.int32)
         place = kept + tl.cumsum(count, axis=0) - 1
-        block = tl.load(block_table + page, mask=chosen, other=0)
+        block = tl.load(block_table_ptr + page, mask=chosen, other=0)
         tl.store(table_row + place, block * per_block + head * per_head, mask=chosen)
         kept += tl.sum(count, axis=0)
     length = end - (pages_before_end - kept) * PAGE
-    tl.store(lengths + row, length)
+    tl.store(lengths_ptr + row, length)
     num_tokens = end_position - first_position
-    tl.store(starts + row, row // num_blocks * num_tokens + start - first_position)
+    tl.store(starts_ptr + row, row // num_blocks * num_tokens + start - first_position)
     if row == tl.num_programs(0) - 1:
-        tl.store(starts + row + 1, (row // num_blocks + 1) * num_tokens)
+        tl.store(starts_ptr + row + 1, (row // num_blocks + 1) * num_tokens)
     # Query i of n sees length - (n - 1 - i) tokens of the table, and end - (n - 1 - i) of its context.
     queries = (end - start).to(tl.int64)
     unseen = queries * (queries - 1) // 2
-    tl.atomic_add(counters, queries * length - unseen)
-    tl.atomic_add(counters + 1, queries * end - unseen)
+    tl.atomic_add(counters_ptr, queries * length - unseen)
+    tl.atomic_add(counters_ptr + 1, queries * end - unseen)
 
 
 def prefill_table(

@@ -44,22 +44,23 @@ TUNING = {
 
 
 @triton.jit
-def _products(query, cells, block_table, tokens, end_position, kv_stride_b, kv_stride_r,
+def _products(query, kv_head_ptr, block_table_ptr, tokens, end_position, kv_stride_b, kv_stride_slot,
               HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
               PRECISION: tl.constexpr):  # fmt: skip
     """``query`` [lines, head_dim] times the keys of ``tokens``: float32 [lines, tokens]."""
     dims = tl.arange(0, BLOCK_D)
     known = tokens < end_position
-    block = tl.load(block_table + tokens // PAGE, mask=known, other=0).to(tl.int64)
-    keys = cells + block * kv_stride_b + (tokens % PAGE) * kv_stride_r
+    block = tl.load(block_table_ptr + tokens // PAGE, mask=known, other=0).to(tl.int64)
+    keys = kv_head_ptr + block * kv_stride_b + (tokens % PAGE) * kv_stride_slot
     k = tl.load(keys[None, :] + dims[:, None], mask=known[None, :] & (dims < HEAD_DIM)[:, None], other=0.0)
     return tl.dot(query, k, input_precision=PRECISION)
 
 
 @triton.jit
 def _add_tiles(
-    begin, end, total, query, live, positions, reference, cells, block_table, parts, end_position, kv_stride_b,
-    kv_stride_r, tile_stride, scale_log2,
+    begin, end, total, query, live, positions, reference, kv_head_ptr, block_table_ptr, parts_ptr, end_position,
+    kv_stride_b,
+    kv_stride_slot, tile_stride, scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
     COLUMNS: tl.constexpr, STORED: tl.constexpr, LARGEST: tl.constexpr, SUM_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr, MASKED: tl.constexpr,
@@ -76,7 +77,8 @@ def _add_tiles(
     near = (row_in_page[:, None] >= (lane % PAGE)[None, :]).to(tl.float32)
     for tile in range(begin, end):
         tokens = tile * BLOCK_N + lane
-        products = _products(query, cells, block_table, tokens, end_position, kv_stride_b, kv_stride_r,
+        products = _products(query, kv_head_ptr, block_table_ptr, tokens, end_position, kv_stride_b,
+                             kv_stride_slot,
                              HEAD_DIM, BLOCK_D, PAGE, PRECISION)  # fmt: skip
         weights = tl.exp2(products * scale_log2 - reference[:, None])
         if MASKED:
@@ -89,14 +91,15 @@ def _add_tiles(
         # Weights past float32 make a tile's sums infinite or no number at all: then each is the largest.
         sums = tl.where(sums <= LARGEST, tl.maximum(sums, 0.0), LARGEST)
         total += tl.sum(sums, axis=1)
-        tl.store(parts + tile * tile_stride + column[None, :], sums.to(parts.dtype.element_ty),
+        tl.store(parts_ptr + tile * tile_stride + column[None, :], sums.to(parts_ptr.dtype.element_ty),
                  mask=(column < STORED)[None, :])  # fmt: skip
     return total
 
 
 @triton.jit(do_not_specialize=["first_position", "end_position", "start", "first_head", "tiles", "splits"])
 def _probe_parts(
-    q, kv, block_table, parts, part_lse, q_stride_t, q_stride_h, kv_stride_b, kv_stride_h, kv_stride_r,
+    q_ptr, kv_ptr, block_table_ptr, parts_ptr, part_lse_ptr, q_stride_t, q_stride_h, kv_stride_b, kv_stride_h,
+    kv_stride_slot,
     scale_log2, first_position, end_position, start, first_head, tiles, splits,
     GROUP: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr, STORED: tl.constexpr,
@@ -111,31 +114,33 @@ def _probe_parts(
     live = (positions >= first_position) & (positions < end_position)
     dims = tl.arange(0, BLOCK_D)
     token = tl.where(live, positions - first_position, 0).to(tl.int64)
-    head_queries = q + (first_head + of_bundle)[:, None] * q_stride_h
+    head_queries = q_ptr + (first_head + of_bundle)[:, None] * q_stride_h
     query = tl.load(head_queries + token[:, None] * q_stride_t + dims[None, :],
                     mask=live[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)  # fmt: skip
-    cells = kv + ((first_head + bundle * HEADS) // GROUP).to(tl.int64) * kv_stride_h
+    cells = kv_ptr + ((first_head + bundle * HEADS) // GROUP).to(tl.int64) * kv_stride_h
     per_split = (tiles + splits - 1) // splits
     begin, end = split * per_split, tl.minimum((split + 1) * per_split, tiles)
     # Tiles up to here hold no key that a query of the probe does not see.
     common = tl.minimum(tl.maximum(tl.maximum(start, first_position) // BLOCK_N, begin), end)
     tokens = begin * BLOCK_N + tl.arange(0, BLOCK_N)
-    first = _products(query, cells, block_table, tokens, end_position, kv_stride_b, kv_stride_r,
+    first = _products(query, cells, block_table_ptr, tokens, end_position, kv_stride_b, kv_stride_slot,
                       HEAD_DIM, BLOCK_D, PAGE, PRECISION)  # fmt: skip
     # A row that sees nothing of the first tile sees nothing of later ones.
     reference = tl.max(tl.where(tokens[None, :] <= positions[:, None], first, -LARGEST), axis=1)
     reference = tl.where(live & (reference > -LARGEST), reference * scale_log2, 0.0)
-    head_parts = parts + (of_bundle.to(tl.int64) * tiles * ROWS + row)[:, None] * STORED
+    head_parts = parts_ptr + (of_bundle.to(tl.int64) * tiles * ROWS + row)[:, None] * STORED
     total = tl.zeros([HEADS * ROWS], tl.float32)
-    total = _add_tiles(begin, common, total, query, live, positions, reference, cells, block_table, head_parts,
-                       end_position, kv_stride_b, kv_stride_r, ROWS * STORED, scale_log2, HEAD_DIM, BLOCK_D, PAGE,
+    total = _add_tiles(begin, common, total, query, live, positions, reference, cells, block_table_ptr, head_parts,
+                       end_position, kv_stride_b, kv_stride_slot, ROWS * STORED, scale_log2, HEAD_DIM, BLOCK_D,
+                       PAGE,
                        BLOCK_N, COLUMNS, STORED, LARGEST, SUM_DTYPE, PRECISION, False)  # fmt: skip
-    total = _add_tiles(common, end, total, query, live, positions, reference, cells, block_table, head_parts,
-                       end_position, kv_stride_b, kv_stride_r, ROWS * STORED, scale_log2, HEAD_DIM, BLOCK_D, PAGE,
+    total = _add_tiles(common, end, total, query, live, positions, reference, cells, block_table_ptr, head_parts,
+                       end_position, kv_stride_b, kv_stride_slot, ROWS * STORED, scale_log2, HEAD_DIM, BLOCK_D,
+                       PAGE,
                        BLOCK_N, COLUMNS, STORED, LARGEST, SUM_DTYPE, PRECISION, True)  # fmt: skip
     total = tl.minimum(total, LARGEST)
     seen = live & (total > 0)
-    target = part_lse + ((of_bundle * splits + split) * 2 * ROWS + row)
+    target = part_lse_ptr + ((of_bundle * splits + split) * 2 * ROWS + row)
     # A row that saw nothing weighs nothing, however small the rest of its softmax is.
     tl.store(target, tl.where(seen, reference, float("-inf")))
     tl.store(target + ROWS, tl.where(seen, reference + tl.log2(tl.maximum(total, 1e-37)), float("-inf")))
@@ -143,13 +148,13 @@ def _probe_parts(
 
 @triton.jit(do_not_specialize=["mass_stride_h", "mass_stride_k", "num_pages", "first_head", "tiles", "splits"])
 def _fold_rows(
-    parts, part_lse, mass, mass_stride_h, mass_stride_k, num_pages, first_head, tiles, splits,
+    parts_ptr, part_lse_ptr, mass_ptr, mass_stride_h, mass_stride_k, num_pages, first_head, tiles, splits,
     ROWS: tl.constexpr, STORED: tl.constexpr, GROUPS: tl.constexpr, TILES: tl.constexpr,
     TILES_A_PAGE: tl.constexpr, SPLITS_PAD: tl.constexpr,
 ):  # fmt: skip
     head, block = tl.program_id(0), tl.program_id(1)
     row, of_split = tl.arange(0, ROWS), tl.arange(0, SPLITS_PAD)
-    lse_row = part_lse + head * splits * 2 * ROWS + row
+    lse_row = part_lse_ptr + head * splits * 2 * ROWS + row
     ends = tl.load(lse_row[None, :] + of_split[:, None] * 2 * ROWS + ROWS,
                    mask=(of_split < splits)[:, None], other=float("-inf"))  # fmt: skip
     top = tl.max(ends, axis=0)
@@ -163,7 +168,7 @@ def _fold_rows(
     reference = tl.load(lse_row[None, :] + (tile // per_split)[:, None] * 2 * ROWS,
                         mask=(tile < tiles)[:, None], other=float("-inf"))  # fmt: skip
     weight = tl.where(empty[None, :], 0.0, tl.exp2(reference - lse[None, :]))
-    cell = parts + ((head.to(tl.int64) * tiles + tile)[:, None, None] * ROWS + row[None, :, None]) * STORED
+    cell = parts_ptr + ((head.to(tl.int64) * tiles + tile)[:, None, None] * ROWS + row[None, :, None]) * STORED
     mask = (tile < tiles)[:, None, None] & ~empty[None, :, None]
     far = tl.load(cell + column[None, None, :], mask=mask, other=0.0).to(tl.float32) * weight[:, :, None]
     near = tl.load(cell + PAGES + column[None, None, :], mask=mask, other=0.0).to(tl.float32) * weight[:, :, None]
@@ -176,7 +181,7 @@ def _fold_rows(
     page = (block * (TILES // TILES_A_PAGE) + tl.arange(0, TILES // TILES_A_PAGE))[:, None] * PAGES + column[
         None, :
     ]
-    target = mass + (first_head + head).to(tl.int64) * mass_stride_h + page
+    target = mass_ptr + (first_head + head).to(tl.int64) * mass_stride_h + page
     for k in tl.static_range(GROUPS + 1):
         meets = tl.where(group[None, :, None] == k, far, 0.0)
         meets += tl.where(group[None, :, None] + 1 == k, near, 0.0)

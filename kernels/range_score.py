@@ -36,10 +36,10 @@ def _products(rows, digits, steps):
 
 
 @triton.jit
-def _scale_words(words, block_row, pages, live, block_words, width_words):
+def _scale_words(words_ptr, block_row_ptr, pages, live, block_words, width_words):
     """The first 16 bytes of centres and of half widths, int32 [pages, 4]: their lowest bits are the scales."""
-    blocks = tl.load(block_row + pages, mask=live, other=0).to(tl.int64)
-    words = words + (blocks * block_words)[:, None] + tl.arange(0, 4)[None, :]
+    blocks = tl.load(block_row_ptr + pages, mask=live, other=0).to(tl.int64)
+    words = words_ptr + (blocks * block_words)[:, None] + tl.arange(0, 4)[None, :]
     return tl.load(words, mask=live[:, None], other=0), tl.load(words + width_words, mask=live[:, None], other=0)
 
 
@@ -54,8 +54,8 @@ def _scales(words):
 
 @triton.jit(do_not_specialize=["num_reqs", "slack"])
 def _range_score(
-    q, kv_bytes, kv_words, block_table, work, totals, values, chunk_lse,
-    q_stride_r, q_stride_h, kv_stride_b, kv_stride_h, kv_stride_r, table_stride, score_stride, chunk_stride,
+    q_ptr, kv_bytes_ptr, kv_words_ptr, block_table_ptr, work_ptr, totals_ptr, values_ptr, chunk_lse_ptr,
+    q_stride_row, q_stride_h, kv_stride_b, kv_stride_h, kv_stride_slot, table_stride, score_stride, chunk_stride,
     num_reqs, scale, slack,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     PAGE: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, NOT_LISTED: tl.constexpr,
@@ -65,35 +65,35 @@ def _range_score(
     program, head = tl.program_id(0), tl.program_id(1)
     rows = tl.arange(0, ROWS)
     # The first rows of the list before anything waits: most batches have no more.
-    ends = tl.load(work + rows * COLUMNS + 3, mask=rows < num_reqs, other=NOT_LISTED)
-    total_chunks = tl.load(totals + 2)
+    ends = tl.load(work_ptr + rows * COLUMNS + 3, mask=rows < num_reqs, other=NOT_LISTED)
+    total_chunks = tl.load(totals_ptr + 2)
     share = (total_chunks + tl.num_programs(0) - 1) // tl.num_programs(0)
     chunk, last_chunk = program * share, tl.minimum(program * share + share, total_chunks)
     if chunk >= last_chunk:
         return
     row = tl.sum((ends <= chunk).to(tl.int32))
     for base in range(ROWS, num_reqs, ROWS):
-        ends = tl.load(work + (base + rows) * COLUMNS + 3, mask=base + rows < num_reqs, other=NOT_LISTED)
+        ends = tl.load(work_ptr + (base + rows) * COLUMNS + 3, mask=base + rows < num_reqs, other=NOT_LISTED)
         row += tl.sum((ends <= chunk).to(tl.int32))
     group = tl.arange(0, GROUP_PAD)
     dims = tl.arange(0, BLOCK_D)
     heads = head * GROUP + group
-    summary_row = head.to(tl.int64) * kv_stride_h + PAGE * kv_stride_r
-    summaries = kv_bytes + summary_row * ITEM_BYTES + dims[None, :]
-    words = kv_words + summary_row * ITEM_BYTES // 4
+    summary_row = head.to(tl.int64) * kv_stride_h + PAGE * kv_stride_slot
+    summaries = kv_bytes_ptr + summary_row * ITEM_BYTES + dims[None, :]
+    words = kv_words_ptr + summary_row * ITEM_BYTES // 4
     block_words = kv_stride_b * ITEM_BYTES // 4
     lanes = tl.arange(0, CHUNK)
     while chunk < last_chunk:
-        item = work + row * COLUMNS
+        item = work_ptr + row * COLUMNS
         request, seq_len, offset = tl.load(item), tl.load(item + 1), tl.load(item + 2)
         begin = tl.load(item + 3 - COLUMNS, mask=row > 0, other=0)
         end = tl.minimum(tl.load(item + 3), last_chunk)
         num_pages = (seq_len + PAGE - 1) // PAGE
-        query = tl.load(q + request.to(tl.int64) * q_stride_r + heads[None, :] * q_stride_h + dims[:, None],
+        query = tl.load(q_ptr + request.to(tl.int64) * q_stride_row + heads[None, :] * q_stride_h + dims[:, None],
                         mask=(group < GROUP)[None, :] & (dims < HEAD_DIM)[:, None], other=0.0)  # fmt: skip
         signed = tl.zeros([BLOCK_D, 2 * GROUP_PAD], tl.int8)
         sizes, steps = signed, tl.zeros([GROUP_PAD], tl.float32)
-        block_row = block_table + request.to(tl.int64) * table_stride
+        block_row = block_table_ptr + request.to(tl.int64) * table_stride
         last = end - begin
         pages = (chunk - begin) * CHUNK + lanes
         c_words, w_words = _scale_words(words, block_row, pages, pages < num_pages, block_words, HEAD_DIM // 4)
@@ -121,9 +121,11 @@ def _range_score(
             top = tl.full([GROUP_PAD], float("-inf"), tl.float32)
             total = tl.zeros([GROUP_PAD], tl.float32)
             top, total = store_scores(
-                values, tl.trans(bound), heads, group < GROUP, offset, pages, live, score_stride, top, total
+                values_ptr, tl.trans(bound), heads, group < GROUP, offset, pages, live, score_stride, top, total
             )
-            store_chunk(chunk_lse, heads, group < GROUP, offset, request, of_row, chunk_stride, top, total, CHUNK)
+            store_chunk(
+                chunk_lse_ptr, heads, group < GROUP, offset, request, of_row, chunk_stride, top, total, CHUNK
+            )
         chunk = end
         row += 1
 

@@ -16,23 +16,24 @@ TUNING = {"num_warps": 8, "block": 4096}
 
 @triton.jit(do_not_specialize=["num_head_pages"])
 def _read_pages(
-    source, exponents, blocks, out, places, source_stride_b, source_stride_h, out_stride_b, out_stride_h,
+    source_ptr, exponents_ptr, blocks_ptr, out_ptr, places_ptr, source_stride_b, source_stride_h, out_stride_b,
+    out_stride_h,
     num_head_pages, KV_HEADS: tl.constexpr, HEAD_PAGE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     item = tl.program_id(0)
     while item < num_head_pages:
         page, head = (item // KV_HEADS).to(tl.int64), (item % KV_HEADS).to(tl.int64)
-        block, place = tl.load(blocks + page).to(tl.int64), tl.load(places + page).to(tl.int64)
-        head_page = source + block * source_stride_b + head * source_stride_h
-        target = out + place * out_stride_b + head * out_stride_h
+        block, place = tl.load(blocks_ptr + page).to(tl.int64), tl.load(places_ptr + page).to(tl.int64)
+        head_page = source_ptr + block * source_stride_b + head * source_stride_h
+        target = out_ptr + place * out_stride_b + head * out_stride_h
         if place >= 0:
             for start in range(0, HEAD_PAGE, BLOCK):
                 cells = start + tl.arange(0, BLOCK)
                 kv = tl.load(head_page + cells, mask=cells < HEAD_PAGE)
-                if exponents is not None:
-                    powers = powers_256_of(exponents, block * KV_HEADS + head, (cells // HEAD_DIM) % 2 == 1)
+                if exponents_ptr is not None:
+                    powers = powers_256_of(exponents_ptr, block * KV_HEADS + head, (cells // HEAD_DIM) % 2 == 1)
                     kv = from_e4m3(kv, powers)
-                tl.store(target + cells, kv.to(out.dtype.element_ty), mask=cells < HEAD_PAGE)
+                tl.store(target + cells, kv.to(out_ptr.dtype.element_ty), mask=cells < HEAD_PAGE)
         item += tl.num_programs(0)
 
 

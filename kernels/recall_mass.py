@@ -21,9 +21,9 @@ from vllm_sparse.pages.recall_sums import PARTS, RecallSums
 
 
 @triton.jit
-def _add_page(query, cells, live, in_head, scale, top, total, PRECISION: tl.constexpr):
+def _add_page(query, key_ptr, live, in_head, scale, top, total, PRECISION: tl.constexpr):
     """A page's keys at ``cells`` [dims, rows] added to a running sum of exponentials."""
-    k = tl.load(cells, mask=live[None, :] & in_head[:, None], other=0.0)
+    k = tl.load(key_ptr, mask=live[None, :] & in_head[:, None], other=0.0)
     logits = tl.dot(query, k, input_precision=PRECISION) * scale
     logits = tl.where(live[None, :], logits, float("-inf"))
     new_top = tl.maximum(top, tl.max(logits, axis=1))
@@ -40,52 +40,54 @@ def _merged(tops, totals):
 
 @triton.jit(do_not_specialize=["every"])
 def _recall_mass(
-    q, kv, block_table, head_pages, lengths, work, totals, step, sums, parts, arrivals, every,
-    q_stride_r, q_stride_h, kv_stride_b, kv_stride_h, kv_stride_r, head_page_stride, table_stride, table_stride_row, scale,
+    q_ptr, kv_ptr, block_table_ptr, head_pages_ptr, lengths_ptr, work_ptr, totals_ptr, step_ptr, sums_ptr,
+    parts_ptr, arrivals_ptr, every,
+    q_stride_row, q_stride_h, kv_stride_b, kv_stride_h, kv_stride_slot, head_page_stride, table_stride,
+    table_stride_row, scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, PAGE: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     part, head = tl.program_id(0), tl.program_id(1)
-    now, scored = tl.load(step), tl.load(totals)
+    now, scored = tl.load(step_ptr), tl.load(totals_ptr)
     if (now % every != 0) | (scored == 0):
         return
     # The first rows of the work list are those with chosen pages.
-    entry = work + now // every % scored * COLUMNS
+    entry = work_ptr + now // every % scored * COLUMNS
     request, seq_len = tl.load(entry), tl.load(entry + 1)
     group, dims, rows = tl.arange(0, GROUP_PAD), tl.arange(0, BLOCK_D), tl.arange(0, PAGE)
     member, in_head = group < GROUP, dims < HEAD_DIM
     query = tl.load(
-        q + request.to(tl.int64) * q_stride_r + (head * GROUP + group)[:, None] * q_stride_h + dims[None, :],
+        q_ptr + request.to(tl.int64) * q_stride_row + (head * GROUP + group)[:, None] * q_stride_h + dims[None, :],
         mask=member[:, None] & in_head[None, :], other=0.0,
     )  # fmt: skip
-    cells = rows[None, :] * kv_stride_r + dims[:, None]
+    cells = rows[None, :] * kv_stride_slot + dims[:, None]
     top, total = tl.full([GROUP_PAD], float("-inf"), tl.float32), tl.zeros([GROUP_PAD], tl.float32)
-    block_row = block_table + request.to(tl.int64) * table_stride
+    block_row = block_table_ptr + request.to(tl.int64) * table_stride
     for page in range(part, (seq_len + PAGE - 1) // PAGE, PARTS):
         block = tl.load(block_row + page).to(tl.int64)
-        keys = kv + block * kv_stride_b + head.to(tl.int64) * kv_stride_h + cells
+        keys = kv_ptr + block * kv_stride_b + head.to(tl.int64) * kv_stride_h + cells
         top, total = _add_page(query, keys, page * PAGE + rows < seq_len, in_head, scale, top, total, PRECISION)
     row = request * KV_HEADS + head
-    length = tl.load(lengths + row)
-    table_row = head_pages + row.to(tl.int64) * table_stride_row
+    length = tl.load(lengths_ptr + row)
+    table_row = head_pages_ptr + row.to(tl.int64) * table_stride_row
     some_top, some_total = tl.full([GROUP_PAD], float("-inf"), tl.float32), tl.zeros([GROUP_PAD], tl.float32)
     for place in range(part, (length + PAGE - 1) // PAGE, PARTS):
-        keys = kv + tl.load(table_row + place).to(tl.int64) * head_page_stride + cells
+        keys = kv_ptr + tl.load(table_row + place).to(tl.int64) * head_page_stride + cells
         some_top, some_total = _add_page(
             query, keys, place * PAGE + rows < length, in_head, scale, some_top, some_total, PRECISION
         )
-    mine = parts + (head * PARTS + part) * 4 * GROUP + group
+    mine = parts_ptr + (head * PARTS + part) * 4 * GROUP + group
     tl.store(mine, top, mask=member)
     tl.store(mine + GROUP, total, mask=member)
     tl.store(mine + 2 * GROUP, some_top, mask=member)
     tl.store(mine + 3 * GROUP, some_total, mask=member)
     # All threads' stores, then one arrival that publishes them: whoever comes last merges.
     tl.debug_barrier()
-    arrived = tl.atomic_add(arrivals + head, 1, sem="acq_rel")
+    arrived = tl.atomic_add(arrivals_ptr + head, 1, sem="acq_rel")
     if arrived == PARTS - 1:
-        tl.store(arrivals + head, 0)
-        every_part = parts + (head * PARTS + tl.arange(0, PARTS))[:, None] * 4 * GROUP + group[None, :]
+        tl.store(arrivals_ptr + head, 0)
+        every_part = parts_ptr + (head * PARTS + tl.arange(0, PARTS))[:, None] * 4 * GROUP + group[None, :]
         mask = (group < GROUP)[None, :]
         # Volatile: other multiprocessors wrote these while this one ran.
         tops = tl.load(every_part, mask=mask, other=0.0, volatile=True)
@@ -95,7 +97,7 @@ def _recall_mass(
         sizes = tl.load(every_part + 3 * GROUP, mask=mask, other=1.0, volatile=True)
         chosen = _merged(tops, sizes)
         share = tl.sum(tl.where(member, tl.exp(chosen - everything), 0.0), axis=0) / GROUP
-        added = sums + head * 2
+        added = sums_ptr + head * 2
         tl.store(added, tl.load(added) + share.to(tl.float64))
         tl.store(added + 1, tl.load(added + 1) + 1.0)
 

@@ -29,7 +29,7 @@ BLOCK_PAGES = 2048
 
 @triton.jit(do_not_specialize=["mass_stride_h", "mass_stride_k", "num_pages", "first_page", "sink_pages"])
 def _fold_bands(
-    mass, masses, mass_stride_h, mass_stride_k, masses_stride_0, masses_stride_h, num_pages, first_page,
+    mass_ptr, masses_ptr, mass_stride_h, mass_stride_k, masses_stride_0, masses_stride_h, num_pages, first_page,
     sink_pages, BANDS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     tile, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -38,21 +38,21 @@ def _fold_bands(
     by_page = tl.zeros([BLOCK], tl.float32)
     by_band = tl.zeros([BLOCK], tl.float32)
     for k in tl.static_range(BANDS):
-        row = mass + head * mass_stride_h + k * mass_stride_k
+        row = mass_ptr + head * mass_stride_h + k * mass_stride_k
         by_page += tl.load(row + index, mask=live & (index >= sink_pages), other=0.0)
         page = first_page - 1 + k - index
         by_band += tl.load(row + page, mask=live & (page >= sink_pages) & (page < num_pages), other=0.0)
-    tl.store(masses + head * masses_stride_h + index, by_page, mask=live)
-    tl.store(masses + masses_stride_0 + head * masses_stride_h + index, by_band, mask=live)
+    tl.store(masses_ptr + head * masses_stride_h + index, by_page, mask=live)
+    tl.store(masses_ptr + masses_stride_0 + head * masses_stride_h + index, by_band, mask=live)
 
 
 @triton.jit
-def _threshold(row, count, wanted, top_p, BLOCK: tl.constexpr):
+def _threshold(row_ptr, count, wanted, top_p, BLOCK: tl.constexpr):
     """The largest key such that the masses from it on are enough; keys order masses as integers."""
     lanes = tl.arange(0, BLOCK)
     totals, highs = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.int32)
     for start in range(0, count, BLOCK):
-        values = tl.load(row + start + lanes, mask=start + lanes < count, other=0.0)
+        values = tl.load(row_ptr + start + lanes, mask=start + lanes < count, other=0.0)
         totals += values
         highs = tl.maximum(highs, values.to(tl.int32, bitcast=True))
     enough = tl.where(top_p > 0, top_p * tl.sum(totals, axis=0), wanted)
@@ -62,7 +62,7 @@ def _threshold(row, count, wanted, top_p, BLOCK: tl.constexpr):
         middle = low + (high - low) // 2
         held = tl.zeros([BLOCK], tl.float32)
         for start in range(0, count, BLOCK):
-            values = tl.load(row + start + lanes, mask=start + lanes < count, other=0.0)
+            values = tl.load(row_ptr + start + lanes, mask=start + lanes < count, other=0.0)
             worth = tl.where(top_p > 0, values, 1.0)
             held += tl.where(values.to(tl.int32, bitcast=True) >= middle, worth, 0.0)
         met = tl.sum(held, axis=0) >= enough
@@ -72,48 +72,48 @@ def _threshold(row, count, wanted, top_p, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _count_from(row, count, threshold, BLOCK: tl.constexpr):
+def _count_from(row_ptr, count, threshold, BLOCK: tl.constexpr):
     held = tl.zeros([BLOCK], tl.int32)
     for start in range(0, count, BLOCK):
         index = start + tl.arange(0, BLOCK)
-        values = tl.load(row + index, mask=index < count, other=0.0)
+        values = tl.load(row_ptr + index, mask=index < count, other=0.0)
         held += ((index < count) & (values.to(tl.int32, bitcast=True) >= threshold)).to(tl.int32)
     return tl.sum(held, axis=0)
 
 
 @triton.jit
-def _kept(row, index, count, threshold, ties, tied):
+def _kept(row_ptr, index, count, threshold, ties, tied):
     """Mask of the masses past the threshold, and of the first ``ties`` at it; how many were at it so far."""
-    keys = tl.load(row + index, mask=index < count, other=0.0).to(tl.int32, bitcast=True)
+    keys = tl.load(row_ptr + index, mask=index < count, other=0.0).to(tl.int32, bitcast=True)
     level = ((index < count) & (keys == threshold)).to(tl.int32)
     first = (level > 0) & (tied + tl.cumsum(level, axis=0) <= ties)
     return (index < count) & ((keys > threshold) | first), tied + tl.sum(level, axis=0)
 
 
 @triton.jit
-def _store_kept(row, page_keep, num_pages, threshold, ties, BLOCK: tl.constexpr):
+def _store_kept(row_ptr, page_keep_ptr, num_pages, threshold, ties, BLOCK: tl.constexpr):
     tied = 0
     for start in range(0, num_pages, BLOCK):
         index = start + tl.arange(0, BLOCK)
-        keep, tied = _kept(row, index, num_pages, threshold, ties, tied)
-        tl.store(page_keep + index, keep.to(tl.uint8), mask=index < num_pages)
+        keep, tied = _kept(row_ptr, index, num_pages, threshold, ties, tied)
+        tl.store(page_keep_ptr + index, keep.to(tl.uint8), mask=index < num_pages)
 
 
 @triton.jit
-def _store_counts(row, band_count, num_bands, threshold, ties, recent_bands, BLOCK: tl.constexpr):
+def _store_counts(row_ptr, band_count_ptr, num_bands, threshold, ties, recent_bands, BLOCK: tl.constexpr):
     before, tied = 0, 0
-    tl.store(band_count, 0)
+    tl.store(band_count_ptr, 0)
     for start in range(0, num_bands, BLOCK):
         index = start + tl.arange(0, BLOCK)
-        keep, tied = _kept(row, index, num_bands, threshold, ties, tied)
+        keep, tied = _kept(row_ptr, index, num_bands, threshold, ties, tied)
         kept = (keep | ((index < recent_bands) & (index < num_bands))).to(tl.int32)
-        tl.store(band_count + index + 1, before + tl.cumsum(kept, axis=0), mask=index < num_bands)
+        tl.store(band_count_ptr + index + 1, before + tl.cumsum(kept, axis=0), mask=index < num_bands)
         before += tl.sum(kept, axis=0)
 
 
 @triton.jit
 def _cover_threshold(
-    cells, by_page, by_band, mass_stride_k, num_pages, first_page, sink_pages, top_p,
+    mass_ptr, by_page_ptr, by_band_ptr, mass_stride_k, num_pages, first_page, sink_pages, top_p,
     BANDS: tl.constexpr, BAND_SHIFT: tl.constexpr, ROUNDS: tl.constexpr, OCTAVES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -122,8 +122,8 @@ def _cover_threshold(
     totals, highs = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.int32)
     for start in range(0, num_pages, BLOCK):
         index = start + lanes
-        of_page = tl.load(by_page + index, mask=index < num_pages, other=0.0)
-        of_band = tl.load(by_band + index, mask=index < num_pages, other=0.0)
+        of_page = tl.load(by_page_ptr + index, mask=index < num_pages, other=0.0)
+        of_band = tl.load(by_band_ptr + index, mask=index < num_pages, other=0.0)
         totals += of_page
         highs = tl.maximum(highs, of_page.to(tl.int32, bitcast=True))
         highs = tl.maximum(highs, of_band.to(tl.int32, bitcast=True) - BAND_SHIFT)
@@ -136,12 +136,12 @@ def _cover_threshold(
         for start in range(0, num_pages, BLOCK):
             index = start + lanes
             live = (index < num_pages) & (index >= sink_pages)
-            of_page = tl.load(by_page + index, mask=live, other=0.0)
+            of_page = tl.load(by_page_ptr + index, mask=live, other=0.0)
             column = of_page.to(tl.int32, bitcast=True) >= middle
             for k in tl.static_range(BANDS):
                 band = first_page - 1 + k - index
-                cell = tl.load(cells + k * mass_stride_k + index, mask=live, other=0.0)
-                of_band = tl.load(by_band + band, mask=live & (band >= 0) & (band < num_pages), other=0.0)
+                cell = tl.load(mass_ptr + k * mass_stride_k + index, mask=live, other=0.0)
+                of_band = tl.load(by_band_ptr + band, mask=live & (band >= 0) & (band < num_pages), other=0.0)
                 diagonal = of_band.to(tl.int32, bitcast=True) - BAND_SHIFT >= middle
                 held += tl.where(column | diagonal, cell, 0.0)
         met = tl.sum(held, axis=0) >= enough
@@ -154,31 +154,33 @@ def _cover_threshold(
     do_not_specialize=["mass_stride_h", "mass_stride_k", "num_pages", "first_page", "sink_pages", "q_heads"]
 )
 def _select_bands(
-    mass, masses, sizes, top_ps, page_keep, band_count, mass_stride_h, mass_stride_k, masses_stride_0,
+    mass_ptr, masses_ptr, sizes_ptr, top_ps_ptr, page_keep_ptr, band_count_ptr, mass_stride_h, mass_stride_k,
+    masses_stride_0,
     masses_stride_h, keep_stride_h, count_stride_h, num_pages, first_page, sink_pages, q_heads,
     BANDS: tl.constexpr, BAND_SHIFT: tl.constexpr, ROUNDS: tl.constexpr, OCTAVES: tl.constexpr,
     COVER_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     head, diagonal = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    by_page = masses + head * masses_stride_h
+    by_page = masses_ptr + head * masses_stride_h
     row = by_page + diagonal * masses_stride_0
-    top_p, wanted = tl.load(top_ps + head), tl.load(sizes + diagonal * q_heads + head)
+    top_p, wanted = tl.load(top_ps_ptr + head), tl.load(sizes_ptr + diagonal * q_heads + head)
     everything = (top_p >= 1) | (wanted >= num_pages)
     threshold, ties = tl.where(everything, 0, 0x7FFFFFFF), num_pages
     if (top_p > 0) & (top_p < 1):
         # Both programs of a head find what its pages and bands share: side by side that takes no longer.
         threshold = _cover_threshold(
-            mass + head * mass_stride_h, by_page, by_page + masses_stride_0, mass_stride_k, num_pages, first_page,
+            mass_ptr + head * mass_stride_h, by_page, by_page + masses_stride_0, mass_stride_k, num_pages,
+            first_page,
             sink_pages, top_p, BANDS, BAND_SHIFT, ROUNDS, OCTAVES, COVER_BLOCK,
         ) + diagonal * BAND_SHIFT  # fmt: skip
     elif (wanted > 0) & (everything == 0):
         threshold = _threshold(row, num_pages, wanted, 0.0, BLOCK)
         ties = wanted - _count_from(row, num_pages, threshold + 1, BLOCK)
     if diagonal == 1:
-        recent_bands = tl.load(sizes + 2 * q_heads + head)
-        _store_counts(row, band_count + head * count_stride_h, num_pages, threshold, ties, recent_bands, BLOCK)
+        recent_bands = tl.load(sizes_ptr + 2 * q_heads + head)
+        _store_counts(row, band_count_ptr + head * count_stride_h, num_pages, threshold, ties, recent_bands, BLOCK)
     else:
-        _store_kept(row, page_keep + head * keep_stride_h, num_pages, threshold, ties, BLOCK)
+        _store_kept(row, page_keep_ptr + head * keep_stride_h, num_pages, threshold, ties, BLOCK)
 
 
 def select_bands(

@@ -76,7 +76,7 @@ def window_start(seq_len, window_tokens, PAGE: tl.constexpr):
 
 @triton.jit
 def _page_keys(
-    values, chunk_lse, score_stride, chunk_stride, offset, request, head, pages, live, num_pages,
+    values_ptr, chunk_lse_ptr, score_stride, chunk_stride, offset, request, head, pages, live, num_pages,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, CHUNK: tl.constexpr, CHUNK_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """uint32 keys of ``pages``, ordered as their masses; 0 for those that are not ``live``.
@@ -87,7 +87,7 @@ def _page_keys(
     group = tl.arange(0, GROUP_PAD)
     member = group < GROUP
     heads = (head * GROUP + group).to(tl.int64)
-    chunk_row = chunk_lse + heads[:, None] * chunk_stride + offset // CHUNK + request
+    chunk_row = chunk_lse_ptr + heads[:, None] * chunk_stride + offset // CHUNK + request
     num_chunks = (num_pages + CHUNK - 1) // CHUNK
     top = tl.full([GROUP_PAD], float("-inf"), tl.float32)
     total = tl.zeros([GROUP_PAD], tl.float32)
@@ -98,7 +98,7 @@ def _page_keys(
         total = total * tl.exp(top - new_top) + tl.sum(tl.exp(part - new_top[:, None]), axis=1)
         top = new_top
     norm = tl.where(member, top + tl.log(total), 0.0)
-    x = tl.load(values + heads[:, None] * score_stride + offset + pages[None, :],
+    x = tl.load(values_ptr + heads[:, None] * score_stride + offset + pages[None, :],
                 mask=member[:, None] & live[None, :], other=float("-inf"))  # fmt: skip
     mass = tl.sum(tl.exp(x - norm[:, None]), axis=0)
     # A mass that is no number counts as infinite.
@@ -108,7 +108,8 @@ def _page_keys(
 
 @triton.jit
 def _choose(
-    values, chunk_lse, block_row, score_stride, chunk_stride, offset, request, head, first, end, num_pages,
+    values_ptr, chunk_lse_ptr, block_row_ptr, score_stride, chunk_stride, offset, request, head, first, end,
+    num_pages,
     per_block, head_start, quota,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, WIDTH: tl.constexpr,
     CHUNK: tl.constexpr, CHUNK_BLOCK: tl.constexpr,
@@ -116,9 +117,9 @@ def _choose(
     """Keys of ``WIDTH`` pages from ``first`` on, which are kept, their places among those, and their head pages."""
     pages = first + tl.arange(0, WIDTH)
     live = pages < end
-    blocks = tl.load(block_row + pages, mask=live, other=0)
+    blocks = tl.load(block_row_ptr + pages, mask=live, other=0)
     keys = _page_keys(
-        values, chunk_lse, score_stride, chunk_stride, offset, request, head, pages, live, num_pages,
+        values_ptr, chunk_lse_ptr, score_stride, chunk_stride, offset, request, head, pages, live, num_pages,
         GROUP, GROUP_PAD, CHUNK, CHUNK_BLOCK,
     )  # fmt: skip
     keep = _keep_largest(keys, quota)
@@ -126,46 +127,50 @@ def _choose(
 
 
 @triton.jit
-def _store_chosen(head_pages, keys, place, head_page, key, keep, KEEP_KEYS: tl.constexpr):
-    tl.store(head_pages + place, head_page, mask=keep)
+def _store_chosen(head_pages_ptr, keys_ptr, place, head_page, key, keep, KEEP_KEYS: tl.constexpr):
+    tl.store(head_pages_ptr + place, head_page, mask=keep)
     if KEEP_KEYS:
-        tl.store(keys + place, key, mask=keep)
+        tl.store(keys_ptr + place, key, mask=keep)
 
 
 @triton.jit
 def _choose_alone(
-    values, chunk_lse, block_row, score_stride, chunk_stride, offset, request, head, first, end, num_pages,
-    per_block, head_start, quota, chosen_head_pages, chosen_keys,
+    values_ptr, chunk_lse_ptr, block_row_ptr, score_stride, chunk_stride, offset, request, head, first, end,
+    num_pages,
+    per_block, head_start, quota, chosen_head_pages_ptr, chosen_keys_ptr,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, WIDTH: tl.constexpr,
     CHUNK: tl.constexpr, CHUNK_BLOCK: tl.constexpr, KEEP_KEYS: tl.constexpr,
 ):  # fmt: skip
     """Choose among all ranked pages of a row, at most ``WIDTH``."""
     keys, keep, place, head_page = _choose(
-        values, chunk_lse, block_row, score_stride, chunk_stride, offset, request, head, first, end, num_pages,
+        values_ptr, chunk_lse_ptr, block_row_ptr, score_stride, chunk_stride, offset, request, head, first, end,
+        num_pages,
         per_block, head_start, quota, GROUP, GROUP_PAD, WIDTH, CHUNK, CHUNK_BLOCK,
     )  # fmt: skip
-    _store_chosen(chosen_head_pages, chosen_keys, place, head_page, keys, keep, KEEP_KEYS)
+    _store_chosen(chosen_head_pages_ptr, chosen_keys_ptr, place, head_page, keys, keep, KEEP_KEYS)
 
 
 @triton.jit
 def _merge_segments(
-    candidate_keys, candidate_head_pages, count, quota, chosen_head_pages, chosen_keys,
+    candidate_keys_ptr, candidate_head_pages_ptr, count, quota, chosen_head_pages_ptr, chosen_keys_ptr,
     CANDIDATES: tl.constexpr, KEEP_KEYS: tl.constexpr,
 ):  # fmt: skip
     """Choose among what the segments of a row have kept, in the order of its pages."""
     lane = tl.arange(0, CANDIDATES)
     # Volatile: other multiprocessors wrote these while this one ran.
-    keys = tl.load(candidate_keys + lane, mask=lane < count, other=0, volatile=True)
-    head_page = tl.load(candidate_head_pages + lane, mask=lane < count, other=0, volatile=True)
+    keys = tl.load(candidate_keys_ptr + lane, mask=lane < count, other=0, volatile=True)
+    head_page = tl.load(candidate_head_pages_ptr + lane, mask=lane < count, other=0, volatile=True)
     keep = _keep_largest(keys, quota)
     place = tl.cumsum(keep.to(tl.int32), axis=0) - 1
-    _store_chosen(chosen_head_pages, chosen_keys, place, head_page, keys, keep, KEEP_KEYS)
+    _store_chosen(chosen_head_pages_ptr, chosen_keys_ptr, place, head_page, keys, keep, KEEP_KEYS)
 
 
 @triton.jit(do_not_specialize=["num_reqs", "segments"])
 def _select_pages(
-    values, chunk_lse, block_table, work, totals, arrivals, head_pages, keys_of_head_pages, candidate_keys, candidate_head_pages,
-    head_budget_pages, lengths, score_stride, chunk_stride, table_stride, table_stride_row, per_block, per_head,
+    values_ptr, chunk_lse_ptr, block_table_ptr, work_ptr, totals_ptr, arrivals_ptr, head_pages_ptr, keys_ptr,
+    candidate_keys_ptr, candidate_head_pages_ptr,
+    head_budget_pages_ptr, lengths_ptr, score_stride, chunk_stride, table_stride, table_stride_row, per_block,
+    per_head,
     budget, sink_pages, window_tokens, segments, num_reqs,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, KV_HEADS: tl.constexpr, PAGE: tl.constexpr,
     SEGMENT: tl.constexpr, SMALL: tl.constexpr, ALONE: tl.constexpr, FORCED_PAD: tl.constexpr,
@@ -176,22 +181,22 @@ def _select_pages(
     item = tl.program_id(0)
     rows = tl.arange(0, ROWS)
     # The first rows of the list before anything waits: most batches have no more.
-    first_ends = tl.load(work + rows * COLUMNS + 4, mask=rows < num_reqs, other=NOT_LISTED)
-    last_item = tl.load(totals + 3) * KV_HEADS
+    first_ends = tl.load(work_ptr + rows * COLUMNS + 4, mask=rows < num_reqs, other=NOT_LISTED)
+    last_item = tl.load(totals_ptr + 3) * KV_HEADS
     while item < last_item:
         number, head = item // KV_HEADS, item % KV_HEADS
         listed = tl.sum((first_ends <= number).to(tl.int32))
         for base in range(ROWS, num_reqs, ROWS):
-            ends = tl.load(work + (base + rows) * COLUMNS + 4, mask=base + rows < num_reqs, other=NOT_LISTED)
+            ends = tl.load(work_ptr + (base + rows) * COLUMNS + 4, mask=base + rows < num_reqs, other=NOT_LISTED)
             listed += tl.sum((ends <= number).to(tl.int32))
-        entry = work + listed * COLUMNS
+        entry = work_ptr + listed * COLUMNS
         request, seq_len, offset = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
         segment = number - tl.load(entry + 4 - COLUMNS, mask=listed > 0, other=0)
         num_pages = (seq_len + PAGE - 1) // PAGE
         row, head_start = request * KV_HEADS + head, head * per_head
-        table_row = head_pages + row.to(tl.int64) * table_stride_row
-        key_row = keys_of_head_pages + row.to(tl.int64) * budget
-        block_row = block_table + request.to(tl.int64) * table_stride
+        table_row = head_pages_ptr + row.to(tl.int64) * table_stride_row
+        key_row = keys_ptr + row.to(tl.int64) * budget
+        block_row = block_table_ptr + request.to(tl.int64) * table_stride
         if offset < 0:
             listed_pages = tl.where(offset == EVERY_PAGE, num_pages, 0)
             for start in range(0, listed_pages, SEGMENT):
@@ -202,7 +207,7 @@ def _select_pages(
             end = window_start(seq_len, window_tokens, PAGE)
             ranked = end - sink_pages
             chosen_head_pages, chosen_keys = table_row + sink_pages, key_row + sink_pages
-            pages_of_head = budget if head_budget_pages is None else tl.load(head_budget_pages + head)
+            pages_of_head = budget if head_budget_pages_ptr is None else tl.load(head_budget_pages_ptr + head)
             quota = pages_of_head - sink_pages - (num_pages - end)
             # The pages that are not ranked: loaded here and stored at the end, so that nothing waits for them.
             lane = tl.arange(0, FORCED_PAD)
@@ -211,19 +216,19 @@ def _select_pages(
             forced_blocks = tl.load(block_row + forced, mask=is_forced, other=0)
             if ranked <= SMALL:
                 _choose_alone(
-                    values, chunk_lse, block_row, score_stride, chunk_stride, offset, request, head,
+                    values_ptr, chunk_lse_ptr, block_row, score_stride, chunk_stride, offset, request, head,
                     sink_pages, end, num_pages, per_block, head_start, quota, chosen_head_pages, chosen_keys,
                     GROUP, GROUP_PAD, SMALL, CHUNK, CHUNK_BLOCK, KEEP_KEYS,
                 )  # fmt: skip
             elif (ranked > SEGMENT) & (ranked <= ALONE):
                 _choose_alone(
-                    values, chunk_lse, block_row, score_stride, chunk_stride, offset, request, head,
+                    values_ptr, chunk_lse_ptr, block_row, score_stride, chunk_stride, offset, request, head,
                     sink_pages, end, num_pages, per_block, head_start, quota, chosen_head_pages, chosen_keys,
                     GROUP, GROUP_PAD, ALONE, CHUNK, CHUNK_BLOCK, KEEP_KEYS,
                 )  # fmt: skip
             else:
                 keys, keep, place, head_page = _choose(
-                    values, chunk_lse, block_row, score_stride, chunk_stride, offset, request, head,
+                    values_ptr, chunk_lse_ptr, block_row, score_stride, chunk_stride, offset, request, head,
                     sink_pages + segment * SEGMENT, end, num_pages, per_block, head_start, quota,
                     GROUP, GROUP_PAD, SEGMENT, CHUNK, CHUNK_BLOCK,
                 )  # fmt: skip
@@ -235,23 +240,26 @@ def _select_pages(
                     found = first_found + segment * BUDGET_PAD
                     empty = tl.arange(0, BUDGET_PAD)
                     kept = tl.sum(keep.to(tl.int32), axis=0)
-                    tl.store(candidate_keys + found + empty, tl.zeros([BUDGET_PAD], tl.uint32), mask=empty >= kept)
-                    tl.store(candidate_keys + found + place, keys, mask=keep)
-                    tl.store(candidate_head_pages + found + place, head_page, mask=keep)
+                    tl.store(
+                        candidate_keys_ptr + found + empty, tl.zeros([BUDGET_PAD], tl.uint32), mask=empty >= kept
+                    )
+                    tl.store(candidate_keys_ptr + found + place, keys, mask=keep)
+                    tl.store(candidate_head_pages_ptr + found + place, head_page, mask=keep)
                     # All threads' stores, then one arrival that publishes them: whoever comes last merges.
                     tl.debug_barrier()
-                    arrived = tl.atomic_add(arrivals + row, 1, sem="acq_rel")
+                    arrived = tl.atomic_add(arrivals_ptr + row, 1, sem="acq_rel")
                     if arrived == row_segments - 1:
-                        tl.store(arrivals + row, 0)
-                        _merge_segments(candidate_keys + first_found, candidate_head_pages + first_found,
+                        tl.store(arrivals_ptr + row, 0)
+                        _merge_segments(candidate_keys_ptr + first_found, candidate_head_pages_ptr + first_found,
                                         row_segments * BUDGET_PAD, quota, chosen_head_pages, chosen_keys,
                                         CANDIDATES, KEEP_KEYS)  # fmt: skip
             place = tl.where(lane < sink_pages, lane, lane + quota)
             tl.store(table_row + place, forced_blocks * per_block + head_start, mask=is_forced)
-            if head_budget_pages is not None:
-                tl.store(lengths + row, seq_len - (num_pages - pages_of_head) * PAGE, mask=segment == 0)
+            if head_budget_pages_ptr is not None:
+                tl.store(lengths_ptr + row, seq_len - (num_pages - pages_of_head) * PAGE, mask=segment == 0)
             if KEEP_KEYS:
-                keys = _page_keys(values, chunk_lse, score_stride, chunk_stride, offset, request, head, forced,
+                keys = _page_keys(values_ptr, chunk_lse_ptr, score_stride, chunk_stride, offset, request, head,
+                                  forced,
                                   is_forced, num_pages, GROUP, GROUP_PAD, CHUNK, CHUNK_BLOCK)  # fmt: skip
                 tl.store(key_row + place, keys | FORCED, mask=is_forced)
         item += tl.num_programs(0)

@@ -24,15 +24,16 @@ from vllm_sparse.pages.query_blocks import BLOCK_TOKENS, QueryBlocks
     ]
 )  # fmt: skip
 def _select_row_pages(
-    scores, keep, heads, score_stride, keep_stride, first_position, num_pages, num_blocks, wanted, top_p,
+    scores_ptr, keep_ptr, heads_ptr, score_stride, keep_stride, first_position, num_pages, num_blocks, wanted,
+    top_p,
     PAGE: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
-    asked = 1 if heads is None else tl.load(heads + row // num_blocks)
+    asked = 1 if heads_ptr is None else tl.load(heads_ptr + row // num_blocks)
     if asked == 0:
         return
     count = (first_position + row % num_blocks * BLOCK_TOKENS) // PAGE
-    score_row = scores + row.to(tl.int64) * score_stride
+    score_row = scores_ptr + row.to(tl.int64) * score_stride
     lanes = tl.arange(0, BLOCK)
     tops = tl.full([BLOCK], float("-inf"), tl.float32)
     for first in range(0, count, BLOCK):
@@ -54,7 +55,7 @@ def _select_row_pages(
         pages = first + lanes
         kept, tied = _kept(score_row, pages, count, threshold, ties, tied)
         kept = kept & ((wanted > 0) | (top_p > 0))
-        tl.store(keep + row.to(tl.int64) * keep_stride + pages, kept.to(tl.uint8), mask=pages < num_pages)
+        tl.store(keep_ptr + row.to(tl.int64) * keep_stride + pages, kept.to(tl.uint8), mask=pages < num_pages)
 
 
 def select_row_pages(

@@ -75,8 +75,9 @@ def _weights(packed, digits, steps, offsets, gains, scale_bits, FIELD: tl.conste
 
 @triton.jit(do_not_specialize=["num_reqs", "noise"])
 def _sketch_score(
-    q, kv_bytes, kv_words, block_table, work, totals, values, chunk_lse,
-    q_stride_r, q_stride_h, byte_stride_b, byte_stride_h, byte_stride_r, table_stride, score_stride, chunk_stride,
+    q_ptr, kv_bytes_ptr, kv_words_ptr, block_table_ptr, work_ptr, totals_ptr, values_ptr, chunk_lse_ptr,
+    q_stride_row, q_stride_h, byte_stride_b, byte_stride_h, byte_stride_slot, table_stride, score_stride,
+    chunk_stride,
     num_reqs, scale, noise,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
     BITS: tl.constexpr, TILE_BYTES: tl.constexpr, TILE: tl.constexpr, PAGE: tl.constexpr, PAGES: tl.constexpr,
@@ -90,27 +91,27 @@ def _sketch_score(
     program, head = tl.program_id(0), tl.program_id(1)
     rows = tl.arange(0, ROWS)
     # The first rows of the list before anything waits: most batches have no more.
-    ends = tl.load(work + rows * COLUMNS + 3, mask=rows < num_reqs, other=NOT_LISTED)
-    total_chunks = tl.load(totals + 2)
+    ends = tl.load(work_ptr + rows * COLUMNS + 3, mask=rows < num_reqs, other=NOT_LISTED)
+    total_chunks = tl.load(totals_ptr + 2)
     share = (total_chunks + tl.num_programs(0) - 1) // tl.num_programs(0)
     chunk, last_chunk = program * share, tl.minimum(program * share + share, total_chunks)
     if chunk >= last_chunk:
         return
     row = tl.sum((ends <= chunk).to(tl.int32))
     for base in range(ROWS, num_reqs, ROWS):
-        ends = tl.load(work + (base + rows) * COLUMNS + 3, mask=base + rows < num_reqs, other=NOT_LISTED)
+        ends = tl.load(work_ptr + (base + rows) * COLUMNS + 3, mask=base + rows < num_reqs, other=NOT_LISTED)
         row += tl.sum((ends <= chunk).to(tl.int32))
     group = tl.arange(0, GROUP_PAD)
     dims = tl.arange(0, WIDTH)
     heads = head * GROUP + group
-    sketches = head.to(tl.int64) * byte_stride_h + PAGE * byte_stride_r
+    sketches = head.to(tl.int64) * byte_stride_h + PAGE * byte_stride_slot
     while chunk < last_chunk:
-        item = work + row * COLUMNS
+        item = work_ptr + row * COLUMNS
         request, seq_len, offset = tl.load(item), tl.load(item + 1), tl.load(item + 2)
         begin = tl.load(item + 3 - COLUMNS, mask=row > 0, other=0)
         end = tl.minimum(tl.load(item + 3), last_chunk)
         num_pages = (seq_len + PAGE - 1) // PAGE
-        source = q + request.to(tl.int64) * q_stride_r + heads * q_stride_h
+        source = q_ptr + request.to(tl.int64) * q_stride_row + heads * q_stride_h
         query = tl.load(source[:, None] + dims[None, :],
                         mask=(group < GROUP)[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)  # fmt: skip
         query = query.to(tl.float32)
@@ -124,7 +125,7 @@ def _sketch_score(
         offsets = first * (scale * 1.4426950408889634 * WIDTH**0.5)
         gains = steps * steps * (127.0 * 127.0 * scale * scale * noise * (1.4426950408889634 / 2))
         steps *= scale * (1.4426950408889634 / 128)
-        block_row = block_table + request.to(tl.int64) * table_stride
+        block_row = block_table_ptr + request.to(tl.int64) * table_stride
         page_top = tl.full([PAGES, GROUP_PAD], float("-inf"), tl.float32)
         page_sum = tl.zeros([PAGES, GROUP_PAD], tl.float32)
         top = tl.full([GROUP_PAD], float("-inf"), tl.float32)
@@ -137,8 +138,8 @@ def _sketch_score(
             live = pages < num_pages
             blocks = tl.load(block_row + pages, mask=live, other=0).to(tl.int64) * byte_stride_b
             start = blocks + sketches + tile * TILE_BYTES
-            cells = kv_bytes + start[:, None] + dims[None, :]
-            words = kv_words + (start // 4 + (PLANES + 1) * WIDTH // 4)[:, None] + tl.arange(0, TILE)[None, :]
+            cells = kv_bytes_ptr + start[:, None] + dims[None, :]
+            words = kv_words_ptr + (start // 4 + (PLANES + 1) * WIDTH // 4)[:, None] + tl.arange(0, TILE)[None, :]
             mean = tl.load(cells + PLANES * WIDTH, mask=live[:, None], other=0)
             # A tile past the end was never written: nothing of it is read.
             written = live & (pages * PAGE + tile * TILE < seq_len)
@@ -166,10 +167,12 @@ def _sketch_score(
             begins = step % STEPS == 0
             top, total = tl.where(begins, float("-inf"), top), tl.where(begins, 0.0, total)
             top, total = store_scores(
-                values, tl.trans(mass * 0.6931471805599453), heads, group < GROUP, offset, pages, live,
+                values_ptr, tl.trans(mass * 0.6931471805599453), heads, group < GROUP, offset, pages, live,
                 score_stride, top, total,
             )  # fmt: skip
-            store_chunk(chunk_lse, heads, group < GROUP, offset, request, of_row, chunk_stride, top, total, CHUNK)
+            store_chunk(
+                chunk_lse_ptr, heads, group < GROUP, offset, request, of_row, chunk_stride, top, total, CHUNK
+            )
         chunk = end
         row += 1
 

@@ -29,7 +29,7 @@ STEP = 0.9957
 
 @triton.jit
 def write_sketch(
-    target_bytes, target_words, keys, live,
+    bytes_ptr, words_ptr, keys, live,
     BITS: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, SMALLEST: tl.constexpr,
 ):  # fmt: skip
     """Sketch ``keys`` float32 [TILE, WIDTH], 0 in rows that are not ``live`` [TILE].
@@ -56,8 +56,8 @@ def write_sketch(
     field = code.to(tl.int32) << (rows % FIELDS * BITS)[:, None]
     packed = tl.sum(tl.reshape(field, [PLANES, FIELDS, WIDTH]), axis=1) - 128
     planes = tl.arange(0, PLANES)
-    tl.store(target_bytes + planes[:, None] * WIDTH + dims[None, :], packed.to(tl.int8))
-    tl.store(target_bytes + PLANES * WIDTH + dims, rounded.to(tl.int8))
-    words = target_words + (PLANES + 1) * WIDTH // 4
+    tl.store(bytes_ptr + planes[:, None] * WIDTH + dims[None, :], packed.to(tl.int8))
+    tl.store(bytes_ptr + PLANES * WIDTH + dims, rounded.to(tl.int8))
+    words = words_ptr + (PLANES + 1) * WIDTH // 4
     tl.store(words + tl.arange(0, TILE // 2), even | (odd << 16))
     tl.store(words + TILE // 2, mean_scale.to(tl.int32, bitcast=True))

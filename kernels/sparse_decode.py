@@ -2,7 +2,8 @@
 
     out[r, h] = softmax(scale * q[r, h] . K[chosen]) V[chosen]
 
-A chosen head page below 0 is head page ``~head_page`` of a second cache, in pinned host memory, read in place; it may hold e4m3.
+A chosen head page below 0 is head page ``~head_page`` of a second cache, in pinned host memory,
+read in place; it may hold e4m3.
 Rows that the table does not list, those of prompt tokens, are read through the block table: all of their pages.
 
 Flash-decoding: programs share the pages of a row, each keeps a running softmax, and a second
@@ -32,16 +33,18 @@ TUNING = {"block_tokens": 64, "waves": 4, "num_warps": 2, "num_stages": 3, "add_
 
 @triton.jit(do_not_specialize=["splits"])
 def _attend_split(
-    q, kv, host, exponents, head_pages, lengths, routes, block_table, out, part_out, part_lse,
-    q_stride_r, q_stride_h, head_page_stride, kv_stride_r, host_head_page_stride, host_stride_r, table_stride_row,
-    table_stride, per_block, per_head, out_stride_r, out_stride_h, scale_log2, splits,
+    q_ptr, kv_ptr, host_ptr, exponents_ptr, head_pages_ptr, lengths_ptr, routes_ptr, block_table_ptr, out_ptr,
+    part_out_ptr, part_lse_ptr,
+    q_stride_row, q_stride_h, head_page_stride, kv_stride_slot, host_head_page_stride, host_stride_slot,
+    table_stride_row,
+    table_stride, per_block, per_head, out_stride_row, out_stride_h, scale_log2, splits,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
     ALONE: tl.constexpr, ON_HOST: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     row, split = tl.program_id(0), tl.program_id(1)
     request, head = row // KV_HEADS, row % KV_HEADS
-    length = tl.load(lengths + row)
+    length = tl.load(lengths_ptr + row)
     if length == 0:
         return
     group = tl.arange(0, GROUP_PAD)
@@ -49,7 +52,7 @@ def _attend_split(
     in_head = dims < HEAD_DIM
     q_mask = (group < GROUP)[:, None] & in_head[None, :]
     heads = head * GROUP + group
-    query = tl.load(q + request.to(tl.int64) * q_stride_r + heads[:, None] * q_stride_h + dims[None, :],
+    query = tl.load(q_ptr + request.to(tl.int64) * q_stride_row + heads[:, None] * q_stride_h + dims[None, :],
                     mask=q_mask, other=0.0)  # fmt: skip
     top = tl.full([GROUP_PAD], float("-inf"), tl.float32)
     total = tl.zeros([GROUP_PAD], tl.float32)
@@ -58,41 +61,41 @@ def _attend_split(
     per_split = (blocks_all + splits - 1) // splits
     begin = split * per_split * BLOCK_N
     end = tl.minimum(begin + per_split * BLOCK_N, length)
-    table_row = head_pages + row.to(tl.int64) * table_stride_row
+    table_row = head_pages_ptr + row.to(tl.int64) * table_stride_row
     whole = False
-    if routes is not None:
-        whole = tl.load(routes + request) == WHOLE
-        table_row = tl.where(whole, block_table + request.to(tl.int64) * table_stride, table_row)
+    if routes_ptr is not None:
+        whole = tl.load(routes_ptr + request) == WHOLE
+        table_row = tl.where(whole, block_table_ptr + request.to(tl.int64) * table_stride, table_row)
     for start in range(begin, end, BLOCK_N):
         tokens = start + tl.arange(0, BLOCK_N)
         live = tokens < length
         head_page = tl.load(table_row + tokens // PAGE, mask=live, other=0).to(tl.int64)
-        if routes is not None:
+        if routes_ptr is not None:
             of_block = head_page * per_block + head * per_head
             head_page = tl.where(whole, ~of_block if ON_HOST else of_block, head_page)
-        cells = kv + head_page * head_page_stride + (tokens % PAGE) * kv_stride_r
+        cells = kv_ptr + head_page * head_page_stride + (tokens % PAGE) * kv_stride_slot
         here = live
         if ON_HOST:
-            away = host + ~head_page * host_head_page_stride + (tokens % PAGE) * host_stride_r
-            if exponents is None:
+            away = host_ptr + ~head_page * host_head_page_stride + (tokens % PAGE) * host_stride_slot
+            if exponents_ptr is None:
                 cells = tl.where(head_page < 0, away, cells)
             else:
                 coded, here = live & (head_page < 0), live & (head_page >= 0)
                 some_coded = tl.max(coded.to(tl.int32), axis=0) > 0
         k = tl.load(cells[None, :] + dims[:, None], mask=here[None, :] & in_head[:, None], other=0.0)
-        if exponents is not None:  # noqa: SIM102  settled when the kernel is compiled
+        if exponents_ptr is not None:  # noqa: SIM102  settled when the kernel is compiled
             if some_coded:
                 code = tl.load(away[None, :] + dims[:, None], mask=coded[None, :] & in_head[:, None], other=0)
-                power = power_256_of(tl.load(exponents + 2 * ~head_page, mask=coded, other=0))[None, :]
+                power = power_256_of(tl.load(exponents_ptr + 2 * ~head_page, mask=coded, other=0))[None, :]
                 k = tl.where(coded[None, :], from_e4m3(code, power).to(k.dtype), k)
         logits = tl.dot(query, k, input_precision=PRECISION) * scale_log2
         logits = tl.where(live[None, :], logits, float("-inf"))
         v = tl.load(cells[:, None] + HEAD_DIM + dims[None, :], mask=here[:, None] & in_head[None, :], other=0.0)
-        if exponents is not None:  # noqa: SIM102  settled when the kernel is compiled
+        if exponents_ptr is not None:  # noqa: SIM102  settled when the kernel is compiled
             if some_coded:
                 code = tl.load(away[:, None] + HEAD_DIM + dims[None, :], mask=coded[:, None] & in_head[None, :],
                                other=0)  # fmt: skip
-                power = power_256_of(tl.load(exponents + 2 * ~head_page + 1, mask=coded, other=0))[:, None]
+                power = power_256_of(tl.load(exponents_ptr + 2 * ~head_page + 1, mask=coded, other=0))[:, None]
                 v = tl.where(coded[:, None], from_e4m3(code, power).to(v.dtype), v)
         new_top = tl.maximum(top, tl.max(logits, axis=1))
         weights = tl.exp2(logits - new_top[:, None])
@@ -101,38 +104,38 @@ def _attend_split(
         acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
         top = new_top
     if ALONE:
-        target = out + request.to(tl.int64) * out_stride_r + heads[:, None] * out_stride_h + dims[None, :]
-        tl.store(target, (acc / total[:, None]).to(out.dtype.element_ty), mask=q_mask)
+        target = out_ptr + request.to(tl.int64) * out_stride_row + heads[:, None] * out_stride_h + dims[None, :]
+        tl.store(target, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=q_mask)
     else:
         part = (row.to(tl.int64) * splits + split) * GROUP + group
         filled = begin < end
-        tl.store(part_lse + part, tl.where(filled, top + tl.log2(total), float("-inf")), mask=group < GROUP)
+        tl.store(part_lse_ptr + part, tl.where(filled, top + tl.log2(total), float("-inf")), mask=group < GROUP)
         if filled:
-            target = part_out + part[:, None] * BLOCK_D + dims[None, :]
+            target = part_out_ptr + part[:, None] * BLOCK_D + dims[None, :]
             tl.store(target, acc / total[:, None], mask=(group < GROUP)[:, None])
 
 
 @triton.jit(do_not_specialize=["splits"])
 def _add_splits(
-    lengths, part_out, part_lse, out, out_stride_r, out_stride_h, splits,
+    lengths_ptr, part_out_ptr, part_lse_ptr, out_ptr, out_stride_row, out_stride_h, splits,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     SPLITS_PAD: tl.constexpr,
 ):  # fmt: skip
     row, g = tl.program_id(0), tl.program_id(1)
-    if tl.load(lengths + row) == 0:
+    if tl.load(lengths_ptr + row) == 0:
         return
     request, head = row // KV_HEADS, (row % KV_HEADS) * GROUP + g
     split = tl.arange(0, SPLITS_PAD)
     dims = tl.arange(0, BLOCK_D)
     part = (row.to(tl.int64) * splits + split) * GROUP + g
-    lse = tl.load(part_lse + part, mask=split < splits, other=float("-inf"))
+    lse = tl.load(part_lse_ptr + part, mask=split < splits, other=float("-inf"))
     weights = tl.exp2(lse - tl.max(lse, axis=0))
     # Parts of splits without tokens were never written, whatever their memory holds.
     filled = (weights > 0)[:, None]
-    parts = tl.load(part_out + part[:, None] * BLOCK_D + dims[None, :], mask=filled, other=0.0)
+    parts = tl.load(part_out_ptr + part[:, None] * BLOCK_D + dims[None, :], mask=filled, other=0.0)
     result = tl.sum(parts * weights[:, None], axis=0) / tl.sum(weights, axis=0)
-    target = out + request.to(tl.int64) * out_stride_r + head * out_stride_h + dims
-    tl.store(target, result.to(out.dtype.element_ty), mask=dims < HEAD_DIM)
+    target = out_ptr + request.to(tl.int64) * out_stride_row + head * out_stride_h + dims
+    tl.store(target, result.to(out_ptr.dtype.element_ty), mask=dims < HEAD_DIM)
 
 
 def num_splits(rows: int, blocks: int, device: torch.device) -> int:
@@ -173,7 +176,8 @@ def sparse_decode(
     block_table = table.head_pages if table.block_table is None else table.block_table
     assert second.stride(3) == 1
     _attend_split[(rows, splits)](
-        q, kv, second, exponents, table.head_pages, table.lengths, table.routes, block_table, out, part_out, part_lse,
+        q, kv, second, exponents, table.head_pages, table.lengths, table.routes, block_table, out, part_out,
+        part_lse,
         q.stride(0), q.stride(1), HeadPageGrid.of(kv).stride, kv.stride(2), grid.stride, second.stride(2),
         table.head_pages.stride(0), block_table.stride(0), grid.per_block, grid.per_head,
         out.stride(0), out.stride(1), scale * LOG2_E, splits,

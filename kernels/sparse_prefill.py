@@ -24,7 +24,7 @@ TUNING = {"tile_bytes": 16384, "query_bytes": 32768, "num_warps": 8, "num_stages
 
 @triton.jit
 def _attend_tokens(
-    query, kv, table_row, seen, begin, end, top, total, acc, head_page_stride, kv_stride_r, scale_log2,
+    query, kv_ptr, table_row_ptr, seen, begin, end, top, total, acc, head_page_stride, kv_stride_slot, scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -34,8 +34,8 @@ def _attend_tokens(
     for start in range(begin, end, BLOCK_N):
         tokens = start + tl.arange(0, BLOCK_N)
         live = tokens < end
-        head_page = tl.load(table_row + tokens // PAGE, mask=live, other=0).to(tl.int64)
-        cells = kv + head_page * head_page_stride + (tokens % PAGE) * kv_stride_r
+        head_page = tl.load(table_row_ptr + tokens // PAGE, mask=live, other=0).to(tl.int64)
+        cells = kv_ptr + head_page * head_page_stride + (tokens % PAGE) * kv_stride_slot
         k = tl.load(cells[None, :] + dims[:, None], mask=live[None, :] & in_head[:, None], other=0.0)
         logits = tl.dot(query, k, input_precision=PRECISION) * scale_log2
         if MASKED:
@@ -52,7 +52,8 @@ def _attend_tokens(
 
 @triton.jit(do_not_specialize=["table_stride_row", "num_tokens", "num_blocks"])
 def _sparse_prefill(
-    q, kv, head_pages, lengths, out, q_stride_t, q_stride_h, head_page_stride, kv_stride_r, table_stride_row,
+    q_ptr, kv_ptr, head_pages_ptr, lengths_ptr, out_ptr, q_stride_t, q_stride_h, head_page_stride, kv_stride_slot,
+    table_stride_row,
     out_stride_t, out_stride_h, scale_log2, num_tokens, num_blocks,
     BLOCK_TOKENS: tl.constexpr, BLOCK_M: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     PAGE: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
@@ -60,7 +61,7 @@ def _sparse_prefill(
     # The longest rows, those of the last blocks, first.
     row, part = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
     head, block = row // num_blocks, row % num_blocks
-    length = tl.load(lengths + row)
+    length = tl.load(lengths_ptr + row)
     in_block = part * BLOCK_M + tl.arange(0, BLOCK_M)
     queries = tl.minimum(num_tokens - block * BLOCK_TOKENS, BLOCK_TOKENS)
     if (part * BLOCK_M >= queries) | (length == 0):
@@ -68,25 +69,26 @@ def _sparse_prefill(
     token = (block * BLOCK_TOKENS + in_block).to(tl.int64)
     dims = tl.arange(0, BLOCK_D)
     mask = (in_block < queries)[:, None] & (dims < HEAD_DIM)[None, :]
-    query = tl.load(q + token[:, None] * q_stride_t + head * q_stride_h + dims[None, :], mask=mask, other=0.0)
+    query = tl.load(q_ptr + token[:, None] * q_stride_t + head * q_stride_h + dims[None, :], mask=mask, other=0.0)
     seen = tl.minimum(length - (queries - 1 - in_block), length)
     # Every query sees a row's tokens up to the block's first one: full tiles of those need no mask.
     common = (length - (queries - 1 - part * BLOCK_M)) // BLOCK_N * BLOCK_N
     last = tl.minimum(length - (queries - (part + 1) * BLOCK_M), length)
-    table_row = head_pages + row.to(tl.int64) * table_stride_row
+    table_row = head_pages_ptr + row.to(tl.int64) * table_stride_row
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     top, total, acc = _attend_tokens(
-        query, kv, table_row, seen, 0, common, top, total, acc, head_page_stride, kv_stride_r, scale_log2,
+        query, kv_ptr, table_row, seen, 0, common, top, total, acc, head_page_stride, kv_stride_slot, scale_log2,
         HEAD_DIM, BLOCK_D, PAGE, BLOCK_N, False, PRECISION,
     )  # fmt: skip
     top, total, acc = _attend_tokens(
-        query, kv, table_row, seen, common, last, top, total, acc, head_page_stride, kv_stride_r, scale_log2,
+        query, kv_ptr, table_row, seen, common, last, top, total, acc, head_page_stride, kv_stride_slot,
+        scale_log2,
         HEAD_DIM, BLOCK_D, PAGE, BLOCK_N, True, PRECISION,
     )  # fmt: skip
-    target = out + token[:, None] * out_stride_t + head * out_stride_h + dims[None, :]
-    tl.store(target, (acc / total[:, None]).to(out.dtype.element_ty), mask=mask)
+    target = out_ptr + token[:, None] * out_stride_t + head * out_stride_h + dims[None, :]
+    tl.store(target, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def sparse_prefill(
@@ -108,7 +110,8 @@ def sparse_prefill(
     block_m = max(16, min(BLOCK_TOKENS, TUNING["query_bytes"] // token_bytes))
     block_n = max(16, min(128, TUNING["tile_bytes"] // token_bytes))
     _sparse_prefill[(rows, BLOCK_TOKENS // block_m)](
-        q, kv, table.head_pages, table.lengths, out, q.stride(0), q.stride(1), HeadPageGrid.of(kv).stride, kv.stride(2),
+        q, kv, table.head_pages, table.lengths, out, q.stride(0), q.stride(1), HeadPageGrid.of(kv).stride,
+        kv.stride(2),
         table.head_pages.stride(0), out.stride(0), out.stride(1), scale * LOG2_E, num_tokens, num_blocks,
         BLOCK_TOKENS=BLOCK_TOKENS, BLOCK_M=block_m, HEAD_DIM=head_dim, BLOCK_D=block_d, PAGE=page_size,
         BLOCK_N=block_n, PRECISION="ieee", num_warps=TUNING["num_warps"], num_stages=TUNING["num_stages"],

@@ -18,28 +18,30 @@ from vllm_sparse.pages.write_plan import WritePlan
 
 @triton.jit
 def _stage_pages(
-    host, exponents, summaries, hot, blocks, first_row, num_pages,
+    host_ptr, exponents_ptr, summaries_ptr, hot_ptr, blocks_ptr, first_row_ptr, num_pages_ptr,
     host_stride_b, host_stride_h, summary_stride_b, summary_stride_h, hot_stride_b, hot_stride_h,
     KV_HEADS: tl.constexpr, CONTENT: tl.constexpr, BLOCK_C: tl.constexpr, PAGE: tl.constexpr,
     SUMMARY: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     page, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    if page >= tl.load(num_pages):
+    if page >= tl.load(num_pages_ptr):
         return
-    first = tl.load(first_row + page)
+    first = tl.load(first_row_ptr + page)
     if first == 0:
         return
-    block = tl.load(blocks + page).to(tl.int64)
+    block = tl.load(blocks_ptr + page).to(tl.int64)
     rows, column = tl.arange(0, PAGE)[:, None], tl.arange(0, BLOCK_C)[None, :]
     mask = (rows < first) & (column < CONTENT)
     cells = rows * CONTENT + column
-    kv = tl.load(host + block * host_stride_b + head * host_stride_h + cells, mask=mask)
-    staged = hot + page * hot_stride_b + head * hot_stride_h
-    if exponents is not None:
-        kv = from_e4m3(kv, powers_256_of(exponents, block * KV_HEADS + head, column >= CONTENT // 2))
-    tl.store(staged + cells, kv.to(hot.dtype.element_ty), mask=mask)
+    kv = tl.load(host_ptr + block * host_stride_b + head * host_stride_h + cells, mask=mask)
+    staged = hot_ptr + page * hot_stride_b + head * hot_stride_h
+    if exponents_ptr is not None:
+        kv = from_e4m3(kv, powers_256_of(exponents_ptr, block * KV_HEADS + head, column >= CONTENT // 2))
+    tl.store(staged + cells, kv.to(hot_ptr.dtype.element_ty), mask=mask)
     cell = tl.arange(0, BLOCK_S)
-    summary = tl.load(summaries + block * summary_stride_b + head * summary_stride_h + cell, mask=cell < SUMMARY)
+    summary = tl.load(
+        summaries_ptr + block * summary_stride_b + head * summary_stride_h + cell, mask=cell < SUMMARY
+    )
     tl.store(staged + PAGE * CONTENT + cell, summary, mask=cell < SUMMARY)
 
 

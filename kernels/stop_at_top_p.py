@@ -22,18 +22,19 @@ FORCED = 0x80000000
 
 @triton.jit
 def _stop_at_top_p(
-    chosen_keys, seq_lens, score_offsets, head_pages, lengths, keys_stride, table_stride_row, budget, target,
+    chosen_keys_ptr, seq_lens_ptr, score_offsets_ptr, head_pages_ptr, lengths_ptr, keys_stride, table_stride_row,
+    budget, target,
     KV_HEADS: tl.constexpr, PAGE: tl.constexpr, BUDGET_PAD: tl.constexpr, FORCED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     request = row // KV_HEADS
-    if tl.load(score_offsets + request) < 0:
+    if tl.load(score_offsets_ptr + request) < 0:
         return
-    seq_len = tl.load(seq_lens + request)
+    seq_len = tl.load(seq_lens_ptr + request)
     places = tl.arange(0, BUDGET_PAD)
     mask = places < budget
-    keys = tl.load(chosen_keys + row.to(tl.int64) * keys_stride + places, mask=mask, other=0).to(tl.uint32)
-    head_page = tl.load(head_pages + row.to(tl.int64) * table_stride_row + places, mask=mask, other=0)
+    keys = tl.load(chosen_keys_ptr + row.to(tl.int64) * keys_stride + places, mask=mask, other=0).to(tl.uint32)
+    head_page = tl.load(head_pages_ptr + row.to(tl.int64) * table_stride_row + places, mask=mask, other=0)
     forced = keys >= FORCED
     bits = tl.where(mask, (keys & 0x7FFFFFFF).to(tl.int32) - 1, 0)
     mass = bits.to(tl.float32, bitcast=True)
@@ -51,11 +52,11 @@ def _stop_at_top_p(
     kept = tl.sum(keep.to(tl.int32), axis=0)
     tl.debug_barrier()  # all threads have read their head pages
     tl.store(
-        head_pages + row.to(tl.int64) * table_stride_row + tl.cumsum(keep.to(tl.int32), axis=0) - 1,
+        head_pages_ptr + row.to(tl.int64) * table_stride_row + tl.cumsum(keep.to(tl.int32), axis=0) - 1,
         head_page,
         mask=keep,
     )
-    tl.store(lengths + row, seq_len - ((seq_len + PAGE - 1) // PAGE - kept) * PAGE)
+    tl.store(lengths_ptr + row, seq_len - ((seq_len + PAGE - 1) // PAGE - kept) * PAGE)
 
 
 def stop_at_top_p(
@@ -79,8 +80,10 @@ def stop_at_top_p(
     """
     rows = plan.table_seq_lens.shape[0] * kv_heads
     _stop_at_top_p[(rows,)](
-        chosen_keys, plan.table_seq_lens, plan.score_offsets, table.head_pages, table.lengths, chosen_keys.stride(0),
+        chosen_keys, plan.table_seq_lens, plan.score_offsets, table.head_pages, table.lengths,
+        chosen_keys.stride(0),
         table.head_pages.stride(0), budget_pages, selection.top_p * group,
-        KV_HEADS=kv_heads, PAGE=selection.page_size, BUDGET_PAD=triton.next_power_of_2(budget_pages), FORCED=FORCED,
+        KV_HEADS=kv_heads, PAGE=selection.page_size, BUDGET_PAD=triton.next_power_of_2(budget_pages),
+        FORCED=FORCED,
         num_warps=4,
     )  # fmt: skip

@@ -7,9 +7,9 @@ import triton.language as tl
 
 
 @triton.jit
-def store_scores(values, block, heads, member, offset, pages, live, score_stride, top, total):
+def store_scores(values_ptr, block, heads, member, offset, pages, live, score_stride, top, total):
     """Store ``block`` [group, pages] and carry the chunk's running maximum and sum, each [group]."""
-    target = values + heads[:, None].to(tl.int64) * score_stride + offset + pages[None, :]
+    target = values_ptr + heads[:, None].to(tl.int64) * score_stride + offset + pages[None, :]
     tl.store(target, block, mask=member[:, None] & live[None, :])
     block = tl.where(live[None, :], block, float("-inf"))
     new_top = tl.maximum(top, tl.max(block, axis=1))
@@ -19,7 +19,9 @@ def store_scores(values, block, heads, member, offset, pages, live, score_stride
 
 
 @triton.jit
-def store_chunk(chunk_lse, heads, member, offset, request, chunk, chunk_stride, top, total, CHUNK: tl.constexpr):
+def store_chunk(
+    chunk_lse_ptr, heads, member, offset, request, chunk, chunk_stride, top, total, CHUNK: tl.constexpr
+):
     """Store the log-sum-exp of a chunk from its maximum and sum, each [group]."""
-    target = chunk_lse + heads.to(tl.int64) * chunk_stride + offset // CHUNK + request + chunk
+    target = chunk_lse_ptr + heads.to(tl.int64) * chunk_stride + offset // CHUNK + request + chunk
     tl.store(target, top + tl.log(total), mask=member)

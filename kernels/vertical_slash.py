@@ -18,7 +18,8 @@ from vllm_sparse.pages.query_blocks import BLOCK_TOKENS, QueryBlocks
 
 @triton.jit(do_not_specialize=["out_stride", "first_position", "end_position", "num_pages", "num_blocks"])
 def _vertical_slash(
-    page_keep, band_count, keep, keep_stride_h, count_stride_h, out_stride, first_position, end_position,
+    page_keep_ptr, band_count_ptr, keep_ptr, keep_stride_h, count_stride_h, out_stride, first_position,
+    end_position,
     num_pages, num_blocks, PAGE: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, tile = tl.program_id(0), tl.program_id(1)
@@ -29,12 +30,12 @@ def _vertical_slash(
     nearest = (start + 1) // PAGE - 1 - page
     farthest = last // PAGE - page
     live = (page < num_pages) & (farthest >= 0)
-    counts = band_count + head * count_stride_h
+    counts = band_count_ptr + head * count_stride_h
     below = tl.load(counts + tl.maximum(nearest, 0), mask=live, other=0)
     through = tl.load(counts + farthest + 1, mask=live, other=0)
-    vertical = tl.load(page_keep + head * keep_stride_h + page, mask=live, other=0)
+    vertical = tl.load(page_keep_ptr + head * keep_stride_h + page, mask=live, other=0)
     kept = live & ((through > below) | (vertical > 0))
-    tl.store(keep + row.to(tl.int64) * out_stride + page, kept.to(tl.uint8), mask=page < num_pages)
+    tl.store(keep_ptr + row.to(tl.int64) * out_stride + page, kept.to(tl.uint8), mask=page < num_pages)
 
 
 def vertical_slash(

@@ -23,23 +23,24 @@ from vllm_sparse.pages.write_plan import WritePlan
 
 @triton.jit
 def _write_through(
-    hot, host, exponents, summaries, blocks, first_row, end_row, num_pages, slot_of, slot_head_page, last_use,
+    hot_ptr, host_ptr, exponents_ptr, summaries_ptr, blocks_ptr, first_row_ptr, end_row_ptr, num_pages_ptr,
+    slot_of_ptr, slot_head_page_ptr, last_use_ptr,
     hot_stride_b, hot_stride_h, host_stride_b, host_stride_h, summary_stride_b, summary_stride_h,
     KV_HEADS: tl.constexpr, CONTENT: tl.constexpr, BLOCK_C: tl.constexpr, PAGE: tl.constexpr,
     SUMMARY: tl.constexpr, BLOCK_S: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
     page, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    if page >= tl.load(num_pages):
+    if page >= tl.load(num_pages_ptr):
         return
-    block = tl.load(blocks + page).to(tl.int64)
-    first, end = tl.load(first_row + page), tl.load(end_row + page)
+    block = tl.load(blocks_ptr + page).to(tl.int64)
+    first, end = tl.load(first_row_ptr + page), tl.load(end_row_ptr + page)
     rows, column = tl.arange(0, PAGE)[:, None], tl.arange(0, BLOCK_C)[None, :]
-    staged = hot + page * hot_stride_b + head * hot_stride_h
+    staged = hot_ptr + page * hot_stride_b + head * hot_stride_h
     cells = rows * CONTENT + column
-    target = host + block * host_stride_b + head * host_stride_h + cells
+    target = host_ptr + block * host_stride_b + head * host_stride_h + cells
     head_page = block * KV_HEADS + head
     mask = (rows < end) & (column < CONTENT)
-    if exponents is None:
+    if exponents_ptr is None:
         mask &= rows >= first
         tl.store(target, tl.load(staged + cells, mask=mask), mask=mask)
     else:
@@ -49,7 +50,7 @@ def _write_through(
         size = tl.where(kv == kv, tl.abs(kv), 0.0)
         of_key = exponent_of(tl.max(tl.where(in_key, size, 0.0)))
         of_value = exponent_of(tl.max(tl.where(in_key, 0.0, size)))
-        kept = exponents + 2 * head_page
+        kept = exponents_ptr + 2 * head_page
         fits = (tl.load(kept) == of_key) & (tl.load(kept + 1) == of_value)
         mask &= rows >= tl.where(fits, first, 0)
         tl.store(target, to_e4m3(kv, tl.where(in_key, of_key, of_value)), mask=mask)
@@ -58,12 +59,14 @@ def _write_through(
         tl.store(kept + 1, of_value.to(tl.uint8))
     cell = tl.arange(0, BLOCK_S)
     summary = tl.load(staged + PAGE * CONTENT + cell, mask=cell < SUMMARY)
-    tl.store(summaries + block * summary_stride_b + head * summary_stride_h + cell, summary, mask=cell < SUMMARY)
-    slot = tl.load(slot_of + head_page)
+    tl.store(
+        summaries_ptr + block * summary_stride_b + head * summary_stride_h + cell, summary, mask=cell < SUMMARY
+    )
+    slot = tl.load(slot_of_ptr + head_page)
     if slot >= 0:
-        tl.store(slot_head_page + slot, -1)
-        tl.store(last_use + slot, 0)
-        tl.store(slot_of + head_page, -1)
+        tl.store(slot_head_page_ptr + slot, -1)
+        tl.store(last_use_ptr + slot, 0)
+        tl.store(slot_of_ptr + head_page, -1)
 
 
 def write_through(
