@@ -1,1 +1,1 @@
-"""Benchmarks: ``python -m benchmarks.kernels`` and ``python -m benchmarks.engine``."""
+"""Benchmarks: ``python -m benchmarks.NAME``; each appends what it measured to ``benchmarks/results``."""

@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument(
         "--policies", nargs="*", default=["quest"], choices=[name for name in DECODE_POLICIES if name != "dense"]
     )
-    parser.add_argument("--engines", nargs="*", default=["triton", "fa3"])
+    parser.add_argument("--kernels", nargs="*", default=["triton", "fa3"])
     parser.add_argument(
         "--tuning", type=json.loads, default={}, help='changes of TUNING, as {"sketch_score": {"waves": 6}}'
     )
@@ -119,9 +119,7 @@ def bench(spec: str, policy_name: str, args) -> list[dict]:
         policy.score(layer.q, layer.kv, block_table, plan, Geometry.of(layer.q, layer.kv, page, scale), scores)
 
     def select(layer):
-        launchers.select_pages(
-            scores, block_table, plan, layer.kv, selection, layer.table
-        )  # fmt: skip
+        launchers.select_pages(scores, block_table, plan, layer.kv, selection, layer.table)
 
     attended = int(table.lengths.sum())
     scored = sum(n for n, length in zip(pages, lens, strict=True) if length > args.min_context)
@@ -132,9 +130,8 @@ def bench(spec: str, policy_name: str, args) -> list[dict]:
         ("score", score, summary_bytes),
         ("select", select, q_heads * scored * 4),
     ]
-    for name in args.engines:
-        engine = kernel_class(name)()
-        timed.append((f"attend_{name}", _attend(engine, page, scale), attend_bytes))
+    for name in args.kernels:
+        timed.append((f"attend_{name}", _attend(kernel_class(name)(), page, scale), attend_bytes))
     new_tokens = (len(lens), heads, dim, page, block_table, seq_lens)
     timed.append(("page_write", _page_write(policy.summary, *new_tokens), 0))
     timed.append(("stock_write", _stock_write(*new_tokens), 0))
@@ -170,8 +167,8 @@ def bench(spec: str, policy_name: str, args) -> list[dict]:
     ]
 
 
-def _attend(engine, page, scale):
-    return lambda layer: engine.attend(
+def _attend(kernel, page, scale):
+    return lambda layer: kernel.attend(
         layer.q, layer.kv, layer.table, Geometry.of(layer.q, layer.kv, page, scale), layer.out
     )
 

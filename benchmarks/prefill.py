@@ -9,8 +9,8 @@ milliseconds of estimate, table building and attention, and appends JSON lines.
 
 Short chunks of long contexts are what FlashAttention-3 splits; how much that gains, ``--parts-mib`` tells:
 
-    python -m benchmarks.prefill 1q256s64k 1q512s64k 1q4ks64k --engines fa3 --parts-mib 0    # not at all
-    python -m benchmarks.prefill 1q256s64k 1q512s64k 1q4ks64k --engines fa3 --parts-mib 65536    # as it likes
+    python -m benchmarks.prefill 1q256s64k 1q512s64k 1q4ks64k --kernels fa3 --parts-mib 0    # not at all
+    python -m benchmarks.prefill 1q256s64k 1q512s64k 1q4ks64k --kernels fa3 --parts-mib 65536    # as it likes
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--group", type=int, default=4)
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--page-size", type=int, default=16)
-    parser.add_argument("--engines", nargs="*", default=["fa3", "triton"])
+    parser.add_argument("--kernels", nargs="*", default=["fa3", "triton"])
     parser.add_argument(
         "--parts-mib", type=int, default=fa3_attn.PARTS_BYTES >> 20, help="memory for parts of split rows"
     )
@@ -83,7 +83,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     fa3_attn.PARTS_BYTES = args.parts_mib << 20
-    print(f"{'batch':>14} {'engine':>8} {'density':>8} {'estimate':>9} {'table':>8} {'attend':>9} {'all':>9} "
+    print(f"{'batch':>14} {'kernel':>8} {'density':>8} {'estimate':>9} {'table':>8} {'attend':>9} {'all':>9} "
           f"{'dense FA3':>10} {'ratio':>6}")  # fmt: skip
     rows = []
     for spec in args.specs:
@@ -115,10 +115,10 @@ def bench(spec: str, args) -> list[dict]:
     buffers = PrefillBuffers.allocate(q_heads, dim, page, context, args.chunk, q.dtype, device)
     dense_ms = median_ms(lambda: run_dense(q, kv, table, chunks, page, scale, out), args.repeats)
     found = []
-    for name in args.engines:
+    for name in args.kernels:
         sparse = SparsePrefill(
             config.new_prefill_policy(page, HeadPatterns.of([config.uniform_pattern] * q_heads, page, device)),
-            kernel_class(name)(), buffers, config.sink_pages(page), config.window_tokens, scale,
+            kernel_class(name)(), buffers, config.selection(page), Geometry(q_heads, heads, dim, page, scale),
         )  # fmt: skip
         check(sparse, q, kv, table, chunks[-1], out, name)
 
@@ -130,7 +130,7 @@ def bench(spec: str, args) -> list[dict]:
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()
         estimate = Timed(sparse.policy, "estimate")
-        attend = Timed(sparse.engine, "attend_blocks")
+        attend = Timed(sparse.attention, "attend_blocks")
         buffers.counters.zero_()
         whole_ms = median_ms(run, 1)
         attended, causal = buffers.counters.tolist()
@@ -183,14 +183,14 @@ def run_dense(q, kv, table, chunks, page, scale, out) -> None:
 
 
 def check(sparse: SparsePrefill, q, kv, table, chunk: QueryBlocks, out, name: str) -> None:
-    """The engine must agree with the torch reference, on the same page table, before anything is timed."""
+    """Before anything is timed, the attention kernel must agree with the reference on the same page table."""
     last = QueryBlocks(0, 0, min(333, chunk.num_tokens), chunk.end_position - min(333, chunk.num_tokens))
     out.fill_(float("nan"))
     sparse.attend(q, kv, table, last, out)
     expected = torch.empty_like(q[: last.num_tokens], dtype=torch.float32)
     buffers = sparse.buffers
     reference.sparse_prefill(
-        q[: last.num_tokens], kv, buffers.table(last), Geometry.of(q[: last.num_tokens], kv, buffers.page_size, sparse.scale), expected
+        q[: last.num_tokens], kv, buffers.table(last), sparse.geometry, expected
     )  # fmt: skip
     error = ((out[: last.num_tokens].float() - expected).norm() / expected.norm()).item()
     if not error < 1e-2:

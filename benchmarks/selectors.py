@@ -85,11 +85,7 @@ class Sums:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     # An adaptive policy takes the pages of its summary, but fewer: not to be compared at equal budgets.
-    # A frozen choice is of the prompt's end, not of these queries.
-    scoring = [
-        name for name, policy in DECODE_POLICIES.items()
-        if name != "dense" and not policy.adaptive
-    ]  # fmt: skip
+    scoring = [name for name, policy in DECODE_POLICIES.items() if name != "dense" and not policy.adaptive]
     parser.add_argument("--policies", nargs="*", default=scoring, choices=scoring)
     parser.add_argument("--split", choices=FIRST_SEED, default="report")
     parser.add_argument("--budgets", nargs="*", type=int, default=[128, 256, 512, 1024])

@@ -231,15 +231,15 @@ def test_recall_is_the_exact_mass_of_the_chosen_pages_over_that_of_the_best(poli
     case = make([500, 40, 900], seed=3)
     impl = SimpleNamespace(
         num_kv_heads=2, device=case.q.device, attention=SimpleNamespace(attend=lambda *args: None),
-        sink_pages=1, config=SimpleNamespace(window_tokens=20),
+        selection=case.selection(1, 20), config=SimpleNamespace(window_tokens=20),
     )  # fmt: skip
     probe = RecallProbe(impl, {})
     watched = probe.watch(DECODE_POLICIES[policy], 2)
-    step = (case.q, case.kv, case.block_table, case.plan, case.page_size, case.scale, case.scores)
+    step = (case.q, case.kv, case.block_table, case.plan, case.geometry, case.scores)
     for _ in range(3):  # of which two are weighed
         watched.score(*step)
         select_reference(case)
-        probe.engine.attend(case.q, case.kv, case.table, case.geometry, None)
+        probe.attention.attend(case.q, case.kv, case.table, case.geometry, None)
     found = probe.take()
     assert found["rows"] == 4, "short rows choose nothing"
     chosen, best = torch.zeros(2), torch.zeros(2)

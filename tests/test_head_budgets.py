@@ -138,10 +138,10 @@ def attended_pages(tiny, model, monkeypatch, **sparse):
 
     given, attend = [], TorchAttention.attend
 
-    def spy(self, q, kv, table, page_size, *args):
+    def spy(self, q, kv, table, geometry, *args):
         if len(q) == 2:
-            given.append((-(-table.lengths // page_size)).view(2, -1).tolist())
-        return attend(self, q, kv, table, page_size, *args)
+            given.append((-(-table.lengths // geometry.page_size)).view(2, -1).tolist())
+        return attend(self, q, kv, table, geometry, *args)
 
     monkeypatch.setattr(TorchAttention, "attend", spy)
     with tiny.start(
@@ -181,8 +181,8 @@ def test_the_models_file_is_taken_where_it_is_asked_for(tiny):
     budgets.write(path, TABLE, KV_HEADS)
     try:
         with tiny.start(model, {"head_budgets": "auto", "budget_tokens": 256}, block_size=16) as llm:
-            layers = attention_layers(llm).values()
-            assert [layer.impl.head_budget_pages.tolist() for layer in layers] == [[8, 16], [16, 16], [24, 16]]
+            selections = [layer.impl.selection for layer in attention_layers(llm).values()]
+            assert [s.head_budget_pages.tolist() for s in selections] == [[8, 16], [16, 16], [24, 16]]
         message = refused(tiny, model=model, sparse={"head_budgets": str(model / "config.json")})
         assert "sparse.head_budgets" in message and "config.json has format None" in message
     finally:

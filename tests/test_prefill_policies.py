@@ -1,4 +1,4 @@
-"""Every prefill policy through the whole of SparsePrefill: estimate, choice, page table, engine."""
+"""Every prefill policy through the whole of SparsePrefill: estimate, choice, page table, attention kernel."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SIZES = {"prefill_top_p": 0, "vertical_tokens": 48, "slash_tokens": 64}
 
 
 class Recording(TorchAttention):
-    """The torch engine, keeping the mask of each table that it was given."""
+    """The torch attention kernel, keeping the mask of each table that it was given."""
 
     def __init__(self, case):
         self.case, self.masks, self.first = case, [], case.blocks.first_position
@@ -45,22 +45,21 @@ def policy_of(config: SparseConfig, case):
     return config.new_prefill_policy(case.page_size, patterns)
 
 
-def sparse_of(case, policy: str, engine, **settings) -> SparsePrefill:
+def sparse_of(case, policy: str, kernel, **settings) -> SparsePrefill:
     config = SparseConfig(prefill_policy=policy, sink_tokens=16, window_tokens=32, **{**SIZES, **settings})
     return SparsePrefill(
-        policy_of(config, case), engine, case.buffers, config.sink_pages(case.page_size), config.window_tokens,
-        case.scale,
-    )  # fmt: skip
+        policy_of(config, case), kernel, case.buffers, config.selection(case.page_size), case.geometry
+    )
 
 
 def attend(case, policy: str, **settings):
     """Output, and bool [q_heads, num_tokens, context tokens] of what was attended."""
-    engine = Recording(case)
-    sparse = sparse_of(case, policy, engine, **settings)
+    kernel = Recording(case)
+    sparse = sparse_of(case, policy, kernel, **settings)
     poison(case.buffers)
     out = torch.full_like(case.q, float("nan"))
     sparse.attend(case.q, case.kv, case.block_table[None], case.blocks, out)
-    return out, torch.cat(engine.masks, 1)
+    return out, torch.cat(kernel.masks, 1)
 
 
 @policies
@@ -162,16 +161,16 @@ def test_random_pages_too_many_to_draw_on_the_host_are_all_in_reach():
 @pytest.mark.parametrize("runs", ["references", "kernels"])
 def test_what_is_out_of_reach_never_reaches_an_output(policy, runs, monkeypatch):
     """With offload the buffer holds anything there: neither K nor V of it may be looked at."""
-    engine = TorchAttention()
+    kernel = TorchAttention()
     if runs == "kernels":
         pytest.importorskip("triton")
         from vllm_sparse.attention.triton_attn import TritonAttention
         from vllm_sparse.kernels import launchers
 
         monkeypatch.setattr(kernels, "for_device", lambda device: launchers)
-        engine = TritonAttention()
+        kernel = TritonAttention()
     case = make_chunk(1500, 270, 1, 3, 32, 16, seed=6)
-    sparse = sparse_of(case, policy, engine, **FIXED[policy])
+    sparse = sparse_of(case, policy, kernel, **FIXED[policy])
     outs = [torch.full_like(case.q, float("nan")) for _ in range(2)]
     sparse.attend(case.q, case.kv, case.block_table[None], case.blocks, outs[0])
     unread = torch.ones(case.blocks.first_position // 16, dtype=torch.bool)
@@ -186,8 +185,10 @@ def test_what_is_out_of_reach_never_reaches_an_output(policy, runs, monkeypatch)
 def test_warm_up_leaves_no_trace(policy):
     case = make_chunk(300, 200, 1, 2, 32, 16)
     config = SparseConfig(prefill_policy=policy)
-    sparse = SparsePrefill(policy_of(config, case), TorchAttention(), case.buffers, 1, 32, case.scale)
-    sparse.warm_up(1, 17, 32, 2, torch.float32)
+    sparse = SparsePrefill(
+        policy_of(config, case), TorchAttention(), case.buffers, config.selection(16), case.geometry
+    )
+    sparse.warm_up(17, torch.float32)
     assert case.buffers.counters.tolist() == [0, 0]
     assert not (case.buffers.lengths == 2**30).all(), "nothing ran"
 

@@ -17,6 +17,7 @@ from vllm_sparse.attention.torch_attn import TorchAttention
 from vllm_sparse.config import SparseConfig
 from vllm_sparse.decode import budgets
 from vllm_sparse.pages.head_patterns import HeadPattern, HeadPatterns
+from vllm_sparse.pages.selection import Selection
 from vllm_sparse.prefill import patterns
 from vllm_sparse.prefill.attend import SparsePrefill
 from vllm_sparse.tools import cli
@@ -33,7 +34,7 @@ def test_a_chunk_measures_each_head_under_each_candidate_and_leaves_the_dense_ou
     config = SparseConfig(prefill_policy="vertical_slash", **settings)
     patterns = HeadPatterns.of([config.uniform_pattern] * case.q_heads, 16, DEVICE)
     policy = config.new_prefill_policy(16, patterns)
-    layer = SparsePrefill(policy, TorchAttention(), case.buffers, 1, 32, case.scale)
+    layer = SparsePrefill(policy, TorchAttention(), case.buffers, Selection(16, 1, 1, 32), case.geometry)
     measured = MeasuredPrefill.around(layer, [HeadPattern(48, 64), HeadPattern(top_p=0.7)])
     case.buffers.max_blocks = 1  # several tables
     out = torch.full_like(case.q, float("nan"))
@@ -182,7 +183,7 @@ def test_queries_of_a_chunk_measure_what_the_best_pages_of_each_kv_head_hold():
     case = make_chunk(150, 300, 3, 2, 32, 16)
     config = SparseConfig(prefill_policy="vertical_slash")
     policy = config.new_prefill_policy(16, HeadPatterns.of([config.uniform_pattern] * case.q_heads, 16, DEVICE))
-    layer = SparsePrefill(policy, TorchAttention(), case.buffers, 1, 20, case.scale)
+    layer = SparsePrefill(policy, TorchAttention(), case.buffers, Selection(16, 1, 1, 20), case.geometry)
     measured = MeasuredDecode.around(layer, 3, 300)
     assert measured.most_pages == 18
     out = torch.full_like(case.q, float("nan"))
