@@ -8,10 +8,10 @@ import signal
 import sys
 import time
 
-from .packages import default_cache_dir
-from .server import Server, elapsed
-from .smollm2 import prepare
-from .texts import needle_prompt
+from vllm_sparse.tools.demo.packages import default_cache_dir
+from vllm_sparse.tools.demo.server import Server, elapsed
+from vllm_sparse.tools.demo.smollm2 import prepare
+from vllm_sparse.tools.demo.texts import needle_prompt
 
 ATTENDED = re.compile(r"sparse attention: attended (\d+) of (\d+) tokens")
 ANSWER_TOKENS = 24

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from .packages import progress
+from vllm_sparse.tools.demo.packages import progress
 
 TENSOR_NAMES = {
     "token_embd": "model.embed_tokens",

