@@ -1,6 +1,9 @@
-"""Settings under which vLLM's engine runs fast and in-process on a small CPU."""
+"""Settings under which vLLM's engine runs fast and in-process on a small CPU, and seeds that can be repeated."""
 
 import os
+import random
+import secrets
+import zlib
 from dataclasses import replace
 from importlib.util import find_spec
 
@@ -23,10 +26,42 @@ if not torch.cuda.is_available():
     # Triton kernels are tested in its interpreter; it must be chosen before Triton is imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 
-def pytest_configure() -> None:
+def pytest_addoption(parser) -> None:
+    parser.addoption("--seed", type=int, help="whole number of an earlier run, whose random numbers to repeat")
+
+
+def pytest_configure(config) -> None:
+    if config.option.seed is None:
+        config.option.seed = secrets.randbits(31)
+    _hasten_interpreter()
+
+
+def pytest_report_header(config) -> str:
+    return f"seed: {config.option.seed}"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item) -> None:
+    """Seed each test for itself, so that it draws the same numbers alone as among others."""
+    seed = zlib.crc32(f"{item.config.option.seed} {item.nodeid}".encode())
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item):
+    report = (yield).get_result()
+    if report.failed:
+        repeat = f"pytest --seed {item.config.option.seed} '{item.nodeid}'"
+        report.sections.append(("to repeat these random numbers", repeat))
+
+
+def _hasten_interpreter() -> None:
     """Halve the time of Triton's interpreter."""
     if os.environ.get("TRITON_INTERPRET") != "1" or find_spec("triton") is None:
         return
