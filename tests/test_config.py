@@ -65,7 +65,7 @@ def of_engine(additional: dict) -> SparseConfig:
 
 
 @wrong
-def test_wrong_settings_are_refused_by_name(case):
+def test_wrong_settings_are_refused(case):
     settings, said = WRONG[case]
     with pytest.raises(ConfigError) as refusal:
         of_engine({"sparse": settings})
@@ -73,7 +73,8 @@ def test_wrong_settings_are_refused_by_name(case):
         assert words in str(refusal.value)
 
 
-def test_smallest_allowed_budget_is_the_one_that_refusals_name():
+def test_smallest_budget():
+    """Smallest allowed budget is the one that refusals name."""
     # Sinks 1 page; a window of 64 can touch 5 pages; one page to choose.
     smallest = {"budget_tokens": 112, "sink_tokens": 16, "window_tokens": 64}
     assert of_engine({"sparse": smallest}).budget_pages(16) == 7
@@ -84,12 +85,14 @@ def test_smallest_allowed_budget_is_the_one_that_refusals_name():
 
 
 @pytest.mark.parametrize("page_size", [0, 8, 24, 40, 48, 512, -16])
-def test_page_sizes_that_kernels_cannot_use_are_refused(page_size):
+def test_page_sizes(page_size):
+    """Page sizes that kernels cannot use are refused."""
     with pytest.raises(ConfigError, match=f"--block-size: {page_size} is not a page size .* allowed: 16, 32, 64"):
         SparseConfig().check_page_size(page_size)
 
 
-def test_environment_gives_the_config_as_json_or_as_a_file(monkeypatch, tmp_path):
+def test_environment_is_json_or_a_file(monkeypatch, tmp_path):
+    """Environment gives the config as JSON or as a file."""
     settings = {"budget_tokens": 512, "decode_policy": "streaming"}
     monkeypatch.setenv(ENV_CONFIG, json.dumps(settings))
     assert of_engine({}) == SparseConfig(**settings)
@@ -103,7 +106,8 @@ def test_environment_gives_the_config_as_json_or_as_a_file(monkeypatch, tmp_path
     assert SparseConfig.from_vllm(SimpleNamespace(additional_config=None)) == SparseConfig()
 
 
-def test_the_driver_carries_what_a_file_says_to_workers_that_lack_it(monkeypatch, tmp_path):
+def test_workers_need_no_file(monkeypatch, tmp_path):
+    """The driver carries what a file says to workers that lack it."""
     pytest.importorskip("vllm")
     from vllm_sparse.backend import check
 
@@ -119,7 +123,7 @@ def test_the_driver_carries_what_a_file_says_to_workers_that_lack_it(monkeypatch
     assert carried["another plugin"] == 1
 
 
-def test_engine_settings_win_over_the_environment(monkeypatch):
+def test_additional_config_wins(monkeypatch):
     monkeypatch.setenv(ENV_CONFIG, json.dumps({"budget_tokens": 512, "dense_layers": 7}))
     assert of_engine({"sparse": {"budget_tokens": 1024}}) == SparseConfig(budget_tokens=1024)
     assert of_engine({"sparse": {}}) == SparseConfig()
@@ -136,7 +140,7 @@ def test_engine_settings_win_over_the_environment(monkeypatch):
         ('{"budget": 128}', "Did you mean 'budget_tokens'?"),
     ],
 )
-def test_wrong_environment_is_refused_by_name(monkeypatch, text, said):
+def test_wrong_environment_is_refused(monkeypatch, text, said):
     monkeypatch.setenv(ENV_CONFIG, text)
     with pytest.raises(ConfigError) as refusal:
         of_engine({})
@@ -144,7 +148,8 @@ def test_wrong_environment_is_refused_by_name(monkeypatch, text, said):
 
 
 @pytest.mark.parametrize("content", [b"budget_tokens: 128\n", b"\x89PNG\r\n\x1a\n\x00\xff", b"", b"[1]"])
-def test_file_without_a_json_object_is_refused_by_name(monkeypatch, tmp_path, content):
+def test_file_without_an_object_is_refused(monkeypatch, tmp_path, content):
+    """File without a JSON object is refused by name."""
     path = tmp_path / "notes.txt"
     path.write_bytes(content)
     monkeypatch.setenv(ENV_CONFIG, str(path))
@@ -170,7 +175,8 @@ def refused(tiny, **settings) -> str:
 
 @pytest.mark.engine
 @pytest.mark.parametrize("case", ["unknown_key", "bool_for_number", "budget_below_window", "unknown_policy"])
-def test_engine_refuses_wrong_settings_before_it_builds_anything(tiny, case):
+def test_engine_refuses_wrong_settings(tiny, case):
+    """Engine refuses wrong settings before it builds anything."""
     settings, said = WRONG[case]
     message = refused(tiny, additional_config={"sparse": settings})
     for words in said:
@@ -188,7 +194,7 @@ def test_engine_refuses_wrong_settings_before_it_builds_anything(tiny, case):
     ],
     ids=["page_of_8", "budget_for_large_pages", "fp8", "another_dtype"],
 )
-def test_engine_refuses_what_pages_cannot_serve(tiny, settings, said):
+def test_engine_refuses_too_large_pages(tiny, settings, said):
     message = refused(tiny, **settings)
     for words in said:
         assert words in message
@@ -196,7 +202,8 @@ def test_engine_refuses_what_pages_cannot_serve(tiny, settings, said):
 
 @pytest.mark.engine
 @pytest.mark.parametrize("name", ["fa3", "triton", "xformers"])
-def test_engine_that_needs_a_gpu_is_refused_on_a_cpu(tiny, name):
+def test_gpu_kernels_are_refused_on_a_cpu(tiny, name):
+    """Engine that needs a GPU is refused on a CPU."""
     with (
         pytest.raises(
             ConfigError, match=f"sparse.attention_kernel: '{name}' .* needs a GPU.* Allowed here: auto, torch"
@@ -207,7 +214,7 @@ def test_engine_that_needs_a_gpu_is_refused_on_a_cpu(tiny, name):
 
 
 @pytest.mark.engine
-def test_engine_takes_its_config_from_the_environment(tiny, monkeypatch, tmp_path):
+def test_engine_reads_the_environment(tiny, monkeypatch, tmp_path):
     path = tmp_path / "sparse.json"
     path.write_text(json.dumps({"budget_tokens": 256, "dense_layers": 1}))
     monkeypatch.setenv(ENV_CONFIG, str(path))
@@ -217,7 +224,8 @@ def test_engine_takes_its_config_from_the_environment(tiny, monkeypatch, tmp_pat
 
 
 @pytest.mark.engine
-def test_wrong_prompts_are_refused_and_the_engine_still_serves(tiny):
+def test_engine_survives_wrong_prompts(tiny):
+    """Wrong prompts are refused and the engine still serves."""
     batch = prompts()
     expected = tiny.stock(batch)
     with tiny.start(sparse={"budget_tokens": 2048}) as llm:
@@ -229,13 +237,15 @@ def test_wrong_prompts_are_refused_and_the_engine_still_serves(tiny):
 
 
 @pytest.mark.engine
-def test_page_size_defaults_to_32_on_a_cpu(tiny):
+def test_default_page_size_on_a_cpu(tiny):
+    """Page size defaults to 32 on a CPU."""
     with tiny.start(block_size=None) as llm:
         assert {layer.impl.page_size for layer in attention_layers(llm).values()} == {32}
 
 
 @pytest.mark.parametrize("most, said", [(6, "more than 4 requests .* take 4 or 8"), (4, ""), (8, ""), (99, "")])
-def test_batches_that_no_graph_holds_are_warned_of(most, said, caplog, monkeypatch):
+def test_batches_beyond_graphs_are_warned_of(most, said, caplog, monkeypatch):
+    """Batches that no graph holds are warned of."""
     from vllm_sparse.backend.builder import warn_of_batches_without_graphs
 
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
@@ -245,7 +255,8 @@ def test_batches_that_no_graph_holds_are_warned_of(most, said, caplog, monkeypat
     assert not said or re.search(said, caplog.text)
 
 
-def test_benchmarks_admit_as_many_requests_as_a_graph_holds():
+def test_benchmark_batches_fit_in_graphs():
+    """Benchmarks admit the batches that a graph holds, and no larger ones."""
     from benchmarks.batch_spec import max_num_seqs, parse
 
     found = {n: max_num_seqs([parse(f"{n}q1s8k"), parse("1q1s8k")]) for n in (1, 3, 4, 6, 8, 33)}

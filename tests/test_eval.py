@@ -58,7 +58,8 @@ def problem(task: str, limit: int = 6000, seed: str = "a", depth: float | None =
 
 
 @pytest.mark.parametrize("task", ruler.TASKS)
-def test_problems_hold_their_answers_fill_their_length_and_depend_on_the_seed_alone(task):
+def test_problems(task):
+    """Problems hold their answers, fill their length and depend on the seed alone."""
     found = problem(task)
     assert found == problem(task) and found != problem(task, seed="b")
     counts = {"niah_single": 1, "niah_multikey": 1, "niah_multivalue": 4, "niah_multiquery": 4, "vt": 5, "cwe": 10}
@@ -69,7 +70,8 @@ def test_problems_hold_their_answers_fill_their_length_and_depend_on_the_seed_al
     assert ruler.score(" ".join(found.answers).upper(), found.answers) == 1
 
 
-def test_a_needle_lies_at_its_depth_and_its_key_is_asked_for():
+def test_needle_lies_at_its_depth():
+    """A needle lies at its depth and its key is asked for."""
     for depth in (0.0, 0.25, 0.5, 1.0):
         found = problem("niah_single", 20000, depth=depth)
         begin, end = found.text.index("\n"), found.text.rindex("\n")
@@ -86,7 +88,8 @@ def test_a_needle_lies_at_its_depth_and_its_key_is_asked_for():
             assert (key in question) == (number.split(".")[0] in found.answers)
 
 
-def test_chains_are_in_order_and_words_are_as_frequent_as_rulers():
+def test_chains_and_word_counts():
+    """Chains are in order, and words are as frequent as RULER's."""
     found = problem("vt")
     body = found.text.rpartition("Memorize and track")[2]
     places = [body.index(f"VAR {name} = ") for name in found.answers]
@@ -102,12 +105,14 @@ def test_chains_are_in_order_and_words_are_as_frequent_as_rulers():
     assert ranked[:3] == list(body.answers)
 
 
-def test_the_score_is_the_share_of_answers_found():
+def test_score_is_the_share_found():
+    """The score is the share of answers found."""
     assert ruler.score("They are ABC and 12.", ("abc", "12", "7", "34")) == 0.5
     assert ruler.score("", ("1",)) == 0
 
 
-def test_texts_too_poor_or_too_long_are_refused():
+def test_unsuitable_texts_are_refused():
+    """Texts too poor or too long are refused."""
     with pytest.raises(ConfigError, match=r"--lengths: 100 .* vt; allowed: from about"):
         problem("vt", 100)
     with pytest.raises(ConfigError, match="--text: too few sentences"):
@@ -118,7 +123,8 @@ def test_texts_too_poor_or_too_long_are_refused():
         Samples(Letters(), "a" * 1000, "dev", 2, 16).make(TEXT, 900, 0)
 
 
-def test_samples_of_both_halves_are_apart_and_as_long_as_asked():
+def test_halves_are_apart():
+    """Samples of both halves share no text and have the length asked for."""
     text = running_text()
     found = {
         split: [
@@ -141,7 +147,8 @@ def test_samples_of_both_halves_are_apart_and_as_long_as_asked():
         assert [sample.depth for sample in samples[3:]] == [0, 1, 0.5, None, None, None]
 
 
-def test_places_are_evenly_spread_however_many_there_are():
+def test_places_are_evenly_spread():
+    """Places are evenly spread however many there are."""
     assert [spread(seed) for seed in range(9)] == [0, 1, 0.5, 0.25, 0.75, 0.125, 0.375, 0.625, 0.875]
     for count in (2, 3, 5, 8, 33, 100):
         places = sorted(map(spread, range(count)))
@@ -150,13 +157,15 @@ def test_places_are_evenly_spread_however_many_there_are():
 
 
 @pytest.mark.parametrize("end", ["", "\n"])
-def test_a_text_of_one_line_has_two_halves(end):
+def test_one_line_has_two_halves(end):
+    """A text of one line has two halves."""
     text = "One sentence. " * 500 + end
     halves = [commands.half_of(text, split) for split in ("dev", "report")]
     assert "".join(halves) == text and min(map(len, halves)) >= len(text) // 2
 
 
-def test_forced_tokens_follow_their_request_through_the_batch():
+def test_forced_tokens_follow_their_request():
+    """Forced tokens follow their request through the batch."""
     pytest.importorskip("vllm")
     from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
 
@@ -190,7 +199,8 @@ def steps(logits: torch.Tensor, top: int) -> list[dict[int, float]]:
     ]
 
 
-def test_the_divergence_is_exact_over_all_tokens_and_a_lower_bound_over_the_likeliest():
+def test_divergence_is_a_lower_bound():
+    """The divergence is exact over all tokens and a lower bound over the likeliest."""
     from vllm_sparse.tools.eval.engine import agreement, divergence, loss
 
     dense, sparse = torch.randn(2, 7, 40).double() * 3
@@ -209,7 +219,8 @@ def test_the_divergence_is_exact_over_all_tokens_and_a_lower_bound_over_the_like
     assert loss(steps(dense, 40), tokens.tolist()) == pytest.approx(expected)
 
 
-def test_the_grid_is_dense_each_choice_alone_and_all_pairs():
+def test_grid_of_settings():
+    """The grid has dense, each choice alone, and all pairs."""
     settings = grid(["quest", "dense"], [256, 512], ["vertical_slash", "a_shape"], [0.9, 0.95], {})
     assert settings[0] == Setting() and settings[0].is_dense and len(settings) == len(set(settings)) == 3 * 4
     assert Setting("quest", 256) in settings and Setting("dense", None, "vertical_slash", 0.9) in settings
@@ -227,7 +238,8 @@ def test_the_grid_is_dense_each_choice_alone_and_all_pairs():
 
 
 @pytest.mark.parametrize("policy", ["random", "oracle"])
-def test_recall_is_the_exact_mass_of_the_chosen_pages_over_that_of_the_best(policy):
+def test_recall_weighs_exact_mass(policy):
+    """Recall is the exact mass of the chosen pages over that of the best."""
     case = make([500, 40, 900], seed=3)
     impl = SimpleNamespace(
         num_kv_heads=2, device=case.q.device, attention=SimpleNamespace(attend=lambda *args: None),
@@ -290,7 +302,8 @@ def some_rows() -> list[dict]:
     return rows
 
 
-def test_a_fit_finds_the_exponents_that_rows_were_made_with():
+def test_fit_finds_exponents():
+    """A fit finds the exponents that rows were made with."""
     fit = Summary(some_rows()).fit("quest")
     assert (fit.intercept, fit.length, fit.budget) == pytest.approx((math.log(3), 0.5, -1.0))
     assert fit.residual < 1e-6 and len(fit.points) == 6
@@ -303,7 +316,8 @@ def test_a_fit_finds_the_exponents_that_rows_were_made_with():
     assert 0.2 < Summary(noisy).fit("quest").residual < 0.7
 
 
-def test_the_page_holds_the_table_and_every_plot_and_nothing_from_elsewhere(tmp_path):
+def test_page_is_complete_and_self_contained(tmp_path):
+    """The page holds the table and every plot and nothing from elsewhere."""
     pytest.importorskip("matplotlib")
     from vllm_sparse.tools.eval import report
 
@@ -321,7 +335,9 @@ def test_the_page_holds_the_table_and_every_plot_and_nothing_from_elsewhere(tmp_
     assert (tmp_path / "page.html").read_text().count("<img") == 0, "nothing to compare"
 
 
-def test_rows_name_the_commit_of_a_checkout_and_none_of_a_plain_install(tmp_path):
+def test_rows_name_the_commit(tmp_path):
+    """Rows name the commit of a checkout and none of a plain install."""
+
     def git(*words: str) -> str:
         who = ("-c", "user.name=test", "-c", "user.email=test@example.org")
         command = ["git", *who, "-C", str(tmp_path), *words]
@@ -342,7 +358,8 @@ def test_rows_name_the_commit_of_a_checkout_and_none_of_a_plain_install(tmp_path
     assert commit(tmp_path / "missing") is None
 
 
-def test_a_line_cut_off_is_measured_again_and_other_files_are_refused(tmp_path, capsys):
+def test_cut_line_is_measured_again(tmp_path, capsys):
+    """A line cut off is measured again and other files are refused."""
     path = tmp_path / "rows.jsonl"
     first, second = row(budget=256), row(budget=512)
     Rows(path).add([first])
@@ -361,7 +378,7 @@ def test_a_line_cut_off_is_measured_again_and_other_files_are_refused(tmp_path, 
         assert path.read_text() == other, "a file of somebody else is gone"
 
 
-def test_results_of_other_samples_are_not_continued(monkeypatch, tmp_path):
+def test_foreign_results_are_not_continued(monkeypatch, tmp_path):
     """Another version may make a sample of the same number differently."""
     from vllm_sparse.tools.eval import command
 
@@ -403,7 +420,8 @@ WRONG = {
 
 @pytest.mark.engine
 @pytest.mark.parametrize("case", WRONG)
-def test_wrong_arguments_are_refused_before_an_engine_is_built(tiny, case, monkeypatch, capsys, tmp_path):
+def test_wrong_arguments_are_refused_early(tiny, case, monkeypatch, capsys, tmp_path):
+    """Wrong arguments are refused before an engine is built."""
     from vllm_sparse.tools.eval import command
 
     monkeypatch.setattr(command.Run, "all", lambda self: pytest.fail("an engine was built"))
@@ -416,7 +434,8 @@ def test_wrong_arguments_are_refused_before_an_engine_is_built(tiny, case, monke
 
 
 @pytest.mark.engine
-def test_eval_equals_the_model_continues_and_mixes_no_settings(tiny, monkeypatch, capfd, tmp_path):
+def test_eval_equals_the_model(tiny, monkeypatch, capfd, tmp_path):
+    """Eval equals the model, continues, and mixes no settings."""
     pytest.importorskip("matplotlib")
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     from transformers import AutoModelForCausalLM
@@ -504,7 +523,8 @@ def test_eval_equals_the_model_continues_and_mixes_no_settings(tiny, monkeypatch
 
 @pytest.mark.engine
 @pytest.mark.parametrize("case", ["hybrid_of_several_groups", "sliding_window"])
-def test_eval_of_models_with_few_sparse_layers_or_none(tiny, case, monkeypatch, capfd, tmp_path):
+def test_eval_with_few_sparse_layers(tiny, case, monkeypatch, capfd, tmp_path):
+    """Eval of models with few sparse layers or none."""
     pytest.importorskip("matplotlib")
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     text, out = tmp_path / "text.txt", tmp_path / "eval.jsonl"
@@ -527,7 +547,8 @@ def test_eval_of_models_with_few_sparse_layers_or_none(tiny, case, monkeypatch, 
 
 
 @pytest.mark.engine
-def test_answers_with_offload_are_those_of_resident_pages(tiny, monkeypatch, tmp_path):
+def test_offload_answers_as_resident(tiny, monkeypatch, tmp_path):
+    """Answers with offload are those of resident pages."""
     pytest.importorskip("matplotlib")
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     text, out = tmp_path / "text.txt", tmp_path / "eval.jsonl"

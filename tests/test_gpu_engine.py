@@ -82,7 +82,7 @@ def assert_same(found, expected) -> None:
 
 
 @pytest.mark.parametrize("policy", ["midbound", "sketch", "twilight"])
-def test_graphs_replay_what_eager_computes(answer, policy):
+def test_graphs_replay_eager(answer, policy):
     from vllm_sparse import metrics
 
     counts, sparse = {}, {**SPARSE, "decode_policy": policy}
@@ -93,7 +93,8 @@ def test_graphs_replay_what_eager_computes(answer, policy):
     assert_same(graphs, answer(sparse=sparse))
 
 
-def test_the_guard_measures_in_graphs_what_it_does_without(answer):
+def test_recall_monitor_in_graphs(answer):
+    """The recall monitor measures in graphs what it does without."""
     from vllm_sparse import metrics
 
     found = {}
@@ -107,7 +108,7 @@ def test_the_guard_measures_in_graphs_what_it_does_without(answer):
     assert found["graphs"][1:] == pytest.approx(found["eager"][1:], rel=0.02)
 
 
-def test_model_runner_v2_answers_like_v1(answer, monkeypatch):
+def test_model_runner_v2(answer, monkeypatch):
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
     runner = []
 
@@ -120,7 +121,7 @@ def test_model_runner_v2_answers_like_v1(answer, monkeypatch):
     assert_same(graphs, answer())
 
 
-def test_drafts_are_verified_against_the_dense_answer(answer):
+def test_drafts_are_verified_dense(answer):
     """A budget that covers the context: sparse with drafts must say what stock vLLM says without."""
     everything = {**SPARSE, "budget_tokens": 4096}
     stock = answer(sparse=None, attention_backend="TRITON_ATTN")
@@ -151,7 +152,7 @@ def synchronising_lines(llm) -> list[str]:
 
 
 @pytest.mark.parametrize("policy", ["midbound", "twilight"])
-def test_no_line_of_ours_waits_for_the_device(answer, policy):
+def test_nothing_waits_for_the_device(answer, policy):
     """None in a decode step, nor in prefill."""
     ours = []
     answer(sparse={**SPARSE, "decode_policy": policy}, see=lambda llm: ours.extend(synchronising_lines(llm)))

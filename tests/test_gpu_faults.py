@@ -60,7 +60,8 @@ def answers(llm, lengths=(3000, 700, 40), max_tokens: int = 24) -> list:
 
 
 @pytest.mark.parametrize("runner", ["0", "1"], ids=["V1", "V2"])
-def test_counts_are_those_of_the_requests_on_both_runners(model, runner, monkeypatch):
+def test_counts_on_both_runners(model, runner, monkeypatch):
+    """Counts are those of the requests on both runners."""
     from vllm_sparse import metrics
 
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", runner)
@@ -77,7 +78,7 @@ def test_counts_are_those_of_the_requests_on_both_runners(model, runner, monkeyp
     assert shares[0] is None and all(0 < share < 1 for share in shares[1:])
 
 
-def test_a_prompt_token_that_comes_alone_attends_to_everything_in_a_graph_too(model):
+def test_lone_prompt_token_attends_to_everything(model):
     """2,049 tokens in chunks of 1,024: the last one alone is a step of one token, which replays a decode graph."""
     first = {}
     for chunk in (1024, 4096):
@@ -113,7 +114,7 @@ def test_sleep_changes_no_answer(model, level):
         assert llm.collective_rpc("sparse_metrics")[0]["context_tokens"] == 2 * counts["context_tokens"]
 
 
-def test_full_attention_beside_sliding_windows_of_other_sizes(model):
+def test_full_attention_beside_sliding_windows(model):
     """Gemma 3's layers, two of six full: vLLM pads their blocks, or those of the others, to one size."""
     path = model(
         "gemma3_text", num_hidden_layers=6, sliding_window=64, query_pre_attn_scalar=64,
@@ -129,7 +130,8 @@ def test_full_attention_beside_sliding_windows_of_other_sizes(model):
     assert_same(found, stock)
 
 
-def test_a_draft_model_with_other_heads_starts_and_answers_as_stock(model):
+def test_draft_model_with_other_heads(model):
+    """A draft model with other heads starts, and answers as stock."""
     path, draft = model(), model(num_key_value_heads=1, num_attention_heads=4, num_hidden_layers=1, seed=1)
     drafts = {"method": "draft_model", "model": draft, "num_speculative_tokens": 3}
     with engine(path, None, attention_backend="TRITON_ATTN") as llm:

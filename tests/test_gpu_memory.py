@@ -70,7 +70,7 @@ def mib(count: int) -> str:
 
 
 @both
-def test_a_mix_needs_no_more_than_was_measured_at_start(measured, chunk_tokens, policy):
+def test_mix_needs_what_was_measured(measured, chunk_tokens, policy):
     """Above what lay on the GPU after start, a step takes what vLLM found in its measuring run and kept free."""
     found = measured(chunk_tokens)
     of = found["policies"][policy]
@@ -85,7 +85,8 @@ def test_a_mix_needs_no_more_than_was_measured_at_start(measured, chunk_tokens, 
 
 
 @sparse
-def test_sparse_prefill_takes_what_is_planned_and_no_more(measured, chunk_tokens, policy):
+def test_prefill_takes_what_is_planned(measured, chunk_tokens, policy):
+    """Sparse prefill takes what is planned and no more."""
     found = measured(chunk_tokens)
     of = found["policies"][policy]
     assert of["sparse_pairs"] > 0, "nothing was sparse"
@@ -97,7 +98,7 @@ def test_sparse_prefill_takes_what_is_planned_and_no_more(measured, chunk_tokens
 
 
 @both
-def test_no_line_of_ours_waits_for_the_device(measured, chunk_tokens, policy):
+def test_nothing_waits_for_the_device(measured, chunk_tokens, policy):
     """In bfloat16, with and without a prefill policy, in chunks and decode steps."""
     assert measured(chunk_tokens)["policies"][policy]["waits"] == []
 

@@ -37,7 +37,7 @@ def spawned_workers(monkeypatch):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A path of a random model with as many KV heads as asked for."""
+    """A function from a number of KV heads to the path of a random model with them."""
     pytest.importorskip("vllm")
     import tiny_model
 
@@ -107,13 +107,14 @@ def assert_within_rounding(found, expected, least: int) -> None:
 
 def assert_counts(workers, sparse: bool) -> None:
     assert len(workers) == 2
-    assert workers[0] == workers[1], "both attend to as many tokens, each for its heads"
+    assert workers[0] == workers[1], "both attend to the same number of tokens, each for its heads"
     assert workers[0]["sparse_layers"] == 3 and workers[0]["dense_layers"] == {"dense_layers=1": 1}
     attended, context = workers[0]["attended_tokens"], workers[0]["context_tokens"]
     assert (0 < attended < 0.5 * context) if sparse else (0 < attended == context)
 
 
-def test_mp_with_graphs_and_a_budget_of_everything_is_stock_on_one_gpu(model, one_gpu):
+def test_mp_with_graphs(model, one_gpu):
+    """Two ranks on mp with graphs and a budget of everything answer as stock on one GPU."""
     found, workers = answer(
         model(2), EVERYTHING, compilation_config=GRAPHS, tensor_parallel_size=2,
         distributed_executor_backend="mp",
@@ -123,7 +124,8 @@ def test_mp_with_graphs_and_a_budget_of_everything_is_stock_on_one_gpu(model, on
 
 
 @pytest.mark.skipif(find_spec("ray") is None, reason="needs ray")
-def test_ray_with_a_small_budget_is_sparse_on_one_gpu(model, one_gpu):
+def test_ray_with_a_small_budget(model, one_gpu):
+    """Two ray workers with a small budget answer as sparse attention on one GPU."""
     found, workers = answer(
         model(2), SPARSE, enforce_eager=True, tensor_parallel_size=2, distributed_executor_backend="ray"
     )
@@ -131,7 +133,8 @@ def test_ray_with_a_small_budget_is_sparse_on_one_gpu(model, one_gpu):
     assert_within_rounding(found, one_gpu(2, SPARSE), 20)
 
 
-def test_one_kv_head_on_two_gpus_is_stock_on_one(model, one_gpu):
+def test_one_kv_head_on_two_gpus(model, one_gpu):
+    """One KV head on two GPUs gives the answers of stock on one."""
     found, workers = answer(
         model(1), EVERYTHING, enforce_eager=True, tensor_parallel_size=2, distributed_executor_backend="mp"
     )

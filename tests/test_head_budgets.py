@@ -32,7 +32,8 @@ def with_file(path, model="some/model", **settings) -> SparseConfig:
     return SparseConfig(head_budgets=str(path), **settings).with_budgets(model, LAYERS, KV_HEADS)
 
 
-def test_a_written_table_is_read_back_and_travels_as_json(file):
+def test_written_table_is_read_back(file):
+    """A written table is read back and travels as JSON."""
     assert budgets.read(file, LAYERS, KV_HEADS) == TABLE
     config = with_file(file, dense_layers=0)
     assert config.head_budgets == TABLE, "its mean is 1"
@@ -40,13 +41,15 @@ def test_a_written_table_is_read_back_and_travels_as_json(file):
     assert config.with_budgets("some/model", 99, 99) is config, "a worker reads no file"
 
 
-def test_the_mean_over_sparse_layers_is_the_budget(file):
+def test_mean_over_sparse_layers(file):
+    """The mean over sparse layers is the budget."""
     assert with_file(file).head_budgets.shares == (None, None, (1.2, 0.8))
     assert BudgetTable(((3.0, 3.0), (3.0, 3.0))).scaled(0).shares == ((1.0, 1.0), (1.0, 1.0))
     assert BudgetTable(((3.0,), None)).scaled(1).shares == (None, None)
 
 
-def test_budgets_are_whole_pages_that_hold_what_is_always_attended(file):
+def test_budgets_are_whole_pages(file):
+    """Budgets are whole pages that hold what is always attended."""
     config = with_file(file, dense_layers=0, budget_tokens=128)
     # Sinks 1 page; a window of 32 can touch 3; one page to choose.
     assert config.head_budget_pages(16, 0, 0, 1, 2) == [5, 8]
@@ -59,7 +62,7 @@ def test_budgets_are_whole_pages_that_hold_what_is_always_attended(file):
     assert with_file(file, dense_layers=0, min_context_tokens=0).table_pages(16) == 192
 
 
-def test_each_rank_takes_its_heads():
+def test_ranks_take_their_heads():
     table = BudgetTable(((1.0, 2.0, 3.0, 4.0), (5.0,)))
     assert [table.of_layer(0, rank, 2, 2) for rank in range(2)] == [(1.0, 2.0), (3.0, 4.0)]
     # More ranks than heads: neighbours share one.
@@ -85,7 +88,8 @@ STALE = {
 
 @pytest.mark.parametrize("case", STALE)
 @pytest.mark.parametrize("auto", [False, True], ids=["path", "auto"])
-def test_a_file_of_something_else_is_refused_with_its_path_and_what_to_do(file, tmp_path, case, auto):
+def test_foreign_file_is_refused(file, tmp_path, case, auto):
+    """A file of something else is refused with its path and what to do."""
     changes, said = STALE[case]
     path = tmp_path / budgets.FILE_NAME if auto else file
     path.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
@@ -96,14 +100,16 @@ def test_a_file_of_something_else_is_refused_with_its_path_and_what_to_do(file, 
         assert words in str(refusal.value)
 
 
-def test_auto_takes_the_models_file_where_there_is_one_and_none_is_the_default(file, tmp_path):
+def test_auto_takes_the_models_file(file, tmp_path):
+    """``auto`` takes the model's file where there is one; ``none`` is the default."""
     assert with_file("auto", str(tmp_path)).head_budgets == "none"
     file.rename(tmp_path / budgets.FILE_NAME)
     assert with_file("auto", str(tmp_path), dense_layers=0).head_budgets == TABLE
     assert SparseConfig().with_budgets(str(tmp_path), 99, 99) == SparseConfig()
 
 
-def test_dense_decode_reads_no_budgets_and_says_so(caplog, monkeypatch):
+def test_dense_decode_reads_no_budgets(caplog, monkeypatch):
+    """Dense decode reads no budgets and says so."""
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     with caplog.at_level("INFO", logger="vllm.vllm_sparse"):
         assert with_file("/nowhere", decode_policy="dense").head_budgets == "/nowhere"
@@ -111,12 +117,12 @@ def test_dense_decode_reads_no_budgets_and_says_so(caplog, monkeypatch):
 
 
 @pytest.mark.parametrize("given", ["auto", "budgets.json", TABLE], ids=["auto", "path", "table"])
-def test_twilight_takes_no_budgets_of_heads(given):
+def test_twilight_takes_no_head_budgets(given):
     with pytest.raises(ConfigError, match=r"sparse.head_budgets: .*'twilight'.*top_p.*allowed with it: none"):
         SparseConfig(decode_policy="twilight", head_budgets=given)
 
 
-def test_the_driver_carries_budgets_to_workers(file):
+def test_workers_need_no_file(file):
     pytest.importorskip("vllm")
     from vllm_sparse.backend import check
 
@@ -158,7 +164,7 @@ def attended_pages(tiny, model, monkeypatch, **sparse):
 @pytest.mark.seam
 @pytest.mark.engine
 @pytest.mark.parametrize("offload", [None, {"host_gib": 0.05}], ids=["resident", "offload"])
-def test_heads_attend_to_budgets_of_their_own(tiny, file, monkeypatch, offload):
+def test_heads_attend_to_their_budgets(tiny, file, monkeypatch, offload):
     model = tiny.model(num_hidden_layers=LAYERS)
     settings = {"offload": offload, "decode_policy": "quest"}
     uniform, pages, counts = attended_pages(tiny, model, monkeypatch, **settings)
@@ -175,7 +181,8 @@ def test_heads_attend_to_budgets_of_their_own(tiny, file, monkeypatch, offload):
 
 @pytest.mark.seam
 @pytest.mark.engine
-def test_the_models_file_is_taken_where_it_is_asked_for(tiny):
+def test_engine_takes_the_models_file(tiny):
+    """The model's file is taken where it is asked for."""
     model = tiny.model(num_hidden_layers=LAYERS)
     path = model / budgets.FILE_NAME
     budgets.write(path, TABLE, KV_HEADS)

@@ -30,7 +30,7 @@ def file(tmp_path):
     return path
 
 
-def test_a_written_table_is_read_back(file):
+def test_written_table_is_read_back(file):
     assert patterns.read(file, LAYERS, Q_HEADS) == TABLE
     assert json.loads(file.read_text())["model"] == "some/model"
     assert [path.name for path in file.parent.iterdir()] == ["patterns.json"]
@@ -65,7 +65,8 @@ STALE = {
 
 @pytest.mark.parametrize("case", STALE)
 @pytest.mark.parametrize("auto", [False, True], ids=["path", "auto"])
-def test_a_file_of_something_else_is_refused_with_its_path_and_what_to_do(file, tmp_path, case, auto):
+def test_foreign_file_is_refused(file, tmp_path, case, auto):
+    """A file of something else is refused with its path and what to do."""
     changes, said = STALE[case]
     content = {**json.loads(file.read_text()), **changes}
     path = tmp_path / patterns.FILE_NAME if auto else file
@@ -78,7 +79,8 @@ def test_a_file_of_something_else_is_refused_with_its_path_and_what_to_do(file, 
 
 
 @pytest.mark.parametrize("content", [b"", b"[1]", b"{", b"\x00\xff", None], ids=repr)
-def test_a_file_that_is_no_json_object_is_refused(tmp_path, content):
+def test_file_without_an_object_is_refused(tmp_path, content):
+    """A file that is no JSON object is refused."""
     path = tmp_path / "patterns.json"
     if content is not None:
         path.write_bytes(content)
@@ -86,7 +88,8 @@ def test_a_file_that_is_no_json_object_is_refused(tmp_path, content):
         SparseConfig(**SLASH, head_patterns=str(path)).with_patterns("model", LAYERS, Q_HEADS)
 
 
-def test_patterns_are_consulted_by_vertical_slash_alone_and_only_where_asked_for(file, tmp_path):
+def test_only_vertical_slash_reads_patterns(file, tmp_path):
+    """Patterns are consulted by ``vertical_slash`` alone, and only where asked for."""
     file.rename(tmp_path / patterns.FILE_NAME)
     model = str(tmp_path)
     assert SparseConfig(**SLASH).with_patterns(model, LAYERS, Q_HEADS).head_patterns == TABLE
@@ -98,12 +101,14 @@ def test_patterns_are_consulted_by_vertical_slash_alone_and_only_where_asked_for
 
 @pytest.mark.parametrize("given", ["patterns.json", TABLE], ids=["path", "table"])
 @pytest.mark.parametrize("policy", ["dense", "flex_prefill"])
-def test_patterns_that_nothing_would_read_are_refused(policy, given):
+def test_unread_patterns_are_refused(policy, given):
     with pytest.raises(ConfigError, match=r"head_patterns: .* would not be read by .*allowed with it: auto, none"):
         SparseConfig(prefill_policy=policy, head_patterns=given)
 
 
-def test_auto_takes_a_place_that_may_not_be_looked_at_for_no_patterns(monkeypatch):
+def test_auto_survives_forbidden_places(monkeypatch):
+    """``auto`` takes a place that may not be looked at for one without patterns."""
+
     def forbidden(path, **kwargs):
         raise PermissionError(13, "Permission denied")
 
@@ -111,7 +116,8 @@ def test_auto_takes_a_place_that_may_not_be_looked_at_for_no_patterns(monkeypatc
     assert SparseConfig(**SLASH).with_patterns("org/model", LAYERS, Q_HEADS).head_patterns == "none"
 
 
-def test_hub_names_have_their_patterns_in_the_cache(monkeypatch, tmp_path):
+def test_hub_models_use_the_cache(monkeypatch, tmp_path):
+    """Hub names have their patterns in the cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     expected = tmp_path / "cache" / "vllm-sparse" / "patterns" / "org--model.json"
     assert patterns.default_path("org/model") == expected
@@ -124,7 +130,8 @@ def test_hub_names_have_their_patterns_in_the_cache(monkeypatch, tmp_path):
     assert patterns.default_path("m") == tmp_path / ".cache" / "vllm-sparse" / "patterns" / "m.json"
 
 
-def test_each_rank_takes_its_slice_of_the_heads():
+def test_ranks_take_their_heads():
+    """Each rank takes its slice of the heads."""
     a, b = TABLE.candidates
     assert [TABLE.of_layer(0, rank, 4, 1) for rank in range(4)] == [[a], [b], [b], [b]]
     assert [TABLE.of_layer(2, rank, 2, 2) for rank in range(2)] == [[a, a], [a, b]]
@@ -134,7 +141,7 @@ def test_each_rank_takes_its_slice_of_the_heads():
     assert TABLE.of_layer(0, 0, 1, 3) is TABLE.of_layer(0, 0, 1, 2) is TABLE.of_layer(0, 0, 1, 8) is None
 
 
-def test_patterns_are_whole_pages_on_the_device():
+def test_patterns_are_whole_pages():
     patterns = HeadPatterns.of([HeadPattern(1, 33, 0), HeadPattern(0, 0, 16, 0.25)], 16, torch.device("cpu"))
     assert patterns.sizes.tolist() == [[1, 0], [3, 0], [0, 1]] and patterns.sizes.dtype == torch.int32
     assert patterns.top_p.tolist() == [0, 0.25]
@@ -142,7 +149,8 @@ def test_patterns_are_whole_pages_on_the_device():
     assert uniform.sizes.tolist() == [[64] * 3, [128] * 3, [0] * 3]
 
 
-def test_the_driver_carries_patterns_to_workers_whatever_named_them(file, monkeypatch):
+def test_workers_need_no_file(file, monkeypatch):
+    """The driver carries patterns to workers, whatever named them."""
     pytest.importorskip("vllm")
     from vllm_sparse.backend import check
 
@@ -164,7 +172,8 @@ def test_the_driver_carries_patterns_to_workers_whatever_named_them(file, monkey
 
 @pytest.mark.seam
 @pytest.mark.engine
-def test_the_models_file_is_taken_by_an_engine_and_left_where_none_is_said(tiny):
+def test_engine_takes_the_models_file(tiny):
+    """The model's file is taken by an engine, and left where ``none`` is said."""
     model = tiny.model(num_hidden_layers=LAYERS)
     patterns.write(model / patterns.FILE_NAME, TABLE, Q_HEADS)
     settings = {"decode_policy": "dense", "prefill_top_p": 1, "min_prefill_tokens": 256, **SLASH}

@@ -30,7 +30,7 @@ NAMES = (
 
 
 @pytest.mark.parametrize("recorded, served, same", NAMES)
-def test_names_of_one_model_are_known(recorded, served, same):
+def test_names_of_one_model(recorded, served, same):
     assert model_files.is_same(recorded, None, served) is same
     assert model_files.is_same(recorded, "0" * 32, served) is same, "weights that are not here say nothing"
 
@@ -47,7 +47,7 @@ def models(tmp_path):
     return tmp_path
 
 
-def test_weights_tell_copies_from_other_models(models):
+def test_weights_tell_copies(models):
     first, second, prod = (str(models / name) for name in ("first", "second", "prod"))
     weights = model_files.weights_digest(first)
     assert len(weights) == 32 and weights == model_files.weights_digest(prod) != model_files.weights_digest(second)
@@ -71,7 +71,8 @@ def settings_with(path, kind: str):
 
 
 @pytest.mark.parametrize("kind", ["head_budgets", "head_patterns"])
-def test_files_of_another_model_are_refused_with_a_way_to_go_on(kind, models, monkeypatch):
+def test_foreign_files_are_refused(kind, models, monkeypatch):
+    """Files of another model are refused with a way to go on."""
     table, content = (
         (budgets, BudgetTable(((1.0, 1.0),) * 3))
         if kind == "head_budgets"
@@ -105,7 +106,7 @@ def test_files_of_another_model_are_refused_with_a_way_to_go_on(kind, models, mo
 
 
 @pytest.mark.parametrize("kind", ["head_budgets", "head_patterns"])
-def test_the_models_own_file_is_compared_too(kind, models):
+def test_own_file_is_compared_too(kind, models):
     table = budgets if kind == "head_budgets" else patterns
     content = BudgetTable(((1.0, 1.0),) * 3) if kind == "head_budgets" else PatternTable((), (None,) * 3)
     second = models / "second"

@@ -65,7 +65,7 @@ PLAN = {
 
 
 @pytest.mark.parametrize("option", PLAN)
-def test_plan_refuses_values_by_name(option, model, capsys):
+def test_plan_refuses_wrong_values(option, model, capsys):
     for value in PLAN[option]:
         given = {"--gpu": "80", "--host": "64", option: value}
         said = refusal(capsys, "plan", model, *(f"{name}={text}" for name, text in given.items()))
@@ -76,7 +76,8 @@ def test_plan_refuses_values_by_name(option, model, capsys):
         )
 
 
-def test_plan_takes_the_ends_of_what_is_allowed(model, capsys):
+def test_plan_takes_ends_of_ranges(model, capsys):
+    """Plan takes the ends of what is allowed."""
     for option, value in (
         ("--host", "0"), ("--gpu-memory-utilization", "1"), ("--context", "8192"), ("--context", "8k"),
         ("--max-num-seqs", "1"), ("--kv-gib", "80"), ("--tensor-parallel-size", "4"), ("--gpu", "1048576"),
@@ -86,7 +87,7 @@ def test_plan_takes_the_ends_of_what_is_allowed(model, capsys):
         assert "tokens" in plan(capsys, model, *(f"{name}={text}" for name, text in given.items()))
 
 
-def test_plan_counts_contexts_that_the_model_takes(tmp_path, capsys):
+def test_plan_counts_contexts(tmp_path, capsys):
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192, "rope_theta": 1e4}
     linear = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
     for number, (changes, context) in enumerate(
@@ -111,7 +112,8 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_plan_names_a_model_that_cannot_be_read(case, tmp_path, capsys):
+def test_plan_names_an_unreadable_model(case, tmp_path, capsys):
+    """Plan names a model that cannot be read."""
     if BROKEN[case] is not None:
         (tmp_path / "config.json").write_bytes(BROKEN[case])
     said = refusal(capsys, "plan", tmp_path, "--gpu=80", "--host=64")
@@ -121,13 +123,15 @@ def test_plan_names_a_model_that_cannot_be_read(case, tmp_path, capsys):
 @pytest.mark.parametrize(
     "name", ["", " ", "/nowhere", "x" * 5000, "a\x00b", "no/such/model", "~nobodyxyz/x", "\ud800"]
 )
-def test_plan_names_a_model_that_is_not_there(name, capsys):
+def test_plan_names_a_missing_model(name, capsys):
+    """Plan names a model that is not there."""
     assert "MODEL" in refusal(capsys, "plan", name, "--gpu=80", "--host=64")
 
 
 @pytest.mark.parametrize("command", ["tune", "eval"])
 @pytest.mark.engine
-def test_models_that_are_not_there_are_refused_in_one_line(command, tmp_path, capsys):
+def test_missing_models_take_one_line(command, tmp_path, capsys):
+    """Models that are not there are refused in one line."""
     pytest.importorskip("vllm")
     text = tmp_path / "text.txt"
     text.write_text("Some words. " * 4000)
@@ -148,7 +152,8 @@ def test_models_that_are_not_there_are_refused_in_one_line(command, tmp_path, ca
 
 @pytest.mark.parametrize("command, ending", [("tune", "json"), ("tune --decode", "json"), ("eval", "jsonl")])
 @pytest.mark.engine
-def test_a_text_too_short_is_found_before_weights_are_read(tiny, command, ending, tmp_path, monkeypatch, capsys):
+def test_short_text_is_refused_early(tiny, command, ending, tmp_path, monkeypatch, capsys):
+    """A text too short is found before weights are read."""
     from vllm_sparse.tools import commands
 
     monkeypatch.setattr(commands, "start_engine", lambda *args, **more: pytest.fail("weights were read"))
@@ -186,7 +191,7 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("command", OPTIONS)
-def test_tune_and_eval_refuse_values_by_name(command, model, tmp_path, monkeypatch, capsys):
+def test_tune_and_eval_refuse_wrong_values(command, model, tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     from vllm_sparse.tools import commands
 
@@ -205,7 +210,8 @@ def test_tune_and_eval_refuse_values_by_name(command, model, tmp_path, monkeypat
 
 @pytest.mark.parametrize("command", ["tune", "tune --decode", "eval"])
 @pytest.mark.engine
-def test_places_that_cannot_be_written_are_refused_first(tiny, command, tmp_path, monkeypatch, capsys):
+def test_unwritable_places_are_refused_early(tiny, command, tmp_path, monkeypatch, capsys):
+    """Places that cannot be written are refused first."""
     pytest.importorskip("matplotlib")
     from vllm_sparse.tools import commands
 
@@ -227,7 +233,8 @@ def test_places_that_cannot_be_written_are_refused_first(tiny, command, tmp_path
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"[" * 100_000 + b"\n", b'"x"\n', b"{}\n"])
-def test_files_that_are_no_results_are_not_continued(content, tmp_path):
+def test_files_that_are_no_results(content, tmp_path):
+    """Files that are no results are not continued."""
     from vllm_sparse.tools.eval.rows import Rows
 
     path = tmp_path / "rows.jsonl"
@@ -238,7 +245,8 @@ def test_files_that_are_no_results_are_not_continued(content, tmp_path):
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, "[]", "{}", '{"arguments": 1, "passages": 2}', "\x00"])
-def test_partial_measurements_of_other_kinds_are_not_continued(content, tmp_path, capsys):
+def test_foreign_partial_measurements(content, tmp_path, capsys):
+    """Partial measurements of other kinds are not continued."""
     from vllm_sparse.tools.tune.command import Partial
 
     path = tmp_path / "x.partial"
@@ -247,7 +255,7 @@ def test_partial_measurements_of_other_kinds_are_not_continued(content, tmp_path
     assert "contents that are no measurement: starting afresh" in capsys.readouterr().out
 
 
-def test_types_of_options_say_what_is_allowed():
+def test_option_types_say_what_is_allowed():
     parser = Parser()
     parser.add_argument("--whole", type=whole(2, 5))
     parser.add_argument("--real", type=real(0, 1, above=True))

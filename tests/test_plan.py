@@ -29,7 +29,7 @@ def tokens_of(printed: str, mode: str) -> int:
 def test_plan_is_what_the_engine_reports(tiny, capfd, kv_mib):
     # capfd, for vLLM asks standard output for its file descriptor.
     printed = plan(
-        # CPUs capture no CUDA graphs, for which a plan counts batches of twice as many requests.
+        # CPUs capture no CUDA graphs, for which a plan counts batches of twice that size.
         capfd, tiny.model(), "--gpu", 1, "--kv-gib", kv_mib / 1024, "--host", HOST_GIB, "--context", 1024,
         "--max-num-seqs", ENGINE["max_num_seqs"] // 2, "--max-num-batched-tokens",
         ENGINE["max_num_batched_tokens"], "--dtype", "float32", "--sparse", json.dumps(SPARSE),
@@ -81,7 +81,7 @@ def test_llama_8b_by_hand(tmp_path, capsys):
         (["--gpu", "80", "--host", "64", "--sparse", "{"], "--sparse: not valid JSON"),
     ],
 )
-def test_wrong_arguments_are_refused_by_name(tmp_path, capsys, arguments, said):
+def test_wrong_arguments_are_refused(tmp_path, capsys, arguments, said):
     from benchmarks.engine import LLAMA_8B
 
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
@@ -90,7 +90,8 @@ def test_wrong_arguments_are_refused_by_name(tmp_path, capsys, arguments, said):
     assert cli.main(["plan", str(tmp_path / "nothing"), "--gpu", "80", "--host", "1"]) == 1
 
 
-def test_a_host_too_small_for_one_context_is_said(tmp_path, capsys):
+def test_host_too_small_is_said(tmp_path, capsys):
+    """A host too small for one context is said."""
     from benchmarks.engine import LLAMA_8B
 
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
@@ -99,5 +100,5 @@ def test_a_host_too_small_for_one_context_is_said(tmp_path, capsys):
     assert "offload does not start" in printed and "16.002 GiB of host memory" in printed
 
 
-def test_tokens_are_written_as_in_batch_specs():
+def test_token_notation():
     assert (tokens("131072"), tokens("128k"), tokens("1m")) == (131072, 131072, 1 << 20)

@@ -48,7 +48,7 @@ def choose(case: Case, policy: str, sink_pages: int = 1, window_tokens: int = 20
 
 @policies
 @pytest.mark.parametrize("seed", range(12))
-def test_chosen_pages_hold_the_invariants(policy, seed):
+def test_chosen_pages_hold_invariants(policy, seed):
     rng = random.Random(seed)
     page_size, sink_pages, window_tokens = (
         rng.choice([16, 32, 64]),
@@ -84,14 +84,15 @@ def test_chosen_pages_hold_the_invariants(policy, seed):
 
 
 @policies
-def test_budget_of_all_pages_chooses_all_pages(policy):
+def test_budget_covers_context(policy):
     lengths = [1, 16, 95, 96]
     case = made_for(policy, lengths, budget_pages=6)
     assert choose(case, policy) == [[list(range(-(-n // 16)))] * 2 for n in lengths]
 
 
 @policies
-def test_choice_of_a_request_does_not_depend_on_its_batch(policy):
+def test_choice_is_independent_of_the_batch(policy):
+    """Choice of a request does not depend on its batch."""
     batch = made_for(policy, [333, 77, 600, 1], seed=5)
     together = choose(batch, policy)
     for request in range(4):
@@ -132,7 +133,8 @@ def captured(case: Case, chosen: list[list[list[int]]]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("group", [1, 4, 7])
-def test_informed_policies_capture_more_attention_than_blind_ones(group):
+def test_informed_policies_beat_blind_ones(group):
+    """Informed policies capture more attention than blind ones."""
     shares = {}
     for policy in SCORING:
         case = made_for(policy, [1500, 999, 640], 2, group, 64, 16, 8, seed=3)
@@ -149,7 +151,8 @@ def test_informed_policies_capture_more_attention_than_blind_ones(group):
 
 
 @pytest.mark.parametrize("policy", ["quest", "sketch", "sketch2"])
-def test_one_key_that_matches_is_found_in_a_long_context(policy):
+def test_one_matching_key_is_found(policy):
+    """One key that matches is found in a long context."""
     case = made_for(policy, [1600], 2, 1, 64, 16, 6, seed=9)
     block = int(case.block_table[0, 41])
     keys = case.kv[block, :, :16, :64].transpose(0, 1).clone()
@@ -160,7 +163,8 @@ def test_one_key_that_matches_is_found_in_a_long_context(policy):
     assert all(41 in chosen for chosen in choose(case, policy)[0])
 
 
-def test_twilight_takes_few_pages_where_few_hold_the_attention():
+def test_twilight_stops_early():
+    """Twilight takes few pages where few hold the attention."""
     case = made_for("twilight", [1600], 2, 3, 64, 16, 40, seed=9)
     cluster(case, "sketch2")
     spread = choose(case, "twilight")[0]
@@ -173,12 +177,14 @@ def test_twilight_takes_few_pages_where_few_hold_the_attention():
     assert (share > 0.85).all() and (share < 0.999).all()
 
 
-def test_streaming_takes_sinks_and_the_most_recent_pages():
+def test_streaming_takes_sinks_and_recent_pages():
+    """Streaming takes sinks and the most recent pages."""
     case = make([1000, 64], budget_pages=6)
     assert choose(case, "streaming", sink_pages=2) == [[[0, 1, 59, 60, 61, 62]] * 2, [[0, 1, 2, 3]] * 2]
 
 
-def test_random_is_the_same_on_every_run_and_new_for_each_head_and_step():
+def test_random_repeats_by_run_not_by_step():
+    """``random`` is the same on every run, and new for each head and step."""
     first, again, next_step = (make([n, 777], 2, 1, seed=4) for n in (1500, 1500, 1501))
     chosen = choose(first, "random")
     assert choose(again, "random") == chosen
@@ -195,7 +201,7 @@ def test_random_reaches_every_page():
     assert seen == set(range(67))
 
 
-def test_every_policy_names_a_known_summary():
+def test_summaries_are_known():
     assert {policy.summary for policy in DECODE_POLICIES.values()} <= set(SUMMARIES)
     case = make([100])
     with pytest.raises(AssertionError, match="scores nothing"):

@@ -35,7 +35,8 @@ def run(tiny, monkeypatch, sparse, settings) -> tuple[list, dict[int, int]]:
 
 @pytest.mark.seam
 @pytest.mark.parametrize("caching", [True, False], ids=["prefix_cache", "no_prefix_cache"])
-def test_preempted_requests_with_a_budget_of_everything_give_stock_tokens(tiny, caching, monkeypatch):
+def test_preemption_with_budget_of_everything(tiny, caching, monkeypatch):
+    """Preempted requests with a budget of everything give stock tokens."""
     expected = tiny.stock(BATCH, MAX_TOKENS, **ROOM)
     settings = {**TIGHT, "enable_prefix_caching": caching}
     answers, preempted = run(tiny, monkeypatch, {"budget_tokens": 2048}, settings)
@@ -44,7 +45,7 @@ def test_preempted_requests_with_a_budget_of_everything_give_stock_tokens(tiny, 
     assert answers == expected
 
 
-def test_preempted_requests_with_a_small_budget_agree_up_to_the_preemption(tiny, monkeypatch):
+def test_answers_agree_up_to_preemption(tiny, monkeypatch):
     """After it they may differ: the resumed request's own tokens are recomputed as prefill, densely."""
     sparse = {"budget_tokens": 96}
     expected, none = run(tiny, monkeypatch, sparse, ROOM)
@@ -57,14 +58,15 @@ def test_preempted_requests_with_a_small_budget_agree_up_to_the_preemption(tiny,
         assert len(answer) == MAX_TOKENS
 
 
-def test_preemption_is_deterministic_at_a_small_budget(tiny, monkeypatch):
+def test_preemption_is_deterministic(tiny, monkeypatch):
     assert run(tiny, monkeypatch, {"budget_tokens": 96}, TIGHT) == run(
         tiny, monkeypatch, {"budget_tokens": 96}, TIGHT
     )
 
 
 @pytest.mark.seam
-def test_prompts_beyond_the_cache_wait_for_each_other(tiny, monkeypatch):
+def test_prompts_beyond_the_cache_wait(tiny, monkeypatch):
+    """Prompts beyond the cache wait for each other."""
     expected = tiny.stock(BATCH, 8, **ROOM)
     writes = EngineWrites(monkeypatch)
     with tiny.start(sparse={"budget_tokens": 2048}, **{**TIGHT, "kv_cache_memory_bytes": 18 * PAGE_BYTES}) as llm:

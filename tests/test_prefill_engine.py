@@ -48,7 +48,7 @@ def chunks(monkeypatch):
 @pytest.mark.seam
 @pytest.mark.parametrize("chunk_tokens", CHUNKS)
 @pytest.mark.parametrize("decode", ["dense", "quest"])
-def test_top_p_of_everything_gives_stock_tokens(tiny, chunks, decode, chunk_tokens):
+def test_top_p_of_everything(tiny, chunks, decode, chunk_tokens):
     """Odd chunks, several prefills in a step beside decodes, and prefix hits the second time."""
     settings = {"max_num_batched_tokens": chunk_tokens, "max_num_seqs": 6}
     sparse = {**EVERYTHING, "decode_policy": decode, "budget_tokens": 2048}
@@ -66,7 +66,8 @@ def test_top_p_of_everything_gives_stock_tokens(tiny, chunks, decode, chunk_toke
 
 
 @pytest.mark.seam
-def test_prefill_of_several_prompts_at_once_attends_what_it_counts(tiny, chunks):
+def test_several_prompts_at_once(tiny, chunks):
+    """Prefill of several prompts at once attends what it counts."""
     batch = prompts((257, 300, 400), seed=4)
     expected = tiny.stock(batch)
     with tiny.start(sparse=EVERYTHING, max_num_batched_tokens=1024) as llm:
@@ -77,7 +78,7 @@ def test_prefill_of_several_prompts_at_once_attends_what_it_counts(tiny, chunks)
 
 
 @pytest.mark.seam
-def test_preempted_and_resumed_requests_give_stock_tokens(tiny, chunks):
+def test_preempted_requests(tiny, chunks):
     batch = prompts((200, 130, 190, 211), seed=5)
     room = {"max_model_len": 320, "block_size": 16, "max_num_batched_tokens": 150}
     page_bytes = LAYERS * 2 * 16 * 2 * 32 * 4
@@ -90,7 +91,7 @@ def test_preempted_and_resumed_requests_give_stock_tokens(tiny, chunks):
 
 
 @pytest.mark.seam
-def test_few_pages_change_tokens_and_are_deterministic(tiny, chunks):
+def test_few_pages_are_deterministic(tiny, chunks):
     """Else the tests of this file would pass on a backend that ignores the policy."""
     settings = {"enable_prefix_caching": False}
     with tiny.start(sparse=LITTLE, **settings) as llm:
@@ -104,7 +105,8 @@ def test_few_pages_change_tokens_and_are_deterministic(tiny, chunks):
 
 
 @pytest.mark.seam
-def test_up_to_min_prefill_tokens_a_chunk_is_dense(tiny, chunks):
+def test_min_prefill_tokens(tiny, chunks):
+    """Up to ``min_prefill_tokens`` a chunk is dense."""
     with tiny.start(sparse={**LITTLE, "min_prefill_tokens": 400}, max_num_batched_tokens=1024) as llm:
         got = tokens(llm, MIXED)
     expected = tiny.stock(MIXED)
@@ -130,7 +132,7 @@ def test_dense_layers_prefill_densely(tiny, chunks):
 
 
 @pytest.mark.parametrize("policy", [name for name in PREFILL_POLICIES if name != "dense"])
-def test_every_policy_prefills_in_parts(tiny, policy, chunks, monkeypatch):
+def test_policies_prefill_in_parts(tiny, policy, chunks, monkeypatch):
     """A table that holds one block at a time gives the tokens of one that holds the chunk."""
     from vllm_sparse.prefill import buffers
 

@@ -65,7 +65,7 @@ def attend(case, policy: str, **settings):
 @policies
 @pytest.mark.parametrize("chunk", [(0, 200), (700, 300), (333, 129)], ids=str)
 @pytest.mark.parametrize("page_size", [16, 64])
-def test_attends_causally_sinks_and_window_included(policy, chunk, page_size):
+def test_attends_causally_with_sinks_and_window(policy, chunk, page_size):
     case = make_chunk(*chunk, 2, 2, 32, page_size)
     out, mask = attend(case, policy)
     assert error(out, masked_attention(case, mask)) < TOLERANCE[torch.float32]
@@ -80,7 +80,7 @@ def test_attends_causally_sinks_and_window_included(policy, chunk, page_size):
 
 
 @policies
-def test_everything_asked_for_is_everything_attended(policy):
+def test_sizes_cover_context(policy):
     case = make_chunk(300, 200, 1, 2, 32, 16)
     sizes = [{"slash_tokens": 10**6}]
     if policy in ESTIMATING:
@@ -91,7 +91,7 @@ def test_everything_asked_for_is_everything_attended(policy):
 
 
 @policies
-def test_parts_attend_what_the_whole_chunk_does(policy):
+def test_parts_attend_as_the_whole_chunk(policy):
     case = make_chunk(300, 500, 1, 2, 32, 16, seed=3)
     whole, mask = attend(case, policy)
     assert case.buffers.blocks_at_once(case.blocks) == 4
@@ -110,7 +110,7 @@ def test_small_sizes_leave_pages_out(policy):
 
 @policies
 @pytest.mark.skipif(ON_GPU, reason="a GPU runs the kernels anyway")
-def test_kernels_choose_what_the_references_choose(policy, monkeypatch):
+def test_kernels_choose_as_references(policy, monkeypatch):
     pytest.importorskip("triton")
     from vllm_sparse.kernels import launchers
 
@@ -125,7 +125,8 @@ def test_kernels_choose_what_the_references_choose(policy, monkeypatch):
 @pytest.mark.parametrize("policy", FIXED)
 @pytest.mark.parametrize("chunk", [(1904, 136), (1500, 520), (333, 129), (15, 300)], ids=str)
 @pytest.mark.parametrize(("page_size", "q_heads"), [(16, 1), (16, 4), (64, 3)])
-def test_pages_in_reach_are_those_that_a_chunk_attends(policy, chunk, page_size, q_heads):
+def test_pages_in_reach(policy, chunk, page_size, q_heads):
+    """Pages in reach are those that a chunk attends."""
     case = make_chunk(*chunk, 1, q_heads, 32, page_size)
     _, mask = attend(case, policy, **FIXED[policy])
     before = case.blocks.first_position // page_size
@@ -137,19 +138,21 @@ def test_pages_in_reach_are_those_that_a_chunk_attends(policy, chunk, page_size,
 
 
 @pytest.mark.parametrize("policy", ESTIMATING)
-def test_policies_that_look_at_keys_reach_everything(policy):
+def test_policies_that_read_keys_reach_everything(policy):
     case = make_chunk(700, 300, 1, 2, 32, 16)
     assert sparse_of(case, policy, None).pages_in_reach(case.blocks) is None
 
 
-def test_a_shape_at_default_sizes_reads_little_of_a_long_context():
+def test_a_shape_reads_little():
+    """At default sizes ``a_shape`` reads little of a long context."""
     case, config = make_chunk(0, 16, 1, 2, 32, 16), SparseConfig()
     sizes = {"vertical_tokens": config.vertical_tokens, "slash_tokens": config.slash_tokens}
     reached = sparse_of(case, "a_shape", None, **sizes).pages_in_reach(QueryBlocks(0, 0, 8192, 122_880))
     assert reached.tolist() == [*range(64), *range(7552, 7680)]
 
 
-def test_random_pages_too_many_to_draw_on_the_host_are_all_in_reach():
+def test_many_random_pages_are_all_in_reach():
+    """Random pages too many to draw on the host are all in reach."""
     case = make_chunk(0, 16, 1, 2, 32, 16)
     chunk = QueryBlocks(0, 0, 8192, 122_880)
     for slash_tokens, left_out in ((0, True), (16, False)):
@@ -159,7 +162,7 @@ def test_random_pages_too_many_to_draw_on_the_host_are_all_in_reach():
 
 @pytest.mark.parametrize("policy", FIXED)
 @pytest.mark.parametrize("runs", ["references", "kernels"])
-def test_what_is_out_of_reach_never_reaches_an_output(policy, runs, monkeypatch):
+def test_unreached_pages_touch_no_output(policy, runs, monkeypatch):
     """With offload the buffer holds anything there: neither K nor V of it may be looked at."""
     kernel = TorchAttention()
     if runs == "kernels":
@@ -193,7 +196,8 @@ def test_warm_up_leaves_no_trace(policy):
     assert not (case.buffers.lengths == 2**30).all(), "nothing ran"
 
 
-def test_vertical_slash_finds_a_column_and_a_diagonal_that_were_put_there():
+def test_vertical_slash_finds_column_and_diagonal():
+    """A column and a diagonal that were put there are found."""
     case = make_chunk(1000, 280, 1, 1, 32, 16, seed=1)
     # Every query wants the keys of page 20 and the key 500 tokens before it.
     kv, page = case.kv, case.page_size
@@ -243,7 +247,7 @@ def two_kinds_of_head(page_size: int):
 
 @pytest.mark.parametrize("runs", ["references", "kernels"])
 @pytest.mark.parametrize(("page_size", "top_p"), [(16, 0), (64, 0.9)])
-def test_flex_prefill_gives_each_head_its_pattern(runs, page_size, top_p, monkeypatch):
+def test_flex_prefill_by_head(runs, page_size, top_p, monkeypatch):
     if runs == "kernels":
         pytest.importorskip("triton")
         from vllm_sparse.kernels import launchers
@@ -273,14 +277,16 @@ def test_flex_prefill_gives_each_head_its_pattern(runs, page_size, top_p, monkey
         assert torch.equal(alone[head], expected[head]) and not torch.equal(alone[1 - head], expected[1 - head])
 
 
-def test_chunks_that_run_sparse_are_long_and_of_long_contexts():
+def test_sparse_chunks_are_long():
+    """Chunks that run sparse are long and of long contexts."""
     starts, lens = [0, 1, 2, 402, 530, 658, 787], [9000, 50, 9000, 9000, 9129, 9129]
     chunks = plan_chunks(starts, lens, 9000, first_request=2)
     assert chunks == [QueryBlocks(5, 658, 129, 9000)]
     assert [chunk.request for chunk in plan_chunks(starts, lens, 400, 2)] == [2, 5]
 
 
-def test_buffers_stay_within_256_mib_at_any_context():
+def test_buffers_stay_within_256_mib():
+    """Buffers stay within 256 MiB at any context."""
     from vllm_sparse.prefill.buffers import PrefillBuffers
 
     for heads, head_dim in ((32, 128), (64, 128), (16, 256), (8, 64)):

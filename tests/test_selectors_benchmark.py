@@ -32,14 +32,15 @@ def found():
     return sums
 
 
-def test_no_policy_beats_the_oracle_and_informed_ones_beat_chance(found):
+def test_policies_lie_between_chance_and_oracle(found):
+    """No policy beats the oracle, and informed ones beat chance."""
     share = {policy: found[policy, 128].mass / found[policy, 128].oracle_mass for policy in POLICIES}
     assert share["oracle"] == 1
     assert share["random"] < 0.5 and 0.9 < share["quest"] <= 1 and 0.99 < share["sketch2"] <= 1
     assert found["oracle", 128].l2 < found["random", 128].l2
 
 
-def test_a_budget_of_all_pages_is_exact(found):
+def test_budget_of_all_pages_is_exact(found):
     for policy in POLICIES:
         sums = found[policy, 704]
         assert sums.mass == sums.oracle_mass
@@ -47,6 +48,6 @@ def test_a_budget_of_all_pages_is_exact(found):
         assert sums.needle_pages_chosen == sums.needle_pages
 
 
-def test_needles_are_looked_for_and_found(found):
+def test_needles_are_found(found):
     assert found["sketch2", 128].needle_pages > 0
     assert found["sketch2", 128].needle_pages_chosen == found["sketch2", 128].needle_pages

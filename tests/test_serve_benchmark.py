@@ -39,12 +39,14 @@ def test_token_range(text, tokens):
 
 
 @pytest.mark.parametrize("text", ["", "k", "0-8", "64-32", "1-2-3", "1m", "-8", "8-"])
-def test_wrong_token_range_is_refused_with_its_value(text):
+def test_wrong_token_range_is_refused(text):
+    """Wrong token range is refused with its value."""
     with pytest.raises(argparse.ArgumentTypeError, match=f"{text!r}; allowed"):
         serve.token_range(text)
 
 
-def test_centre_and_ratio_give_the_range_after_vllm_rounds_outwards():
+def test_centre_and_ratio_give_the_range():
+    """Centre and ratio give the range after vLLM rounds outwards."""
     for lowest in (1, 7, 64, 1000, 1024, 8192):
         for span in (0, 2, 448, 1026, 57344, 64512):
             centre, ratio = serve.centre_and_ratio(lowest, lowest + span)
@@ -53,7 +55,8 @@ def test_centre_and_ratio_give_the_range_after_vllm_rounds_outwards():
             assert math.ceil(centre * (1 + ratio)) == lowest + span
 
 
-def test_arguments_after_two_dashes_go_to_the_servers():
+def test_arguments_for_servers():
+    """Arguments after two dashes go to the servers."""
     args = serve.parse_args(["--requests", "3", "--", "--dtype", "float32"])
     assert (args.requests, args.input_tokens, args.server) == (3, (1024, 65536), ["--dtype", "float32"])
     stock, sparse = (serve.server_arguments(args, backend) for backend in ("FLASH_ATTN", "sparse"))
@@ -69,7 +72,8 @@ def test_wrong_argument_is_refused(arguments, capsys):
     assert f"{arguments[0]}: " in capsys.readouterr().err
 
 
-def test_rows_hold_both_sides_and_a_speedup_above_one_where_sparse_is_better():
+def test_rows_hold_both_sides():
+    """Rows hold both sides, and a speedup above 1 where sparse is better."""
     rows = {row["bench"]: row for row in serve.make_rows({"gpu": "x"}, side(2.0, 50, 30), side(1.0, 40, 20, 25))}
     assert len(rows) == 12
     assert all(row["speedup"] == 2.0 for name, row in rows.items() if "start" not in name)
@@ -85,7 +89,7 @@ def test_rows_hold_both_sides_and_a_speedup_above_one_where_sparse_is_better():
     assert all(row["gpu"] == "x" for row in rows.values())
 
 
-def test_without_a_baseline_rows_have_no_speedup():
+def test_rows_without_a_baseline():
     rows = serve.make_rows({}, None, side(1.0, 40))
     assert len(rows) == 11, "no warm start"
     assert all(row["speedup"] is None for row in rows)
@@ -93,12 +97,14 @@ def test_without_a_baseline_rows_have_no_speedup():
 
 
 @pytest.mark.parametrize("changes", [{"completed": REQUESTS - 1}, {"total_output_tokens": 63}])
-def test_result_of_fewer_requests_or_tokens_is_refused(changes):
+def test_incomplete_result_is_refused(changes):
+    """Result of fewer requests or tokens is refused."""
     with pytest.raises(serve.BenchmarkError, match="of 4 requests completed"):
         serve.read_result(saved(**changes), REQUESTS, OUTPUT_TOKENS)
 
 
-def test_a_text_of_random_tokens_comes_back_as_the_same_tokens(tmp_path):
+def test_random_text_round_trip(tmp_path):
+    """A text of random tokens comes back as the same tokens."""
     transformers = pytest.importorskip("transformers")
     folder = serve.write_model(tmp_path, {"vocab_size": 300, "eos_token_id": 2})
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)

@@ -22,12 +22,12 @@ def server(tiny, tmp_path_factory):
         yield started.wait()
 
 
-def test_completions_are_those_of_stock_vllm(server, tiny):
+def test_completion(server, tiny):
     got = [server.choice("/v1/completions", prompt=prompt)["token_ids"] for prompt in PROMPTS]
     assert got == tiny.stock(PROMPTS, MAX_TOKENS)
 
 
-def test_streamed_completion_is_that_of_stock_vllm(server, tiny):
+def test_streamed_completion(server, tiny):
     body = {"model": "tiny", "prompt": PROMPTS[0], "stream": True, **GREEDY}
     chunks, streamed = 0, []
     with server.request("/v1/completions", body) as response:
@@ -40,7 +40,8 @@ def test_streamed_completion_is_that_of_stock_vllm(server, tiny):
     assert chunks > 1, "the answer came in one piece"
 
 
-def test_chat_completion_is_that_of_stock_vllm_for_the_same_prompt(server, tiny):
+def test_chat_completion(server, tiny):
+    """Chat completion is that of stock vLLM for the same prompt."""
     chat = [{"role": "user", "content": "count the pages of " + "a long book " * 20}]
     with server.request("/v1/chat/completions", {"model": "tiny", "messages": chat, **GREEDY}) as response:
         answer = json.load(response)
@@ -49,7 +50,8 @@ def test_chat_completion_is_that_of_stock_vllm_for_the_same_prompt(server, tiny)
     assert answer["choices"][0]["token_ids"] == tiny.stock([prompt], MAX_TOKENS)[0]
 
 
-def test_prompt_beyond_the_context_is_refused_and_the_server_still_serves(server, tiny):
+def test_server_survives_a_long_prompt(server, tiny):
+    """Prompt beyond the context is refused and the server still serves."""
     with pytest.raises(urllib.error.HTTPError) as refusal:
         server.choice("/v1/completions", prompt=prompts((1500,))[0])
     assert refusal.value.code == 400
@@ -65,7 +67,7 @@ def test_log_says_what_ran_sparse(server):
     assert "attention layers sparse (" in log and "1 dense (dense_layers=1: 1)" in log
 
 
-def test_metrics_endpoint_counts_the_requests(server):
+def test_metrics_endpoint_counts_requests(server):
     server.choice("/v1/completions", prompt=PROMPTS[2])
     with server.request("/metrics") as response:
         assert "vllm:generation_tokens_total" in response.read().decode()

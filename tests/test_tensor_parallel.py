@@ -41,7 +41,8 @@ def run(tmp_path, model, ray=False, environment=None, **llm) -> tuple[list[list[
 
 
 @pytest.mark.seam
-def test_two_ranks_give_stock_tokens_each_with_half_of_the_heads(tiny, tmp_path):
+def test_two_ranks_halve_the_heads(tiny, tmp_path):
+    """Two ranks give stock tokens, each with half of the heads."""
     shares = (0.25, 0.5, 0.75, 1.0)
     table = PatternTable(tuple(HeadPattern(top_p=share) for share in shares), ((0, 1, 2, 3), (3, 2, 1, 0), None))
     patterns.write(tmp_path / "patterns.json", table, 4)
@@ -64,7 +65,7 @@ def test_two_ranks_give_stock_tokens_each_with_half_of_the_heads(tiny, tmp_path)
 
 
 @needs_ray
-def test_ray_workers_share_one_kv_head_and_take_the_drivers_settings(tiny, tmp_path):
+def test_ray_workers_share_one_kv_head(tiny, tmp_path):
     """The settings come from a file that the environment names."""
     model = tiny.model(num_key_value_heads=1)
     file = tmp_path / "sparse.json"
@@ -96,7 +97,7 @@ def check_server(server, tiny, model, dense_layers: int = 1, count: int = 2) -> 
         assert len(told_by) == workers, f"{told!r} is told by {told_by}"
 
 
-def test_server_of_two_ranks_on_mp(tiny, tmp_path):
+def test_server_of_two_ranks(tiny, tmp_path):
     model = tiny.model(num_key_value_heads=1)
     with serve(tmp_path, model, SPARSE, "--tensor-parallel-size=2", **WORKERS) as server:
         check_server(server, tiny, model)

@@ -28,7 +28,8 @@ from vllm_sparse.tools.tune.search import CANDIDATES, Measurement
 TEXT = Path(__file__).parent.parent / "README.md"
 
 
-def test_a_chunk_measures_each_head_under_each_candidate_and_leaves_the_dense_output():
+def test_chunk_measures_candidates():
+    """A chunk measures each head under each candidate and leaves the dense output."""
     case = make_chunk(400, 300, 2, 2, 32, 16)
     settings = {"sink_tokens": 16, "window_tokens": 32}
     config = SparseConfig(prefill_policy="vertical_slash", **settings)
@@ -68,7 +69,8 @@ def of_rank(rank: int, heads: slice) -> dict:
     return {"rank": rank, "layers": {"3": whole, "1": split}}
 
 
-def test_each_head_takes_the_cheapest_candidate_within_the_tolerance_else_the_best():
+def test_heads_take_the_cheapest_good_candidate():
+    """Each head takes the cheapest candidate within the tolerance, else the best."""
     workers = [of_rank(1, slice(2, 4)), of_rank(0, slice(2))]
     part = Measurement.of_workers(json.loads(json.dumps(workers)), 4)
     assert part.layers == [1, 3] and part.error.shape == part.pairs.shape == (2, 2, 4)
@@ -86,7 +88,8 @@ def test_each_head_takes_the_cheapest_candidate_within_the_tolerance_else_the_be
     assert table.choices == (None, (1, 1, 0, 1), None, (1, 1, 0, 1), None)
 
 
-def test_the_first_candidate_is_what_heads_have_without_tuning():
+def test_first_candidate_is_the_default():
+    """The first candidate is what heads have without tuning."""
     assert CANDIDATES[0] == SparseConfig().uniform_pattern and len(set(CANDIDATES)) == len(CANDIDATES)
 
 
@@ -108,7 +111,8 @@ def interrupt_the_second_passage(monkeypatch) -> list[int]:
 
 @pytest.mark.seam
 @pytest.mark.engine
-def test_tune_leaves_patterns_that_serving_takes_and_continues_where_it_was_interrupted(tiny, monkeypatch, capfd):
+def test_tuned_patterns_serve_and_runs_continue(tiny, monkeypatch, capfd):
+    """Tune leaves patterns that serving takes, and continues where it was interrupted."""
     # capfd, for vLLM asks standard output for its file descriptor.
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     from vllm_sparse.tools.tune import command
@@ -155,7 +159,8 @@ def test_tune_leaves_patterns_that_serving_takes_and_continues_where_it_was_inte
     place.unlink()
 
 
-def test_a_partial_result_of_other_arguments_is_left_and_said(tmp_path, capsys):
+def test_foreign_partial_result_is_left(tmp_path, capsys):
+    """A partial result of other arguments is left and said."""
     from vllm_sparse.tools.tune.command import Partial
 
     path = tmp_path / "out.json.partial"
@@ -170,7 +175,7 @@ def test_a_partial_result_of_other_arguments_is_left_and_said(tmp_path, capsys):
 
 
 def best_held(case, query: int, head: int, pages: int) -> float:
-    """Attention on a query's sink page, the pages of its last 20 tokens and its best others, so many in all."""
+    """Attention on ``pages`` pages: a query's sink page, those of its last 20 tokens, and its best others."""
     weights = attention_weights(case).unflatten(0, (case.kv.shape[1], -1)).mean(1)
     seq_len = case.blocks.first_position + query + 1
     mass = [part.sum().item() for part in weights[head, query, :seq_len].split(16)]
@@ -179,7 +184,8 @@ def best_held(case, query: int, head: int, pages: int) -> float:
     return sum(mass[page] for page in always) + sum(others[: pages - len(always)])
 
 
-def test_queries_of_a_chunk_measure_what_the_best_pages_of_each_kv_head_hold():
+def test_chunk_measures_best_pages():
+    """Queries of a chunk measure what the best pages of each KV head hold."""
     case = make_chunk(150, 300, 3, 2, 32, 16)
     config = SparseConfig(prefill_policy="vertical_slash")
     policy = config.new_prefill_policy(16, HeadPatterns.of([config.uniform_pattern] * case.q_heads, 16, DEVICE))
@@ -206,7 +212,8 @@ def masses(rank: int, **layers) -> dict:
     return {"rank": rank, "layers": rows}
 
 
-def test_budgets_go_to_the_heads_whose_next_page_holds_most():
+def test_budgets_go_where_pages_hold_most():
+    """Budgets go to the heads whose next page holds most."""
     steep, flat = [4.0, 2.0, 0.2, 0.1, 0.0, 0.0], [1.0, 1.0, 0.9, 0.8, 0.7, 0.6]
     # One layer is split, one is not.
     workers = [masses(1, _3=[flat], _4=[steep, flat]), masses(0, _3=[steep], _4=[steep, flat])]
@@ -225,7 +232,8 @@ def test_budgets_go_to_the_heads_whose_next_page_holds_most():
 
 
 @pytest.mark.engine
-def test_tune_leaves_budgets_that_serving_takes_and_continues_where_it_was_interrupted(tiny, monkeypatch, capfd):
+def test_tuned_budgets_serve_and_runs_continue(tiny, monkeypatch, capfd):
+    """Tune leaves budgets that serving takes, and continues where it was interrupted."""
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     model = tiny.model(seed=2)
     options = ["tune", str(model), "--decode", "--text", str(TEXT), "--tokens", "900", "--chunk", "300",
@@ -280,7 +288,8 @@ WRONG = {
 
 @pytest.mark.engine
 @pytest.mark.parametrize("case", WRONG)
-def test_wrong_arguments_are_refused_before_an_engine_is_built(tiny, case, monkeypatch, capsys):
+def test_wrong_arguments_are_refused_early(tiny, case, monkeypatch, capsys):
+    """Wrong arguments are refused before an engine is built."""
     from vllm_sparse.tools.tune import command
 
     monkeypatch.setattr(command, "_measure", lambda *args: pytest.fail("an engine was built"))
@@ -292,7 +301,7 @@ def test_wrong_arguments_are_refused_before_an_engine_is_built(tiny, case, monke
 
 
 @pytest.mark.engine
-def test_without_essays_a_text_is_asked_for(tiny, monkeypatch, capsys):
+def test_text_is_asked_for(tiny, monkeypatch, capsys):
     from vllm_sparse.tools.demo import texts
 
     def offline():

@@ -35,7 +35,8 @@ def of_environment(monkeypatch, text: str) -> SparseConfig:
 
 
 @pytest.mark.parametrize("case", TEXTS)
-def test_texts_that_are_no_json_are_refused_wherever_they_stand(case, monkeypatch, tmp_path):
+def test_texts_that_are_no_json(case, monkeypatch, tmp_path):
+    """Texts that are no JSON are refused wherever they stand."""
     text, said = TEXTS[case]
     with pytest.raises(TextError, match=f"^not valid JSON .*{said}"):
         parse_json(text)
@@ -60,7 +61,8 @@ def test_texts_that_are_no_json_are_refused_wherever_they_stand(case, monkeypatc
     ],
     ids=range(8),
 )  # fmt: skip
-def test_paths_of_any_kind_are_refused_in_one_sentence(value, said, monkeypatch):
+def test_unreadable_paths_take_one_sentence(value, said, monkeypatch):
+    """Paths of any kind are refused in one sentence."""
     with pytest.raises(ConfigError, match=f"{ENV_CONFIG}: .* nor a readable file: it .*{said}") as refusal:
         of_environment(monkeypatch, value)
     assert len(str(refusal.value)) < 500
@@ -68,7 +70,8 @@ def test_paths_of_any_kind_are_refused_in_one_sentence(value, said, monkeypatch)
         SparseConfig(head_budgets=value).with_budgets("m", 3, 2)
 
 
-def test_pipes_are_not_waited_for_and_files_of_weights_are_not_read(monkeypatch, tmp_path):
+def test_pipes_and_large_files_are_not_read(monkeypatch, tmp_path):
+    """Pipes are not waited for and files of weights are not read."""
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ConfigError, match=r"nor a readable file: it cannot be read \(it is no regular file"):
         of_environment(monkeypatch, str(tmp_path / "pipe"))
@@ -78,7 +81,8 @@ def test_pipes_are_not_waited_for_and_files_of_weights_are_not_read(monkeypatch,
         read_json(tmp_path / "model.safetensors")
 
 
-def test_byte_order_marks_and_spaces_around_are_no_matter(monkeypatch, tmp_path):
+def test_byte_order_marks_and_spaces(monkeypatch, tmp_path):
+    """Byte order marks and spaces around are no matter."""
     path = tmp_path / "settings.json"
     path.write_bytes(b'\xef\xbb\xbf{"budget_tokens": 512}\r\n')
     for value in (f" {path}\n", "\ufeff" + '{"budget_tokens": 512}', ' {"budget_tokens": 512}\n'):
@@ -88,7 +92,7 @@ def test_byte_order_marks_and_spaces_around_are_no_matter(monkeypatch, tmp_path)
         of_environment(monkeypatch, str(path))
 
 
-def test_a_file_that_changed_is_read_anew(monkeypatch, tmp_path):
+def test_changed_file_is_read_anew(monkeypatch, tmp_path):
     path = tmp_path / "settings.json"
     for budget in (512, 256):
         path.write_text(json.dumps({"budget_tokens": budget}))
@@ -96,7 +100,7 @@ def test_a_file_that_changed_is_read_anew(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_whole_numbers_end_where_kernels_do(name):
+def test_whole_numbers_fit_32_bits(name):
     assert len(WHOLE) == 9
     for value in (MOST + 1, 10**30, 10**400, 10**5000, -1, -(10**30)):
         with pytest.raises(ConfigError, match=rf"sparse.{name}: .*; allowed: .*{MOST}") as refusal:
@@ -120,7 +124,7 @@ def test_shares_fit_32_bits(name):
 
 
 @pytest.mark.parametrize("name, good", [("host_gib", 2**20), ("hot_fraction", 0)])
-def test_sizes_of_offload_are_finite_numbers(name, good):
+def test_offload_sizes_are_finite(name, good):
     SparseConfig.from_mapping({"offload": {name: good}}, "test")
     for value in (math.nan, math.inf, 10**400, 10**5000, -1, True, None, "", "Auto", [1], 2**20 + 1):
         with pytest.raises(
@@ -130,7 +134,8 @@ def test_sizes_of_offload_are_finite_numbers(name, good):
         assert len(str(refusal.value)) < 300
 
 
-def test_values_of_any_kind_are_shown_in_short():
+def test_long_values_are_cut():
+    """Values of any kind are shown in few characters."""
     deep: list = []
     for _ in range(100_000):
         deep = [deep]
@@ -144,7 +149,7 @@ def test_values_of_any_kind_are_shown_in_short():
         assert len(str(refusal.value)) < 800
 
 
-def test_empty_names_of_files_are_refused():
+def test_empty_file_names():
     for key in ("head_budgets", "head_patterns"):
         for value in ("", " "):
             with pytest.raises(
@@ -161,14 +166,16 @@ PATTERNS = {"format": 1, "num_layers": 2, "q_heads": 2, "candidates": [PATTERN],
 @pytest.mark.parametrize(
     "share", [0, -1, math.nan, math.inf, 1e308, 1e300, 1e-300, 5e-324, 10**400, True, "1", None]
 )
-def test_shares_of_files_are_numbers_that_budgets_can_have(share, tmp_path):
+def test_file_shares_are_bounded(share, tmp_path):
+    """Shares of files are numbers that budgets can have."""
     path = tmp_path / "budgets.json"
     path.write_text(json.dumps({**BUDGETS, "shares": [[1, 1], [1, share]]}))
     with pytest.raises(TableError, match=r"has the share .*; allowed: numbers above 0, 0.0001 to 10000"):
         budgets.read(path, 2, 2)
 
 
-def test_the_largest_shares_and_budgets_are_still_counts_of_32_bits(tmp_path):
+def test_largest_budgets_fit_32_bits(tmp_path):
+    """The largest shares and budgets are still counts of 32 bits."""
     path = tmp_path / "budgets.json"
     path.write_text(json.dumps({**BUDGETS, "shares": [[1e-4, 1e-4], [1e-4, 1e4]]}))
     config = SparseConfig(budget_tokens=MOST, head_budgets=str(path), dense_layers=0).with_budgets("m", 2, 2)
@@ -185,7 +192,7 @@ def test_the_largest_shares_and_budgets_are_still_counts_of_32_bits(tmp_path):
         ({"top_p": True}, "a top_p of 0 to 1"), ({"slash_tokens": 1.0}, "tokens from 0 on"),
     ],
 )  # fmt: skip
-def test_patterns_of_files_are_in_bounds(changes, said, tmp_path):
+def test_file_patterns_are_bounded(changes, said, tmp_path):
     path = tmp_path / "patterns.json"
     path.write_text(json.dumps({**PATTERNS, "candidates": [{**PATTERN, **changes}]}))
     with pytest.raises(TableError, match=said):
@@ -193,7 +200,7 @@ def test_patterns_of_files_are_in_bounds(changes, said, tmp_path):
 
 
 @pytest.mark.parametrize("value", [True, 1.0, "1", None])
-def test_counts_of_files_are_whole_numbers(value, tmp_path):
+def test_file_counts_are_whole_numbers(value, tmp_path):
     for table, content, key in ((budgets, BUDGETS, "kv_heads"), (patterns, PATTERNS, "q_heads")):
         path = tmp_path / "table.json"
         for name in ("format", key):
