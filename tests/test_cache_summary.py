@@ -19,7 +19,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_sparse.backend.impl import SparseImpl
-from vllm_sparse.backend.spec import SparseAttentionSpec
+from vllm_sparse.backend.spec import PageLayout, SparseAttentionSpec
 from vllm_sparse.kernels import reference
 from vllm_sparse.pages.summaries import TILE_TOKENS
 
@@ -72,13 +72,15 @@ class EngineWrites:
     def check(self, llm) -> Counter:
         """Check every page in every layer; returns how many pages of each fill there are."""
         for layer in attention_layers(llm).values():
-            assert_summaries(kv_cache(layer), self.filled, layer.impl.page_size, layer.impl.policy.summary)
+            assert_summaries(kv_cache(layer), self.filled, layer.impl.page_size, layer.impl.layout.summary)
         return Counter(self.filled.values())
 
 
 def spec_of(page_size: int = PAGE, summary: str = "key_range", **changes) -> SparseAttentionSpec:
     shape = {"num_kv_heads": HEADS, "head_size": HEAD_DIM, "dtype": torch.float32, **changes}
-    return SparseAttentionSpec.extend(FullAttentionSpec(block_size=page_size, **shape), page_size, summary)
+    return SparseAttentionSpec.extend(
+        FullAttentionSpec(block_size=page_size, **shape), page_size, PageLayout(summary)
+    )
 
 
 class Worker:

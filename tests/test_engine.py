@@ -103,7 +103,7 @@ def test_every_group_size_gives_stock_tokens(tiny, heads):
 @pytest.mark.seam
 def test_batch_with_short_rows_beside_long_ones_gives_stock_tokens(tiny):
     """From 16 decode rows on, short contexts run densely beside the sparse engine."""
-    from vllm_sparse.backend.builder import SHORT_ROWS_DENSE_FROM
+    from vllm_sparse.backend.residency import SHORT_ROWS_DENSE_FROM
 
     batch = prompts((*range(3, 3 + 2 * SHORT_ROWS_DENSE_FROM, 2), 500, 700), seed=3)
     settings = {"max_num_seqs": 32, "max_num_batched_tokens": 2048}
@@ -196,7 +196,7 @@ def test_dense_layers_run_dense_and_are_counted(tiny, dense_layers):
     with tiny.start(sparse={"dense_layers": dense_layers}) as llm:
         got = tokens(llm, MIXED)
         layers = [layer.impl for layer in attention_layers(llm).values()]
-        rows = {impl.page_slots() for impl in layers}
+        rows = {impl.pages.cache_slots for impl in layers}
         counts = metrics.snapshot()
     dense = min(dense_layers, LAYERS)
     assert [impl.is_sparse for impl in layers] == [False] * dense + [True] * (LAYERS - dense)

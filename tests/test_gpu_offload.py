@@ -23,7 +23,7 @@ FP8_NO_SLOTS = {**OFFLOAD, "offload": {**FP8["offload"], "hot_fraction": 0}}
 def store_of(llm):
     worker = llm.llm_engine.model_executor.driver_worker.worker
     layers = worker.vllm_config.compilation_config.static_forward_context.values()
-    return [layer.impl.offloaded for layer in layers if hasattr(layer, "impl")]
+    return [layer.impl.pages.offloaded for layer in layers if hasattr(layer, "impl")]
 
 
 def assert_store(llm) -> None:

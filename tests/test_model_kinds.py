@@ -74,10 +74,10 @@ def test_full_attention_beside_wider_sliding_windows(tiny):
 
 
 def test_a_cache_that_kernels_cannot_read_stops_the_start(tiny, monkeypatch):
-    from vllm_sparse.backend.impl import SparseImpl
+    from vllm_sparse.backend.residency import ResidentPages
     from vllm_sparse.errors import ConfigError
 
-    monkeypatch.setattr(SparseImpl, "page_slots", lambda impl: 48)
+    monkeypatch.setattr(ResidentPages, "cache_slots", 48)
     with (
         pytest.raises(
             ConfigError, match=r"cannot serve layer model\.layers\.0.*48 rows.*another --attention-backend"

@@ -31,13 +31,13 @@ LITTLE_GPU = {"kv_cache_memory_bytes": 2 << 20}
 
 
 def offloaded(llm) -> list:
-    return [layer.impl.offloaded for layer in attention_layers(llm).values()]
+    return [layer.impl.pages.offloaded for layer in attention_layers(llm).values()]
 
 
 def assert_store(llm) -> None:
     """Slots hold what the host holds, maps and slots agree, and summaries are those of the pages."""
     for layer in attention_layers(llm).values():
-        part = layer.impl.offloaded
+        part = layer.impl.pages.offloaded
         heads, page_size = part.host.shape[1:3]
         hot_set, hot = part.hot_set, part.hot[:, :, :page_size].flatten(0, 1)
         held = torch.nonzero(hot_set.slot_of >= 0).squeeze(1)
@@ -49,7 +49,7 @@ def assert_store(llm) -> None:
         assert torch.equal(hot[hot_set.first_head_page + slots], on_host)
         # The summaries of complete pages, written anew from the host's keys.
         used = torch.unique(held // heads)
-        if len(used) and layer.impl.policy.summary == "key_range":
+        if len(used) and layer.impl.layout.summary == "key_range":
             fresh = hot.new_zeros(len(used), heads, page_size + 1, 2 * layer.impl.head_size)
             pages = kept(part.host, part.exponents, used, hot.dtype)
             key, value = pages.transpose(1, 2).flatten(0, 1).chunk(2, -1)

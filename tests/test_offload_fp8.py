@@ -252,17 +252,18 @@ def test_requests_preempted_from_a_small_pool_give_the_same_tokens(tiny, codable
 @pytest.mark.engine
 def test_rows_that_cannot_be_scored_attend_to_whole_contexts_in_place(tiny, codable, monkeypatch):
     """More and longer contexts than the score buffer holds, read in several pieces."""
-    from vllm_sparse.backend import impl, workspace
+    from vllm_sparse.backend import workspace
+    from vllm_sparse.offload import store
 
     monkeypatch.setattr(workspace, "SCORE_BYTES", 0)
-    monkeypatch.setattr(impl, "MOST_IN_PLACE", 5 * 2 * 17)
-    whole, attend = [], impl.SparseImpl._attend_whole
+    monkeypatch.setattr(store, "MOST_IN_PLACE", 5 * 2 * 17)
+    whole, attend = [], store.OffloadedLayer.attend_whole
 
-    def watched(self, query, block_table, seq_lens, out):
+    def watched(self, attention, query, block_table, seq_lens, *rest):
         whole.append(int((seq_lens > 0).sum()))
-        attend(self, query, block_table, seq_lens, out)
+        attend(self, attention, query, block_table, seq_lens, *rest)
 
-    monkeypatch.setattr(impl.SparseImpl, "_attend_whole", watched)
+    monkeypatch.setattr(store.OffloadedLayer, "attend_whole", watched)
     batch = prompts((230,) * 22, seed=6)
     settings = {"max_model_len": 256, "block_size": 16, "max_num_seqs": 22, "max_num_batched_tokens": 1024}
     expected = answer(tiny, batch, 18, **settings)

@@ -22,7 +22,7 @@ from tiny_engine import ENGINE, prompts, tokens
 def of_rank(worker):
     from vllm_sparse import metrics
     layers = worker.vllm_config.compilation_config.static_forward_context.values()
-    store = next(layer.impl.offloaded.store for layer in layers if hasattr(layer, "impl"))
+    store = next(layer.impl.pages.offloaded.store for layer in layers if hasattr(layer, "impl"))
     return {**metrics.snapshot(), "pool_bytes": store.pool.num_bytes, "heads": store.shape.kv_heads}
 
 if __name__ == "__main__":

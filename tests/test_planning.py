@@ -15,7 +15,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, SlidingWindowSpec
 
 from vllm_sparse.backend import compat
-from vllm_sparse.backend.spec import SparseAttentionSpec
+from vllm_sparse.backend.spec import PageLayout, SparseAttentionSpec
 
 pytestmark = pytest.mark.seam
 
@@ -44,7 +44,7 @@ def plan(tiny, specs: dict, layout):
 
 def full(heads: int = 2, summary: str | None = "key_range"):
     spec = FullAttentionSpec(block_size=PAGE, **{**SHAPE, "num_kv_heads": heads})
-    return spec if summary is None else SparseAttentionSpec.extend(spec, PAGE, summary)
+    return spec if summary is None else SparseAttentionSpec.extend(spec, PAGE, PageLayout(summary))
 
 
 def window(heads: int = 2):
@@ -95,7 +95,7 @@ def test_every_layer_has_its_pages(tiny, case, layout):
             spec = getattr(group.kv_cache_spec, "kv_cache_specs", {}).get(name, group.kv_cache_spec)
             assert type(spec) is type(specs[name]), f"{name} got a spec of another kind"
             if isinstance(spec, SparseAttentionSpec):
-                assert spec.summary == specs[name].summary
+                assert spec.layout == specs[name].layout
             tensor, first = places[name]
             starts = (first + block * tensor.block_stride for block in range(cache.num_blocks))
             pages += [(start, start + spec.real_page_size_bytes) for start in starts]

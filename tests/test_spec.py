@@ -16,7 +16,7 @@ from vllm.v1.kv_cache_interface import (
 )
 
 from vllm_sparse.backend.backend import SparseBackend
-from vllm_sparse.backend.spec import SparseAttentionSpec, page_size_of
+from vllm_sparse.backend.spec import PageLayout, SparseAttentionSpec, page_size_of
 from vllm_sparse.pages.summaries import SUMMARIES, summary_slots
 
 try:
@@ -30,7 +30,7 @@ def full(heads: int = 8, size: int = 128, block: int = 16) -> FullAttentionSpec:
 
 
 def sparse(heads: int = 8, size: int = 128, block: int = 16, summary: str = "key_range") -> SparseAttentionSpec:
-    return SparseBackend.storing(summary, False).customize_spec(full(heads, size, block))
+    return SparseBackend.of(PageLayout(summary)).customize_spec(full(heads, size, block))
 
 
 def sliding(heads: int = 8, size: int = 128) -> SlidingWindowSpec:
@@ -91,4 +91,4 @@ def test_vllm_brings_layers_of_other_sizes_to_one(layers):
 
 def test_a_spec_that_is_not_plain_full_attention_is_refused():
     with pytest.raises(ValueError, match="SlidingWindowSpec; use another --attention-backend"):
-        SparseBackend.storing("key_range", False).customize_spec(sliding())
+        SparseBackend.of(PageLayout("key_range")).customize_spec(sliding())

@@ -10,31 +10,29 @@ from vllm.config import get_current_vllm_config_or_none
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 
 from vllm_sparse.backend import compat
-from vllm_sparse.backend.spec import SparseAttentionSpec, page_size_of
+from vllm_sparse.backend.spec import PageLayout, SparseAttentionSpec, page_size_of
 from vllm_sparse.pages.layout import PAGE_SIZES
 
 
 class SparseBackend(AttentionBackend):
     """Page-sparse attention for the layers that :mod:`vllm_sparse.support` names (``--attention-backend sparse``).
 
-    Layers of an engine get a class of their own, :meth:`storing`, since vLLM asks for the layout of pages without
-    its config at hand.
+    vLLM asks a layer's backend for the layout of pages, without the layer or its config at hand, so layers get a
+    class for their layout (:meth:`of`). The layout itself is one frozen object, and nothing else is kept here.
     """
 
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
     supported_kv_cache_dtypes: ClassVar[list] = ["auto", "float16", "bfloat16", "float32"]
     forward_includes_kv_cache_update = False
 
-    summary: ClassVar[str] = "none"
-    """What pages store beside K and V: one of :data:`vllm_sparse.pages.summaries.SUMMARIES`."""
-    on_host: ClassVar[bool] = False
-    """Whether K and V are in CPU memory, so that vLLM's blocks hold summaries alone."""
+    layout: ClassVar[PageLayout] = PageLayout()
 
     @classmethod
     @cache
-    def storing(cls, summary: str, on_host: bool) -> type[SparseBackend]:
-        """The backend of layers whose pages store ``summary``."""
-        return type(f"SparseBackend_{summary}", (cls,), {"summary": summary, "on_host": on_host})
+    def of(cls, layout: PageLayout) -> type[SparseBackend]:
+        """The backend of layers whose pages have ``layout``: the same class for equal layouts."""
+        where = "host" if layout.on_host else "gpu"
+        return type(f"SparseBackend_{layout.summary}_{where}", (cls,), {"layout": layout})
 
     @staticmethod
     def get_name() -> str:
@@ -75,7 +73,7 @@ class SparseBackend(AttentionBackend):
             )
         config = get_current_vllm_config_or_none()
         of_config = None if config is None else config.cache_config.block_size
-        return SparseAttentionSpec.extend(spec, page_size_of(spec.block_size, of_config), cls.summary, cls.on_host)
+        return SparseAttentionSpec.extend(spec, page_size_of(spec.block_size, of_config), cls.layout)
 
     @classmethod
     def supported_kv_cache_layouts(cls):

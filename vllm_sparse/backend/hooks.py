@@ -200,17 +200,16 @@ def _build_ours(original, layer, bound, vllm_config, config: SparseConfig, decis
     from vllm.v1.attention.selector import get_attn_backend
 
     from vllm_sparse.backend.backend import SparseBackend
-    from vllm_sparse.policies import DECODE_POLICIES
+    from vllm_sparse.backend.spec import PageLayout
 
-    arguments = bound.arguments
-    summary = "none" if decision.all_dense else DECODE_POLICIES[config.decode_policy].summary
-    arguments["attn_backend"] = SparseBackend.storing(summary, config.offload is not None)
+    arguments, layout = bound.arguments, PageLayout.of(config, decision)
+    arguments["attn_backend"] = SparseBackend.of(layout)
     original(*bound.args, **bound.kwargs)
     with without_sparse(vllm_config):
         stock = get_attn_backend(
             arguments["head_size"], layer.dtype, layer.kv_cache_dtype, num_heads=arguments["num_heads"]
         )
-    layer.impl.settle(vllm_config, arguments["prefix"], decision, summary, stock)
+    layer.impl.settle(vllm_config, arguments["prefix"], decision, layout, stock)
 
 
 # Workers

@@ -2,8 +2,8 @@
 
 These hooks pass straight through unless the backend named ``sparse`` was asked for:
 
-1. ``AttentionBackendEnum.SPARSE``, so that ``--attention-backend sparse`` parses and travels to other processes; where
-   it arrives, the hooks of :mod:`vllm_sparse.backend.hooks` are installed.
+1. ``AttentionBackendEnum.SPARSE``, so that ``--attention-backend sparse`` parses and travels to other processes;
+   where it arrives, the hooks of :mod:`vllm_sparse.backend.hooks` are installed.
 2. The platform's backend choice, which answers with vLLM's own.
 3. The platform's config check, where a wrong sparse config is refused before anything starts
    (:mod:`vllm_sparse.backend.check`).

@@ -7,12 +7,18 @@ from typing import Any
 
 import torch
 
-from vllm_sparse.decode.recall_monitor import RecallMonitor
-from vllm_sparse.offload.contexts import ContextRun
-from vllm_sparse.pages.decode_plan import DecodePlan
-from vllm_sparse.pages.page_scores import PageScores
-from vllm_sparse.pages.page_table import PageTable
-from vllm_sparse.pages.query_blocks import QueryBlocks
+from vllm_sparse.decode.attend import DecodeRows
+from vllm_sparse.prefill.runs import PrefillRun
+
+
+@dataclass(frozen=True)
+class Step:
+    """vLLM's metadata of a step, split: decode rows of one token first, prefill rows after them."""
+
+    common: Any
+    num_decodes: int
+    num_prefills: int
+    num_decode_tokens: int
 
 
 @dataclass
@@ -29,19 +35,12 @@ class SparseMetadata:
     """int32 [num_reqs, max_pages]; entries past a request's last page are stale."""
     slot_mapping: torch.Tensor
 
-    plan: DecodePlan
-    table: PageTable
-    scores: PageScores
-
-    monitor: RecallMonitor | None = None
-    """Measures what the chosen pages hold, where the config asks for it."""
-    dense_all: Any = None
-    """Metadata of the dense backend for every row: what dense layers run."""
-    dense_prefill: Any = None
-    """The same for prefill rows alone, None where none is dense; those in ``chunks`` have length 0."""
-    chunks: list[QueryBlocks] = field(default_factory=list)
-    """Prefill rows that attend over chosen pages."""
-    runs: list[ContextRun] = field(default_factory=list)
-    """Offload: all prefill rows, dense or not, in place of ``dense_prefill`` and ``chunks``."""
+    decodes: DecodeRows
+    """Decode rows that attend over chosen pages."""
     dense_short: Any = None
-    """The same for decode rows with lengths ``plan.dense_seq_lens``, None where the table takes them."""
+    """Metadata of the dense backend for decode rows with lengths ``decodes.plan.dense_seq_lens``, None where the
+    page table takes them all."""
+    prefill: list[PrefillRun] = field(default_factory=list)
+    """All prefill rows, in the order in which sparse layers attend them."""
+    dense_all: Any = None
+    """Metadata of the dense backend for every row: what dense layers run. None with offload, which has none."""

@@ -11,6 +11,7 @@ from vllm.distributed import get_world_group
 
 from vllm_sparse import metrics
 from vllm_sparse.backend import compat
+from vllm_sparse.backend.spec import SparseAttentionSpec
 from vllm_sparse.config import SparseConfig
 from vllm_sparse.errors import ConfigError
 from vllm_sparse.offload import sizing
@@ -100,13 +101,17 @@ def _config(worker: Any) -> SparseConfig | None:
     return config if config.offload is not None else None
 
 
+def _on_host(spec: Any) -> bool:
+    return isinstance(spec, SparseAttentionSpec) and spec.layout.on_host
+
+
 def _shape(specs: dict[str, Any], config: SparseConfig) -> CacheShape:
     """The cache of a worker's layers, all of which must offload.
 
     Raises:
         ConfigError: some layers keep their K and V on the GPU.
     """
-    others = [name for name, spec in specs.items() if not getattr(spec, "on_host", False)]
+    others = [name for name, spec in specs.items() if not _on_host(spec)]
     if others:
         raise ConfigError(
             f"sparse.offload: {len(others)} of {len(specs)} layers of this model do not run sparse and cannot "
@@ -190,7 +195,7 @@ def build_store(worker: Any, kv_cache_config: Any) -> None:
     layers = vllm_config.compilation_config.static_forward_context
     for name, offloaded in zip(specs, store.layers, strict=True):
         impl = layers[name].impl
-        impl.offloaded = offloaded
+        impl.pages.offloaded = offloaded
     impl.counts.hot = metrics.HotSetCounts(store.lookups.counters, shape.host_head_page_bytes)
     slots = split.slots_per_layer * shape.layers
     logger.info(

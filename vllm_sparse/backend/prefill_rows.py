@@ -162,7 +162,6 @@ def _run_of(contexts: list[_Context], tokens: slice, block_table: torch.Tensor) 
         block_table=places[:, None] + pages,
         old_blocks=block_table[rows.long(), old.long()],
         old_places=old_places,
-        late_places=None,
         new_pages=new,
         new_places=new_places,
     )

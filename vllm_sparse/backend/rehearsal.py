@@ -18,12 +18,10 @@ from vllm_sparse import kernels
 from vllm_sparse.attention.base import AttentionKernel
 from vllm_sparse.backend.workspace import Workspace
 from vllm_sparse.config import SparseConfig
+from vllm_sparse.offload.store import MOST_IN_PLACE
 from vllm_sparse.pages.geometry import Geometry
 from vllm_sparse.pages.page_table import PageTable
 from vllm_sparse.pages.query_blocks import BLOCK_TOKENS
-
-MOST_IN_PLACE = 1 << 22
-"""Head pages that are read on the host by one launch where whole contexts are: what its page table holds."""
 
 
 @dataclass

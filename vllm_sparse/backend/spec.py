@@ -1,9 +1,9 @@
 """The KV-cache spec that makes vLLM plan, allocate and share pages with their summaries.
 
-A page holds ``page_size`` rows of ``[K | V]`` per KV head and then ``summary_slots`` rows of the same width.
-vLLM's memory planning counts them, and prefix caching, copy-on-write, preemption and KV connectors that copy
-whole blocks carry them, because they are bytes of the page like any others. A block of vLLM's holds one page;
-where vLLM makes blocks larger, to bring layers to one size, it splits them into pages again for the kernels.
+A page holds ``page_size`` token slots of ``[K | V]`` per KV head and then ``summary_slots`` slots as wide. vLLM's
+memory planning counts them, and prefix caching, copy-on-write, preemption and KV connectors that copy whole blocks
+carry them, because they are bytes of the page like any others. A block of vLLM's holds one page; where vLLM makes
+blocks larger, to bring layers to one size, it splits them into pages again for the kernels.
 """
 
 from __future__ import annotations
@@ -12,13 +12,44 @@ from dataclasses import dataclass, fields
 
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
+from vllm_sparse.config import SparseConfig
 from vllm_sparse.pages import summaries
 from vllm_sparse.pages.layout import PAGE_SIZES
+from vllm_sparse.policies import DECODE_POLICIES
+from vllm_sparse.support import Decision
+
+
+@dataclass(frozen=True)
+class PageLayout:
+    """What a page of a layer holds in vLLM's memory.
+
+    Made once, when the layer is; its backend, its spec and its implementation carry the same object, so engines of
+    other settings in one process have other layouts and nothing to share.
+    """
+
+    summary: str = "none"
+    """What a page stores beside K and V: one of :data:`vllm_sparse.pages.summaries.SUMMARIES`."""
+    on_host: bool = False
+    """Offload: K and V are in CPU memory, and a block of vLLM's holds the summary slots alone."""
+
+    @classmethod
+    def of(cls, config: SparseConfig, decision: Decision) -> PageLayout:
+        """The layout of a layer's pages; where no layer chooses any they need no summary."""
+        summary = "none" if decision.all_dense else DECODE_POLICIES[config.decode_policy].summary
+        return cls(summary, config.offload is not None)
+
+    def summary_slots(self, page_size: int, head_dim: int, item_bytes: int) -> int:
+        """Summary slots of a page; at least one with offload, where vLLM's blocks hold nothing else."""
+        return summaries.summary_slots(self.summary, page_size, head_dim, item_bytes, least=int(self.on_host))
+
+    def page_slots(self, page_size: int, head_dim: int, item_bytes: int) -> int:
+        """Slots of a page in vLLM's memory."""
+        return self.summary_slots(page_size, head_dim, item_bytes) + (0 if self.on_host else page_size)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SparseAttentionSpec(FullAttentionSpec):
-    """Full attention whose pages end in ``summary_slots`` extra rows per KV head.
+    """Full attention whose pages end in ``summary_slots`` extra slots per KV head.
 
     vLLM manages its blocks as those of its base class: prefix hits and preemption are those of full attention,
     since a summary is a function of its page's keys and lives in the page. With offload a block names a page of
@@ -27,22 +58,17 @@ class SparseAttentionSpec(FullAttentionSpec):
 
     page_size: int
     """Tokens of a page; a block holds a whole number of pages, or is one token, by which vLLM sizes others."""
-    summary: str = "none"
-    """One of :data:`vllm_sparse.pages.summaries.SUMMARIES`."""
-    on_host: bool = False
-    """Offload: K and V are in CPU memory, and a block of vLLM's holds the summary slots alone."""
+    layout: PageLayout = PageLayout()
 
     @property
     def summary_slots(self) -> int:
-        """Summary rows of a page."""
-        return summaries.summary_slots(
-            self.summary, self.page_size, self.head_size, self.dtype.itemsize, least=int(self.on_host)
-        )
+        """Summary slots of a page."""
+        return self.layout.summary_slots(self.page_size, self.head_size, self.dtype.itemsize)
 
     @property
     def page_slots(self) -> int:
-        """Rows of a page in vLLM's memory."""
-        return self.summary_slots if self.on_host else self.page_size + self.summary_slots
+        """Slots of a page in vLLM's memory."""
+        return self.layout.page_slots(self.page_size, self.head_size, self.dtype.itemsize)
 
     @property
     def unpadded_page_size_bytes(self) -> int:
@@ -64,12 +90,10 @@ class SparseAttentionSpec(FullAttentionSpec):
         return specs[0]
 
     @classmethod
-    def extend(
-        cls, spec: FullAttentionSpec, page_size: int, summary: str, on_host: bool = False
-    ) -> SparseAttentionSpec:
-        """``spec`` with the rows of a summary added to each page, or with nothing but them."""
+    def extend(cls, spec: FullAttentionSpec, page_size: int, layout: PageLayout) -> SparseAttentionSpec:
+        """``spec`` with the slots of a summary added to each page, or with nothing but them."""
         values = {field.name: getattr(spec, field.name) for field in fields(spec) if field.init}
-        return cls(**values, page_size=page_size, summary=summary, on_host=on_host)
+        return cls(**values, page_size=page_size, layout=layout)
 
 
 def page_size_of(block_size: int, config_block_size: int | None) -> int:

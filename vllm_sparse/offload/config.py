@@ -29,7 +29,6 @@ class OffloadConfig:
     one for V of a head page (:mod:`vllm_sparse.kernels.e4m3`), which is not exact."""
 
     def __post_init__(self) -> None:
-
         for name, allowed, good in (
             ("host_gib", f"auto, or a number above 0, up to {MOST_GIB}", lambda x: 0 < x <= MOST_GIB),
             ("hot_fraction", "auto, or a number from 0 to below 1", lambda x: 0 <= x < 1),
@@ -45,8 +44,10 @@ class OffloadConfig:
 
     @classmethod
     def from_mapping(cls, values: Any, source: str, keys: Keys) -> OffloadConfig:
-        """Check and build from a JSON object; ``source`` names it in errors, and ``keys`` tell where others belong."""
+        """Check and build from a JSON object; ``source`` names it in errors.
 
+        ``keys``: of all settings, by which an error says where a misplaced one belongs.
+        """
         known = [field.name for field in fields(cls)]
         if not isinstance(values, dict):
             raise ConfigError(

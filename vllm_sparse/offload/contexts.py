@@ -3,41 +3,35 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from vllm_sparse import kernels
-from vllm_sparse.pages.query_blocks import QueryBlocks
+from vllm_sparse.prefill.runs import PrefillRun
 
 LINK_PROGRAMS, GPU_PROGRAMS = 32, 1024
 """Programs of a copy: enough for a link to the host, whose reads run beside attention, and for a GPU's memory."""
 
 
-@dataclass
-class ContextRun:
-    """Prefill rows of a step that are attended together, over contexts side by side in one buffer."""
+@dataclass(kw_only=True)
+class ContextRun(PrefillRun):
+    """A prefill run over contexts that are read side by side into one buffer, whose pages ``block_table`` names.
 
-    tokens: slice
-    """Their queries among the step's tokens."""
-    block_table: torch.Tensor
-    """int32 [requests, pages]: pages of the buffer."""
+    A chunk's ``request`` is 0.
+    """
+
     old_blocks: torch.Tensor
     """int32 [old pages]: blocks that earlier steps filled, to be read from the host. In place of those that no
     query of the run can attend to, which are not among them, the buffer holds anything."""
     old_places: torch.Tensor
     """int32 [old pages]: pages of the buffer that they go to."""
-    late_places: torch.Tensor | None
+    late_places: torch.Tensor | None = None
     """``old_places`` of blocks that this very step writes, else -1: prefix hits on requests that run beside. None
     where no others run."""
     new_pages: torch.Tensor
     """int32 [new pages]: staging pages that this step writes to."""
     new_places: torch.Tensor
-    """int32 [new pages]."""
-    dense: Any = None
-    """Metadata of the dense backend, or None for a chunk."""
-    chunk: QueryBlocks | None = None
-    """Queries of one request that choose pages; its ``request`` is 0."""
+    """int32 [new pages]: pages of the buffer that they go to."""
 
 
 class ContextReader:

@@ -7,12 +7,17 @@ from dataclasses import dataclass
 import torch
 
 from vllm_sparse import kernels
-from vllm_sparse.offload.contexts import ContextReader
+from vllm_sparse.attention.base import AttentionKernel
+from vllm_sparse.offload.contexts import ContextReader, ContextRun
 from vllm_sparse.offload.pool import HostPool
 from vllm_sparse.offload.sizing import CacheShape, Split, StepLimits
+from vllm_sparse.pages.geometry import Geometry
 from vllm_sparse.pages.hot_set import HotSet, Lookups
 from vllm_sparse.pages.page_table import PageTable
 from vllm_sparse.pages.write_plan import WritePlan
+
+MOST_IN_PLACE = 1 << 22
+"""Head pages that are read on the host by one launch where whole contexts are: what its page table holds."""
 
 
 class OffloadStore:
@@ -20,7 +25,7 @@ class OffloadStore:
 
     The hot store is one tensor of pages like those of a resident cache. Its first pages are the ones that a
     step writes to, shared by all layers; after them each layer has its slots. So ``page_write`` and every
-    engine work on it as they do on vLLM's own cache.
+    attention kernel work on it as they do on vLLM's own cache.
     """
 
     def __init__(
@@ -98,7 +103,7 @@ class OffloadedLayer:
     def bring(self, table: PageTable) -> None:
         """Turn the chosen head pages of ``table`` into places in the hot store, fetching those that it lacks.
 
-        A head page for which there is no slot becomes ``~head_page``, for the engine to read on the host.
+        A head page for which there is no slot becomes ``~head_page``: the attention kernel reads it on the host.
         """
         store, run = self.store, kernels.for_device(table.head_pages.device)
         run.find_hot_slots(
@@ -108,3 +113,43 @@ class OffloadedLayer:
         run.fetch_head_pages(
             self.host, table, store.plan, self.index, self.hot_set, store.lookups, store.hot, self.exponents,
         )  # fmt: skip
+
+    def context_of(self, runs: list[ContextRun], index: int) -> torch.Tensor:
+        """The contexts of ``runs[index]`` on the GPU: [pages, kv_heads, page_size, 2 * head_dim]."""
+        return self.store.contexts.open(self.index, runs, index)
+
+    def attend(
+        self, attention: AttentionKernel, q: torch.Tensor, table: PageTable, geometry: Geometry, out: torch.Tensor
+    ) -> None:
+        """Attend over ``table``, whose head pages are in the hot store, or ``~head_page`` of the host.
+
+        Args:
+            q, out: [num_reqs, q_heads, head_dim].
+        """
+        attention.attend(q, self.hot, table, geometry, out, self.host, self.exponents)
+
+    def attend_whole(
+        self,
+        attention: AttentionKernel,
+        q: torch.Tensor,
+        block_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        geometry: Geometry,
+        out: torch.Tensor,
+    ) -> None:
+        """Attend over every page of a context, on the host in place.
+
+        Args:
+            q, out: [num_reqs, q_heads, head_dim].
+            block_table: int32 [num_reqs, max_pages].
+            seq_lens: int32 [num_reqs]; rows of length 0 leave ``out`` untouched.
+        """
+        kv_heads = geometry.kv_heads
+        heads = torch.arange(kv_heads, dtype=torch.int32, device=q.device)
+        requests = max(1, MOST_IN_PLACE // (kv_heads * block_table.shape[1]))
+        for rows in (slice(at, at + requests) for at in range(0, len(q), requests)):
+            # ~(block * kv_heads + head), without a copy of it.
+            head_pages = block_table[rows, None, :] * -kv_heads + ~heads[:, None]
+            lengths = seq_lens[rows, None].expand(-1, kv_heads)
+            table = PageTable(head_pages.flatten(0, 1), lengths.flatten())
+            self.attend(attention, q[rows], table, geometry, out[rows])

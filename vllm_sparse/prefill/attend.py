@@ -54,8 +54,12 @@ class SparsePrefill:
     """Sinks and window."""
     geometry: Geometry
 
-    def warm_up(self, kv_heads: int, page_slots: int, head_dim: int, q_heads: int, dtype: torch.dtype) -> None:
-        """Compile what a chunk launches, so that the first long request does not wait for it."""
+    def warm_up(self, page_slots: int, dtype: torch.dtype) -> None:
+        """Compile what a chunk launches, so that the first long request does not wait for it.
+
+        Layers of equal shape share it. ``page_slots``: slots of the pages that chunks read.
+        """
+        kv_heads, q_heads, head_dim = self.geometry.kv_heads, self.geometry.q_heads, self.geometry.head_dim
         device, page_size = self.buffers.head_pages.device, self.buffers.page_size
         chunk = QueryBlocks(0, 0, BLOCK_TOKENS, 0)
         pages = chunk.num_pages(page_size)

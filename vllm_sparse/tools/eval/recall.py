@@ -103,4 +103,4 @@ class _Attention(AttentionKernel):
         self.attention.attend(q, kv, table, *more)
 
     def attend_blocks(self, *args):
-        self.engine.attend_blocks(*args)
+        self.attention.attend_blocks(*args)

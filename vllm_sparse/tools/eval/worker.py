@@ -25,19 +25,17 @@ class EvalWorker:
         config = check.with_tables(self.vllm_config, config)
         for builder in self._builders():
             config.check_page_size(builder.page_size)
-            builder.config = config
+            builder.configure(config)
         exact: dict = {}
         for impl in self._layers():
-            impl.config = config
-            policy = DECODE_POLICIES[config.decode_policy]
             probe = getattr(impl, "recall_probe", None)
             if probe is None:
                 probe = impl.recall_probe = RecallProbe(impl, exact)
                 impl.attention = probe.attention
-            impl.policy = probe.watch(policy, recall_every)
-            impl.bind_budget()
-            if impl.prefill is not None:
-                impl.bind_prefill(impl.prefill.buffers)
+            impl.configure(config)
+            policy = probe.watch(DECODE_POLICIES[config.decode_policy], recall_every)
+            if impl.decode is not None:
+                impl.decode.policy = policy
 
     def eval_counts(self) -> dict:
         """What ran sparse so far; waits for the device."""
