@@ -16,12 +16,13 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_sparse.kernels.constants import PRECISION
 from vllm_sparse.pages.geometry import Geometry
 from vllm_sparse.pages.query_blocks import BLOCK_TOKENS, QueryBlocks
 
-STRIDE = 16
+STRIDE: tl.constexpr = tl.constexpr(16)
 LOG2_E = 1.4426950408889634
-BLOCK_ROWS = BLOCK_TOKENS // STRIDE
+BLOCK_ROWS: tl.constexpr = tl.constexpr(BLOCK_TOKENS // STRIDE.value)
 TUNING = {"token_bytes": 32768, "column_bytes": 16384, "num_warps": 8, "num_stages": 3}
 """``token_bytes``, ``column_bytes``: of queries and keys that a matrix product takes."""
 
@@ -30,8 +31,8 @@ TUNING = {"token_bytes": 32768, "column_bytes": 16384, "num_warps": 8, "num_stag
 def _strided_logits(
     q_ptr, kv_head_ptr, block_table_ptr, columns, q_stride_t, q_row, num_tokens, first_position, end_position,
     kv_stride_b, kv_stride_slot, scale_log2,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, STRIDE: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_J: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """L [ROWS, BLOCK_J] in units of log2, -inf where nothing is seen; ``q_row`` [ROWS] first queries of rows."""
     dims = tl.arange(0, BLOCK_D)
@@ -58,8 +59,8 @@ def _antidiagonal_score(
     score_stride,
     scale_log2, first_position, num_tokens, num_blocks, num_pages,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
-    STRIDE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_J: tl.constexpr,
-    PAGES_J: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCKS: tl.constexpr, BLOCK_J: tl.constexpr,
+    PAGES_J: tl.constexpr,
 ):  # fmt: skip
     ROWS: tl.constexpr = BLOCKS * BLOCK_ROWS
     head, first_block = tl.program_id(1), tl.program_id(0) * BLOCKS
@@ -75,7 +76,7 @@ def _antidiagonal_score(
         logits = _strided_logits(
             queries, base, block_table_ptr, tile * BLOCK_J + tl.arange(0, BLOCK_J), q_stride_t, q_row, num_tokens,
             first_position, end_position, kv_stride_b, kv_stride_slot, scale_log2,
-            HEAD_DIM, BLOCK_D, PAGE, STRIDE, ROWS, BLOCK_J, PRECISION,
+            HEAD_DIM, BLOCK_D, PAGE, ROWS, BLOCK_J,
         )  # fmt: skip
         new_top = tl.maximum(top, tl.max(logits, axis=1))
         peak = tl.where(new_top == float("-inf"), 0.0, new_top)
@@ -86,7 +87,7 @@ def _antidiagonal_score(
         logits = _strided_logits(
             queries, base, block_table_ptr, tile * BLOCK_J + tl.arange(0, BLOCK_J), q_stride_t, q_row, num_tokens,
             first_position, end_position, kv_stride_b, kv_stride_slot, scale_log2,
-            HEAD_DIM, BLOCK_D, PAGE, STRIDE, ROWS, BLOCK_J, PRECISION,
+            HEAD_DIM, BLOCK_D, PAGE, ROWS, BLOCK_J,
         )  # fmt: skip
         mass = tl.reshape(tl.exp2(logits - lse[:, None]), [BLOCKS, BLOCK_ROWS, BLOCK_J])
         mass = tl.sum(tl.reshape(tl.sum(mass, axis=1), [BLOCKS, PAGES_J, BLOCK_J // PAGES_J]), axis=2)
@@ -114,12 +115,13 @@ def antidiagonal_score(
     query_rows, columns = (
         TUNING[name] // (block_d * q.element_size()) for name in ("token_bytes", "column_bytes")
     )
-    block_j = max(min(columns, 64), page_size // STRIDE)
-    num_blocks = min(max(2, query_rows // BLOCK_ROWS), 16, triton.next_power_of_2(max(2, blocks.num_blocks)))
+    block_j = max(min(columns, 64), page_size // STRIDE.value)
+    num_blocks = min(max(2, query_rows // BLOCK_ROWS.value), 16, triton.next_power_of_2(max(2, blocks.num_blocks)))
     _antidiagonal_score[(triton.cdiv(blocks.num_blocks, num_blocks), q_heads)](
         q, kv, block_table, scores, q.stride(0), q.stride(1), kv.stride(0), kv.stride(1), kv.stride(2),
-        scores.stride(0), scale * LOG2_E / STRIDE, blocks.first_position, num_tokens, blocks.num_blocks, num_pages,
-        GROUP=q_heads // kv.shape[1], HEAD_DIM=head_dim, BLOCK_D=block_d, PAGE=page_size, STRIDE=STRIDE,
-        BLOCK_ROWS=BLOCK_ROWS, BLOCKS=num_blocks, BLOCK_J=block_j, PAGES_J=block_j * STRIDE // page_size,
-        PRECISION="ieee", num_warps=TUNING["num_warps"], num_stages=TUNING["num_stages"],
+        scores.stride(0), scale * LOG2_E / STRIDE.value, blocks.first_position, num_tokens, blocks.num_blocks,
+        num_pages,
+        GROUP=q_heads // kv.shape[1], HEAD_DIM=head_dim, BLOCK_D=block_d, PAGE=page_size,
+        BLOCKS=num_blocks, BLOCK_J=block_j, PAGES_J=block_j * STRIDE.value // page_size,
+        num_warps=TUNING["num_warps"], num_stages=TUNING["num_stages"],
     )  # fmt: skip

@@ -1,12 +1,12 @@
-"""fetch_head_pages: missing head pages of a decode step, from pinned host memory into slots.
+"""fetch_head_pages: missing head pages of a decode step, from pinned host memory into hot slots.
 
-    set(head page) = (head page * 2654435761 mod 2^32) * num_sets / 2^32             16 slots
-    slot      = the least recently used of the set that this step does not need
+    set(head page) = (head page * 2654435761 mod 2^32) * num_sets / 2^32             16 hot slots
+    hot slot       = the least recently used of the set that this step does not need
 
-Each program claims a slot by a compare-and-swap of its time of last use and copies one head page, so there is
-no host code, no lock and no wait for other programs. Where this step needs all 16 slots of a set the place
-keeps ``~head_page`` and the engine reads the head page on the host. Two requests that share a page may both fetch it
-in the same step; the map then knows one of the copies, and the other ages away.
+Each program claims a hot slot by a compare-and-swap of its time of last use and copies one head page, so there is
+no host code, no lock and no wait for other programs. Where this step needs all 16 hot slots of a set the place
+keeps ``~head_page`` and the attention kernel reads the head page on the host. Two requests that share a page may
+both fetch it in the same step; the map then knows one of the copies, and the other ages away.
 """
 
 from __future__ import annotations
@@ -17,11 +17,14 @@ import triton.language as tl
 
 from vllm_sparse.kernels.e4m3 import codes_of, from_e4m3, powers_256_of
 from vllm_sparse.kernels.launch import num_multiprocessors
-from vllm_sparse.pages.hot_set import HASH, WAYS, HotSet, Lookups
+from vllm_sparse.pages import hot_set as hot_sets
+from vllm_sparse.pages.hot_set import HotSet, Lookups
 from vllm_sparse.pages.layout import HeadPageGrid
 from vllm_sparse.pages.page_table import PageTable
 from vllm_sparse.pages.write_plan import WritePlan
 
+HASH: tl.constexpr = tl.constexpr(hot_sets.HASH)
+WAYS: tl.constexpr = tl.constexpr(hot_sets.WAYS)
 TUNING = {"programs_per_sm": 2, "block": 4096}
 
 
@@ -30,7 +33,7 @@ def _fetch_head_pages(
     host_ptr, exponents_ptr, hot_ptr, head_pages_ptr, clock_ptr, slot_of_ptr, slot_head_page_ptr, last_use_ptr,
     misses_ptr, num_misses_ptr, counters_ptr,
     host_stride_u, hot_stride_u, first_head_page, layer, num_sets,
-    HEAD_PAGE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, WAYS: tl.constexpr, HASH: tl.constexpr,
+    HEAD_PAGE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     count = tl.load(num_misses_ptr + layer)
     item = tl.program_id(0)
@@ -114,7 +117,7 @@ def fetch_head_pages(
         hot_set.slot_head_page, hot_set.last_use, lookups.misses, plan.num_misses, lookups.counters,
         host.stride(1), hot.stride(1),
         hot_set.first_head_page, layer, hot_set.num_sets, HEAD_PAGE=head_page, HEAD_DIM=content // 2,
-        BLOCK=min(TUNING["block"], triton.next_power_of_2(head_page)), WAYS=WAYS, HASH=HASH,
+        BLOCK=min(TUNING["block"], triton.next_power_of_2(head_page)),
         # One: warps that each read the ages of a set, while other programs claim its slots, would choose
         # different ones.
         num_warps=1,

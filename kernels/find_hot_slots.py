@@ -1,11 +1,12 @@
 """find_hot_slots: which head pages of a decode step's page table the hot set holds.
 
-    head pages[row,
-               p] = first_head_page + slot_of[head page]     where the hot set holds it; the slot is stamped as used now
-                    ~head page                          where it does not; its place is listed among the misses
-                    staging page of the request    for the last page, which this step has just written
+    head_pages[row, p] = first_head_page + slot_of[head page]   where the hot set holds it
+                         ~head page                             where it does not
+                         staging page of the request            for the last page, which this step has just written
 
-Slots that a step needs are all stamped before :mod:`vllm_sparse.kernels.fetch_head_pages` gives any away.
+The hot slot of a head page that is held is stamped as used now; the place of one that is not is listed among
+the misses. Hot slots that a step needs are all stamped before :mod:`vllm_sparse.kernels.fetch_head_pages` gives
+any away.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vllm_sparse.pages.decode_plan import WHOLE
+from vllm_sparse.kernels.constants import WHOLE
 from vllm_sparse.pages.hot_set import HotSet, Lookups
 from vllm_sparse.pages.page_table import PageTable
 from vllm_sparse.pages.write_plan import WritePlan
 
-BLOCK = 128
+BLOCK: tl.constexpr = tl.constexpr(128)
 
 
 @triton.jit(do_not_specialize=["layer"])
@@ -26,7 +27,7 @@ def _find_hot_slots(
     head_pages_ptr, lengths_ptr, routes_ptr, staged_slots_ptr, clock_ptr, slot_of_ptr, last_use_ptr, misses_ptr,
     num_misses_ptr, counters_ptr,
     table_stride_row, first_head_page, layer,
-    KV_HEADS: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
+    KV_HEADS: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     row, part = tl.program_id(0), tl.program_id(1)
     num_pages = (tl.load(lengths_ptr + row) + PAGE - 1) // PAGE
@@ -75,15 +76,15 @@ def find_hot_slots(
         plan: this step's writes and time.
         layer: position among the layers of this rank.
         hot_set: the layer's.
-        lookups: ``misses`` gets ``plan.num_misses[layer]`` places in ``table.head_pages``; head pages looked for are
-            added to the first of ``counters``.
+        lookups: ``misses`` gets ``plan.num_misses[layer]`` places in ``table.head_pages``; head pages looked for
+            are added to the first of ``counters``.
     """
     rows, width = table.head_pages.shape
     if rows == 0:
         return
     assert table.head_pages.stride(0) == width and lookups.misses.shape[0] >= rows * width
-    _find_hot_slots[(rows, triton.cdiv(width, BLOCK))](
+    _find_hot_slots[(rows, triton.cdiv(width, BLOCK.value))](
         table.head_pages, table.lengths, table.routes, plan.staged_slots, plan.clock, hot_set.slot_of,
         hot_set.last_use, lookups.misses, plan.num_misses, lookups.counters, width, hot_set.first_head_page, layer,
-        KV_HEADS=kv_heads, PAGE=page_size, BLOCK=BLOCK, WHOLE=WHOLE, num_warps=1,
+        KV_HEADS=kv_heads, PAGE=page_size, num_warps=1,
     )  # fmt: skip

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_sparse.kernels.constants import CHUNK
 from vllm_sparse.kernels.hash_uniform import hash_uniform
 from vllm_sparse.kernels.launch import page_splits
 from vllm_sparse.kernels.store_scores import store_chunk, store_scores
@@ -20,7 +21,7 @@ from vllm_sparse.pages.page_scores import CHUNK_PAGES, PageScores
 @triton.jit
 def _index_score(
     seq_lens_ptr, score_offsets_ptr, values_ptr, chunk_lse_ptr, score_stride, chunk_stride,
-    PAGE: tl.constexpr, CHUNK: tl.constexpr, RANDOM: tl.constexpr,
+    PAGE: tl.constexpr, RANDOM: tl.constexpr,
 ):  # fmt: skip
     split, head, request = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     offset = tl.load(score_offsets_ptr + request)
@@ -36,7 +37,7 @@ def _index_score(
         top, total = store_scores(values_ptr, score[None, :], head + one, one == 0, offset, pages,
                                   pages < num_pages,
                                   score_stride, top, total)  # fmt: skip
-        store_chunk(chunk_lse_ptr, head + one, one == 0, offset, request, chunk, chunk_stride, top, total, CHUNK)
+        store_chunk(chunk_lse_ptr, head + one, one == 0, offset, request, chunk, chunk_stride, top, total)
 
 
 def _launch(block_table, plan, page_size, scores, random):
@@ -45,7 +46,7 @@ def _launch(block_table, plan, page_size, scores, random):
     _index_score[(splits, q_heads, num_reqs)](
         plan.table_seq_lens, plan.score_offsets, scores.values, scores.chunk_lse,
         scores.values.stride(0), scores.chunk_lse.stride(0),
-        PAGE=page_size, CHUNK=CHUNK_PAGES, RANDOM=random, num_warps=1,
+        PAGE=page_size, RANDOM=random, num_warps=1,
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_sparse.kernels.constants import CHUNK, PRECISION
 from vllm_sparse.kernels.launch import page_splits
 from vllm_sparse.kernels.store_scores import store_chunk, store_scores
 from vllm_sparse.pages.decode_plan import DecodePlan
@@ -24,7 +25,7 @@ def _page_mass(
     q_stride_h,
     kv_stride_b, kv_stride_h, kv_stride_slot, table_stride, score_stride, chunk_stride, scale,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    PAGE: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+    PAGE: tl.constexpr,
 ):  # fmt: skip
     split, head, request = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     offset = tl.load(score_offsets_ptr + request)
@@ -55,7 +56,7 @@ def _page_mass(
             top, total = store_scores(values_ptr, mass[:, None], heads, group < GROUP, offset, page + one,
                                       one == 0,
                                       score_stride, top, total)  # fmt: skip
-        store_chunk(chunk_lse_ptr, heads, group < GROUP, offset, request, chunk, chunk_stride, top, total, CHUNK)
+        store_chunk(chunk_lse_ptr, heads, group < GROUP, offset, request, chunk, chunk_stride, top, total)
 
 
 def page_mass(
@@ -79,5 +80,4 @@ def page_mass(
         scores.values.stride(0), scores.chunk_lse.stride(0), scale,
         GROUP=group, GROUP_PAD=max(16, triton.next_power_of_2(group)),
         HEAD_DIM=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), PAGE=page_size,
-        CHUNK=CHUNK_PAGES, PRECISION="ieee",
     )  # fmt: skip

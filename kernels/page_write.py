@@ -26,18 +26,17 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_sparse.kernels.sketch_write import STEP, write_sketch
+from vllm_sparse.kernels.sketch_write import SMALLEST, write_sketch
 from vllm_sparse.pages.summaries import SKETCH_BITS, TILE_TOKENS, SketchLayout, summary_slots
 
-SCALE_BITS = 16
-LEVELS = 125.9
+SCALE_BITS: tl.constexpr = tl.constexpr(16)
+LEVELS: tl.constexpr = tl.constexpr(125.9)
 """Steps that a scale is made of: the next even or odd number after as many still fits 7 bits."""
-SMALLEST = 1e-7
 SKETCH_CHANNELS_PER_WARP = 64
 
 
 @triton.jit
-def _scale_bits(largest, LEVELS: tl.constexpr, SMALLEST: tl.constexpr):
+def _scale_bits(largest):
     """A bfloat16 above ``largest / LEVELS``, as an integer."""
     return (tl.maximum(largest / LEVELS, SMALLEST).to(tl.int32, bitcast=True) >> 16) + 1
 
@@ -54,8 +53,8 @@ def _page_write(
     kv_stride_b, kv_stride_h, kv_stride_slot,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
     SKETCH_BITS: tl.constexpr, TILE_BYTES: tl.constexpr,
-    ITEM_BYTES: tl.constexpr, SCALE_BITS: tl.constexpr, LEVELS: tl.constexpr, SMALLEST: tl.constexpr,
-    STEP: tl.constexpr, OF_KEYS: tl.constexpr,
+    ITEM_BYTES: tl.constexpr,
+    OF_KEYS: tl.constexpr,
 ):  # fmt: skip
     token, head = tl.program_id(0), tl.program_id(1)
     dims = tl.arange(0, BLOCK_D)
@@ -89,19 +88,19 @@ def _page_write(
         if SKETCH_BITS:
             sketch = summary * ITEM_BYTES + row // TILE * TILE_BYTES
             write_sketch(kv_bytes_ptr + sketch, kv_words_ptr + sketch // 4, keys, old | fresh,
-                         SKETCH_BITS, BLOCK_D, TILE, STEP, SMALLEST)  # fmt: skip
+                         SKETCH_BITS, BLOCK_D)  # fmt: skip
             return
         low = tl.where(in_head, tl.min(tl.where(mask, keys, float("inf")), axis=0), 0.0)
         high = tl.where(in_head, tl.max(tl.where(mask, keys, float("-inf")), axis=0), 0.0)
         centre = low + (high - low) * 0.5
         carries = dims < SCALE_BITS
         place = tl.minimum(dims, SCALE_BITS - 1)
-        c_bits = _scale_bits(tl.max(tl.abs(centre), axis=0), LEVELS, SMALLEST)
+        c_bits = _scale_bits(tl.max(tl.abs(centre), axis=0))
         c_scale, bit = _as_float(c_bits), ((c_bits >> place) & 1).to(tl.float32)
         x = centre / c_scale
         c = tl.where(carries, 2 * tl.floor((x - bit) * 0.5 + 0.5) + bit, tl.floor(x + 0.5))
         half = tl.maximum(high - c * c_scale, c * c_scale - low)
-        w_bits = _scale_bits(tl.max(half, axis=0), LEVELS, SMALLEST)
+        w_bits = _scale_bits(tl.max(half, axis=0))
         bit = ((w_bits >> place) & 1).to(tl.float32)
         x = half / _as_float(w_bits)
         w = tl.where(carries, 2 * tl.ceil((x - bit) * 0.5) + bit, tl.ceil(x))
@@ -130,7 +129,7 @@ def page_write(
     num_tokens, (_, kv_heads, head_dim) = slot_mapping.shape[0], key.shape
     assert key.stride(2) == value.stride(2) == kv.stride(3) == 1, "head_dim must be contiguous"
     assert kv.shape[3] == 2 * head_dim and value.shape[1:] == key.shape[1:]
-    assert head_dim >= SCALE_BITS, f"head_dim {head_dim} has no room for scales"
+    assert head_dim >= SCALE_BITS.value, f"head_dim {head_dim} has no room for scales"
     assert page_size & (page_size - 1) == 0, f"page size {page_size} is not a power of two"
     if num_tokens == 0:
         return
@@ -149,7 +148,7 @@ def page_write(
         num_tokens, key.stride(0), key.stride(1), value.stride(0), value.stride(1),
         kv.stride(0), kv.stride(1), kv.stride(2),
         HEAD_DIM=head_dim, BLOCK_D=width, PAGE=page_size, TILE=tile, SKETCH_BITS=bits, TILE_BYTES=tile_bytes,
-        ITEM_BYTES=kv.element_size(), SCALE_BITS=SCALE_BITS, LEVELS=LEVELS, SMALLEST=SMALLEST, STEP=STEP,
+        ITEM_BYTES=kv.element_size(),
         OF_KEYS=rows > 0,
         num_warps=num_warps,
     )  # fmt: skip

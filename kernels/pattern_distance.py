@@ -20,6 +20,9 @@ import triton.language as tl
 
 from vllm_sparse.pages.query_blocks import BLOCK_TOKENS, QueryBlocks
 
+TILE: tl.constexpr = tl.constexpr(1024)
+"""Pages read at a time."""
+
 
 @triton.jit
 def _divergence_from(part, other):
@@ -56,7 +59,7 @@ def _block_score(score_ptr, pages, num_pages, end_position, PAGE: tl.constexpr, 
 def _pattern_distance(
     mass_ptr, scores_ptr, query_aware_ptr, mass_stride_h, mass_stride_k, score_stride, num_pages, end_position,
     threshold,
-    BANDS: tl.constexpr, PAGE: tl.constexpr, PER_BLOCK: tl.constexpr, TILE: tl.constexpr,
+    BANDS: tl.constexpr, PAGE: tl.constexpr, PER_BLOCK: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
     cells = mass_ptr + head.to(tl.int64) * mass_stride_h
@@ -108,6 +111,6 @@ def pattern_distance(
     assert mass.stride(2) == scores.stride(1) == query_aware.stride(0) == 1
     _pattern_distance[(q_heads,)](
         mass, scores, query_aware, mass.stride(0), mass.stride(1), scores.stride(0), num_pages, chunk.end_position,
-        float(threshold), BANDS=bands, PAGE=page_size, PER_BLOCK=max(1, BLOCK_TOKENS // page_size), TILE=1024,
+        float(threshold), BANDS=bands, PAGE=page_size, PER_BLOCK=max(1, BLOCK_TOKENS // page_size),
         num_warps=8,
     )  # fmt: skip

@@ -16,9 +16,10 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_sparse.kernels.constants import CHUNK, EVERY_PAGE, WHOLE
 from vllm_sparse.kernels.select_pages import window_start
-from vllm_sparse.pages.decode_plan import EVERY_PAGE, NOT_LISTED, WHOLE, WORK_COLUMNS, DecodePlan
-from vllm_sparse.pages.page_scores import CHUNK_PAGES
+from vllm_sparse.kernels.work_list import CHUNK_ENDS, COLUMNS, NOT_LISTED, SEGMENT_ENDS
+from vllm_sparse.pages.decode_plan import DecodePlan
 from vllm_sparse.pages.page_table import PageTable
 from vllm_sparse.pages.selection import Selection
 
@@ -28,8 +29,7 @@ def _plan_decode(
     seq_lens_ptr, whole_ptr, table_seq_lens_ptr, dense_seq_lens_ptr, score_offsets_ptr, work_ptr, totals_ptr,
     counters_ptr, lengths_ptr,
     num_reqs, budget_pages, largest_pages, min_context, capacity, sink_pages, window_tokens,
-    KV_HEADS: tl.constexpr, PAGE: tl.constexpr, CHUNK: tl.constexpr, SEGMENT: tl.constexpr, ALONE: tl.constexpr,
-    COLUMNS: tl.constexpr, NOT_LISTED: tl.constexpr, EVERY_PAGE: tl.constexpr, WHOLE: tl.constexpr,
+    KV_HEADS: tl.constexpr, PAGE: tl.constexpr, SEGMENT: tl.constexpr, ALONE: tl.constexpr,
     SHORT_DENSE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     rows = tl.arange(0, BLOCK)
@@ -69,11 +69,15 @@ def _plan_decode(
     tl.store(item, rows, mask=listed)
     tl.store(item + 1, seq_len.to(tl.int32), mask=listed)
     tl.store(item + 2, route, mask=listed)
-    tl.store(item + 3, tl.where(scored, ends & 0xFFFFFFFF, NOT_LISTED).to(tl.int32), mask=listed)
-    tl.store(item + 4, tl.where(scored, (ends >> 32).to(tl.int32), scored_segments + short_place), mask=listed)
+    tl.store(item + CHUNK_ENDS, tl.where(scored, ends & 0xFFFFFFFF, NOT_LISTED).to(tl.int32), mask=listed)
+    tl.store(
+        item + SEGMENT_ENDS,
+        tl.where(scored, (ends >> 32).to(tl.int32), scored_segments + short_place),
+        mask=listed,
+    )
     past = work_ptr + rows * COLUMNS
-    tl.store(past + 3, NOT_LISTED, mask=mask & (rows >= num_scored + num_short))
-    tl.store(past + 4, NOT_LISTED, mask=mask & (rows >= num_scored + num_short))
+    tl.store(past + CHUNK_ENDS, NOT_LISTED, mask=mask & (rows >= num_scored + num_short))
+    tl.store(past + SEGMENT_ENDS, NOT_LISTED, mask=mask & (rows >= num_scored + num_short))
     tl.store(totals_ptr, num_scored)
     tl.store(totals_ptr + 1, num_scored + num_short)
     tl.store(totals_ptr + 2, (size & 0xFFFFFFFF).to(tl.int32))
@@ -112,8 +116,8 @@ def plan_decode(
         plan.work, plan.totals, plan.counters, table.lengths,
         num_reqs, selection.budget_pages, selection.largest_pages, min_context_tokens, capacity_pages,
         selection.sink_pages, selection.window_tokens,
-        KV_HEADS=table.lengths.shape[0] // num_reqs, PAGE=selection.page_size, CHUNK=CHUNK_PAGES,
-        SEGMENT=plan.segment_pages, ALONE=plan.alone_pages, COLUMNS=WORK_COLUMNS, NOT_LISTED=NOT_LISTED,
-        EVERY_PAGE=EVERY_PAGE, WHOLE=WHOLE, SHORT_DENSE=short_rows_dense,
+        KV_HEADS=table.lengths.shape[0] // num_reqs, PAGE=selection.page_size,
+        SEGMENT=plan.segment_pages, ALONE=plan.alone_pages,
+        SHORT_DENSE=short_rows_dense,
         BLOCK=max(1024, triton.next_power_of_2(num_reqs)),
     )  # fmt: skip

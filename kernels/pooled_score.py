@@ -12,14 +12,19 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_sparse.kernels.constants import BLOCK_TOKENS, PRECISION
 from vllm_sparse.pages.geometry import Geometry
-from vllm_sparse.pages.query_blocks import BLOCK_TOKENS, QueryBlocks
+from vllm_sparse.pages.query_blocks import QueryBlocks
+
+PAGES_N: tl.constexpr = tl.constexpr(32)
+ROWS: tl.constexpr = tl.constexpr(32)
+"""Pages, and query blocks of the heads of a group, that a matrix product takes."""
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_blocks"])
 def _pool_queries(
     q_ptr, pooled_ptr, heads_ptr, q_stride_t, q_stride_h, pooled_stride, num_tokens, num_blocks,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     head, block = row // num_blocks, row % num_blocks
@@ -41,8 +46,8 @@ def _pooled_score(
     pooled_ptr, kv_ptr, block_table_ptr, scores_ptr, heads_ptr, pooled_stride, kv_stride_b, kv_stride_h,
     kv_stride_slot, score_stride,
     scale, end_position, num_pages, num_blocks,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, PAGES_N: tl.constexpr,
-    GROUP_PAD: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
 ):  # fmt: skip
     tile, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     if heads_ptr is not None:
@@ -110,12 +115,11 @@ def pooled_score(
     dims = dict(HEAD_DIM=head_dim, BLOCK_D=triton.next_power_of_2(head_dim))
     _pool_queries[(rows,)](
         q, pooled, heads, q.stride(0), q.stride(1), pooled.stride(0), num_tokens, blocks.num_blocks,
-        **dims, BLOCK_TOKENS=BLOCK_TOKENS, num_warps=4,
+        **dims, num_warps=4,
     )  # fmt: skip
-    pages_n = 32
-    _pooled_score[(triton.cdiv(num_pages, pages_n), kv_heads)](
+    _pooled_score[(triton.cdiv(num_pages, PAGES_N.value), kv_heads)](
         pooled, kv, block_table, scores, heads, pooled.stride(0), kv.stride(0), kv.stride(1), kv.stride(2),
         scores.stride(0), scale, blocks.end_position, num_pages, blocks.num_blocks,
-        GROUP=group, **dims, PAGE=page_size, PAGES_N=pages_n, GROUP_PAD=triton.next_power_of_2(group),
-        ROWS=32, PRECISION="ieee", num_warps=4,
+        GROUP=group, **dims, PAGE=page_size, GROUP_PAD=triton.next_power_of_2(group),
+        num_warps=4,
     )  # fmt: skip

@@ -14,9 +14,13 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_sparse.kernels.constants import BLOCK_TOKENS
 from vllm_sparse.kernels.hash_uniform import hash_uniform
 from vllm_sparse.pages.position_pattern import PositionPattern
-from vllm_sparse.pages.query_blocks import BLOCK_TOKENS, QueryBlocks
+from vllm_sparse.pages.query_blocks import QueryBlocks
+
+BLOCK: tl.constexpr = tl.constexpr(1024)
+"""Pages of a row that are worked on at a time."""
 
 
 @triton.jit(do_not_specialize=["keep_stride", "first_position", "end_position", "num_pages", "num_blocks"])
@@ -24,7 +28,7 @@ def _position_pattern(
     keep_ptr, keep_stride, first_position, end_position, num_pages, num_blocks,
     INITIAL: tl.constexpr, RECENT: tl.constexpr, DILATION: tl.constexpr, DILATED_HEADS: tl.constexpr,
     STRIDE: tl.constexpr, RANDOM_PAGES: tl.constexpr,
-    PAGE: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+    PAGE: tl.constexpr,
 ):  # fmt: skip
     row, tile = tl.program_id(0), tl.program_id(1)
     head, block = row // num_blocks, row % num_blocks
@@ -57,10 +61,10 @@ def position_pattern(pattern: PositionPattern, blocks: QueryBlocks, page_size: i
     """
     rows, num_pages = keep.shape
     assert rows % blocks.num_blocks == 0 and num_pages == blocks.num_pages(page_size) and keep.stride(1) == 1
-    _position_pattern[(rows, triton.cdiv(num_pages, 1024))](
+    _position_pattern[(rows, triton.cdiv(num_pages, BLOCK.value))](
         keep, keep.stride(0), blocks.first_position, blocks.end_position, num_pages, blocks.num_blocks,
         INITIAL=pattern.initial_tokens, RECENT=pattern.recent_tokens, DILATION=pattern.dilation,
         DILATED_HEADS=pattern.dilated_heads, STRIDE=pattern.stride_tokens,
         RANDOM_PAGES=-(-pattern.random_tokens // page_size),
-        PAGE=page_size, BLOCK_TOKENS=BLOCK_TOKENS, BLOCK=1024, num_warps=4,
+        PAGE=page_size, num_warps=4,
     )  # fmt: skip

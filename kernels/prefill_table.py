@@ -17,10 +17,14 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_sparse.kernels.constants import BLOCK_TOKENS
 from vllm_sparse.pages.layout import HeadPageGrid
 from vllm_sparse.pages.page_table import PageTable
-from vllm_sparse.pages.query_blocks import BLOCK_TOKENS, QueryBlocks
+from vllm_sparse.pages.query_blocks import QueryBlocks
 from vllm_sparse.pages.selection import Selection
+
+BLOCK: tl.constexpr = tl.constexpr(1024)
+"""Pages of a row that are worked on at a time."""
 
 
 # A launch for every width of the table must not be a compilation for it.
@@ -34,7 +38,7 @@ def _prefill_table(
     keep_ptr, block_table_ptr, head_pages_ptr, lengths_ptr, starts_ptr, counters_ptr, keep_stride,
     table_stride_row, per_block,
     per_head, first_position, end_position, num_blocks, sink_pages, window_tokens,
-    GROUP: tl.constexpr, PAGE: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+    GROUP: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     head = row // num_blocks // GROUP
@@ -99,5 +103,5 @@ def prefill_table(
         keep, block_table, table.head_pages, table.lengths, table.starts, counters, keep.stride(0),
         table.head_pages.stride(0), grid.per_block, grid.per_head, blocks.first_position, blocks.end_position,
         num_blocks, selection.sink_pages, selection.window_tokens,
-        GROUP=q_heads // kv.shape[1], PAGE=selection.page_size, BLOCK_TOKENS=BLOCK_TOKENS, BLOCK=1024, num_warps=4,
+        GROUP=q_heads // kv.shape[1], PAGE=selection.page_size, num_warps=4,
     )  # fmt: skip

@@ -23,14 +23,16 @@ import triton
 import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
+from vllm_sparse.kernels.constants import PRECISION
 from vllm_sparse.kernels.launch import num_multiprocessors
 from vllm_sparse.pages.geometry import Geometry
 from vllm_sparse.pages.probe import BUNDLE_HEADS, PROBE_TOKENS, probe_groups, probe_start
 from vllm_sparse.pages.query_blocks import QueryBlocks
 
 LOG2_E = 1.4426950408889634
-LARGEST = 1e37
+LARGEST: tl.constexpr = tl.constexpr(1e37)
 """Sums against a reference end here, well inside float32 and bfloat16."""
+ROWS: tl.constexpr = tl.constexpr(PROBE_TOKENS)
 QUERY_BYTES = 65536
 """Most that the queries of a bundle of heads take of shared memory."""
 TUNING = {
@@ -45,8 +47,7 @@ TUNING = {
 
 @triton.jit
 def _products(query, kv_head_ptr, block_table_ptr, tokens, end_position, kv_stride_b, kv_stride_slot,
-              HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
-              PRECISION: tl.constexpr):  # fmt: skip
+              HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr):  # fmt: skip
     """``query`` [lines, head_dim] times the keys of ``tokens``: float32 [lines, tokens]."""
     dims = tl.arange(0, BLOCK_D)
     known = tokens < end_position
@@ -62,8 +63,8 @@ def _add_tiles(
     kv_stride_b,
     kv_stride_slot, tile_stride, scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
-    COLUMNS: tl.constexpr, STORED: tl.constexpr, LARGEST: tl.constexpr, SUM_DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    COLUMNS: tl.constexpr, STORED: tl.constexpr, SUM_DTYPE: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     """Store what each query puts on the pages of tiles begin..end: of their far band, then of the near one."""
     column, lane = tl.arange(0, COLUMNS), tl.arange(0, BLOCK_N)
@@ -79,7 +80,7 @@ def _add_tiles(
         tokens = tile * BLOCK_N + lane
         products = _products(query, kv_head_ptr, block_table_ptr, tokens, end_position, kv_stride_b,
                              kv_stride_slot,
-                             HEAD_DIM, BLOCK_D, PAGE, PRECISION)  # fmt: skip
+                             HEAD_DIM, BLOCK_D, PAGE)  # fmt: skip
         weights = tl.exp2(products * scale_log2 - reference[:, None])
         if MASKED:
             weights = tl.where(live[:, None] & (tokens[None, :] <= positions[:, None]), weights, 0.0)
@@ -102,8 +103,8 @@ def _probe_parts(
     kv_stride_slot,
     scale_log2, first_position, end_position, start, first_head, tiles, splits,
     GROUP: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr, STORED: tl.constexpr,
-    LARGEST: tl.constexpr, SUM_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr, STORED: tl.constexpr,
+    SUM_DTYPE: tl.constexpr,
 ):  # fmt: skip
     bundle, split = tl.program_id(0), tl.program_id(1)
     line = tl.arange(0, HEADS * ROWS)
@@ -124,7 +125,7 @@ def _probe_parts(
     common = tl.minimum(tl.maximum(tl.maximum(start, first_position) // BLOCK_N, begin), end)
     tokens = begin * BLOCK_N + tl.arange(0, BLOCK_N)
     first = _products(query, cells, block_table_ptr, tokens, end_position, kv_stride_b, kv_stride_slot,
-                      HEAD_DIM, BLOCK_D, PAGE, PRECISION)  # fmt: skip
+                      HEAD_DIM, BLOCK_D, PAGE)  # fmt: skip
     # A row that sees nothing of the first tile sees nothing of later ones.
     reference = tl.max(tl.where(tokens[None, :] <= positions[:, None], first, -LARGEST), axis=1)
     reference = tl.where(live & (reference > -LARGEST), reference * scale_log2, 0.0)
@@ -133,11 +134,11 @@ def _probe_parts(
     total = _add_tiles(begin, common, total, query, live, positions, reference, cells, block_table_ptr, head_parts,
                        end_position, kv_stride_b, kv_stride_slot, ROWS * STORED, scale_log2, HEAD_DIM, BLOCK_D,
                        PAGE,
-                       BLOCK_N, COLUMNS, STORED, LARGEST, SUM_DTYPE, PRECISION, False)  # fmt: skip
+                       BLOCK_N, COLUMNS, STORED, SUM_DTYPE, False)  # fmt: skip
     total = _add_tiles(common, end, total, query, live, positions, reference, cells, block_table_ptr, head_parts,
                        end_position, kv_stride_b, kv_stride_slot, ROWS * STORED, scale_log2, HEAD_DIM, BLOCK_D,
                        PAGE,
-                       BLOCK_N, COLUMNS, STORED, LARGEST, SUM_DTYPE, PRECISION, True)  # fmt: skip
+                       BLOCK_N, COLUMNS, STORED, SUM_DTYPE, True)  # fmt: skip
     total = tl.minimum(total, LARGEST)
     seen = live & (total > 0)
     target = part_lse_ptr + ((of_bundle * splits + split) * 2 * ROWS + row)
@@ -149,7 +150,7 @@ def _probe_parts(
 @triton.jit(do_not_specialize=["mass_stride_h", "mass_stride_k", "num_pages", "first_head", "tiles", "splits"])
 def _fold_rows(
     parts_ptr, part_lse_ptr, mass_ptr, mass_stride_h, mass_stride_k, num_pages, first_head, tiles, splits,
-    ROWS: tl.constexpr, STORED: tl.constexpr, GROUPS: tl.constexpr, TILES: tl.constexpr,
+    STORED: tl.constexpr, GROUPS: tl.constexpr, TILES: tl.constexpr,
     TILES_A_PAGE: tl.constexpr, SPLITS_PAD: tl.constexpr,
 ):  # fmt: skip
     head, block = tl.program_id(0), tl.program_id(1)
@@ -239,12 +240,12 @@ def probe_mass(
         count = min(at_once, q_heads - first_head)
         wanted = triton.cdiv(2 * num_multiprocessors(q.device), count // heads)
         splits = min(part_lse.shape[1], tiles, wanted)
-        shape = dict(ROWS=PROBE_TOKENS, STORED=stored)
+        shape = dict(STORED=stored)
         _probe_parts[(count // heads, splits)](
             q, kv, block_table, room, part_lse, q.stride(0), q.stride(1), kv.stride(0), kv.stride(1), kv.stride(2),
             scale * LOG2_E, chunk.first_position, chunk.end_position, start, first_head, tiles, splits,
             GROUP=group, HEADS=heads, HEAD_DIM=head_dim, BLOCK_D=block_d, PAGE=page_size, BLOCK_N=block_n,
-            COLUMNS=max(16, stored), LARGEST=LARGEST, SUM_DTYPE=sum_dtype, PRECISION="ieee",
+            COLUMNS=max(16, stored), SUM_DTYPE=sum_dtype,
             num_warps=min(TUNING["num_warps"], 4 * heads),
             num_stages=TUNING["num_stages"], **shape,
         )  # fmt: skip

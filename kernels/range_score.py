@@ -15,16 +15,16 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_sparse.kernels.constants import CHUNK
 from vllm_sparse.kernels.launch import num_multiprocessors
 from vllm_sparse.kernels.store_scores import store_chunk, store_scores
 from vllm_sparse.kernels.two_digits import two_digits
-from vllm_sparse.pages.decode_plan import NOT_LISTED, WORK_COLUMNS, DecodePlan
+from vllm_sparse.kernels.work_list import CHUNK_ENDS, COLUMNS, begin_of, entry_of, first_ends, row_of
+from vllm_sparse.pages.decode_plan import DecodePlan
 from vllm_sparse.pages.geometry import Geometry
 from vllm_sparse.pages.page_scores import CHUNK_PAGES, PageScores
 
 TUNING = {"waves": 4, "num_warps": 2, "num_stages": 2}
-ROWS = 128
-"""Entries of the work list read at a time in the search for a program's first row."""
 
 
 @triton.jit
@@ -58,23 +58,17 @@ def _range_score(
     q_stride_row, q_stride_h, kv_stride_b, kv_stride_h, kv_stride_slot, table_stride, score_stride, chunk_stride,
     num_reqs, scale, slack,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    PAGE: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, NOT_LISTED: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    PAGE: tl.constexpr,
     ITEM_BYTES: tl.constexpr,
 ):  # fmt: skip
     program, head = tl.program_id(0), tl.program_id(1)
-    rows = tl.arange(0, ROWS)
-    # The first rows of the list before anything waits: most batches have no more.
-    ends = tl.load(work_ptr + rows * COLUMNS + 3, mask=rows < num_reqs, other=NOT_LISTED)
+    ends = first_ends(work_ptr, num_reqs, CHUNK_ENDS)
     total_chunks = tl.load(totals_ptr + 2)
     share = (total_chunks + tl.num_programs(0) - 1) // tl.num_programs(0)
     chunk, last_chunk = program * share, tl.minimum(program * share + share, total_chunks)
     if chunk >= last_chunk:
         return
-    row = tl.sum((ends <= chunk).to(tl.int32))
-    for base in range(ROWS, num_reqs, ROWS):
-        ends = tl.load(work_ptr + (base + rows) * COLUMNS + 3, mask=base + rows < num_reqs, other=NOT_LISTED)
-        row += tl.sum((ends <= chunk).to(tl.int32))
+    row = row_of(chunk, ends, work_ptr, num_reqs, CHUNK_ENDS)
     group = tl.arange(0, GROUP_PAD)
     dims = tl.arange(0, BLOCK_D)
     heads = head * GROUP + group
@@ -84,10 +78,9 @@ def _range_score(
     block_words = kv_stride_b * ITEM_BYTES // 4
     lanes = tl.arange(0, CHUNK)
     while chunk < last_chunk:
-        item = work_ptr + row * COLUMNS
-        request, seq_len, offset = tl.load(item), tl.load(item + 1), tl.load(item + 2)
-        begin = tl.load(item + 3 - COLUMNS, mask=row > 0, other=0)
-        end = tl.minimum(tl.load(item + 3), last_chunk)
+        request, seq_len, offset = entry_of(work_ptr, row)
+        begin = begin_of(work_ptr, row, CHUNK_ENDS)
+        end = tl.minimum(tl.load(work_ptr + row * COLUMNS + CHUNK_ENDS), last_chunk)
         num_pages = (seq_len + PAGE - 1) // PAGE
         query = tl.load(q_ptr + request.to(tl.int64) * q_stride_row + heads[None, :] * q_stride_h + dims[:, None],
                         mask=(group < GROUP)[None, :] & (dims < HEAD_DIM)[:, None], other=0.0)  # fmt: skip
@@ -123,9 +116,7 @@ def _range_score(
             top, total = store_scores(
                 values_ptr, tl.trans(bound), heads, group < GROUP, offset, pages, live, score_stride, top, total
             )
-            store_chunk(
-                chunk_lse_ptr, heads, group < GROUP, offset, request, of_row, chunk_stride, top, total, CHUNK
-            )
+            store_chunk(chunk_lse_ptr, heads, group < GROUP, offset, request, of_row, chunk_stride, top, total)
         chunk = end
         row += 1
 
@@ -159,6 +150,6 @@ def range_score(
         scores.values.stride(0), scores.chunk_lse.stride(0), num_reqs, scale, slack,
         GROUP=group, GROUP_PAD=max(4, triton.next_power_of_2(group)),
         HEAD_DIM=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), PAGE=page_size,
-        CHUNK=CHUNK_PAGES, ROWS=ROWS, NOT_LISTED=NOT_LISTED, COLUMNS=WORK_COLUMNS, ITEM_BYTES=kv.element_size(),
+        ITEM_BYTES=kv.element_size(),
         num_warps=TUNING["num_warps"], num_stages=TUNING["num_stages"],
     )  # fmt: skip

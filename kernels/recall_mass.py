@@ -13,15 +13,20 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_sparse.pages.decode_plan import WORK_COLUMNS, DecodePlan
+from vllm_sparse.kernels.constants import PRECISION
+from vllm_sparse.kernels.work_list import entry_of
+from vllm_sparse.pages import recall_sums
+from vllm_sparse.pages.decode_plan import DecodePlan
 from vllm_sparse.pages.geometry import Geometry
 from vllm_sparse.pages.layout import HeadPageGrid
 from vllm_sparse.pages.page_table import PageTable
-from vllm_sparse.pages.recall_sums import PARTS, RecallSums
+from vllm_sparse.pages.recall_sums import RecallSums
+
+PARTS: tl.constexpr = tl.constexpr(recall_sums.PARTS)
 
 
 @triton.jit
-def _add_page(query, key_ptr, live, in_head, scale, top, total, PRECISION: tl.constexpr):
+def _add_page(query, key_ptr, live, in_head, scale, top, total):
     """A page's keys at ``cells`` [dims, rows] added to a running sum of exponentials."""
     k = tl.load(key_ptr, mask=live[None, :] & in_head[:, None], other=0.0)
     logits = tl.dot(query, k, input_precision=PRECISION) * scale
@@ -45,16 +50,14 @@ def _recall_mass(
     q_stride_row, q_stride_h, kv_stride_b, kv_stride_h, kv_stride_slot, head_page_stride, table_stride,
     table_stride_row, scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr, PAGE: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     part, head = tl.program_id(0), tl.program_id(1)
     now, scored = tl.load(step_ptr), tl.load(totals_ptr)
     if (now % every != 0) | (scored == 0):
         return
     # The first rows of the work list are those with chosen pages.
-    entry = work_ptr + now // every % scored * COLUMNS
-    request, seq_len = tl.load(entry), tl.load(entry + 1)
+    request, seq_len, _ = entry_of(work_ptr, now // every % scored)
     group, dims, rows = tl.arange(0, GROUP_PAD), tl.arange(0, BLOCK_D), tl.arange(0, PAGE)
     member, in_head = group < GROUP, dims < HEAD_DIM
     query = tl.load(
@@ -67,7 +70,7 @@ def _recall_mass(
     for page in range(part, (seq_len + PAGE - 1) // PAGE, PARTS):
         block = tl.load(block_row + page).to(tl.int64)
         keys = kv_ptr + block * kv_stride_b + head.to(tl.int64) * kv_stride_h + cells
-        top, total = _add_page(query, keys, page * PAGE + rows < seq_len, in_head, scale, top, total, PRECISION)
+        top, total = _add_page(query, keys, page * PAGE + rows < seq_len, in_head, scale, top, total)
     row = request * KV_HEADS + head
     length = tl.load(lengths_ptr + row)
     table_row = head_pages_ptr + row.to(tl.int64) * table_stride_row
@@ -75,7 +78,7 @@ def _recall_mass(
     for place in range(part, (length + PAGE - 1) // PAGE, PARTS):
         keys = kv_ptr + tl.load(table_row + place).to(tl.int64) * head_page_stride + cells
         some_top, some_total = _add_page(
-            query, keys, place * PAGE + rows < length, in_head, scale, some_top, some_total, PRECISION
+            query, keys, place * PAGE + rows < length, in_head, scale, some_top, some_total
         )
     mine = parts_ptr + (head * PARTS + part) * 4 * GROUP + group
     tl.store(mine, top, mask=member)
@@ -112,7 +115,7 @@ def recall_mass(
     monitor: RecallSums,
     layer: int,
 ) -> None:
-    """Add one row's share to ``recall monitor.sums[layer]``, in steps whose number ``recall monitor.every`` divides.
+    """Add one row's share to ``monitor.sums[layer]``, in steps whose number ``monitor.every`` divides.
 
     ``table`` holds what was selected from ``plan``; else as in
     :meth:`vllm_sparse.policies.base.DecodePolicy.score`. Reads ``2 * head_dim`` bytes (16-bit cache) per
@@ -123,13 +126,12 @@ def recall_mass(
     kv_heads = kv.shape[1]
     group = q_heads // kv_heads
     assert q.stride(2) == kv.stride(3) == 1
-    assert monitor.parts.shape == (kv_heads, PARTS, 4, group)
-    _recall_mass[(PARTS, kv_heads)](
+    assert monitor.parts.shape == (kv_heads, PARTS.value, 4, group)
+    _recall_mass[(PARTS.value, kv_heads)](
         q, kv, block_table, table.head_pages, table.lengths, plan.work, plan.totals,
         monitor.step, monitor.sums[layer], monitor.parts, monitor.arrivals, monitor.every,
         q.stride(0), q.stride(1), kv.stride(0), kv.stride(1), kv.stride(2),
         HeadPageGrid.of(kv).stride, block_table.stride(0), table.head_pages.stride(0), scale,
         KV_HEADS=kv_heads, GROUP=group, GROUP_PAD=max(16, triton.next_power_of_2(group)), HEAD_DIM=head_dim,
-        BLOCK_D=triton.next_power_of_2(head_dim), PAGE=page_size, PARTS=PARTS, COLUMNS=WORK_COLUMNS,
-        PRECISION="ieee",
+        BLOCK_D=triton.next_power_of_2(head_dim), PAGE=page_size,
     )  # fmt: skip

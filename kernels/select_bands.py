@@ -20,23 +20,29 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_sparse.pages import probe
 from vllm_sparse.pages.head_patterns import HeadPatterns
-from vllm_sparse.pages.probe import COVER_OCTAVES, COVER_ROUNDS, band_shift, probe_groups, probe_page
+from vllm_sparse.pages.probe import band_shift, probe_groups, probe_page
 from vllm_sparse.pages.query_blocks import QueryBlocks
 
-BLOCK_PAGES = 2048
+ROUNDS: tl.constexpr = tl.constexpr(probe.COVER_ROUNDS)
+OCTAVES: tl.constexpr = tl.constexpr(probe.COVER_OCTAVES)
+FOLD_BLOCK: tl.constexpr = tl.constexpr(256)
+COVER_BLOCK: tl.constexpr = tl.constexpr(1024)
+BLOCK: tl.constexpr = tl.constexpr(2048)
+"""Pages, or bands, that the steps work on at a time."""
 
 
 @triton.jit(do_not_specialize=["mass_stride_h", "mass_stride_k", "num_pages", "first_page", "sink_pages"])
 def _fold_bands(
     mass_ptr, masses_ptr, mass_stride_h, mass_stride_k, masses_stride_0, masses_stride_h, num_pages, first_page,
-    sink_pages, BANDS: tl.constexpr, BLOCK: tl.constexpr,
+    sink_pages, BANDS: tl.constexpr,
 ):  # fmt: skip
     tile, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    index = tile * BLOCK + tl.arange(0, BLOCK)
+    index = tile * FOLD_BLOCK + tl.arange(0, FOLD_BLOCK)
     live = index < num_pages
-    by_page = tl.zeros([BLOCK], tl.float32)
-    by_band = tl.zeros([BLOCK], tl.float32)
+    by_page = tl.zeros([FOLD_BLOCK], tl.float32)
+    by_band = tl.zeros([FOLD_BLOCK], tl.float32)
     for k in tl.static_range(BANDS):
         row = mass_ptr + head * mass_stride_h + k * mass_stride_k
         by_page += tl.load(row + index, mask=live & (index >= sink_pages), other=0.0)
@@ -114,13 +120,12 @@ def _store_counts(row_ptr, band_count_ptr, num_bands, threshold, ties, recent_ba
 @triton.jit
 def _cover_threshold(
     mass_ptr, by_page_ptr, by_band_ptr, mass_stride_k, num_pages, first_page, sink_pages, top_p,
-    BANDS: tl.constexpr, BAND_SHIFT: tl.constexpr, ROUNDS: tl.constexpr, OCTAVES: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BANDS: tl.constexpr, BAND_SHIFT: tl.constexpr,
 ):  # fmt: skip
     """The largest key such that the pages from it on and the bands from as much more on are enough."""
-    lanes = tl.arange(0, BLOCK)
-    totals, highs = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.int32)
-    for start in range(0, num_pages, BLOCK):
+    lanes = tl.arange(0, COVER_BLOCK)
+    totals, highs = tl.zeros([COVER_BLOCK], tl.float32), tl.zeros([COVER_BLOCK], tl.int32)
+    for start in range(0, num_pages, COVER_BLOCK):
         index = start + lanes
         of_page = tl.load(by_page_ptr + index, mask=index < num_pages, other=0.0)
         of_band = tl.load(by_band_ptr + index, mask=index < num_pages, other=0.0)
@@ -132,8 +137,8 @@ def _cover_threshold(
     low = tl.maximum(high - OCTAVES * 0x800000, 1)
     for _ in range(ROUNDS):
         middle = low + (high - low) // 2
-        held = tl.zeros([BLOCK], tl.float32)
-        for start in range(0, num_pages, BLOCK):
+        held = tl.zeros([COVER_BLOCK], tl.float32)
+        for start in range(0, num_pages, COVER_BLOCK):
             index = start + lanes
             live = (index < num_pages) & (index >= sink_pages)
             of_page = tl.load(by_page_ptr + index, mask=live, other=0.0)
@@ -157,8 +162,7 @@ def _select_bands(
     mass_ptr, masses_ptr, sizes_ptr, top_ps_ptr, page_keep_ptr, band_count_ptr, mass_stride_h, mass_stride_k,
     masses_stride_0,
     masses_stride_h, keep_stride_h, count_stride_h, num_pages, first_page, sink_pages, q_heads,
-    BANDS: tl.constexpr, BAND_SHIFT: tl.constexpr, ROUNDS: tl.constexpr, OCTAVES: tl.constexpr,
-    COVER_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
+    BANDS: tl.constexpr, BAND_SHIFT: tl.constexpr,
 ):  # fmt: skip
     head, diagonal = tl.program_id(0).to(tl.int64), tl.program_id(1)
     by_page = masses_ptr + head * masses_stride_h
@@ -171,7 +175,7 @@ def _select_bands(
         threshold = _cover_threshold(
             mass_ptr + head * mass_stride_h, by_page, by_page + masses_stride_0, mass_stride_k, num_pages,
             first_page,
-            sink_pages, top_p, BANDS, BAND_SHIFT, ROUNDS, OCTAVES, COVER_BLOCK,
+            sink_pages, top_p, BANDS, BAND_SHIFT,
         ) + diagonal * BAND_SHIFT  # fmt: skip
     elif (wanted > 0) & (everything == 0):
         threshold = _threshold(row, num_pages, wanted, 0.0, BLOCK)
@@ -211,13 +215,13 @@ def select_bands(
     assert patterns.sizes.shape == (3, q_heads) and patterns.sizes.is_contiguous()
     assert patterns.top_p.shape == (q_heads,) and patterns.top_p.is_contiguous()
     first_page = probe_page(chunk, page_size)
-    _fold_bands[(triton.cdiv(num_pages, 256), q_heads)](
+    _fold_bands[(triton.cdiv(num_pages, FOLD_BLOCK.value), q_heads)](
         mass, masses, mass.stride(0), mass.stride(1), masses.stride(0), masses.stride(1),
-        num_pages, first_page, sink_pages, BANDS=bands, BLOCK=256, num_warps=2,
+        num_pages, first_page, sink_pages, BANDS=bands, num_warps=2,
     )  # fmt: skip
     _select_bands[(q_heads, 2)](
         mass, masses, patterns.sizes, patterns.top_p, page_keep, band_count, mass.stride(0), mass.stride(1),
         masses.stride(0), masses.stride(1), page_keep.stride(0), band_count.stride(0), num_pages, first_page,
-        sink_pages, q_heads, BANDS=bands, BAND_SHIFT=band_shift(page_size), ROUNDS=COVER_ROUNDS,
-        OCTAVES=COVER_OCTAVES, COVER_BLOCK=1024, BLOCK=BLOCK_PAGES, num_warps=8,
+        sink_pages, q_heads, BANDS=bands, BAND_SHIFT=band_shift(page_size),
+        num_warps=8,
     )  # fmt: skip

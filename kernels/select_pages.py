@@ -17,11 +17,13 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_sparse.kernels.constants import CHUNK, EVERY_PAGE
 from vllm_sparse.kernels.launch import num_multiprocessors
 from vllm_sparse.kernels.stop_at_top_p import FORCED, stop_at_top_p
-from vllm_sparse.pages.decode_plan import EVERY_PAGE, MAX_CANDIDATES, NOT_LISTED, WORK_COLUMNS, DecodePlan
+from vllm_sparse.kernels.work_list import SEGMENT_ENDS, begin_of, entry_of, first_ends, row_of
+from vllm_sparse.pages.decode_plan import MAX_CANDIDATES, DecodePlan
 from vllm_sparse.pages.layout import HeadPageGrid
-from vllm_sparse.pages.page_scores import CHUNK_PAGES, PageScores
+from vllm_sparse.pages.page_scores import PageScores
 from vllm_sparse.pages.page_table import PageTable
 from vllm_sparse.pages.selection import Selection
 
@@ -29,9 +31,7 @@ TUNING = {"pages_per_warp": 128}
 SMALL_PAGES = 1024
 """Contexts up to so many pages take a smaller and faster copy of the same code."""
 PROGRAMS_PER_SM = 2
-ROWS = 128
-"""Entries of the work list read at a time in the search for a program's row."""
-CHUNK_BLOCK = 256
+CHUNK_BLOCK: tl.constexpr = tl.constexpr(256)
 """Entries of ``PageScores.chunk_lse`` read at a time."""
 
 
@@ -77,7 +77,7 @@ def window_start(seq_len, window_tokens, PAGE: tl.constexpr):
 @triton.jit
 def _page_keys(
     values_ptr, chunk_lse_ptr, score_stride, chunk_stride, offset, request, head, pages, live, num_pages,
-    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, CHUNK: tl.constexpr, CHUNK_BLOCK: tl.constexpr,
+    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
 ):  # fmt: skip
     """uint32 keys of ``pages``, ordered as their masses; 0 for those that are not ``live``.
 
@@ -109,18 +109,16 @@ def _page_keys(
 @triton.jit
 def _choose(
     values_ptr, chunk_lse_ptr, block_row_ptr, score_stride, chunk_stride, offset, request, head, first, end,
-    num_pages,
-    per_block, head_start, quota,
+    num_pages, per_block, head_start, quota,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, WIDTH: tl.constexpr,
-    CHUNK: tl.constexpr, CHUNK_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Keys of ``WIDTH`` pages from ``first`` on, which are kept, their places among those, and their head pages."""
+    """Keys of ``WIDTH`` pages from ``first`` on, which are kept, places among those kept, and head pages."""
     pages = first + tl.arange(0, WIDTH)
     live = pages < end
     blocks = tl.load(block_row_ptr + pages, mask=live, other=0)
     keys = _page_keys(
         values_ptr, chunk_lse_ptr, score_stride, chunk_stride, offset, request, head, pages, live, num_pages,
-        GROUP, GROUP_PAD, CHUNK, CHUNK_BLOCK,
+        GROUP, GROUP_PAD,
     )  # fmt: skip
     keep = _keep_largest(keys, quota)
     return keys, keep, tl.cumsum(keep.to(tl.int32), axis=0) - 1, blocks * per_block + head_start
@@ -128,6 +126,7 @@ def _choose(
 
 @triton.jit
 def _store_chosen(head_pages_ptr, keys_ptr, place, head_page, key, keep, KEEP_KEYS: tl.constexpr):
+    """Store the chosen pages of a row and, for the search of a ``top_p``, their keys."""
     tl.store(head_pages_ptr + place, head_page, mask=keep)
     if KEEP_KEYS:
         tl.store(keys_ptr + place, key, mask=keep)
@@ -136,18 +135,25 @@ def _store_chosen(head_pages_ptr, keys_ptr, place, head_page, key, keep, KEEP_KE
 @triton.jit
 def _choose_alone(
     values_ptr, chunk_lse_ptr, block_row_ptr, score_stride, chunk_stride, offset, request, head, first, end,
-    num_pages,
-    per_block, head_start, quota, chosen_head_pages_ptr, chosen_keys_ptr,
-    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, WIDTH: tl.constexpr,
-    CHUNK: tl.constexpr, CHUNK_BLOCK: tl.constexpr, KEEP_KEYS: tl.constexpr,
+    num_pages, per_block, head_start, quota, chosen_head_pages_ptr, chosen_keys_ptr,
+    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, WIDTH: tl.constexpr, KEEP_KEYS: tl.constexpr,
 ):  # fmt: skip
     """Choose among all ranked pages of a row, at most ``WIDTH``."""
     keys, keep, place, head_page = _choose(
         values_ptr, chunk_lse_ptr, block_row_ptr, score_stride, chunk_stride, offset, request, head, first, end,
-        num_pages,
-        per_block, head_start, quota, GROUP, GROUP_PAD, WIDTH, CHUNK, CHUNK_BLOCK,
+        num_pages, per_block, head_start, quota, GROUP, GROUP_PAD, WIDTH,
     )  # fmt: skip
     _store_chosen(chosen_head_pages_ptr, chosen_keys_ptr, place, head_page, keys, keep, KEEP_KEYS)
+
+
+@triton.jit
+def _store_candidates(keys_ptr, head_pages_ptr, first, place, head_page, keys, keep, BUDGET_PAD: tl.constexpr):
+    """Store what a segment has kept from ``first`` on; keys of 0 fill up its ``BUDGET_PAD`` places."""
+    empty = tl.arange(0, BUDGET_PAD)
+    kept = tl.sum(keep.to(tl.int32), axis=0)
+    tl.store(keys_ptr + first + empty, tl.zeros([BUDGET_PAD], tl.uint32), mask=empty >= kept)
+    tl.store(keys_ptr + first + place, keys, mask=keep)
+    tl.store(head_pages_ptr + first + place, head_page, mask=keep)
 
 
 @triton.jit
@@ -165,44 +171,41 @@ def _merge_segments(
     _store_chosen(chosen_head_pages_ptr, chosen_keys_ptr, place, head_page, keys, keep, KEEP_KEYS)
 
 
+@triton.jit
+def _list_pages(table_row_ptr, block_row_ptr, num_pages, per_block, head_start, AT_ONCE: tl.constexpr):
+    """Store the first ``num_pages`` pages of a row."""
+    for start in range(0, num_pages, AT_ONCE):
+        pages = start + tl.arange(0, AT_ONCE)
+        blocks = tl.load(block_row_ptr + pages, mask=pages < num_pages, other=0)
+        tl.store(table_row_ptr + pages, blocks * per_block + head_start, mask=pages < num_pages)
+
+
 @triton.jit(do_not_specialize=["num_reqs", "segments"])
 def _select_pages(
     values_ptr, chunk_lse_ptr, block_table_ptr, work_ptr, totals_ptr, arrivals_ptr, head_pages_ptr, keys_ptr,
-    candidate_keys_ptr, candidate_head_pages_ptr,
-    head_budget_pages_ptr, lengths_ptr, score_stride, chunk_stride, table_stride, table_stride_row, per_block,
-    per_head,
+    candidate_keys_ptr, candidate_head_pages_ptr, head_budget_pages_ptr, lengths_ptr,
+    score_stride, chunk_stride, table_stride, table_stride_row, per_block, per_head,
     budget, sink_pages, window_tokens, segments, num_reqs,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, KV_HEADS: tl.constexpr, PAGE: tl.constexpr,
     SEGMENT: tl.constexpr, SMALL: tl.constexpr, ALONE: tl.constexpr, FORCED_PAD: tl.constexpr,
-    BUDGET_PAD: tl.constexpr, CANDIDATES: tl.constexpr, CHUNK: tl.constexpr, CHUNK_BLOCK: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, NOT_LISTED: tl.constexpr, EVERY_PAGE: tl.constexpr,
-    KEEP_KEYS: tl.constexpr, FORCED: tl.constexpr,
+    BUDGET_PAD: tl.constexpr, CANDIDATES: tl.constexpr, KEEP_KEYS: tl.constexpr,
 ):  # fmt: skip
     item = tl.program_id(0)
-    rows = tl.arange(0, ROWS)
-    # The first rows of the list before anything waits: most batches have no more.
-    first_ends = tl.load(work_ptr + rows * COLUMNS + 4, mask=rows < num_reqs, other=NOT_LISTED)
+    ends = first_ends(work_ptr, num_reqs, SEGMENT_ENDS)
     last_item = tl.load(totals_ptr + 3) * KV_HEADS
     while item < last_item:
         number, head = item // KV_HEADS, item % KV_HEADS
-        listed = tl.sum((first_ends <= number).to(tl.int32))
-        for base in range(ROWS, num_reqs, ROWS):
-            ends = tl.load(work_ptr + (base + rows) * COLUMNS + 4, mask=base + rows < num_reqs, other=NOT_LISTED)
-            listed += tl.sum((ends <= number).to(tl.int32))
-        entry = work_ptr + listed * COLUMNS
-        request, seq_len, offset = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
-        segment = number - tl.load(entry + 4 - COLUMNS, mask=listed > 0, other=0)
+        listed = row_of(number, ends, work_ptr, num_reqs, SEGMENT_ENDS)
+        request, seq_len, offset = entry_of(work_ptr, listed)
+        segment = number - begin_of(work_ptr, listed, SEGMENT_ENDS)
         num_pages = (seq_len + PAGE - 1) // PAGE
         row, head_start = request * KV_HEADS + head, head * per_head
         table_row = head_pages_ptr + row.to(tl.int64) * table_stride_row
         key_row = keys_ptr + row.to(tl.int64) * budget
         block_row = block_table_ptr + request.to(tl.int64) * table_stride
         if offset < 0:
-            listed_pages = tl.where(offset == EVERY_PAGE, num_pages, 0)
-            for start in range(0, listed_pages, SEGMENT):
-                pages = start + tl.arange(0, SEGMENT)
-                blocks = tl.load(block_row + pages, mask=pages < listed_pages, other=0)
-                tl.store(table_row + pages, blocks * per_block + head_start, mask=pages < listed_pages)
+            _list_pages(table_row, block_row, tl.where(offset == EVERY_PAGE, num_pages, 0), per_block, head_start,
+                        SEGMENT)  # fmt: skip
         else:
             end = window_start(seq_len, window_tokens, PAGE)
             ranked = end - sink_pages
@@ -218,33 +221,28 @@ def _select_pages(
                 _choose_alone(
                     values_ptr, chunk_lse_ptr, block_row, score_stride, chunk_stride, offset, request, head,
                     sink_pages, end, num_pages, per_block, head_start, quota, chosen_head_pages, chosen_keys,
-                    GROUP, GROUP_PAD, SMALL, CHUNK, CHUNK_BLOCK, KEEP_KEYS,
+                    GROUP, GROUP_PAD, SMALL, KEEP_KEYS,
                 )  # fmt: skip
             elif (ranked > SEGMENT) & (ranked <= ALONE):
                 _choose_alone(
                     values_ptr, chunk_lse_ptr, block_row, score_stride, chunk_stride, offset, request, head,
                     sink_pages, end, num_pages, per_block, head_start, quota, chosen_head_pages, chosen_keys,
-                    GROUP, GROUP_PAD, ALONE, CHUNK, CHUNK_BLOCK, KEEP_KEYS,
+                    GROUP, GROUP_PAD, ALONE, KEEP_KEYS,
                 )  # fmt: skip
             else:
                 keys, keep, place, head_page = _choose(
                     values_ptr, chunk_lse_ptr, block_row, score_stride, chunk_stride, offset, request, head,
                     sink_pages + segment * SEGMENT, end, num_pages, per_block, head_start, quota,
-                    GROUP, GROUP_PAD, SEGMENT, CHUNK, CHUNK_BLOCK,
+                    GROUP, GROUP_PAD, SEGMENT,
                 )  # fmt: skip
                 if ranked <= SEGMENT:
                     _store_chosen(chosen_head_pages, chosen_keys, place, head_page, keys, keep, KEEP_KEYS)
                 else:
                     row_segments = (ranked + SEGMENT - 1) // SEGMENT
                     first_found = row.to(tl.int64) * segments * BUDGET_PAD
-                    found = first_found + segment * BUDGET_PAD
-                    empty = tl.arange(0, BUDGET_PAD)
-                    kept = tl.sum(keep.to(tl.int32), axis=0)
-                    tl.store(
-                        candidate_keys_ptr + found + empty, tl.zeros([BUDGET_PAD], tl.uint32), mask=empty >= kept
-                    )
-                    tl.store(candidate_keys_ptr + found + place, keys, mask=keep)
-                    tl.store(candidate_head_pages_ptr + found + place, head_page, mask=keep)
+                    _store_candidates(candidate_keys_ptr, candidate_head_pages_ptr,
+                                      first_found + segment * BUDGET_PAD, place, head_page, keys, keep,
+                                      BUDGET_PAD)  # fmt: skip
                     # All threads' stores, then one arrival that publishes them: whoever comes last merges.
                     tl.debug_barrier()
                     arrived = tl.atomic_add(arrivals_ptr + row, 1, sem="acq_rel")
@@ -259,8 +257,7 @@ def _select_pages(
                 tl.store(lengths_ptr + row, seq_len - (num_pages - pages_of_head) * PAGE, mask=segment == 0)
             if KEEP_KEYS:
                 keys = _page_keys(values_ptr, chunk_lse_ptr, score_stride, chunk_stride, offset, request, head,
-                                  forced,
-                                  is_forced, num_pages, GROUP, GROUP_PAD, CHUNK, CHUNK_BLOCK)  # fmt: skip
+                                  forced, is_forced, num_pages, GROUP, GROUP_PAD)  # fmt: skip
                 tl.store(key_row + place, keys | FORCED, mask=is_forced)
         item += tl.num_programs(0)
 
@@ -316,9 +313,8 @@ def select_pages(
             selection.sink_pages + triton.cdiv(selection.window_tokens, page_size) + 1
         ),
         BUDGET_PAD=budget_pad,
-        CANDIDATES=triton.next_power_of_2(segments * budget_pad), CHUNK=CHUNK_PAGES,
-        CHUNK_BLOCK=CHUNK_BLOCK, ROWS=ROWS, COLUMNS=WORK_COLUMNS, NOT_LISTED=NOT_LISTED,
-        EVERY_PAGE=EVERY_PAGE, KEEP_KEYS=keep_keys, FORCED=FORCED,
+        CANDIDATES=triton.next_power_of_2(segments * budget_pad),
+        KEEP_KEYS=keep_keys,
         num_warps=min(16, max(1, segment // TUNING["pages_per_warp"])),
     )  # fmt: skip
     if keep_keys:

@@ -13,8 +13,12 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_sparse.kernels.constants import BLOCK_TOKENS
 from vllm_sparse.kernels.select_bands import _count_from, _kept, _threshold
-from vllm_sparse.pages.query_blocks import BLOCK_TOKENS, QueryBlocks
+from vllm_sparse.pages.query_blocks import QueryBlocks
+
+BLOCK: tl.constexpr = tl.constexpr(1024)
+"""Pages of a row that are worked on at a time."""
 
 
 @triton.jit(
@@ -26,7 +30,7 @@ from vllm_sparse.pages.query_blocks import BLOCK_TOKENS, QueryBlocks
 def _select_row_pages(
     scores_ptr, keep_ptr, heads_ptr, score_stride, keep_stride, first_position, num_pages, num_blocks, wanted,
     top_p,
-    PAGE: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+    PAGE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     asked = 1 if heads_ptr is None else tl.load(heads_ptr + row // num_blocks)
@@ -87,5 +91,5 @@ def select_row_pages(
     _select_row_pages[(rows,)](
         scores, keep, heads, scores.stride(0), keep.stride(0), blocks.first_position, num_pages,
         blocks.num_blocks, wanted_pages, float(top_p),
-        PAGE=page_size, BLOCK_TOKENS=BLOCK_TOKENS, BLOCK=1024, num_warps=4,
+        PAGE=page_size, num_warps=4,
     )  # fmt: skip

@@ -17,20 +17,20 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_sparse.kernels.constants import TILE
 from vllm_sparse.kernels.hadamard import hadamard
 from vllm_sparse.kernels.launch import num_multiprocessors
 from vllm_sparse.kernels.store_scores import store_chunk, store_scores
 from vllm_sparse.kernels.two_digits import two_digits
-from vllm_sparse.pages.decode_plan import NOT_LISTED, WORK_COLUMNS, DecodePlan
+from vllm_sparse.kernels.work_list import CHUNK_ENDS, COLUMNS, begin_of, entry_of, first_ends, row_of
+from vllm_sparse.pages.decode_plan import DecodePlan
 from vllm_sparse.pages.geometry import Geometry
 from vllm_sparse.pages.page_scores import CHUNK_PAGES, PageScores
 from vllm_sparse.pages.summaries import TILE_TOKENS, SketchLayout
 
 TUNING = {"waves": 2, "step_bytes": 32768, "num_warps": 2, "num_stages": 5}
 """``step_bytes``: of sketches that a program has in flight per stage."""
-ROWS = 128
-"""Entries of the work list read at a time in the search for a program's first row."""
-LARGEST = 124.0
+LARGEST: tl.constexpr = tl.constexpr(124.0)
 """Powers of two that residuals add to a mass at most, inside float32: no running maximum is needed, as the
 residuals of a tile add up to nothing, so that its largest logit is not far below that of its mean."""
 
@@ -80,36 +80,27 @@ def _sketch_score(
     chunk_stride,
     num_reqs, scale, noise,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
-    BITS: tl.constexpr, TILE_BYTES: tl.constexpr, TILE: tl.constexpr, PAGE: tl.constexpr, PAGES: tl.constexpr,
-    CHUNK: tl.constexpr, ROWS: tl.constexpr, NOT_LISTED: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
-    LARGEST: tl.constexpr,
+    BITS: tl.constexpr, TILE_BYTES: tl.constexpr, PAGE: tl.constexpr, PAGES: tl.constexpr,
+    TILES: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     PLANES: tl.constexpr = TILE * BITS // 8
     FIELDS: tl.constexpr = 8 // BITS
-    TILES: tl.constexpr = PAGE // TILE
-    STEPS: tl.constexpr = CHUNK // PAGES * TILES
     program, head = tl.program_id(0), tl.program_id(1)
-    rows = tl.arange(0, ROWS)
-    # The first rows of the list before anything waits: most batches have no more.
-    ends = tl.load(work_ptr + rows * COLUMNS + 3, mask=rows < num_reqs, other=NOT_LISTED)
+    ends = first_ends(work_ptr, num_reqs, CHUNK_ENDS)
     total_chunks = tl.load(totals_ptr + 2)
     share = (total_chunks + tl.num_programs(0) - 1) // tl.num_programs(0)
     chunk, last_chunk = program * share, tl.minimum(program * share + share, total_chunks)
     if chunk >= last_chunk:
         return
-    row = tl.sum((ends <= chunk).to(tl.int32))
-    for base in range(ROWS, num_reqs, ROWS):
-        ends = tl.load(work_ptr + (base + rows) * COLUMNS + 3, mask=base + rows < num_reqs, other=NOT_LISTED)
-        row += tl.sum((ends <= chunk).to(tl.int32))
+    row = row_of(chunk, ends, work_ptr, num_reqs, CHUNK_ENDS)
     group = tl.arange(0, GROUP_PAD)
     dims = tl.arange(0, WIDTH)
     heads = head * GROUP + group
     sketches = head.to(tl.int64) * byte_stride_h + PAGE * byte_stride_slot
     while chunk < last_chunk:
-        item = work_ptr + row * COLUMNS
-        request, seq_len, offset = tl.load(item), tl.load(item + 1), tl.load(item + 2)
-        begin = tl.load(item + 3 - COLUMNS, mask=row > 0, other=0)
-        end = tl.minimum(tl.load(item + 3), last_chunk)
+        request, seq_len, offset = entry_of(work_ptr, row)
+        begin = begin_of(work_ptr, row, CHUNK_ENDS)
+        end = tl.minimum(tl.load(work_ptr + row * COLUMNS + CHUNK_ENDS), last_chunk)
         num_pages = (seq_len + PAGE - 1) // PAGE
         source = q_ptr + request.to(tl.int64) * q_stride_row + heads * q_stride_h
         query = tl.load(source[:, None] + dims[None, :],
@@ -170,9 +161,7 @@ def _sketch_score(
                 values_ptr, tl.trans(mass * 0.6931471805599453), heads, group < GROUP, offset, pages, live,
                 score_stride, top, total,
             )  # fmt: skip
-            store_chunk(
-                chunk_lse_ptr, heads, group < GROUP, offset, request, of_row, chunk_stride, top, total, CHUNK
-            )
+            store_chunk(chunk_lse_ptr, heads, group < GROUP, offset, request, of_row, chunk_stride, top, total)
         chunk = end
         row += 1
 
@@ -211,8 +200,8 @@ def sketch_score(
         scores.chunk_lse, q.stride(0), q.stride(1), *(stride * item_bytes for stride in kv.stride()[:3]),
         block_table.stride(0), scores.values.stride(0), scores.chunk_lse.stride(0), num_reqs, scale, layout.noise,
         GROUP=group, GROUP_PAD=max(4, triton.next_power_of_2(group)), HEAD_DIM=head_dim, WIDTH=layout.width,
-        BITS=layout.bits, TILE_BYTES=layout.tile_bytes, TILE=TILE_TOKENS, PAGE=page_size, PAGES=pages,
-        CHUNK=CHUNK_PAGES, ROWS=ROWS, NOT_LISTED=NOT_LISTED, COLUMNS=WORK_COLUMNS,
-        STAGES=TUNING["num_stages"], LARGEST=LARGEST,
+        BITS=layout.bits, TILE_BYTES=layout.tile_bytes, PAGE=page_size, PAGES=pages,
+        TILES=tiles, STEPS=CHUNK_PAGES // pages * tiles,
+        STAGES=TUNING["num_stages"],
         num_warps=TUNING["num_warps"],
     )  # fmt: skip

@@ -22,15 +22,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from vllm_sparse.kernels.constants import TILE
 from vllm_sparse.kernels.hadamard import hadamard
 
-STEP = 0.9957
+STEP: tl.constexpr = tl.constexpr(0.9957)
+SMALLEST: tl.constexpr = tl.constexpr(1e-7)
+"""Least scale of a mean, and least size of a residual."""
 
 
 @triton.jit
 def write_sketch(
     bytes_ptr, words_ptr, keys, live,
-    BITS: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, SMALLEST: tl.constexpr,
+    BITS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Sketch ``keys`` float32 [TILE, WIDTH], 0 in rows that are not ``live`` [TILE].
 

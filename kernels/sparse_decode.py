@@ -17,9 +17,9 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_sparse.kernels.constants import PRECISION, WHOLE
 from vllm_sparse.kernels.e4m3 import codes_of, from_e4m3, power_256_of
 from vllm_sparse.kernels.launch import num_multiprocessors
-from vllm_sparse.pages.decode_plan import WHOLE
 from vllm_sparse.pages.geometry import Geometry
 from vllm_sparse.pages.layout import HeadPageGrid
 from vllm_sparse.pages.page_table import PageTable
@@ -40,7 +40,7 @@ def _attend_split(
     table_stride, per_block, per_head, out_stride_row, out_stride_h, scale_log2, splits,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
-    ALONE: tl.constexpr, ON_HOST: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+    ALONE: tl.constexpr, ON_HOST: tl.constexpr,
 ):  # fmt: skip
     row, split = tl.program_id(0), tl.program_id(1)
     request, head = row // KV_HEADS, row % KV_HEADS
@@ -183,7 +183,7 @@ def sparse_decode(
         out.stride(0), out.stride(1), scale * LOG2_E, splits,
         KV_HEADS=kv_heads, GROUP=group, GROUP_PAD=max(16, triton.next_power_of_2(group)),
         HEAD_DIM=head_dim, BLOCK_D=block_d, PAGE=page_size, BLOCK_N=block_n, ALONE=splits == 1,
-        ON_HOST=host is not None, WHOLE=WHOLE, PRECISION="ieee", num_warps=TUNING["num_warps"],
+        ON_HOST=host is not None, num_warps=TUNING["num_warps"],
         num_stages=2 if exponents is not None else TUNING["num_stages"],
     )  # fmt: skip
     if splits > 1:

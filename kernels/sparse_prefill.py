@@ -13,10 +13,10 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_sparse.kernels.constants import BLOCK_TOKENS, PRECISION
 from vllm_sparse.pages.geometry import Geometry
 from vllm_sparse.pages.layout import HeadPageGrid
 from vllm_sparse.pages.page_table import PageTable
-from vllm_sparse.pages.query_blocks import BLOCK_TOKENS
 
 LOG2_E = 1.4426950408889634
 TUNING = {"tile_bytes": 16384, "query_bytes": 32768, "num_warps": 8, "num_stages": 2}
@@ -26,7 +26,7 @@ TUNING = {"tile_bytes": 16384, "query_bytes": 32768, "num_warps": 8, "num_stages
 def _attend_tokens(
     query, kv_ptr, table_row_ptr, seen, begin, end, top, total, acc, head_page_stride, kv_stride_slot, scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
-    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add tokens begin..end of a table row to a running softmax; ``seen`` [queries]: tokens each sees."""
     dims = tl.arange(0, BLOCK_D)
@@ -55,8 +55,8 @@ def _sparse_prefill(
     q_ptr, kv_ptr, head_pages_ptr, lengths_ptr, out_ptr, q_stride_t, q_stride_h, head_page_stride, kv_stride_slot,
     table_stride_row,
     out_stride_t, out_stride_h, scale_log2, num_tokens, num_blocks,
-    BLOCK_TOKENS: tl.constexpr, BLOCK_M: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    PAGE: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     # The longest rows, those of the last blocks, first.
     row, part = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
@@ -80,12 +80,12 @@ def _sparse_prefill(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     top, total, acc = _attend_tokens(
         query, kv_ptr, table_row, seen, 0, common, top, total, acc, head_page_stride, kv_stride_slot, scale_log2,
-        HEAD_DIM, BLOCK_D, PAGE, BLOCK_N, False, PRECISION,
+        HEAD_DIM, BLOCK_D, PAGE, BLOCK_N, False,
     )  # fmt: skip
     top, total, acc = _attend_tokens(
         query, kv_ptr, table_row, seen, common, last, top, total, acc, head_page_stride, kv_stride_slot,
         scale_log2,
-        HEAD_DIM, BLOCK_D, PAGE, BLOCK_N, True, PRECISION,
+        HEAD_DIM, BLOCK_D, PAGE, BLOCK_N, True,
     )  # fmt: skip
     target = out_ptr + token[:, None] * out_stride_t + head * out_stride_h + dims[None, :]
     tl.store(target, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
@@ -101,18 +101,18 @@ def sparse_prefill(
     """Attend over chosen pages; arguments as in :meth:`vllm_sparse.attention.base.Engine.attend_blocks`."""
     page_size, scale = geometry.page_size, geometry.scale
     num_tokens, q_heads, head_dim = q.shape
-    num_blocks = triton.cdiv(num_tokens, BLOCK_TOKENS)
+    num_blocks = triton.cdiv(num_tokens, BLOCK_TOKENS.value)
     rows = q_heads * num_blocks
     assert table.lengths.shape[0] == rows, f"{table.lengths.shape[0]} rows for {rows} (query head, block)"
     assert q.stride(2) == out.stride(2) == kv.stride(3) == table.head_pages.stride(1) == 1
     block_d = triton.next_power_of_2(head_dim)
     token_bytes = block_d * kv.element_size()
-    block_m = max(16, min(BLOCK_TOKENS, TUNING["query_bytes"] // token_bytes))
+    block_m = max(16, min(BLOCK_TOKENS.value, TUNING["query_bytes"] // token_bytes))
     block_n = max(16, min(128, TUNING["tile_bytes"] // token_bytes))
-    _sparse_prefill[(rows, BLOCK_TOKENS // block_m)](
+    _sparse_prefill[(rows, BLOCK_TOKENS.value // block_m)](
         q, kv, table.head_pages, table.lengths, out, q.stride(0), q.stride(1), HeadPageGrid.of(kv).stride,
         kv.stride(2),
         table.head_pages.stride(0), out.stride(0), out.stride(1), scale * LOG2_E, num_tokens, num_blocks,
-        BLOCK_TOKENS=BLOCK_TOKENS, BLOCK_M=block_m, HEAD_DIM=head_dim, BLOCK_D=block_d, PAGE=page_size,
-        BLOCK_N=block_n, PRECISION="ieee", num_warps=TUNING["num_warps"], num_stages=TUNING["num_stages"],
+        BLOCK_M=block_m, HEAD_DIM=head_dim, BLOCK_D=block_d, PAGE=page_size,
+        BLOCK_N=block_n, num_warps=TUNING["num_warps"], num_stages=TUNING["num_stages"],
     )  # fmt: skip

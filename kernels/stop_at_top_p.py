@@ -16,7 +16,7 @@ from vllm_sparse.pages.decode_plan import DecodePlan
 from vllm_sparse.pages.page_table import PageTable
 from vllm_sparse.pages.selection import Selection
 
-FORCED = 0x80000000
+FORCED: tl.constexpr = tl.constexpr(0x80000000)
 """Set in the keys of forced pages; the rest of a key is the bits of its mass, plus 1."""
 
 
@@ -24,7 +24,7 @@ FORCED = 0x80000000
 def _stop_at_top_p(
     chosen_keys_ptr, seq_lens_ptr, score_offsets_ptr, head_pages_ptr, lengths_ptr, keys_stride, table_stride_row,
     budget, target,
-    KV_HEADS: tl.constexpr, PAGE: tl.constexpr, BUDGET_PAD: tl.constexpr, FORCED: tl.constexpr,
+    KV_HEADS: tl.constexpr, PAGE: tl.constexpr, BUDGET_PAD: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     request = row // KV_HEADS
@@ -84,6 +84,5 @@ def stop_at_top_p(
         chosen_keys.stride(0),
         table.head_pages.stride(0), budget_pages, selection.top_p * group,
         KV_HEADS=kv_heads, PAGE=selection.page_size, BUDGET_PAD=triton.next_power_of_2(budget_pages),
-        FORCED=FORCED,
         num_warps=4,
     )  # fmt: skip

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from vllm_sparse.kernels.constants import CHUNK
+
 
 @triton.jit
 def store_scores(values_ptr, block, heads, member, offset, pages, live, score_stride, top, total):
@@ -19,9 +21,7 @@ def store_scores(values_ptr, block, heads, member, offset, pages, live, score_st
 
 
 @triton.jit
-def store_chunk(
-    chunk_lse_ptr, heads, member, offset, request, chunk, chunk_stride, top, total, CHUNK: tl.constexpr
-):
+def store_chunk(chunk_lse_ptr, heads, member, offset, request, chunk, chunk_stride, top, total):
     """Store the log-sum-exp of a chunk from its maximum and sum, each [group]."""
     target = chunk_lse_ptr + heads.to(tl.int64) * chunk_stride + offset // CHUNK + request + chunk
     tl.store(target, top + tl.log(total), mask=member)

@@ -13,14 +13,18 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_sparse.pages.query_blocks import BLOCK_TOKENS, QueryBlocks
+from vllm_sparse.kernels.constants import BLOCK_TOKENS
+from vllm_sparse.pages.query_blocks import QueryBlocks
+
+BLOCK: tl.constexpr = tl.constexpr(1024)
+"""Pages of a row that are worked on at a time."""
 
 
 @triton.jit(do_not_specialize=["out_stride", "first_position", "end_position", "num_pages", "num_blocks"])
 def _vertical_slash(
     page_keep_ptr, band_count_ptr, keep_ptr, keep_stride_h, count_stride_h, out_stride, first_position,
     end_position,
-    num_pages, num_blocks, PAGE: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+    num_pages, num_blocks, PAGE: tl.constexpr,
 ):  # fmt: skip
     row, tile = tl.program_id(0), tl.program_id(1)
     head, block = (row // num_blocks).to(tl.int64), row % num_blocks
@@ -57,8 +61,8 @@ def vertical_slash(
     rows, num_pages = keep.shape
     assert rows == page_keep.shape[0] * blocks.num_blocks and num_pages == blocks.num_pages(page_size)
     assert page_keep.stride(1) == band_count.stride(1) == keep.stride(1) == 1
-    _vertical_slash[(rows, triton.cdiv(num_pages, 1024))](
+    _vertical_slash[(rows, triton.cdiv(num_pages, BLOCK.value))](
         page_keep, band_count, keep, page_keep.stride(0), band_count.stride(0), keep.stride(0),
         blocks.first_position, blocks.end_position, num_pages, blocks.num_blocks,
-        PAGE=page_size, BLOCK_TOKENS=BLOCK_TOKENS, BLOCK=1024, num_warps=4,
+        PAGE=page_size, num_warps=4,
     )  # fmt: skip
