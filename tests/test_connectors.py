@@ -121,17 +121,17 @@ def test_offloading_options_of_vllm_are_connectors_too():
 
 
 def test_offload_refuses_every_connector():
-    from vllm_sparse.backend import offload
+    from vllm_sparse.support import check_options
 
     config = SparseConfig(offload=OffloadConfig(host_gib=1.0))
     for option, value in (("--kv-transfer-config", "NixlConnector"), ("--kv-offloading-size", None)):
         vllm_config = SimpleNamespace(
-            speculative_config=None, model_config=None, additional_config={},
+            speculative_config=None, model_config=None, parallel_config=None,
             kv_transfer_config=value and transfer(value),
             cache_config=SimpleNamespace(kv_offloading_size=None if value else 4.0),
         )  # fmt: skip
         with pytest.raises(ConfigError, match=f"{option}: not supported with sparse.offload"):
-            offload.check(vllm_config, config)
+            check_options(vllm_config, config)
 
 
 # Peers.

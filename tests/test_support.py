@@ -3,18 +3,35 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from vllm_sparse.config import SparseConfig
-from vllm_sparse.support import ROWS, Decision, Layer, Treatment, decide, full_attention_layers, summary_line
+from vllm_sparse.errors import ConfigError
+from vllm_sparse.offload.config import OffloadConfig
+from vllm_sparse.support import (
+    OPTIONS,
+    ROWS,
+    Decision,
+    Layer,
+    Treatment,
+    check_options,
+    decide,
+    full_attention_layers,
+    notes,
+    summary_line,
+    unasked,
+)
 
 SPARSE, DENSE, STOCK, REFUSED = Treatment.SPARSE, Treatment.DENSE, Treatment.STOCK, Treatment.REFUSED
+OFFLOADED = SparseConfig(offload=OffloadConfig())
 PLAIN = Layer(SparseConfig(), position=2, of=32)
 CASES = [
     ({"linear": True}, STOCK, "linear-attention, Mamba or convolution"),
     ({"encoder_decoder": True}, STOCK, "encoder-decoder"),
     ({"shares_with": SPARSE, "soft_cap": True}, REFUSED, "in a way of its own"),
+    ({"shares_with": SPARSE, "config": OFFLOADED}, REFUSED, "whole context from the host"),
     ({"shares_with": DENSE, "draft": True}, DENSE, "another layer's KV cache"),
     ({"shares_with": STOCK}, STOCK, "another layer's KV cache"),
     ({"draft": True}, STOCK, '{"attention_backend": "sparse"}'),
@@ -22,7 +39,9 @@ CASES = [
     ({"named_backend": "FLASH_ATTN_DIFFKV"}, STOCK, "asks for FLASH_ATTN_DIFFKV"),
     ({"attn_type": "encoder_only"}, STOCK, "type encoder_only"),
     ({"sliding_window": 512}, STOCK, "sliding window"),
-    ({"bidirectional": "tokens of an image"}, STOCK, "tokens of an image"),
+    ({"non_causal": True}, STOCK, "not causal"),
+    ({"image_prefix": True}, STOCK, "tokens of an image"),
+    ({"reference_window": True}, STOCK, "reference sliding-window"),
     ({"alibi": True}, STOCK, "ALiBi"),
     ({"soft_cap": True}, STOCK, "soft-capped"),
     ({"sinks": True}, STOCK, "sinks"),
@@ -31,7 +50,9 @@ CASES = [
     ({"head_size": 512, "head_size_v": 512}, STOCK, "head size 512"),
     ({"head_size": 24, "head_size_v": 24}, STOCK, "head size 24"),
     ({"dtype": "float64"}, STOCK, "dtype float64"),
-    ({"engine": "batch-invariant kernels"}, STOCK, "batch-invariant"),
+    ({"batch_invariant": True}, STOCK, "batch-invariant"),
+    ({"prefill_parallel": True}, STOCK, "prefill context parallelism"),
+    ({"adaptive_verification": True}, STOCK, "adaptive verification"),
     ({"config": SparseConfig(decode_policy="dense")}, DENSE, "dense policy was asked for"),
     ({"config": SparseConfig(dense_layers=40)}, DENSE, "dense_layers=40 of 32"),
     ({"position": 1}, DENSE, "dense_layers=2"),
@@ -45,10 +66,20 @@ def test_each_kind_of_layer_is_decided_with_its_reason(changes, treatment, reaso
     assert reason in decision.reason and "{" not in decision.reason.replace('{"attention', "")
 
 
+def unwalked(rows) -> list[str]:
+    """Rows of a table that no case takes."""
+    taken = {next(row.what for row in rows if row.holds(replace(PLAIN, **changes))) for changes, *_ in CASES}
+    return [row.what for row in rows if row.what not in taken]
+
+
 def test_every_row_is_walked_and_a_plain_layer_is_sparse():
-    decided = {next(row.what for row in ROWS if row.holds(replace(PLAIN, **changes))) for changes, *_ in CASES}
-    assert decided == {row.what for row in ROWS}
+    assert unwalked(ROWS) == [] and len({row.what for row in ROWS}) == len(ROWS)
     assert decide(PLAIN) == Decision(SPARSE)
+
+
+def test_a_row_without_a_case_is_noticed():
+    new = replace(ROWS[0], what="rotary layers", holds=lambda layer: layer.kind == "Rotary")
+    assert unwalked((*ROWS, new)) == ["rotary layers"]
 
 
 @pytest.mark.parametrize("size", [32, 48, 64, 80, 96, 112, 128, 192, 256])
@@ -77,3 +108,57 @@ def test_one_line_says_what_happens():
     )
     line, some = summary_line([Decision(STOCK, "sliding window"), Decision(STOCK, "soft cap")], SparseConfig(), [])
     assert not some and line == "0 of 2 attention layers sparse, 2 stock (sliding window: 1; soft cap: 1)"
+
+
+def test_layers_that_nobody_asked_about_are_counted_with_a_reason():
+    assert "class MLAAttention" in unasked("MLAAttention").reason
+    assert unasked("Attention").treatment is STOCK
+
+
+def test_notes_of_the_start_line():
+    assert notes(SparseConfig(), False, "bfloat16") == ["KV bfloat16"]
+    assert notes(OFFLOADED, True, "float16") == [
+        "verification of drafts attends densely", "K and V in CPU memory", "KV float16",
+    ]  # fmt: skip
+
+
+def engine(cache_dtype: str = "auto", scheme: dict | None = None, **changes):
+    """What options are read from, of an engine that is served."""
+    model = SimpleNamespace(
+        dtype="torch.bfloat16", hf_config=SimpleNamespace(quantization_config={"kv_cache_scheme": scheme})
+    )
+    parts = {
+        "model_config": model, "cache_config": SimpleNamespace(cache_dtype=cache_dtype, kv_offloading_size=None),
+        "parallel_config": SimpleNamespace(), "speculative_config": None, "kv_transfer_config": None,
+    }  # fmt: skip
+    return SimpleNamespace(**{**parts, **changes})
+
+
+REFUSED_ENGINES = [
+    (engine("fp8", {"num_bits": 8}), r"'fp8' is not supported.*kv_cache_scheme.*allowed: bfloat16, given by name"),
+    (engine("fp8"), r"'fp8' is not supported.*allowed: auto, bfloat16"),
+    (engine(parallel_config=SimpleNamespace(decode_context_parallel_size=2)), "2 is not supported.*allowed: 1"),
+    (engine(parallel_config=SimpleNamespace(enable_dbo=True)), "micro-batches"),
+    (engine(speculative_config=object()), "with sparse.offload: drafts.*allowed with offload: none"),
+    (engine(kv_transfer_config=object()), "with sparse.offload: a KV connector"),
+    (engine(cache_config=SimpleNamespace(cache_dtype="auto", kv_offloading_size=4.0)), "it is a KV connector"),
+    (engine(model_config=SimpleNamespace(dtype="bfloat16", enable_sleep_mode=True)), "hot head pages"),
+]
+"""One for each of ``OPTIONS``, in their order."""
+
+
+@pytest.mark.parametrize(
+    ("option", "case"), list(zip(OPTIONS, REFUSED_ENGINES, strict=True)), ids=lambda value: ""
+)
+def test_each_option_that_is_not_served_is_refused(option, case):
+    vllm_config, said = case
+    with pytest.raises(ConfigError, match=f"{option.name}: .*{said}"):
+        check_options(vllm_config, OFFLOADED)
+    if option.with_offload:
+        check_options(vllm_config, SparseConfig())
+
+
+def test_an_engine_that_is_served_is_not_refused():
+    check_options(engine(), OFFLOADED)
+    check_options(engine("bfloat16"), SparseConfig())
+    assert len(REFUSED_ENGINES) == len(OPTIONS)

@@ -1,4 +1,4 @@
-"""What runs sparse, dense or as in stock vLLM, and why: one table that decides for every attention layer.
+"""What runs sparse, dense or as in stock vLLM, and why: the one place that decides.
 
 =========  ======================================================================================================
 sparse     pages with summaries; decode, and prefill where a policy says so, attend to chosen pages
@@ -8,7 +8,9 @@ refused    the engine does not start: the layer can be neither of these
 =========  ======================================================================================================
 
 A layer takes the first row of :data:`ROWS` that holds for it, and is sparse where none does. What a layer is, as
-far as rows ask, is :class:`Layer`; :mod:`vllm_sparse.backend.hooks` reads it off vLLM's constructor.
+far as rows ask, is :class:`Layer`; :mod:`vllm_sparse.backend.hooks` reads it off vLLM's constructor. Options of
+vLLM's that stop an engine before it has layers are :data:`OPTIONS`. The start line, the metrics and
+``docs/support.md`` are made from these tables.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from enum import Enum
 from typing import Any
 
 from vllm_sparse.config import SparseConfig
+from vllm_sparse.errors import ConfigError
 
 HEAD_SIZES = range(32, 257, 16)
 DTYPES = ("float16", "bfloat16", "float32")
@@ -68,10 +71,18 @@ class Layer:
     """Of a model that also has linear-attention, Mamba or convolution layers."""
     encoder_decoder: bool = False
     """Of an encoder-decoder model."""
-    bidirectional: str = ""
-    """Why some tokens may attend to later ones."""
-    engine: str = ""
-    """What the engine is asked for that chosen pages do not serve."""
+    non_causal: bool = False
+    """Of an engine that was asked for attention that is not causal, or of a diffusion model."""
+    image_prefix: bool = False
+    """Of a model whose image tokens attend to each other, the later ones too."""
+    reference_window: bool = False
+    """Of a model with reference sliding-window attention."""
+    batch_invariant: bool = False
+    """Of an engine that was asked for batch-invariant kernels."""
+    prefill_parallel: bool = False
+    """Of an engine with prefill context parallelism."""
+    adaptive_verification: bool = False
+    """Of an engine whose drafts are verified adaptively."""
     position: int | None = None
     """Which full-attention layer of its model it is, from 0; None where that is not known."""
     of: int = 0
@@ -109,6 +120,10 @@ ROWS: tuple[Row, ...] = (
     Row("layers that read the cache of a sparse layer, with windows, biases or sinks of their own", REFUSED,
         "the layer attends to another layer's KV cache, in a way of its own",
         lambda layer: layer.shares_with in OURS and _has_its_own_way(layer)),
+    Row("layers that read the cache of a sparse layer, with `offload`", REFUSED,
+        "the layer attends to another layer's KV cache and runs dense: with sparse.offload it would read its "
+        "whole context from the host in every step",
+        lambda layer: layer.shares_with in OURS and layer.config.offload is not None),
     Row("layers that read the cache of a sparse layer", DENSE, "the layer attends to another layer's KV cache",
         lambda layer: layer.shares_with in OURS),
     Row("layers that read the cache of a stock layer", STOCK, "the layer attends to another layer's KV cache",
@@ -122,13 +137,17 @@ ROWS: tuple[Row, ...] = (
         lambda layer: layer.named_backend),
     Row("encoder layers", STOCK, "attention type {attn_type}", lambda layer: layer.attn_type != "decoder"),
     Row("sliding windows", STOCK, "sliding window", lambda layer: layer.sliding_window is not None),
-    Row("bidirectional tokens: prefix-LM, multimodal prefixes, diffusion", STOCK, "{bidirectional}",
-        lambda layer: layer.bidirectional),
+    Row("diffusion models, and engines asked for non-causal attention", STOCK, "attention that is not causal",
+        lambda layer: layer.non_causal),
+    Row("multimodal prefixes", STOCK, "tokens of an image attend to each other, the later ones too",
+        lambda layer: layer.image_prefix),
+    Row("reference sliding windows", STOCK, "reference sliding-window attention",
+        lambda layer: layer.reference_window),
     Row("ALiBi", STOCK, "ALiBi biases depend on position, which page scores do not see",
         lambda layer: layer.alibi),
-    Row("soft-capped logits", STOCK, "soft-capped logits are not computed by the sparse engines",
+    Row("soft-capped logits", STOCK, "soft-capped logits are not computed by the sparse kernels",
         lambda layer: layer.soft_cap),
-    Row("attention sinks", STOCK, "attention sinks are not computed by the sparse engines",
+    Row("attention sinks", STOCK, "attention sinks are not computed by the sparse kernels",
         lambda layer: layer.sinks),
     Row("other arguments for the attention", STOCK, "arguments that sparse attention does not know: {arguments}",
         lambda layer: layer.arguments),
@@ -139,8 +158,13 @@ ROWS: tuple[Row, ...] = (
         lambda layer: layer.head_size not in HEAD_SIZES),
     Row("dtypes other than float16, bfloat16 and float32", STOCK, "dtype {dtype}",
         lambda layer: layer.dtype not in DTYPES),
-    Row("engines with batch invariance, prefill context parallelism or adaptive verification", STOCK, "{engine}",
-        lambda layer: layer.engine),
+    Row("engines with batch invariance", STOCK, "batch-invariant kernels were asked for",
+        lambda layer: layer.batch_invariant),
+    Row("engines with prefill context parallelism", STOCK, "prefill context parallelism",
+        lambda layer: layer.prefill_parallel),
+    Row("engines with adaptive verification of drafts", STOCK,
+        "adaptive verification of drafts decides on the device which tokens a step has",
+        lambda layer: layer.adaptive_verification),
     Row("decode and prefill policy `dense`", DENSE, "the dense policy was asked for",
         lambda layer: layer.config.decode_policy == layer.config.prefill_policy == "dense", all_dense=True),
     Row("`dense_layers` that are all layers", DENSE, "dense_layers={config.dense_layers} of {of}",
@@ -159,10 +183,95 @@ def decide(layer: Layer) -> Decision:
     return Decision(Treatment.SPARSE)
 
 
+def unasked(kind: str) -> Decision:
+    """The decision about a layer of class ``kind`` for which sparse was never asked."""
+    if kind == "Attention":
+        return Decision(STOCK, "sparse was not asked for here, as for drafts or other kinds of layers")
+    return Decision(STOCK, f"layers of class {kind} choose a backend by themselves")
+
+
 def stock_model(config: SparseConfig, linear: bool, encoder_decoder: bool) -> Decision | None:
     """The decision about every layer of a model that is left to stock as a whole, else None."""
     decision = decide(Layer(config, linear=linear, encoder_decoder=encoder_decoder))
     return decision if decision.treatment is STOCK else None
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option of vLLM's, and values of it for which an engine is refused."""
+
+    name: str
+    values: str
+    """Those that are refused, in words."""
+    reason: str
+    allowed: str
+    """With ``{dtype}`` for that of the model."""
+    asked: Callable[[Any], Any] = field(repr=False)
+    """Such a value in an engine's config; None or another that is false where there is none."""
+    with_offload: bool = False
+    """Whether it is refused with ``sparse.offload`` alone."""
+
+
+def _dtype(config: Any) -> str:
+    return str(getattr(config.model_config, "dtype", "")).removeprefix("torch.")
+
+
+def _cache_dtype(config: Any) -> str | None:
+    """The dtype of an engine's KV cache where it is not the model's."""
+    cache = config.cache_config
+    if cache is None or config.model_config is None or cache.cache_dtype in ("auto", _dtype(config)):
+        return None
+    return cache.cache_dtype
+
+
+def _checkpoint_cache_dtype(config: Any) -> str | None:
+    """The same where the checkpoint may be what asks for it."""
+    quantised = getattr(getattr(config.model_config, "hf_config", None), "quantization_config", None) or {}
+    scheme = quantised.get("kv_cache_scheme") if isinstance(quantised, dict) else None
+    return _cache_dtype(config) if scheme else None
+
+
+OPTIONS: tuple[Option, ...] = (
+    Option("--kv-cache-dtype", "what a checkpoint's `kv_cache_scheme` asks for",
+        "the checkpoint's kv_cache_scheme asks for it, and sparse attention has no quantised KV cache yet",
+        "{dtype}, given by name, which comes before the scheme", _checkpoint_cache_dtype),
+    Option("--kv-cache-dtype", "all but the model's own", "sparse attention has no quantised KV cache yet",
+        "auto, {dtype}", _cache_dtype),
+    Option("--decode-context-parallel-size", "above 1", "pages are chosen from whole contexts", "1",
+        lambda config: (size := getattr(config.parallel_config, "decode_context_parallel_size", 1)) > 1 and size),
+    Option("--enable-dbo", "on", "micro-batches would share the buffers of one decode step", "off",
+        lambda config: getattr(config.parallel_config, "enable_dbo", False)),
+    Option("--speculative-config", "any", "drafts are verified densely, over whole contexts that are on the host",
+        "none", lambda config: config.speculative_config is not None, with_offload=True),
+    Option("--kv-transfer-config", "any",
+        "a KV connector sees the bytes on the GPU only, which are summaries",
+        "none", lambda config: config.kv_transfer_config is not None, with_offload=True),
+    Option("--kv-offloading-size", "any",
+        "it is a KV connector, which sees the bytes on the GPU only, which are summaries", "none",
+        lambda config: getattr(config.cache_config, "kv_offloading_size", None) is not None, with_offload=True),
+    Option("--enable-sleep-mode", "on",
+        "it would discard summaries and hot head pages but not the host pool", "none",
+        lambda config: getattr(config.model_config, "enable_sleep_mode", False), with_offload=True),
+)  # fmt: skip
+"""In the order in which they are looked at."""
+
+
+def check_options(vllm_config: Any, config: SparseConfig) -> None:
+    """Refuse an engine for its options.
+
+    Raises:
+        ConfigError: one of :data:`OPTIONS` has a value that is not served; names it, why, and what is allowed.
+    """
+    for option in OPTIONS:
+        if option.with_offload and config.offload is None:
+            continue
+        if not (value := option.asked(vllm_config)):
+            continue
+        allowed = option.allowed.format(dtype=_dtype(vllm_config))
+        refused, served = f"{value!r} is not supported by the sparse backend", "allowed"
+        if option.with_offload:
+            refused, served = "not supported with sparse.offload", "allowed with offload"
+        raise ConfigError(f"{option.name}: {refused}: {option.reason}; {served}: {allowed}")
 
 
 def layer_number(name: str) -> int | None:
@@ -179,8 +288,19 @@ def full_attention_layers(layer_types: Iterable[str] | None, num_layers: int) ->
     return [number for number, kind in enumerate(types) if kind == "full_attention"]
 
 
+def notes(config: SparseConfig, drafts: bool, kv_dtype: str) -> list[str]:
+    """What an engine's start line says beside its layers; ``drafts``: whether it verifies some."""
+    found = ["verification of drafts attends densely"] if drafts else []
+    if config.offload is not None:
+        found.append("K and V in CPU memory")
+    return [*found, f"KV {kv_dtype}"]
+
+
 def summary_line(decisions: Iterable[Decision], config: SparseConfig, notes: Iterable[str]) -> tuple[str, bool]:
-    """What an engine will do, in one line, and whether anything of it is sparse."""
+    """What an engine will do, in one line, and whether anything of it is sparse.
+
+    Layers that are not sparse are counted by reason.
+    """
     decisions = list(decisions)
     sparse = sum(decision.treatment is Treatment.SPARSE for decision in decisions)
     parts = [f"{sparse} of {len(decisions)} attention layers sparse"]

@@ -45,20 +45,8 @@ def check_engine(vllm_config: Any) -> None:
         cache.block_size = 32
     if cache.block_size is not None:
         config.check_page_size(cache.block_size)
-    if model is not None:
-        _check_kv_dtype(cache.cache_dtype, model)
-    parallel = vllm_config.parallel_config
-    if getattr(parallel, "decode_context_parallel_size", 1) > 1:
-        raise ConfigError(
-            f"--decode-context-parallel-size: {parallel.decode_context_parallel_size} is not supported by the "
-            f"sparse backend; allowed: 1"
-        )
-    if getattr(parallel, "enable_dbo", False):
-        raise ConfigError(
-            "--enable-dbo: micro-batches would share the buffers of one decode step; the sparse backend "
-            "runs without it"
-        )
     config = SparseConfig.from_vllm(vllm_config)
+    support.check_options(vllm_config, config)
     if config.offload is not None:
         found = offload.check(vllm_config, config)
         carry(vllm_config, config, found, "offload")
@@ -66,25 +54,7 @@ def check_engine(vllm_config: Any) -> None:
     connectors.check(vllm_config, config)
 
 
-def _check_kv_dtype(asked: str, model: Any) -> None:
-    """Raise :class:`ConfigError` unless the cache has the dtype of the model."""
-    own = str(model.dtype).removeprefix("torch.")
-    if asked in ("auto", own):
-        return
-    quantised = getattr(model.hf_config, "quantization_config", None) or {}
-    scheme = quantised.get("kv_cache_scheme") if isinstance(quantised, dict) else None
-    if scheme:
-        raise ConfigError(
-            f"--kv-cache-dtype: the checkpoint's kv_cache_scheme asks for {asked}, and sparse attention has no "
-            f"quantised KV cache yet; allowed for this model: {own}, given by name, which comes before the scheme"
-        )
-    raise ConfigError(
-        f"--kv-cache-dtype: {asked!r} is not supported by the sparse backend beside a model of {own}; "
-        f"allowed: auto, {own}"
-    )
-
-
-def with_tables(vllm_config, config):
+def with_tables(vllm_config: Any, config: SparseConfig) -> SparseConfig:
     """``config`` with the patterns and budgets that it names for the heads of the engine's model."""
     model = vllm_config.model_config
     if model is None:
@@ -96,7 +66,7 @@ def with_tables(vllm_config, config):
     return config.with_budgets(model.model, layers, model.get_total_num_kv_heads())
 
 
-def carry(vllm_config, config, found, key: str) -> None:
+def carry(vllm_config: Any, config: SparseConfig, found: SparseConfig, key: str) -> None:
     """Put the settings into vLLM's config, which it takes to every worker: other nodes have other files.
 
     So a path in ``VLLM_SPARSE_CONFIG`` or in :data:`vllm_sparse.config.TABLES` is read on the driver alone.

@@ -111,6 +111,7 @@ def _window(arguments: dict) -> int | None:
 def describe(layer: Any, arguments: dict, vllm_config: Any, config: SparseConfig) -> Layer:
     """What ``support`` asks of a layer, from the arguments of its constructor and its engine's config."""
     import torch
+    import vllm.envs as envs
     from vllm.model_executor.layers.attention.attention import Attention
 
     model, speculative = vllm_config.model_config, vllm_config.speculative_config
@@ -120,13 +121,6 @@ def describe(layer: Any, arguments: dict, vllm_config: Any, config: SparseConfig
     sinks = extra.pop("sinks", None)
     if arguments["use_alibi_sqrt"]:
         extra["use_alibi_sqrt"] = True
-    bidirectional = ""
-    if vllm_config.attention_config.use_non_causal or getattr(model, "is_diffusion", False):
-        bidirectional = "attention that is not causal"
-    elif model is not None and model.is_mm_prefix_lm:
-        bidirectional = "tokens of an image attend to each other, the later ones too"
-    elif model is not None and model.rswa_window is not None:
-        bidirectional = "reference sliding-window attention"
     numbers, position = [], None
     if model is not None and not of_draft:
         text = model.hf_text_config
@@ -154,8 +148,12 @@ def describe(layer: Any, arguments: dict, vllm_config: Any, config: SparseConfig
         draft=of_draft and not asked_of_drafts,
         linear=model is not None and model.is_hybrid,
         encoder_decoder=model is not None and model.is_encoder_decoder,
-        bidirectional=bidirectional,
-        engine=_unserved(vllm_config),
+        non_causal=vllm_config.attention_config.use_non_causal or getattr(model, "is_diffusion", False),
+        image_prefix=model is not None and model.is_mm_prefix_lm,
+        reference_window=model is not None and model.rswa_window is not None,
+        batch_invariant=bool(envs.VLLM_BATCH_INVARIANT),
+        prefill_parallel=vllm_config.parallel_config.prefill_context_parallel_size > 1,
+        adaptive_verification=getattr(speculative, "enable_adaptive_verification", False),
         position=position,
         of=len(numbers),
     )
@@ -163,18 +161,6 @@ def describe(layer: Any, arguments: dict, vllm_config: Any, config: SparseConfig
 
 def _is_absent(value: Any) -> bool:
     return any(value is absent or (type(value) is type(absent) and value == absent) for absent in ABSENT)
-
-
-def _unserved(vllm_config: Any) -> str:
-    import vllm.envs as envs
-
-    if envs.VLLM_BATCH_INVARIANT:
-        return "batch-invariant kernels were asked for"
-    if vllm_config.parallel_config.prefill_context_parallel_size > 1:
-        return "prefill context parallelism"
-    if getattr(vllm_config.speculative_config, "enable_adaptive_verification", False):
-        return "adaptive verification of drafts decides on the device which tokens a step has"
-    return ""
 
 
 @contextmanager
@@ -275,11 +261,7 @@ def layers_of(worker: Any) -> dict[str, Any]:
 
 def decision_of(layer: Any) -> Decision:
     """What was decided about a layer; of one about which we were not asked, that."""
-    kind = type(layer).__name__
-    unasked = f"layers of class {kind} choose a backend by themselves"
-    if kind == "Attention":
-        unasked = "sparse was not asked for here, as for drafts or other kinds of layers"
-    return getattr(layer, "sparse_support", Decision(Treatment.STOCK, unasked))
+    return getattr(layer, "sparse_support", None) or support.unasked(type(layer).__name__)
 
 
 def check_caches(worker: Any) -> None:
@@ -304,12 +286,8 @@ def report(worker: Any) -> None:
     """One line about what runs how; a warning where nothing is sparse."""
     decisions = [decision_of(layer) for layer in layers_of(worker).values()]
     config = SparseConfig.from_vllm(worker.vllm_config)
-    notes = []
-    if worker.vllm_config.speculative_config is not None:
-        notes.append("verification of drafts attends densely")
-    if config.offload is not None:
-        notes.append("K and V in CPU memory")
-    notes.append(f"KV {compat.kv_dtype(worker.vllm_config)}")
+    drafts = worker.vllm_config.speculative_config is not None
+    notes = support.notes(config, drafts, compat.kv_dtype(worker.vllm_config))
     line, any_sparse = support.summary_line(decisions, config, notes)
     if any_sparse or worker.vllm_config.parallel_config.pipeline_parallel_size > 1:  # other stages have others
         logger.info("sparse attention: %s", line)

@@ -22,7 +22,6 @@ from vllm_sparse.backend.workspace import Workspace
 from vllm_sparse.config import SparseConfig
 from vllm_sparse.decode.attend import SparseDecode
 from vllm_sparse.decode.budgets import BudgetTable
-from vllm_sparse.errors import ConfigError
 from vllm_sparse.pages.geometry import Geometry
 from vllm_sparse.pages.head_patterns import HeadPatterns
 from vllm_sparse.pages.layout import unreadable
@@ -85,9 +84,6 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
             decision: sparse or dense, and why.
             layout: of its pages.
             stock: the backend that vLLM would have chosen.
-
-        Raises:
-            ConfigError: offload, and this layer would read its whole context from the host in every step.
         """
         self.config = SparseConfig.from_vllm(vllm_config)
         self.name, self.decision, self.layout = name, decision, layout
@@ -99,11 +95,6 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
                 self.num_heads, self.head_size, self.scale, self.num_kv_heads, None, None, self.kv_cache_dtype,
                 None, self.attn_type, self.kv_sharing_target_layer_name,
             )  # fmt: skip
-        if layout.on_host and not self.is_sparse:
-            raise ConfigError(
-                f"sparse.offload: layer {name} of this model would run dense ({decision.reason}), over its whole "
-                f"context on the host; allowed: models all of whose layers run sparse"
-            )
         others = (getattr(impl, "counts", None) for impl in self._impls(vllm_config))
         self.counts = next((counts for counts in others if counts is not None), None) or metrics.EngineCounts(
             self.device

@@ -67,25 +67,8 @@ def check(vllm_config: Any, config: SparseConfig) -> SparseConfig:
     """``config`` with the host memory that it will take, checked before anything is built.
 
     Raises:
-        ConfigError: offload does not go with the rest of ``vllm_config``, or the host has too little memory.
+        ConfigError: the host has too little memory.
     """
-    refused = {
-        "--speculative-config": vllm_config.speculative_config is not None and (
-            "drafts are verified densely, over whole contexts that are on the host"
-        ),
-        "--kv-transfer-config": vllm_config.kv_transfer_config is not None and (
-            "a KV connector sees the bytes on the GPU only, which are summaries"
-        ),
-        "--kv-offloading-size": getattr(vllm_config.cache_config, "kv_offloading_size", None) is not None and (
-            "it is a KV connector, which sees the bytes on the GPU only, which are summaries"
-        ),
-        "--enable-sleep-mode": getattr(vllm_config.model_config, "enable_sleep_mode", False) and (
-            "it would discard summaries and hot head pages but not the host pool"
-        ),
-    }  # fmt: skip
-    for option, reason in refused.items():
-        if reason:
-            raise ConfigError(f"{option}: not supported with sparse.offload: {reason}; allowed with offload: none")
     asked = config.offload.host_gib
     if (vllm_config.additional_config or {}).get(ADMITTED) == asked:
         return config  # vLLM checks its config again once the engine has taken its memory
