@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -23,6 +24,7 @@ from vllm_sparse.support import (
     summary_line,
     unasked,
 )
+from vllm_sparse.tools import support_page
 
 SPARSE, DENSE, STOCK, REFUSED = Treatment.SPARSE, Treatment.DENSE, Treatment.STOCK, Treatment.REFUSED
 OFFLOADED = SparseConfig(offload=OffloadConfig())
@@ -162,3 +164,9 @@ def test_an_engine_that_is_served_is_not_refused():
     check_options(engine(), OFFLOADED)
     check_options(engine("bfloat16"), SparseConfig())
     assert len(REFUSED_ENGINES) == len(OPTIONS)
+
+
+def test_the_support_page_is_what_the_tables_say():
+    written = (Path(__file__).parent.parent / support_page.PATH).read_text(encoding="utf-8")
+    assert written == support_page.page(), f"run `{support_page.COMMAND}`"
+    assert "{" not in written.replace('{"attention_backend": "sparse"}', "")

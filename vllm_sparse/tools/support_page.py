@@ -1,0 +1,79 @@
+"""``docs/support.md``, made from the tables that decide: ``python -m vllm_sparse.tools.support_page [PATH]``."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from vllm_sparse.backend.connectors import BLOCKS, CONNECTORS, NEITHER, SLOTS
+from vllm_sparse.pages.layout import PAGE_SIZES
+from vllm_sparse.support import OPTIONS, ROWS
+
+PATH = Path("docs/support.md")
+COMMAND = "python -m vllm_sparse.tools.support_page"
+CARRIED = {BLOCKS: "yes", SLOTS: "with `dense` policies only", NEITHER: "no"}
+
+
+def page() -> str:
+    """The page, as Markdown."""
+    layers = ((row.what, row.treatment.value, _filled(row.reason)) for row in ROWS)
+    options = (
+        (
+            f"`{option.name}`",
+            option.values + (", with `offload`" if option.with_offload else ""),
+            option.reason,
+            option.allowed.format(dtype="the model's dtype"),
+        )
+        for option in OPTIONS
+    )
+    connectors = (
+        (f"`{name}`", CARRIED[known.copies], known.reason, known.apart or "-")
+        for name, known in CONNECTORS.items()
+    )
+    sizes = ", ".join(map(str, PAGE_SIZES))
+    return "\n".join([
+        f"<!-- Made by `{COMMAND}`; edits are lost. -->",
+        "# What runs sparse, and what does not",
+        "",
+        "Nothing is left out silently: an engine's start line counts its layers by the reasons below, and so does",
+        '`collective_rpc("sparse_metrics")`; what is refused stops the start and is told what is allowed.',
+        "",
+        "## Layers and models",
+        "",
+        "A layer takes the first row that holds for it, and runs sparse where none does. `dense` layers attend to",
+        "every page of our layout, `stock` layers are vLLM's own, and `refused` ones stop the start.",
+        "",
+        *_table(("layers", "run", "why"), layers),
+        "",
+        "## Options of vLLM",
+        "",
+        f"`--block-size` must be a page size: {sizes}. These options are refused:",
+        "",
+        *_table(("option", "refused values", "why", "allowed"), options),
+        "",
+        "## KV connectors",
+        "",
+        "A page ends in its summary: connectors that copy whole blocks carry it, those that copy K and V by",
+        "token slot lose it. Connectors that are not listed are refused; a `MultiConnector` is what is inside it.",
+        "",
+        *_table(("connector", "allowed", "what it does", "what keeps other engines' pages out"), connectors),
+        "",
+    ])  # fmt: skip
+
+
+def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
+    cells = [head, ("---",) * len(head), *rows]
+    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells]
+
+
+def _filled(reason: str) -> str:
+    """``reason`` with the names of a layer's fields in place of their values."""
+    named = re.sub(r"(?<!\{)\{([\w.]+)\}(?!\})", lambda field: f"*{field[1].rpartition('.')[2]}*", reason)
+    return named.replace("{{", "{").replace("}}", "}")
+
+
+if __name__ == "__main__":
+    path = Path(sys.argv[1]) if len(sys.argv) > 1 else PATH
+    path.write_text(page(), encoding="utf-8")
