@@ -1,18 +1,18 @@
 """vllm-sparse: page-sparse attention inside stock vLLM.
 
-A sparse attention method is a choice of pages. Policies choose pages, engines attend over chosen
-pages, and a PageTable is all that passes between them.
+A sparse attention method is a choice of pages. Policies choose pages, attention kernels attend over chosen pages,
+and a PageTable is all that passes between them.
 
-- ``config``      SparseConfig, the one configuration object
-- ``policies``    decode policies: score(query head, page), higher = attend
-- ``engines``     attention over a PageTable: triton, fa3, xformers, torch
-- ``kernels``     Triton kernels and their plain-torch references
-- ``page_table``  PageTable and the single-head view of a paged KV cache
-- ``decode_plan`` which rows of a step are sparse, decided on the device
-- ``tune``        finds a prefill pattern for each head of a model
-- ``cache``       the KV-cache spec: pages with summaries
-- ``backend``     vLLM's four backend classes, and ``compat``, the only file with version branches
-- ``metrics``     what ran sparse, what ran dense and why, how much was attended
+- ``config``, ``support``, ``metrics``  what a user can choose, which layers run sparse and why, and what ran
+- ``pages``      the layout of a page, summaries, page tables, scores and plans
+- ``policies``   decode policies score pages, prefill policies mark pages to keep; one method family a file
+- ``decode``     SparseDecode, budgets of KV heads, the recall monitor
+- ``prefill``    SparsePrefill, its buffers, patterns of query heads
+- ``attention``  attention kernels over a PageTable: triton, fa3, xformers, torch
+- ``offload``    K and V in host memory, a hot set on the GPU
+- ``backend``    vLLM's four backend classes and the KV-cache spec; ``compat`` has every version branch
+- ``tools``      the commands plan, tune and eval, and the demo
+- ``kernels``    Triton kernels and their plain-torch references
 """
 
 from pathlib import Path

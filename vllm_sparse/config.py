@@ -46,15 +46,15 @@ OFFLOAD_KERNELS = ("auto", "triton", "torch")
 MOST = 2**31 - 1
 """Largest whole number of any key, and "always" or "never" where that is meant: kernels count in 32 bits."""
 LEAST_TOP_P = 1e-6
-"""Of what is not 0; in 32 bits, less may be 0 all the same."""
+"""Least share that is not 0; in 32 bits, a smaller one may be 0 all the same."""
 
 
 @dataclass(frozen=True)
 class SparseConfig:
-    """What a user can choose. Token counts are per request and KV head."""
+    """All that a user can choose. Token counts are per request and KV head."""
 
     decode_policy: str = "midbound"
-    """Which pages a decode step attends to: a name of :mod:`vllm_sparse.policies`."""
+    """Choice of the pages that a decode step attends to: a name of :mod:`vllm_sparse.policies`."""
     budget_tokens: int = 2048
     """Tokens attended in a decode step, sinks and window included; rounded down to whole pages."""
     head_budgets: str | BudgetTable = "none"
@@ -69,27 +69,26 @@ class SparseConfig:
     min_context_tokens: int = 4096
     """Up to this context length a request runs dense, which is exact."""
     dense_layers: int | None = None
-    """The first so many attention layers run dense: their attention is spread too widely to select. None: 2,
+    """Attention layers that run dense, the first ones: their attention is spread too widely to select. None: 2,
     or 0 with ``offload``, where a dense layer would read its whole context from the host."""
     prefill_policy: str = "dense"
-    """Which pages a prefill chunk attends to: a name of :mod:`vllm_sparse.policies`."""
+    """Choice of the pages that a prefill chunk attends to: a name of :mod:`vllm_sparse.policies`."""
     min_prefill_tokens: int = 8192
     """Up to this context length a prefill chunk runs dense, which is exact."""
     vertical_tokens: int = 1024
-    """What a chunk keeps wherever the query is, in whole pages: columns, first or global tokens, by policy."""
+    """Tokens that a chunk keeps wherever the query is, in whole pages: columns or first tokens, by policy."""
     slash_tokens: int = 2048
-    """What a chunk keeps by distance from the query: diagonals, in bands of a page, or recent tokens."""
+    """Tokens that a chunk keeps by distance from the query: diagonals, in bands of a page, or recent tokens."""
     prefill_top_p: float = 0.98
     """Share of the estimated attention that policies which estimate keep; 0: the sizes above instead."""
     head_patterns: str | PatternTable = "auto"
     """Patterns of ``vertical_slash`` for each head: ``none``, a file of ``vllm-sparse tune``, or ``auto``, the
     model's file if there is one. Workers get the table itself, so that only the driver reads files."""
     recall_monitor_every_steps: int = 0
-    """Decode steps between two in which a row's exact attention mass is measured 
-    (:mod:`vllm_sparse.decode.recall_monitor`);
-    0: never."""
+    """Decode steps between two in which a row's exact attention mass is measured, by the recall monitor
+    (:mod:`vllm_sparse.decode.recall_monitor`); 0: never."""
     attention_kernel: str = "auto"
-    """What attends over chosen pages: ``auto`` or a name of :mod:`vllm_sparse.attention.registry`."""
+    """Attention kernel over chosen pages: ``auto`` or a name of :mod:`vllm_sparse.attention.registry`."""
     offload: OffloadConfig | None = None
     """Keep K and V in CPU memory, and on the GPU their summaries and a hot set; None: all on the GPU."""
 
@@ -138,8 +137,8 @@ class SparseConfig:
             )
         if self.recall_monitor_every_steps and self.decode_policy == "dense":
             raise ConfigError(
-                f"sparse.recall_monitor_every_steps: {self.recall_monitor_every_steps} with decode_policy='dense', which chooses no "
-                f"pages to measure; allowed with it: 0"
+                f"sparse.recall_monitor_every_steps: {self.recall_monitor_every_steps} with "
+                f"decode_policy='dense', which chooses no pages to measure; allowed with it: 0"
             )
         if not LEAST_TOP_P <= self.top_p <= 1:
             raise ConfigError(f"sparse.top_p: {shown(self.top_p)}; allowed: above 0, up to 1, from {LEAST_TOP_P}")
@@ -169,13 +168,13 @@ class SparseConfig:
             )
         if self.recall_monitor_every_steps:
             raise ConfigError(
-                f"sparse.recall_monitor_every_steps: {self.recall_monitor_every_steps} with sparse.offload: a sample would read its "
-                f"whole context from the host; allowed with offload: 0"
+                f"sparse.recall_monitor_every_steps: {self.recall_monitor_every_steps} with sparse.offload: "
+                f"a sample would read its whole context from the host; allowed with offload: 0"
             )
         if self.attention_kernel not in OFFLOAD_KERNELS:
             raise ConfigError(
-                f"sparse.attention_kernel: {self.attention_kernel!r} cannot read pages on the host, as sparse.offload needs; "
-                f"allowed with offload: {', '.join(OFFLOAD_KERNELS)}"
+                f"sparse.attention_kernel: {self.attention_kernel!r} cannot read pages on the host, as "
+                f"sparse.offload needs; allowed with offload: {', '.join(OFFLOAD_KERNELS)}"
             )
 
     @classmethod
@@ -199,7 +198,7 @@ class SparseConfig:
         return cls(**values)
 
     def to_mapping(self) -> dict[str, Any]:
-        """What :meth:`from_mapping` reads, as plain JSON."""
+        """This config as the plain JSON object that :meth:`from_mapping` reads."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         for key, table in TABLES.items():
             if isinstance(values[key], table):
@@ -272,6 +271,7 @@ class SparseConfig:
         return DECODE_POLICIES[self.decode_policy]
 
     def with_offload(self, offload: OffloadConfig) -> SparseConfig:
+        """This config with other settings of offload."""
         return replace(self, offload=offload)
 
     @property
@@ -282,7 +282,7 @@ class SparseConfig:
         return HeadPattern(self.vertical_tokens, self.slash_tokens)
 
     def prefill_sizes(self, page_size: int) -> PrefillSizes:
-        """What prefill policies are told of the pages to keep."""
+        """The settings that prefill policies read, with sinks in pages of ``page_size`` tokens."""
         return PrefillSizes(
             self.vertical_tokens, self.slash_tokens, self.prefill_top_p, self.sink_pages(page_size)
         )
@@ -292,7 +292,7 @@ class SparseConfig:
         return PREFILL_POLICIES[self.prefill_policy](self.prefill_sizes(page_size), page_size, patterns)
 
     def selection(self, page_size: int) -> Selection:
-        """What selection keeps of a decode row, but for budgets of a layer's own heads."""
+        """Budget, sinks, window and top_p of decode rows, without the budgets of a layer's own heads."""
         budget, largest = self.budget_pages(page_size), self.largest_pages(page_size)
         return Selection(
             page_size, budget, self.sink_pages(page_size), self.window_tokens,
@@ -300,6 +300,7 @@ class SparseConfig:
         )  # fmt: skip
 
     def budget_pages(self, page_size: int) -> int:
+        """``budget_tokens`` in whole pages, rounded down."""
         return self.budget_tokens // page_size
 
     def head_budget_pages(self, page_size: int, layer: int, rank: int, ranks: int, kv_heads: int) -> list[int]:
@@ -312,22 +313,23 @@ class SparseConfig:
         return max(pages, self.least_pages(page_size))
 
     def largest_pages(self, page_size: int) -> int:
-        """The largest budget of any head: what tables are sized for."""
+        """The largest budget of any head, for which tables are sized."""
         table = self.head_budgets
         share = table.largest if isinstance(table, BudgetTable) else 1.0
         return self._pages_of_share(share, page_size)
 
     def least_pages(self, page_size: int) -> int:
-        """Sinks, window and one page to choose."""
+        """The smallest budget: sinks, window and one page to choose."""
         # A window of w tokens can straddle one page border more than it fills.
         window_pages = -(-self.window_tokens // page_size) + 1
         return self.sink_pages(page_size) + window_pages + 1
 
     def sink_pages(self, page_size: int) -> int:
+        """``sink_tokens`` in whole pages, rounded up."""
         return -(-self.sink_tokens // page_size)
 
     def table_pages(self, page_size: int) -> int:
-        """Most pages a row of the decode page table can hold: a budget, or a whole short context."""
+        """Pages that a row of the decode page table has room for: a budget, or a whole short context."""
         return max(self.largest_pages(page_size), -(-self.min_context_tokens // page_size))
 
     def check_page_size(self, page_size: int) -> None:
@@ -358,7 +360,7 @@ def _table_path(asked: str, default: Path) -> Path | None:
     """The file that a key of :data:`TABLES` names; None: ``auto``, and there is none."""
     if asked != "auto":
         return Path(os.path.expanduser(asked))
-    return default if os.path.exists(default) else None  # as here, which takes a forbidden place for none
+    return default if os.path.exists(default) else None  # os.path.exists takes a forbidden place for none
 
 
 def _stale(key: str, asked: str, path: Path, error: TableError, command: str) -> ConfigError:

@@ -1,4 +1,4 @@
-"""What this package raises for a user to read; imports nothing."""
+"""Errors that are raised for a user to read. This module imports nothing."""
 
 
 class ConfigError(ValueError):

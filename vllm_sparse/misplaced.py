@@ -24,7 +24,7 @@ class Keys:
 
     settings: tuple[str, ...]
     offload: tuple[str, ...]
-    """Of those in ``offload``."""
+    """Names of the settings in ``offload``."""
 
 
 def find(additional: Any, keys: Keys) -> list[str]:
@@ -61,8 +61,13 @@ def unread(additional: Any, keys: Keys) -> list[str]:
 
 
 def hint(key: Any, source: str, keys: Keys, inside: str = "") -> str:
-    """Where ``key`` belongs, of an object that settings (or, ``inside``, a part of them) are read from; '' if that
-    is not known."""
+    """A sentence on where ``key`` belongs, or '' if that is not known.
+
+    Args:
+        key: an unknown key of an object that settings are read from.
+        source: the object's name, for the sentence.
+        inside: the setting whose value the object is, such as ``offload``; '' for all settings.
+    """
     if not isinstance(key, str):
         return ""
     if means_sparse(key) or _letters(key) == "additionalconfig":

@@ -1,6 +1,5 @@
 """Files that were made for a model: where they lie, and whether they are of the model that is served.
 
-
 Names alone would refuse a copy of a hub model in a directory of another name; weights alone a quantized one.
 """
 
@@ -22,7 +21,7 @@ logger = logging.getLogger("vllm.vllm_sparse")
 SNAPSHOT = re.compile(r"models--([^/]+)/snapshots/")
 WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
 SAMPLES, SAMPLE_BYTES = 256, 4096
-"""Read of each file: enough to tell fine-tunes apart, at any size in milliseconds."""
+"""Samples that a digest takes of each file, and their size: enough to tell fine-tunes apart, in milliseconds."""
 
 
 def is_same(recorded: str, weights: str | None, model: str) -> bool | None:
@@ -40,7 +39,7 @@ def is_same(recorded: str, weights: str | None, model: str) -> bool | None:
 
 
 def _names(model: str) -> list[tuple[str, ...]]:
-    """(owner, name) of a hub model; (name,) of a path, also of where it leads."""
+    """Names of a model: (owner, name) on the hub, (name,) of a path and of the place that it leads to."""
     found = []
     for path in dict.fromkeys((model, os.path.realpath(model) if os.path.isdir(model) else model)):
         if snapshot := SNAPSHOT.search(path):
@@ -88,7 +87,7 @@ def _folder(model: str) -> Path | None:
 
 
 def default_path(model: str, file_name: str, folder: str) -> Path:
-    """Where a file for the heads of a model directory or of a hub name lie unless somebody says otherwise."""
+    """The place of a file for the heads of a model, a directory or a hub name, unless somebody names another."""
     # Offline, vLLM replaces a hub name by the place of its snapshot.
     snapshot = SNAPSHOT.search(model)
     if snapshot is None and os.path.isdir(model):
@@ -138,7 +137,7 @@ def check_model(content: dict, model: str) -> None:
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Write one line a key; the file is whole or the one before, whenever the process ends."""
+    """Write one line a key. Whenever the process ends, the file is the whole new one or the one before."""
     lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in content.items())
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f"{path.name}.{os.getpid()}")

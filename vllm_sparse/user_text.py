@@ -12,12 +12,13 @@ from typing import Any
 from vllm_sparse.errors import TextError
 
 MOST_FILE_BYTES = 64 << 20
-"""No file of settings, patterns or budgets comes near it; one of weights, named by mistake, does."""
+"""Limit that no file of settings, patterns or budgets comes near; one of weights, named by mistake, does."""
 MOST_SHOWN = 120
+"""Characters of a value in an error."""
 
 
 def shown(value: Any) -> str:
-    """``repr`` of a value for an error, however large or deep it is."""
+    """``repr`` of a value for an error, cut where it is long; values of any size and depth are taken."""
     try:
         text = repr(value)
     except RecursionError:
@@ -103,12 +104,12 @@ def read_json(path: str | os.PathLike) -> Any:
 
 
 def is_number(value: Any, least: float, most: float) -> bool:
-    """Whether ``value`` is a finite number in these bounds; a bool is none."""
+    """Whether ``value`` is a finite number from ``least`` to ``most``; a bool is none."""
     return type(value) in (int, float) and least <= value <= most and math.isfinite(value)
 
 
 def nearest(word: Any, known: list[str]) -> str:
-    """What an error says of a word that is none of ``known``."""
+    """A suggestion and the allowed words, for an error about a word that is none of ``known``."""
     word = word.strip().casefold() if isinstance(word, str) else ""
     begun = [name for name in known if word and name.startswith(word)]
     match = begun or difflib.get_close_matches(word, known, n=1)

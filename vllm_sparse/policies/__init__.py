@@ -1,4 +1,4 @@
-"""Policies choose pages: :mod:`base` says what one is, :mod:`registry` has their names."""
+"""Policies choose pages: :mod:`~vllm_sparse.policies.base` has their interfaces, ``registry`` their names."""
 
 from vllm_sparse.policies.base import DecodePolicy, PrefillPolicy, PrefillSizes
 from vllm_sparse.policies.registry import DECODE_POLICIES, POSITIONS, PREFILL_POLICIES

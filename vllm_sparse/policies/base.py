@@ -1,4 +1,4 @@
-"""What a policy is: a choice of pages. Decode policies score pages, prefill policies mark pages to keep."""
+"""Interfaces of policies, which choose pages. Decode policies score pages, prefill policies mark pages to keep."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class DecodePolicy(ABC):
     """
 
     summary: str = "none"
-    """What each page stores beside K and V: one of :data:`vllm_sparse.pages.summaries.SUMMARIES`."""
+    """The summary that each page stores beside K and V: one of :data:`vllm_sparse.pages.summaries.SUMMARIES`."""
     adaptive: bool = False
     """Whether a row ends where its pages hold ``SparseConfig.top_p`` of its estimated attention, before its
     budget; scores must then be estimates of true masses."""
@@ -44,20 +44,20 @@ class DecodePolicy(ABC):
             q: [num_reqs, q_heads, head_dim], one query token per request.
             kv: [num_blocks, kv_heads, page_size + summary slots, 2 * head_dim].
             block_table: int32 [num_reqs, max_pages].
-            plan: rows with ``score_offsets >= 0`` are to be scored, from that column on.
+            plan: of the step; rows with ``score_offsets >= 0`` are to be scored, from that column on.
             geometry: of the layer.
-            scores: where to write; kernels do so through :mod:`vllm_sparse.kernels.store_scores`.
+            scores: to be written; kernels do so through :mod:`vllm_sparse.kernels.store_scores`.
         """
 
 
 @dataclass(frozen=True)
 class PrefillSizes:
-    """What the settings say of the pages that a chunk keeps."""
+    """Settings of the pages that a chunk keeps."""
 
     vertical_tokens: int
-    """Kept wherever the query is."""
+    """Tokens kept wherever the query is."""
     slash_tokens: int
-    """Kept by distance from the query."""
+    """Tokens kept by their distance from the query."""
     top_p: float
     """Share of the estimated attention to keep; 0: the sizes above."""
     sink_pages: int
@@ -99,7 +99,7 @@ class PrefillPolicy(ABC):
         geometry: Geometry,
         buffers: PrefillBuffers,
     ) -> None:
-        """Called once per layer and chunk, before its first ``choose``; may leave results in ``buffers``.
+        """Estimate once per layer and chunk, before its first ``choose``; may leave results in ``buffers``.
 
         Arguments as in :meth:`choose`; ``chunk`` is all of the request's queries in this step.
         """

@@ -39,7 +39,7 @@ class Streaming(DecodePolicy):
 
 
 class Random(DecodePolicy):
-    """A hash of (context length, head, page), the floor of any selector: new pages each step, the same each run."""
+    """A hash of (context length, head, page), the floor of any selector: new at each step, alike in each run."""
 
     def score(self, q, kv, block_table, plan, geometry, scores):
         kernels.for_device(q.device).random_score(block_table, plan, geometry.page_size, scores)

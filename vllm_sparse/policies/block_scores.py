@@ -9,9 +9,9 @@ from vllm_sparse.policies.base import PrefillPolicy
 class BlockSparse(PrefillPolicy):
     """The pages whose mean key a block's mean query likes best.
 
-    It keeps as many tokens as ``vertical_tokens`` and ``slash_tokens`` together, or with ``prefill_top_p`` the
-    fewest pages that hold that share. The block-sparse pattern of Jiang et al., "MInference 1.0", arXiv 2407.02490,
-    with pages of 16 instead of blocks of 64 keys.
+    With ``prefill_top_p`` it keeps the fewest pages that hold that share, else ``vertical_tokens`` and
+    ``slash_tokens`` together. The block-sparse pattern of Jiang et al., "MInference 1.0", arXiv 2407.02490, with
+    pages of 16 instead of blocks of 64 keys.
     """
 
     @property
@@ -20,7 +20,11 @@ class BlockSparse(PrefillPolicy):
         return -(-(self.sizes.vertical_tokens + self.sizes.slash_tokens) // self.page_size)
 
     def choose(self, q, kv, block_table, blocks, geometry, buffers, keep, heads=None):
-        """As in the base class; with ``heads``, uint8 [q_heads], only rows of those above 0 are written."""
+        """Write ``keep``, as the base class says.
+
+        Args:
+            heads: uint8 [q_heads], above 0 where rows are to be written; None: everywhere.
+        """
         run, scores = kernels.for_device(q.device), buffers.scores(blocks)
         run.pooled_score(q, kv, block_table, blocks, geometry, buffers.pooled, scores, heads)
         run.select_row_pages(scores, blocks, self.page_size, self.row_pages, self.sizes.top_p, keep, heads)
@@ -29,8 +33,8 @@ class BlockSparse(PrefillPolicy):
 class XAttention(BlockSparse):
     """The pages with most attention along antidiagonals of stride 16.
 
-    Sizes as in :class:`BlockSparse`; ``prefill_top_p`` is the paper's threshold, there 0.9. Xu et al., "XAttention",
-    ICML 2025, arXiv 2503.16428, by pages instead of blocks of 128 keys.
+    Sizes are those of :class:`BlockSparse`; ``prefill_top_p`` is the paper's threshold, there 0.9. Xu et al.,
+    "XAttention", ICML 2025, arXiv 2503.16428, by pages instead of blocks of 128 keys.
     """
 
     def choose(self, q, kv, block_table, blocks, geometry, buffers, keep):

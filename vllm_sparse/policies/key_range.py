@@ -16,9 +16,9 @@ class KeyRange(DecodePolicy):
       Efficient Long-Context LLM Inference", ICML 2024, arXiv 2406.10774.
     - ``midbound``, slack 1/2: Quest's bound assumes a key that is extreme in every channel at once; no page holds
       one, and the excess differs from page to page. The half was chosen on one prompt of one model.
-    - ``arkvale``, slack 0: the mean of the least and largest logit. Chen et al., "ArkVale: Efficient Generative LLM
-      Inference with Recallable Key-Value Eviction", NeurIPS 2024, its cuboid-mean digest; pages that are not
-      chosen are skipped here, never evicted.
+    - ``arkvale``, slack 0: the mean of the least and largest logit, the cuboid-mean digest of Chen et al.,
+      "ArkVale: Efficient Generative LLM Inference with Recallable Key-Value Eviction", NeurIPS 2024; pages that
+      are not chosen are skipped here, never evicted.
     """
 
     summary = "key_range"

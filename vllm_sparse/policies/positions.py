@@ -14,13 +14,14 @@ from vllm_sparse.pages.query_blocks import BLOCK_TOKENS, QueryBlocks
 from vllm_sparse.policies.base import PrefillPolicy, PrefillSizes
 
 MOST_HASHES = 1 << 17
-"""For random pages of a chunk, about a millisecond of the host; where it takes more, all pages count as drawn."""
+"""Hashes for the random pages of a chunk, about a millisecond of the host; beyond, all pages count as drawn."""
 HASHES_AT_ONCE = 1 << 15
+"""Hashes held in memory together."""
 MOST_TOKENS = 1 << 29
-"""More than any context; a pattern doubles its sizes in 32 bits."""
+"""Size that no context reaches; a pattern doubles it in 32 bits."""
 
 Sized = Callable[[int, int], PositionPattern]
-"""A pattern for ``vertical_tokens`` and ``slash_tokens``."""
+"""A function from ``vertical_tokens`` and ``slash_tokens`` to a pattern."""
 
 
 def a_shape(vertical: int, slash: int) -> PositionPattern:
@@ -43,17 +44,17 @@ def strided(vertical: int, slash: int) -> PositionPattern:
 def dilated(vertical: int, slash: int) -> PositionPattern:
     """``vertical`` first tokens, and every second page of the last ``slash`` tokens.
 
-    The dilated baseline of Jiang et al., "MInference 1.0", arXiv 2407.02490, by pages instead of diagonals: a block
-    of 128 queries would need every page for every second diagonal.
+    The dilated baseline of Jiang et al., "MInference 1.0", arXiv 2407.02490, by pages instead of diagonals: a
+    block of 128 queries would need every page for every second diagonal.
     """
     return PositionPattern(initial_tokens=vertical, recent_tokens=slash // 2, dilation=2)
 
 
 def longformer(vertical: int, slash: int) -> PositionPattern:
-    """``vertical`` first tokens, and a window of ``slash`` tokens, spread over twice the distance in every second head.
+    """``vertical`` first tokens, and a window of ``slash``, spread over twice the distance in every second head.
 
-    Beltagy et al., "Longformer", arXiv 2004.05150. In a decoder only the keys of global tokens are global; dilation
-    is by pages.
+    Beltagy et al., "Longformer", arXiv 2004.05150. In a decoder only the keys of global tokens are global;
+    dilation is by pages.
     """
     return PositionPattern(initial_tokens=vertical, recent_tokens=slash, dilation=2, dilated_heads=2)
 
@@ -61,8 +62,8 @@ def longformer(vertical: int, slash: int) -> PositionPattern:
 def bigbird(vertical: int, slash: int) -> PositionPattern:
     """``vertical`` first, ``slash`` recent and ``slash`` random tokens.
 
-    Zaheer et al., "Big Bird", arXiv 2007.14062: global, window and random blocks, here of a page. In a decoder only
-    the keys of global tokens are global.
+    Zaheer et al., "Big Bird", arXiv 2007.14062: global, window and random blocks, here of a page. In a decoder
+    only the keys of global tokens are global.
     """
     return PositionPattern(initial_tokens=vertical, recent_tokens=slash, random_tokens=slash)
 
@@ -75,7 +76,10 @@ class ByPosition(PrefillPolicy):
         self.pattern = pattern(min(sizes.vertical_tokens, MOST_TOKENS), min(sizes.slash_tokens, MOST_TOKENS))
 
     def pages_in_reach(self, chunk, q_heads):
-        """The union of :mod:`vllm_sparse.kernels.position_pattern` over heads and blocks, without their product."""
+        """Pages that :mod:`vllm_sparse.kernels.position_pattern` keeps for some head and block.
+
+        A union that is computed without going through all pairs of head and block.
+        """
         pattern, size = self.pattern, self.page_size
         page = torch.arange(max(0, chunk.first_position) // size, dtype=torch.int32, device="cpu")
         first_token = page * size
@@ -113,7 +117,7 @@ class ByPosition(PrefillPolicy):
 def _undrawn(
     pages: torch.Tensor, random_pages: int, chunk: QueryBlocks, page_size: int, q_heads: int
 ) -> torch.Tensor:
-    """Those of ``pages`` that no (query head, block) of the chunk draws; none where telling takes too long."""
+    """The part of ``pages`` that no (query head, block) of the chunk draws; empty where telling takes too long."""
     start = torch.arange(chunk.num_blocks, dtype=torch.int32, device="cpu") * BLOCK_TOKENS + chunk.first_position
     seen_pages = ((start + BLOCK_TOKENS).clamp(max=chunk.end_position) - 1) // page_size + 1
     head = torch.arange(q_heads, dtype=torch.int32, device="cpu")

@@ -28,7 +28,7 @@ DECODE_POLICIES: dict[str, DecodePolicy] = {
     "random": Random(),
     "dense": Dense(),
 }
-"""A policy has no state, so that all layers of all engines share it."""
+"""Instances: a decode policy has no state, so all layers of all engines share it."""
 
 POSITIONS: dict[str, positions.Sized] = {
     "a_shape": positions.a_shape,
@@ -47,4 +47,4 @@ PREFILL_POLICIES: dict[str, Callable[[PrefillSizes, int, HeadPatterns], PrefillP
     **{name: partial(ByPosition, pattern) for name, pattern in POSITIONS.items()},
     "dense": DensePrefill,
 }
-"""Made for each layer: sizes, page size, and patterns of its heads."""
+"""Constructors, called for each layer with sizes, page size and the patterns of its query heads."""

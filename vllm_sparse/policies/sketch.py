@@ -15,8 +15,8 @@ class Sketch(DecodePolicy):
 
     - ``sketch``: 1 bit, the sign, for each channel of a key.
     - ``sketch2``: 2 bits, four levels.
-    - ``twilight``: ``sketch2``, and as many pages as hold ``top_p`` of the estimated mass, a number of their own
-      for each head and request; the budget is the most that a KV head takes. Lin et al., "Twilight: Adaptive
+    - ``twilight``: ``sketch2`` with the fewest pages that hold ``top_p`` of the estimated mass, a number of its
+      own for each head and request; the budget is the most that a KV head takes. Lin et al., "Twilight: Adaptive
       Attention Sparsity with Hierarchical Top-p Pruning", NeurIPS 2025, arXiv 2502.02770, with pages instead of
       tokens, one set for the query heads that share a KV head, and 2-bit codes in place of its 4-bit keys. The
       counts of attended tokens are those of the budget.

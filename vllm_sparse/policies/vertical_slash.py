@@ -9,10 +9,11 @@ from vllm_sparse.policies.base import PrefillPolicy
 class VerticalSlash(PrefillPolicy):
     """Pages with the most mass for all blocks, and bands of diagonals, estimated from 64 queries.
 
-    Each head has a pattern (:mod:`vllm_sparse.pages.head_patterns`): as few columns and bands as together hold a
-    share of the head's mass, or a number of each (:mod:`vllm_sparse.kernels.select_bands`). Without tuned patterns
-    all heads have ``prefill_top_p``, or ``vertical_tokens`` and ``slash_tokens``. Jiang et al., "MInference 1.0",
-    NeurIPS 2024, arXiv 2407.02490. Columns are taken by the page and diagonals by the band of a page's width.
+    Each head has a pattern (:mod:`vllm_sparse.pages.head_patterns`): the fewest columns and bands that together
+    hold a share of the head's mass, or a number of each (:mod:`vllm_sparse.kernels.select_bands`). Without
+    tuned patterns all heads have ``prefill_top_p``, or ``vertical_tokens`` and ``slash_tokens``. Jiang et al.,
+    "MInference 1.0", NeurIPS 2024, arXiv 2407.02490. Columns are taken by the page and diagonals by the band of a
+    page's width.
     """
 
     def estimate(self, q, kv, block_table, chunk, geometry, buffers):

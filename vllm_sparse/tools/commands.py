@@ -21,9 +21,9 @@ CPU_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_CI_ENV": "1"}
 
 ALLOWED = "; allowed:"
 MOST_RANKS = 4096
-"""GPUs that one engine might have."""
+"""Most GPUs that one engine might have."""
 MOST_REASON = 1000
-"""Characters of a reason that somebody else gives."""
+"""Most characters of a reason that vLLM or another library gives."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -164,7 +164,7 @@ def tokenizer(args: argparse.Namespace, model: Any):
 
 
 def unusable_model(args: argparse.Namespace, error: Exception, problem: str = "cannot be used") -> ConfigError:
-    """What to raise for a model, with the part of ``error`` that says most."""
+    """The error to raise for a model, with the part of ``error`` that says most."""
     said = str(error)
     if hasattr(error, "errors"):  # of pydantic's many lines, what was raised inside
         said = "; ".join(found["msg"].removeprefix("Value error, ") for found in error.errors())

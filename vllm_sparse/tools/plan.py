@@ -22,12 +22,12 @@ LENGTHS = (
     "max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "model_max_length",
     "max_sequence_length", "max_seq_length", "seq_len",
 )  # fmt: skip
-"""Where configurations say how long a context the model takes, as vLLM looks for it."""
+"""Names under which configurations say how long a context the model takes, as vLLM looks for them."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """What a plan needs of a model."""
+    """Shape and size of a model, as far as a plan needs them."""
 
     layers: int
     kv_heads: int
@@ -35,7 +35,7 @@ class Model:
     item_bytes: int
     weight_bytes: int
     most_tokens: int | None = None
-    """Of a context; None where its configuration does not say."""
+    """The longest context; None where the configuration does not say."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,9 @@ class Plan:
     """GPU memory of each rank that is left for KV."""
     stock_tokens: int
     resident_tokens: int
-    """With all pages on the GPU, each with its summary."""
+    """Tokens that fit with all pages on the GPU, each with its summary."""
     offload: Split | None
-    """None where not even one context fits; ``refusal`` says why."""
+    """How offload divides the memory; None where not even one context fits, and ``refusal`` says why."""
     refusal: str
     shape: CacheShape
 
@@ -58,7 +58,7 @@ class Plan:
 
     @property
     def hot_share(self) -> float:
-        """Of the head pages of all tokens that offload holds."""
+        """Share of the head pages of all offloaded tokens that the hot set holds."""
         if not self.offload:
             return 0.0
         return min(1.0, self.offload.slots_per_layer / (self.offload.num_blocks * self.shape.kv_heads))
@@ -237,7 +237,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def rows_of(config: SparseConfig, model: Model, page_size: int) -> int:
-    """Summary rows of a page."""
+    """Summary slots of a page."""
     from vllm_sparse.pages.summaries import summary_slots
     from vllm_sparse.policies import DECODE_POLICIES
 

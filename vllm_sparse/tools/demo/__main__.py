@@ -69,7 +69,7 @@ def attended_tokens(log: str) -> tuple[int, int] | None:
 
 
 def _ask(server: Server, messages: list[dict]) -> tuple[str, float]:
-    """Prints the answer as it comes. Returns it and the seconds to its first token."""
+    """Print the answer as it comes; return it and the seconds to its first token."""
     start = time.perf_counter()
     pieces = server.stream_chat(messages, max_tokens=ANSWER_TOKENS, stop=["\n"])
     with elapsed("reading the essay"):

@@ -28,7 +28,7 @@ TENSOR_NAMES = {
 
 
 def convert(gguf_path: Path, folder: Path) -> None:
-    """Writes the files that ``from_pretrained`` and vLLM read into the empty ``folder``."""
+    """Write the files that ``from_pretrained`` and vLLM read into the empty ``folder``."""
     reader = gguf.GGUFReader(gguf_path)
     fields = {name: field.contents() for name, field in reader.fields.items()}
     config = model_config(fields, tied="output.weight" not in {tensor.name for tensor in reader.tensors})
@@ -102,7 +102,7 @@ def write_tokenizer(fields: dict, folder: Path) -> None:
 
 
 def write_weights(tensors: list, config: dict, path: Path) -> None:
-    """Dequantises to bfloat16, the dtype the model was trained in.
+    """Dequantise to bfloat16, the dtype the model was trained in.
 
     A bfloat16 keeps 8 bits of a value that came from 4 (embeddings: 8): perplexity does not move.
     """
@@ -126,7 +126,7 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def unpermute(weight: np.ndarray, num_heads: int) -> np.ndarray:
-    """Undoes GGUF's interleaving of the rotary halves. weight: [num_heads * head_dim, hidden]."""
+    """Undo GGUF's interleaving of the rotary halves. weight: [num_heads * head_dim, hidden]."""
     rows, hidden = weight.shape
     halves = weight.reshape(num_heads, rows // num_heads // 2, 2, hidden)
     return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(rows, hidden))

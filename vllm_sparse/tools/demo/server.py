@@ -83,7 +83,7 @@ class Server:
         return self.log_path.read_text(errors="replace")
 
     def stream_chat(self, messages: list[dict], **options) -> Iterator[str]:
-        """Continues the last message word by word, greedily."""
+        """Continue the last message word by word, greedily."""
         body = {
             "model": "demo",
             "messages": messages,

@@ -170,7 +170,7 @@ class Run:
         }  # fmt: skip
 
     def is_mine(self, row: dict) -> bool:
-        """Whether a row is of this model, text and kind of run, of whatever setting and sample."""
+        """Whether a row is of this model, text and kind of run; setting and sample may be any."""
         return all(row.get(name) == value for name, value in self.common.items())
 
     def all(self) -> None:

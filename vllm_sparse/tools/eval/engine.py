@@ -24,16 +24,16 @@ Distribution = dict[int, float]
 
 @dataclass
 class Answer:
-    """What a sample's decode steps gave under a setting."""
+    """Results of a sample's decode steps under a setting."""
 
     text: str
     steps: list[Distribution]
-    """Of :data:`TEXT`: the steps that are scored."""
+    """The steps that are scored, of a sample of :data:`TEXT`."""
 
 
 @dataclass
 class Found:
-    """A batch of samples under a setting."""
+    """Results of a batch of samples under a setting."""
 
     answers: list[Answer]
     attended: float | None
@@ -43,7 +43,7 @@ class Found:
     recall: list[list[float]] | None
     """[sparse layers, KV heads] mass of the chosen pages, relative to that of the best; None: not measured."""
     mass: list[list[float]] | None
-    """The same relative to the mass of all pages."""
+    """[sparse layers, KV heads] mass of the chosen pages, relative to that of all; None: not measured."""
     layers: list[int]
 
 
@@ -57,7 +57,7 @@ class EvalEngine:
     @classmethod
     @contextmanager
     def start(cls, args, settings: list[Setting], summary: str, common: dict) -> Iterator[EvalEngine]:
-        """``settings``: all that will run, of which the largest budget sizes the buffers."""
+        """Start an engine. ``settings``: all that will run; the largest budget sizes the buffers."""
         import torch
 
         from vllm_sparse import metrics
@@ -188,7 +188,7 @@ class EvalEngine:
 
 
 def _widest(settings: list[Setting], summary: str) -> Setting:
-    """What an engine must start with to have room for all ``settings``."""
+    """Settings to start an engine with, so that it has room for all ``settings``."""
     decode = [s for s in settings if s.policy != "dense"]
     # Of those whose pages hold most: without a summary slot there would be no place for one.
     fitting = [s for s in decode if DECODE_POLICIES[s.policy].summary == summary] or decode
@@ -201,7 +201,7 @@ def _widest(settings: list[Setting], summary: str) -> Setting:
 
 
 def _salt(setting: Setting, sample: Sample) -> str:
-    """Keeps what decode steps wrote under one setting, and other prefill policies, out of a prompt's cache."""
+    """A salt that keeps out of a prompt's cache what decode steps and other prefill policies wrote."""
     return f"{setting.prefill_policy} {setting.top_p} {sample.task} {sample.length} {sample.seed}"
 
 

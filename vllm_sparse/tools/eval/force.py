@@ -14,7 +14,7 @@ FORCED = "vllm_sparse_forced_tokens"
 
 
 class ForcedTokens(LogitsProcessor):
-    """For vLLM's ``logits_processors``; requests without :data:`FORCED` are left alone."""
+    """A processor for vLLM's ``logits_processors``; requests without :data:`FORCED` are left alone."""
 
     def __init__(self, vllm_config, device: torch.device, is_pin_memory: bool):
         self.rows: dict[int, tuple[list[int], list[int]]] = {}

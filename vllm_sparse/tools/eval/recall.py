@@ -1,8 +1,8 @@
 """RecallProbe: how much attention mass the chosen pages of a step hold, beside the best ones.
 
-Every so many decode steps of a layer the exact mass of every page is computed (the ``oracle`` policy's
-score), as many best pages are taken by it beside the same sinks and window, and both choices are weighed
-by it. The step itself is not changed.
+In every N-th decode step of a layer the exact mass of every page is computed (the ``oracle`` policy's score). By
+it the best pages are taken, of the same number and beside the same sinks and window, and both choices are weighed.
+The step itself is not changed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from vllm_sparse.pages.page_table import PageTable
 
 
 class RecallProbe:
-    """The sums of one layer, its policy and its attention kernel stand in for the layer's own."""
+    """The sums of one layer; a policy and an attention kernel that add to them stand in for the layer's own."""
 
     def __init__(self, impl, exact: dict[tuple, PageScores]):
         """``exact``: buffers by their shape, which the probes of all layers share."""
@@ -40,7 +40,7 @@ class RecallProbe:
         self.pending = None
 
     def scored(self, *step) -> None:
-        """Called with what a policy scored; weighed when the attention kernel shows what was chosen of it."""
+        """Keep what a policy scored, to be weighed when the attention kernel shows what was chosen."""
         self.pending = step if self.steps % self.every == 0 else None
         self.steps += 1
 
@@ -74,7 +74,7 @@ class RecallProbe:
                 self.best_mass[head] += mass[head, ranked[head].topk(count).indices].sum()
 
     def take(self) -> dict:
-        """What was found since :meth:`watch`, as plain data; waits for the device."""
+        """The sums since :meth:`watch`, as plain data; waits for the device."""
         return {"rows": self.rows, "chosen": self.chosen_mass.tolist(), "best": self.best_mass.tolist()}
 
 

@@ -20,7 +20,7 @@ PLOTS = (
         plots.text_by_budget,
         "The last tokens of each text are fed to decode steps, one by one. KL is a lower bound of the divergence "
         "from dense: tokens among the likeliest of both are told apart, all others count as one. Recall is the "
-        "exact attention mass of the chosen pages relative to that of as many best ones.",
+        "exact attention mass of the chosen pages relative to that of the best pages, of the same number.",
     ),
     ("RULER tasks", plots.tasks_by_budget, "Share of the right answers in the greedy output, over all lengths."),
     ("A needle over depth and length", plots.needles, "Share found; red is none."),

@@ -15,14 +15,16 @@ KEY = (
     "model", "device", "dtype", "tp", "page_size", "chunk", "text", "score_tokens", "sparse", "split",
     "task", "length", "seed", "policy", "budget", "prefill_policy", "top_p",
 )  # fmt: skip
-"""What a measurement depends on; a row with the same is not measured again."""
+"""Names of all that a measurement depends on; a row with the same values is not measured again."""
 BEGINNING = '{"vllm": "'
-"""Of a row's line: :func:`environment` comes first."""
+"""Order of a row's line: :func:`environment` comes first."""
 
 
 def commit(root: Path) -> str | None:
-    """Of the checkout at ``root``, with ``+`` where its package differs from it; None for a plain install, also
-    inside a checkout of something else."""
+    """Commit of the checkout at ``root``, with ``+`` where its package differs from it.
+
+    None for a plain install, also inside a checkout of something else.
+    """
 
     def git(*words: str) -> subprocess.CompletedProcess:
         return subprocess.run(["git", "-C", root, *words], capture_output=True, text=True)

@@ -22,12 +22,12 @@ NEEDLES, CHAIN_HOPS = 4, 4
 COMMON_WORDS, COMMON_TIMES, OTHER_TIMES = 10, 30, 3
 FREQUENT_WORDS, ZIPF_EXPONENT = 3, 2.0
 LEAST_SIZE = {"fwe": 300}
-"""Of a haystack: fewer words would not have three that are most frequent. Elsewhere 4."""
+"""Least words of a haystack of ``fwe``: fewer would not have three that are most frequent. Elsewhere 4."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """What prompts are made of."""
+    """Sentences and words that prompts are made of."""
 
     sentences: tuple[str, ...]
     words: tuple[str, ...]
@@ -42,11 +42,11 @@ class Source:
 @dataclass(frozen=True)
 class Problem:
     text: str
-    """What the user says."""
+    """The user's message."""
     answer_start: str
     """The first words of the answer, which the model continues."""
     answers: tuple[str, ...]
-    """All are to be found in the answer."""
+    """Strings that are all to be found in the answer."""
 
 
 def score(output: str, answers: tuple[str, ...]) -> float:

@@ -19,8 +19,8 @@ SPARE_ANSWER_TOKENS = 8
 
 
 def spread(seed: int) -> float:
-    """0, 1, 1/2, 1/4, 3/4, 1/8, ...: evenly spread however many there are, and more of them move none (van der
-    Corput, 1935)."""
+    """The first places of 0, 1, 1/2, 1/4, 3/4, 1/8, ...: any number of them is evenly spread, and more move none
+    (van der Corput, 1935)."""
     if seed < 2:
         return float(seed)
     level = (seed - 1).bit_length()
@@ -31,16 +31,16 @@ def spread(seed: int) -> float:
 class Sample:
     task: str
     length: int
-    """Tokens of prompt and answer together, at most."""
+    """Most tokens of prompt and answer together."""
     seed: int
     tokens: list[int] = field(repr=False)
     """The prompt."""
     max_tokens: int
     forced: list[int] | None = field(default=None, repr=False)
-    """What the answer is made to be, of :data:`TEXT`; its first token comes of prefill and is not scored."""
+    """Tokens that the answer is made to be, in :data:`TEXT`; the first comes of prefill and is not scored."""
     answers: tuple[str, ...] = ()
     depth: float | None = None
-    """Of the needle: 0 at the beginning, 1 at the end; None where there is not one."""
+    """Depth of the needle: 0 at the beginning, 1 at the end; None where there is none."""
 
 
 class Samples:
@@ -56,7 +56,7 @@ class Samples:
 
     @cached_property
     def _start(self) -> list[int]:
-        """What the tokenizer begins a text with."""
+        """Tokens that the tokenizer begins a text with."""
         return self.tokenizer.encode("")
 
     @cached_property

@@ -10,25 +10,25 @@ from vllm_sparse.errors import ConfigError
 from vllm_sparse.policies import DECODE_POLICIES, POSITIONS, PREFILL_POLICIES
 
 COMMON = {"min_context_tokens": 0, "min_prefill_tokens": 1024, "head_patterns": "none"}
-"""Of all settings unless ``--sparse`` says otherwise: what ships would run short contexts dense, and a file of
-tuned patterns would stand in for the shares asked for."""
+"""Fields of all settings unless ``--sparse`` says otherwise. With the defaults short contexts would run dense, and
+a file of tuned patterns would stand in for the shares asked for."""
 
 
 @dataclass(frozen=True)
 class Setting:
     policy: str = "dense"
     budget: int | None = None
-    """None where decode is dense."""
+    """Tokens attended in a decode step; None where decode is dense."""
     prefill_policy: str = "dense"
     top_p: float | None = None
-    """None where the prefill policy has none."""
+    """Share of the estimated attention that prefill keeps; None where its policy has none."""
 
     @property
     def is_dense(self) -> bool:
         return self.policy == self.prefill_policy == "dense"
 
     def mapping(self, common: dict[str, Any]) -> dict[str, Any]:
-        """What :meth:`SparseConfig.from_mapping` reads; ``common`` are settings shared by all."""
+        """The mapping that :meth:`SparseConfig.from_mapping` reads; ``common``: settings shared by all."""
         own = {"decode_policy": self.policy, "prefill_policy": self.prefill_policy}
         if self.budget is not None:
             own["budget_tokens"] = self.budget

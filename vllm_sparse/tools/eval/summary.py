@@ -18,8 +18,8 @@ class Cell:
 
     samples: int
     values: dict[str, float]
-    """Of :data:`TEXT` ``excess`` (loss less dense loss, nats), ``kl``, ``same_top`` and ``recall``; of other
-    tasks ``score``; of all ``attended``. A value that no sample has is missing."""
+    """Means by name: ``excess`` (loss less dense loss, nats), ``kl``, ``same_top`` and ``recall`` of :data:`TEXT`,
+    ``score`` of other tasks, ``attended`` of all. A value that no sample has is missing."""
 
 
 @dataclass
@@ -28,10 +28,10 @@ class Fit:
 
     intercept: float
     length: float
-    """0 where all points have one length."""
+    """Exponent of the length; 0 where all points have one length."""
     budget: float
     points: list[tuple[int, int, float, float]]
-    """Length, budget, measured and fitted KL."""
+    """Points of (length, budget, measured KL, fitted KL)."""
 
     @property
     def residual(self) -> float:
@@ -54,14 +54,14 @@ class Summary:
         return {key: Cell(len(rows), _means(rows)) for key, rows in groups.items()}
 
     def mean(self, setting: Setting, task: str, name: str, length: int | None = None) -> float | None:
-        """Of a value over lengths, or at one; None where it was not measured."""
+        """Mean of a value over lengths, or at one; None where it was not measured."""
         lengths = self.lengths if length is None else [length]
         found = [self.cells.get((setting, task, n)) for n in lengths]
         values = [cell.values[name] for cell in found if cell is not None and name in cell.values]
         return sum(values) / len(values) if values else None
 
     def fit(self, policy: str) -> Fit | None:
-        """Of a decode policy beside dense prefill; None where there are too few points.
+        """The fit of a decode policy beside dense prefill; None where there are too few points.
 
         Where a budget covers the context, what is measured is rounding.
         """
@@ -125,7 +125,7 @@ def _flat_mean(table: list[list[float]] | None) -> float | None:
 
 
 def columns(summary: Summary) -> list[tuple[str, Callable[[Setting], float | None], str]]:
-    """Heading, value and format of what a table says of each setting."""
+    """Columns of a table of settings: heading, value and format."""
     found = []
     if TEXT in summary.tasks:
         found += [
@@ -148,7 +148,7 @@ def cells_of(summary: Summary, setting: Setting) -> Iterable[str]:
 
 
 def table(summary: Summary) -> str:
-    """For a terminal: a line per setting, means over samples and lengths."""
+    """A table for a terminal: a line per setting, means over samples and lengths."""
     headings = [heading for heading, *_ in columns(summary)]
     lines = [("setting", *headings)]
     lines += [(setting.describe(), *cells_of(summary, setting)) for setting in summary.settings]

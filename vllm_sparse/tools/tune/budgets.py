@@ -13,7 +13,7 @@ from vllm_sparse.prefill.attend import SparsePrefill
 QUERIES = 64
 """Queries of a chunk that are measured, evenly spread."""
 LEAST_SHARE, LARGEST_SHARE = 0.25, 2.0
-"""Budgets of heads relative to their mean; every page table is as wide as the largest."""
+"""Least and largest budget of a head relative to the mean; every page table is as wide as the largest."""
 
 
 @dataclass
@@ -21,7 +21,7 @@ class MeasuredDecode(SparsePrefill):
     """A layer's chunks, attended densely; some of their queries are taken for steps of decode."""
 
     most_pages: int = 0
-    """Contexts up to so many pages are not measured: no head would have to choose."""
+    """Pages of the largest budget; contexts up to it are not measured, as no head would have to choose."""
     everything: HeadPatterns | None = None
     mass: torch.Tensor | None = None
     """float64 [kv_heads, most_pages]: exact mass of the pages that decode attends to anyway, then that of the
@@ -30,7 +30,7 @@ class MeasuredDecode(SparsePrefill):
 
     @classmethod
     def around(cls, prefill: SparsePrefill, kv_heads: int, most_tokens: int) -> MeasuredDecode:
-        """``prefill`` of a layer with ``vertical_slash``, measured for budgets up to ``most_tokens``."""
+        """A layer's ``prefill`` by ``vertical_slash``, measured for budgets up to ``most_tokens``."""
         page_size, device = prefill.buffers.page_size, prefill.buffers.head_pages.device
         pattern = [HeadPattern(top_p=1.0)] * prefill.buffers.q_heads
         measured = cls(
@@ -74,7 +74,7 @@ class MeasuredDecode(SparsePrefill):
 
 @dataclass
 class PageMasses:
-    """What one more page adds to the mass that a head attends to, a mean over queries."""
+    """The mass that a head gains with each further page, a mean over queries."""
 
     layers: list[int]
     mass: torch.Tensor
@@ -83,7 +83,7 @@ class PageMasses:
 
     @classmethod
     def of_passages(cls, passages: list[list[dict]], kv_heads: int) -> PageMasses:
-        """The mean of what the workers of an engine took of each passage.
+        """The mean over passages of what the workers of an engine took.
 
         A tensor-parallel rank has a slice of the heads, or a copy of one where there are fewer heads than ranks;
         a pipeline rank has some of the layers.

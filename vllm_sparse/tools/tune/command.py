@@ -123,7 +123,7 @@ def _partial_path(out: Path) -> Path:
 
 
 def _settings(args: argparse.Namespace, max_model_len: int, text: str) -> dict[str, Any]:
-    """What a measurement depends on, beside the model."""
+    """Arguments that a measurement depends on, beside the model."""
     most = max_model_len - 1
     tokens = min(DEFAULT_TOKENS, most) if args.tokens is None else args.tokens
     served = SparseConfig()
@@ -175,7 +175,7 @@ class Partial:
         print(f"{path} holds {len(passages)} measured passages: continuing there", flush=True)
 
     def add(self, workers: list[dict]) -> None:
-        """``workers``: what each of them measured of the next passage."""
+        """Add what each of ``workers`` measured of the next passage."""
         self.passages.append(workers)
         model_files.write_json(self.path, {"arguments": self.arguments, "passages": self.passages})
 

@@ -14,12 +14,12 @@ from vllm_sparse.prefill.attend import SparsePrefill
 
 
 class CountingAttention(AttentionKernel):
-    """Passes query blocks on to ``attention`` and adds up what each head attends to."""
+    """A kernel that passes query blocks on to ``attention`` and adds up what each head attends to."""
 
     def __init__(self, attention: AttentionKernel):
         self.attention = attention
         self.pairs: torch.Tensor | None = None
-        """int64 [q_heads]: (query, key) pairs are added, where it is set."""
+        """int64 [q_heads]: attended (query, key) pairs are added to it; None: they are not counted."""
 
     @classmethod
     def unsupported(cls, shape):

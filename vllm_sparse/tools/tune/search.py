@@ -11,20 +11,20 @@ from vllm_sparse.pages.head_patterns import HeadPattern
 from vllm_sparse.prefill.patterns import PatternTable
 
 FORCED_TOKENS = 100
-"""Of MInference's diagonals so many are the nearest ones, whatever the estimate says."""
+"""Diagonals of MInference's that are the nearest ones, whatever the estimate says."""
 MINFERENCE = ((30, 800), (100, 800), (500, 700), (1000, 4096), (3500, 100))
 """(columns, diagonals) that MInference's released search tries for a vertical-slash head."""
 A_SHAPE_TOKENS = 1024
-"""The window of its A-shape; what comes first are this project's sinks."""
+"""Window of MInference's A-shape; its first tokens are this project's sinks."""
 TOP_PS = (0.9, 0.95, 0.98, 0.99)
-"""Shares, as FlexPrefill (Lai et al., arXiv 2502.20766) gives them."""
+"""Shares of the estimated attention, as in FlexPrefill (Lai et al., arXiv 2502.20766)."""
 CANDIDATES = (
     SparseConfig().uniform_pattern,
     *(HeadPattern(top_p=share) for share in TOP_PS if share != SparseConfig.prefill_top_p),
     HeadPattern(recent_tokens=A_SHAPE_TOKENS),
     *(HeadPattern(columns, diagonals - FORCED_TOKENS, FORCED_TOKENS) for columns, diagonals in MINFERENCE),
 )
-"""What is tried in every head; the first is what all heads have without tuned patterns."""
+"""Patterns tried in every head; the first is what all heads have without tuned patterns."""
 
 
 @dataclass
@@ -43,7 +43,7 @@ class Measurement:
 
     @classmethod
     def of_workers(cls, workers: list[dict], q_heads: int) -> Measurement:
-        """What the workers of an engine took (:class:`~vllm_sparse.tools.tune.worker.TuneWorker`).
+        """The measurement that the workers of an engine took (:class:`~vllm_sparse.tools.tune.worker.TuneWorker`).
 
         A tensor-parallel rank has a slice of the heads, a pipeline rank some of the layers.
         """
@@ -87,7 +87,7 @@ class Measurement:
         return PatternTable(CANDIDATES, tuple(rows))
 
     def cost(self, choices: torch.Tensor, first_layer: int, tolerance: float) -> Cost:
-        """What ``choices`` [layers, q_heads] cost in the layers from ``first_layer`` on."""
+        """The cost of ``choices`` [layers, q_heads] in the layers from ``first_layer`` on."""
         counted = torch.tensor([layer >= first_layer for layer in self.layers])
 
         def chosen(sums: torch.Tensor) -> torch.Tensor:
