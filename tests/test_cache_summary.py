@@ -219,7 +219,7 @@ def test_summaries_survive_random_schedules(seed, summary):
 @pytest.mark.seam
 @pytest.mark.engine
 @pytest.mark.parametrize("policy, page_size", [("midbound", 16), ("midbound", 64), ("sketch2", 32)])
-def test_engine_writes_the_summary_of_every_page(tiny, policy, page_size, monkeypatch):
+def test_engine_writes_every_summary(tiny, policy, page_size, monkeypatch):
     """Chunked prefill, decode and prefix hits of a real engine, partly filled pages included."""
     lengths = (50, 300, 700)
     batch = prompts(lengths, seed=7)
@@ -236,7 +236,7 @@ def test_engine_writes_the_summary_of_every_page(tiny, policy, page_size, monkey
 
 @pytest.mark.seam
 @pytest.mark.parametrize("page_size", [16, 32, 64])
-def test_page_bytes_count_the_summary_row(page_size):
+def test_page_bytes_count_the_summary(page_size):
     spec = spec_of(page_size)
     assert spec.page_size_bytes == HEADS * (page_size + 1) * 2 * HEAD_DIM * 4
     plain = FullAttentionSpec(block_size=page_size, num_kv_heads=HEADS, head_size=HEAD_DIM, dtype=torch.float32)

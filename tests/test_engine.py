@@ -32,7 +32,7 @@ def assert_ran_sparse(sparse_layers: int = LAYERS) -> dict:
 
 @pytest.mark.parametrize("kernel", ["torch", "auto"])
 @pytest.mark.parametrize("policy", DECODE_POLICIES)
-def test_budget_of_whole_context_gives_stock_tokens(tiny, policy, kernel):
+def test_budget_covers_context(tiny, policy, kernel):
     """Continuous batching, chunked prefill and prefix hits included."""
     assert max(MIXED_LENGTHS) > 256 and len(MIXED) > 4, "no chunked prefill, or no continuous batching"
     with tiny.start(sparse={**ALL_TOKENS, "decode_policy": policy, "attention_kernel": kernel}) as llm:
@@ -57,7 +57,8 @@ def test_stock_tokens_vary(tiny):
 
 
 @pytest.mark.seam
-def test_prefix_shared_between_running_requests_gives_stock_tokens(tiny):
+def test_shared_prefix(tiny):
+    """A prefix shared between running requests gives stock tokens."""
     batch = prompts((400, 390, 333, 401, 96, 97), seed=2, shared=320)
     expected = tiny.stock(batch)
     with tiny.start(sparse=ALL_TOKENS, max_num_seqs=8) as llm:
@@ -69,7 +70,7 @@ def test_prefix_shared_between_running_requests_gives_stock_tokens(tiny):
 
 
 @pytest.mark.parametrize("page_size", [16, 32, 64])
-def test_every_page_size_gives_stock_tokens(tiny, page_size):
+def test_page_sizes(tiny, page_size):
     expected = tiny.stock(MIXED)
     with tiny.start(sparse=ALL_TOKENS, block_size=page_size) as llm:
         assert {layer.impl.page_size for layer in attention_layers(llm).values()} == {page_size}
@@ -79,7 +80,8 @@ def test_every_page_size_gives_stock_tokens(tiny, page_size):
 
 @pytest.mark.seam
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_agrees_with_stock_up_to_rounding(tiny, dtype):
+def test_half_precision(tiny, dtype):
+    """Half precision agrees with stock up to rounding."""
     expected = tiny.stock(MIXED, dtype=dtype)
     with tiny.start(sparse=ALL_TOKENS, dtype=dtype) as llm:
         got = tokens(llm, MIXED)
@@ -92,7 +94,7 @@ def test_half_precision_agrees_with_stock_up_to_rounding(tiny, dtype):
 
 
 @pytest.mark.parametrize("heads", [(2, 2), (6, 2), (7, 1)], ids=["group1", "group3", "group7"])
-def test_every_group_size_gives_stock_tokens(tiny, heads):
+def test_group_sizes(tiny, heads):
     model = tiny.model(num_attention_heads=heads[0], num_key_value_heads=heads[1], hidden_size=32 * heads[0])
     expected = tiny.stock(MIXED, model=model)
     with tiny.start(model, ALL_TOKENS) as llm:
@@ -101,7 +103,7 @@ def test_every_group_size_gives_stock_tokens(tiny, heads):
 
 
 @pytest.mark.seam
-def test_batch_with_short_rows_beside_long_ones_gives_stock_tokens(tiny):
+def test_short_rows_beside_long_ones(tiny):
     """From 16 decode rows on, short contexts run densely beside the sparse engine."""
     from vllm_sparse.backend.residency import SHORT_ROWS_DENSE_FROM
 
@@ -136,7 +138,7 @@ def expected_counts(prompt_tokens, max_tokens, page_size, budget_tokens) -> tupl
 
 @pytest.mark.seam
 @pytest.mark.parametrize("policy", DECODE_POLICIES)
-def test_small_budget_attends_exactly_the_budget(tiny, policy, monkeypatch):
+def test_small_budget_is_exact(tiny, policy, monkeypatch):
     """The counters, the arithmetic, and what the attention engine was really given all agree."""
     from vllm_sparse.attention.torch_attn import TorchAttention
 
@@ -169,7 +171,8 @@ def test_small_budget_attends_exactly_the_budget(tiny, policy, monkeypatch):
 
 
 @pytest.mark.parametrize("policy", ["quest", "random", "oracle", "streaming"])
-def test_small_budget_is_deterministic_and_independent_of_the_batch(tiny, policy):
+def test_small_budget_is_deterministic(tiny, policy):
+    """A small budget gives the same tokens in each run and in any batch."""
     sparse = {"decode_policy": policy}
     with tiny.start(sparse=sparse, enable_prefix_caching=False) as llm:
         first, again = tokens(llm, MIXED, 24), tokens(llm, MIXED, 24)
@@ -181,7 +184,8 @@ def test_small_budget_is_deterministic_and_independent_of_the_batch(tiny, policy
 
 
 @pytest.mark.seam
-def test_up_to_min_context_tokens_requests_get_stock_tokens(tiny):
+def test_min_context_tokens(tiny):
+    """Up to ``min_context_tokens`` requests get stock tokens."""
     with tiny.start(sparse={"min_context_tokens": 320}) as llm:
         got = tokens(llm, MIXED)
         counts = assert_ran_sparse()
@@ -192,7 +196,7 @@ def test_up_to_min_context_tokens_requests_get_stock_tokens(tiny):
 
 
 @pytest.mark.parametrize("dense_layers", [0, 1, 2, 3, 9])
-def test_dense_layers_run_dense_and_are_counted(tiny, dense_layers):
+def test_dense_layers(tiny, dense_layers):
     with tiny.start(sparse={"dense_layers": dense_layers}) as llm:
         got = tokens(llm, MIXED)
         layers = [layer.impl for layer in attention_layers(llm).values()]
@@ -208,7 +212,8 @@ def test_dense_layers_run_dense_and_are_counted(tiny, dense_layers):
 
 
 @pytest.mark.seam
-def test_aborted_requests_leave_the_others_and_their_successors_right(tiny):
+def test_aborted_requests(tiny):
+    """Aborted requests leave the others and their successors right."""
     from vllm import SamplingParams
 
     params = SamplingParams(max_tokens=16, temperature=0, ignore_eos=True)

@@ -259,7 +259,7 @@ def test_tuned_budgets_serve_and_runs_continue(tiny, monkeypatch, capfd):
     served = {"head_budgets": "auto", "budget_tokens": 128, "dense_layers": 1}
     with tiny.start(model, served, block_size=16) as llm:
         tokens(llm, prompts((900,)), 4)
-        pages = [layer.impl.head_budget_pages.tolist() for layer in attention_layers(llm).values()]
+        pages = [layer.impl.selection.head_budget_pages.tolist() for layer in attention_layers(llm).values()]
     expected = [[max(5, round(8 * share)) for share in row] for row in shares[1:]]
     assert pages[1:] == expected
     place.unlink()

@@ -16,8 +16,8 @@ class FlexPrefill(VerticalSlash):
 
     A head is query-aware if the attention of the chunk's last 64 queries and its estimate from their mean
     and the means of 128 keys are closer than 0.1 (:mod:`vllm_sparse.kernels.pattern_distance`); then each
-    block keeps the pages that its own mean query likes best, as ``block_sparse`` does. All
-    other heads keep what ``vertical_slash`` keeps. With ``prefill_top_p`` 0 each kind of head has its policy's sizes.
+    block keeps the pages that its own mean query likes best, as ``block_sparse`` does. All other heads keep what
+    ``vertical_slash`` keeps. With ``prefill_top_p`` 0 each kind of head has its policy's sizes.
 
     Lai et al., "FlexPrefill", ICLR 2025, arXiv 2502.20766, with these differences: what is kept is pages, not
     blocks of 128 keys; a query-aware block reaches ``prefill_top_p`` (the paper's gamma, 0.9) by itself, not
