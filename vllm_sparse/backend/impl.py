@@ -40,7 +40,7 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
 
     1. ``__init__``, by vLLM: heads, sizes and dtypes.
     2. :meth:`settle`, by our hook right after it: what ``support`` decided, and the buffers of a step.
-    3. :meth:`rehearse`, in vLLM's profiling run: what a step allocates beside these buffers.
+    3. :meth:`rehearse`, in vLLM's profiling run on a GPU: kernels, and what a step allocates beside these buffers.
     4. :meth:`bind`, by the metadata builder, once the KV cache is planned and perhaps twice: the size of pages,
        and by :meth:`configure` what is chosen of them.
     5. With offload, ``backend/offload.py`` gives ``pages`` its part of the store.
@@ -103,7 +103,7 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
         self._fit(vllm_config, vllm_config.cache_config.block_size or 16)
 
     def _fit(self, vllm_config, page_size: int) -> None:
-        """Take what depends on the size of pages alone: buffers, another layer's if they fit, and kernels."""
+        """Take what depends on the size of pages alone: buffers, another layer's if they fit."""
         fitting = (
             impl.workspace
             for impl in self._impls(vllm_config)
@@ -117,13 +117,21 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
         self.geometry = Geometry(self.num_heads, self.num_kv_heads, self.head_size, page_size, self.scale)
         kind = OffloadedPages if self.layout.on_host else ResidentPages
         self.pages: LayerPages = kind(self.layout, self.geometry, self.cache_dtype)
-        asked, shape = self.config.attention_kernel, AttentionShape(self.device, self.dtype, self.geometry)
-        self.attention = choose_kernel(asked, shape, self.pages.kernel_order)
-        self.prefill_attention = choose_kernel(asked, shape, PREFILL_ORDER)
+        self.attention = self.prefill_attention = None
         if self.stock_impl is None:
             self.dense = dense.TorchDense(self.scale, page_size)
         else:
             self.dense = dense.StockDense(self.stock_impl, page_size)
+
+    def _choose_kernels(self) -> None:
+        """Choose attention kernels, once for a size of pages.
+
+        Not while vLLM loads weights: what kernels allocate would lie in memory that sleep discards.
+        """
+        if self.attention is None:
+            asked, shape = self.config.attention_kernel, AttentionShape(self.device, self.dtype, self.geometry)
+            self.attention = choose_kernel(asked, shape, self.pages.kernel_order)
+            self.prefill_attention = choose_kernel(asked, shape, PREFILL_ORDER)
 
     def rehearse(self, query: torch.Tensor, output: torch.Tensor) -> None:
         """Make the calls that allocate, while vLLM measures a step (:mod:`vllm_sparse.backend.rehearsal`)."""
@@ -131,6 +139,7 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
         if not self.is_sparse or len(query) <= workspace.rehearsed_tokens:
             return
         workspace.rehearsed_tokens = len(query)
+        self._choose_kernels()
         shape = (1, self.num_kv_heads, self.pages.prefill_slots, 2 * self.head_size)
         kv = torch.zeros(shape, dtype=self.cache_dtype, device=query.device)
         kernels_of_steps = (self.attention, self.prefill_attention)
@@ -147,6 +156,7 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
             self.layer_index = position
         if page_size != self.page_size:
             self._fit(vllm_config, page_size)
+        self._choose_kernels()
         self.configure(self.config)
 
     def configure(self, config: SparseConfig) -> None:
