@@ -33,7 +33,7 @@ from vllm_sparse.config import SparseConfig
 from vllm_sparse.offload.config import HOST_DTYPES
 
 MODES = ("stock", "resident", "offload")
-COUNTS = ("units_looked_up", "units_fetched", "units_in_place", "decode_steps")
+COUNTS = ("head_pages_looked_up", "head_pages_fetched", "head_pages_in_place", "decode_steps")
 LEAST_CHUNK = 8192
 """Tokens of a step that prompts are taken to need, unless ``--batched-tokens`` says less."""
 
@@ -258,13 +258,13 @@ def counts(llm) -> dict:
 def host_traffic(before: dict, after: dict) -> dict:
     """Hit rate of decode steps and what they read from the host, of one rank; None without offload."""
     if "head_page_bytes" not in after:
-        return {"hit_rate": None, "host_mib_per_step": None, "units_in_place": None}
+        return {"hit_rate": None, "host_mib_per_step": None, "head_pages_in_place": None}
     looked_up, fetched, in_place, steps = (after[name] - before[name] for name in COUNTS)
     moved = fetched + in_place
     return {
         "hit_rate": round(1 - moved / looked_up, 4) if looked_up else None,
         "host_mib_per_step": round(moved * after["head_page_bytes"] / 2**20 / max(1, steps), 3),
-        "units_in_place": in_place,
+        "head_pages_in_place": in_place,
     }
 
 

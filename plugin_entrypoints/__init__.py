@@ -9,7 +9,7 @@ import multiprocessing
 NAME = "SPARSE"
 logger = logging.getLogger("vllm.vllm_sparse")
 _reasons: dict[str, str] = {}
-"""Of each name in vLLM that could not be given: what asking for it says."""
+"""Names that could not be added to vLLM, and what asking for each says."""
 
 
 def register() -> None:

@@ -55,9 +55,9 @@ def test_tokens_are_those_of_resident_mode(answer, sparse):  # noqa: F811
     assert (
         counts["attended_tokens"] < 0.7 * counts["context_tokens"] and counts["head_page_bytes"] == HEAD_PAGE_BYTES
     )
-    moved = counts["units_fetched"] + counts["units_in_place"]
-    assert 0 < moved <= counts["units_looked_up"]
-    assert (counts["units_in_place"] == counts["units_looked_up"]) == (sparse is NO_SLOTS)
+    moved = counts["head_pages_fetched"] + counts["head_pages_in_place"]
+    assert 0 < moved <= counts["head_pages_looked_up"]
+    assert (counts["head_pages_in_place"] == counts["head_pages_looked_up"]) == (sparse is NO_SLOTS)
 
 
 @pytest.mark.parametrize("sparse", [FP8, FP8_NO_SLOTS], ids=["slots", "no_slots"])
@@ -74,7 +74,7 @@ def test_a_pool_in_fp8_serves_what_its_codes_hold(answer, sparse):  # noqa: F811
     found = answer(sparse=sparse, compilation_config=GRAPHS, see=see)
     assert_same(found, answer(sparse=FP8))
     assert counts["head_page_bytes"] == HEAD_PAGE_BYTES // 4
-    assert (counts["units_in_place"] == counts["units_looked_up"] > 0) == (sparse is FP8_NO_SLOTS)
+    assert (counts["head_pages_in_place"] == counts["head_pages_looked_up"] > 0) == (sparse is FP8_NO_SLOTS)
 
 
 def test_a_pool_in_fp8_gives_tokens_of_resident_mode_where_codes_are_exact(answer, codable):  # noqa: F811

@@ -90,8 +90,8 @@ def test_tokens_are_those_of_resident_mode(tiny, resident, policy):
         assert_store(llm)
         assert_idle(llm)
     assert counts["sparse_layers"] == 3 and counts["attended_tokens"] < counts["context_tokens"]
-    assert 0 < counts["units_fetched"] < counts["units_looked_up"]
-    assert counts["units_in_place"] == 0
+    assert 0 < counts["head_pages_fetched"] < counts["head_pages_looked_up"]
+    assert counts["head_pages_in_place"] == 0
 
 
 @pytest.mark.seam
@@ -109,9 +109,9 @@ def test_size_of_the_hot_set_changes_traffic_only(tiny, resident, hot):
         counts, slots = metrics.snapshot(), offloaded(llm)[0].store.slots_per_layer
         assert_store(llm)
     if hot == 0:
-        assert slots == 0 and counts["units_in_place"] == counts["units_looked_up"] > 0
+        assert slots == 0 and counts["head_pages_in_place"] == counts["head_pages_looked_up"] > 0
     else:
-        assert slots > 0 and counts["units_fetched"] > 0
+        assert slots > 0 and counts["head_pages_fetched"] > 0
 
 
 SPARSE_PREFILL = {"min_prefill_tokens": 128, "prefill_top_p": 0, "vertical_tokens": 32, "slash_tokens": 64}

@@ -158,10 +158,11 @@ def test_attention_over_coded_pages_is_close():
 
 @pytest.mark.parametrize("value", ["fp16", "FP8", 8, None])
 def test_other_dtypes_are_refused(value):
+    from vllm_sparse.config import KEYS
     from vllm_sparse.errors import ConfigError
 
     with pytest.raises(ConfigError) as refusal:
-        OffloadConfig.from_mapping({"host_dtype": value}, "test")
+        OffloadConfig.from_mapping({"host_dtype": value}, "test", KEYS)
     assert f"sparse.offload.host_dtype: {value!r}; allowed: auto, fp8" in str(refusal.value)
 
 
@@ -210,7 +211,7 @@ def test_tokens_are_those_of_resident_mode_where_codes_are_exact(tiny, codable, 
         assert_store(llm)
         assert_idle(llm)
     assert counts["head_page_bytes"] == HEAD_PAGE_BYTES
-    assert (counts["units_in_place"] == counts["units_looked_up"] > 0) == (hot == 0)
+    assert (counts["head_pages_in_place"] == counts["head_pages_looked_up"] > 0) == (hot == 0)
 
 
 @pytest.mark.engine

@@ -59,5 +59,5 @@ def test_two_ranks_offload_each_its_heads(tiny, tmp_path):
     assert num_blocks == int(HOST_GIB * 2**30) // 2 // (3 * 16 * 2 * 32 * 4)
     assert 0.99 * HOST_GIB < sum(rank["pool_bytes"] for rank in ranks) / 2**30 <= HOST_GIB
     for rank in ranks:
-        assert 0 < rank["units_fetched"] < rank["units_looked_up"]
+        assert 0 < rank["head_pages_fetched"] < rank["head_pages_looked_up"]
         assert rank["attended_tokens"] < rank["context_tokens"]

@@ -36,10 +36,10 @@ cpu_only = pytest.mark.skipif(ON_GPU, reason="a GPU shows it itself: tests/test_
 
 
 def fake_fa3(attend) -> fa3_attn.FA3Attention:
-    """The engine around ``attend`` in place of FlashAttention."""
-    engine = fa3_attn.FA3Attention.__new__(fa3_attn.FA3Attention)
-    engine._attend, engine._starts = attend, torch.arange(4097, dtype=torch.int32, device=DEVICE)
-    return engine
+    """The attention kernel around ``attend`` in place of FlashAttention."""
+    kernel = fa3_attn.FA3Attention.__new__(fa3_attn.FA3Attention)
+    kernel._attend, kernel._starts = attend, torch.arange(4097, dtype=torch.int32, device=DEVICE)
+    return kernel
 
 
 def varlen_attention(seen: list[dict]):
@@ -144,7 +144,7 @@ def settings(**changes) -> SparseConfig:
 @pytest.mark.parametrize("top_p", [0, 0.9])
 @pytest.mark.parametrize("name", [name for name in PREFILL_POLICIES if name != "dense"])
 def test_a_chunk_allocates_nothing_and_waits_for_nothing(host_code, name, top_p):
-    """Host code of estimate, choice, table and engine, over 16,384 queries that end a context of 65,536."""
+    """Host code of estimate, choice, table and attention, over 16,384 queries that end a context of 65,536."""
     config = settings(prefill_policy=name, prefill_top_p=top_p)
     buffers = PrefillBuffers.allocate(Q_HEADS, HEAD_DIM, PAGE, CONTEXT, CHUNK, torch.float16, DEVICE)
     buffers.scratch = torch.empty(2, 1 << 23, dtype=torch.float16)  # a CPU allocates none
@@ -262,7 +262,7 @@ def rehearsal_of(config: SparseConfig, kernel, **sizes):
 @cpu_only
 @pytest.mark.parametrize("name", [name for name in DECODE_POLICIES if name != "dense"])
 def test_what_a_decode_step_allocates_was_rehearsed(host_code, name):
-    """Host code of score, selection and the Triton engine, at every batch size."""
+    """Host code of score, selection and the Triton kernel, at every batch size."""
     from vllm_sparse.attention.triton_attn import TritonAttention
 
     config = settings(decode_policy=name)

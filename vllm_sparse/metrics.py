@@ -1,4 +1,4 @@
-"""What ran sparse, what ran dense and why, and how much of the context was attended."""
+"""Counters of engines: what ran sparse, what ran dense and why, and how much of the context was attended."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ REPORT_STEPS = 16
 
 
 decided: weakref.WeakSet = weakref.WeakSet()
-"""Attention layers of this process about which ``support`` has decided, of all engines. What a layer is, is read
-off the layer, and so is what counts its engine's steps; nothing is counted when something is built, which may
-happen twice."""
+"""Attention layers of this process about which ``support`` has decided, of all engines. A snapshot reads off each
+what was decided and what counts its engine's steps; nothing is counted when a layer is built, which may happen
+twice."""
 
 
 class Counters:
@@ -71,7 +71,7 @@ class Counters:
 
 
 class AttendedTokens(Counters):
-    """Attended and context tokens of ``what``."""
+    """Tokens attended and tokens in the contexts; ``what`` names the steps in the log."""
 
     def __init__(self, counters: torch.Tensor, what: str = "decode steps"):
         super().__init__(counters)
@@ -109,8 +109,8 @@ class HotSetCounts(Counters):
         self._logged = looked_up
         moved = fetched + in_place
         logger.info(
-            "sparse attention: %.1f%% of the chosen head pages were in the hot set; %.2f MiB a decode step came from "
-            "the host (%d head pages in place)",
+            "sparse attention: %.1f%% of the chosen head pages were in the hot set; %.2f MiB a decode step came "
+            "from the host (%d head pages in place)",
             100 * (1 - moved / looked_up), moved * self.head_page_bytes / 2**20 / max(1, self.steps), in_place,
         )  # fmt: skip
 
@@ -122,7 +122,12 @@ class DraftSteps:
         self.steps = self.tokens = self.context_tokens = 0
 
     def add(self, tokens: int, context_tokens: int) -> None:
-        """Count a step that verifies ``tokens``, drafts and those before them, over so many in the contexts."""
+        """Count a step that verifies drafts.
+
+        Args:
+            tokens: queries of the step, drafts and the token before them.
+            context_tokens: in the contexts of these requests.
+        """
         if not self.steps:
             logger.info(
                 "sparse attention: verification of drafts attends densely: its steps have several tokens a "
@@ -144,13 +149,13 @@ class EngineCounts:
         self.prefill: list[AttendedTokens] = []
         """One for each shape of layers that has buffers for sparse prefill."""
         self.monitors: list[RecallMonitor] = []
-        """Likewise where ``recall_monitor_every_steps`` asks for them."""
+        """One for each workspace, where ``recall_monitor_every_steps`` asks for them."""
         self.drafts = DraftSteps()
         self.hot: HotSetCounts | None = None
-        """With offload."""
+        """None without offload."""
 
     def follow(self, prefill: PrefillBuffers | None, monitor: RecallMonitor | None) -> None:
-        """Count what is counted in a workspace of sparse layers, once for all that share it."""
+        """Report what a workspace of sparse layers counts, once for all layers that share it."""
         if prefill is not None and all(one.counters is not prefill.counters for one in self.prefill):
             what = "(query, key) pairs of sparse prefill"
             self.prefill.append(AttendedTokens(prefill.counters, what))
@@ -179,8 +184,11 @@ def _counts_of(layers: list) -> list[EngineCounts]:
 
 
 def snapshot(worker: Any = None) -> dict:
-    """Counts as plain data: of the engine that ``worker`` belongs to, which lets ``collective_rpc`` call it; else
-    of all engines of this process. Waits for the device.
+    """Counts as plain data; waits for the device.
+
+    Args:
+        worker: of the engine whose counts are wanted, as ``collective_rpc`` gives it; None: all engines of this
+            process.
     """
     layers = _layers_of(worker)
     engines = _counts_of(layers)
@@ -216,9 +224,9 @@ def _hot_set(hot_sets: list[HotSetCounts]) -> dict:
         sum(numbers) for numbers in zip(*(hot.read() for hot in hot_sets), strict=True)
     )
     return {
-        "units_looked_up": looked_up,
-        "units_fetched": fetched,
-        "units_in_place": in_place,
+        "head_pages_looked_up": looked_up,
+        "head_pages_fetched": fetched,
+        "head_pages_in_place": in_place,
         "head_page_bytes": hot_sets[-1].head_page_bytes,
         "decode_steps": sum(hot.steps for hot in hot_sets),
     }

@@ -66,23 +66,23 @@ class Layer:
     shares_with: Treatment | None = None
     """Where it attends to the cache of another layer: how that one runs."""
     draft: bool = False
-    """Of a draft model or head, for which sparse attention was not asked."""
+    """Whether it is a draft model's or head's, for which sparse attention was not asked."""
     linear: bool = False
-    """Of a model that also has linear-attention, Mamba or convolution layers."""
+    """Whether its model also has linear-attention, Mamba or convolution layers."""
     encoder_decoder: bool = False
-    """Of an encoder-decoder model."""
+    """Whether its model is one."""
     non_causal: bool = False
-    """Of an engine that was asked for attention that is not causal, or of a diffusion model."""
+    """Whether its engine was asked for attention that is not causal, or its model is a diffusion model."""
     image_prefix: bool = False
-    """Of a model whose image tokens attend to each other, the later ones too."""
+    """Whether image tokens of its model attend to each other, the later ones too."""
     reference_window: bool = False
-    """Of a model with reference sliding-window attention."""
+    """Whether its model has reference sliding-window attention."""
     batch_invariant: bool = False
-    """Of an engine that was asked for batch-invariant kernels."""
+    """Whether its engine was asked for batch-invariant kernels."""
     prefill_parallel: bool = False
-    """Of an engine with prefill context parallelism."""
+    """Whether its engine has prefill context parallelism."""
     adaptive_verification: bool = False
-    """Of an engine whose drafts are verified adaptively."""
+    """Whether its engine verifies drafts adaptively."""
     position: int | None = None
     """Which full-attention layer of its model it is, from 0; None where that is not known."""
     of: int = 0
@@ -96,7 +96,7 @@ class Row:
     what: str
     treatment: Treatment
     reason: str
-    """With fields of :class:`Layer` in braces."""
+    """Text with fields of :class:`Layer` in braces."""
     holds: Callable[[Layer], Any] = field(repr=False)
     all_dense: bool = False
 
@@ -172,7 +172,7 @@ ROWS: tuple[Row, ...] = (
     Row("the first `dense_layers`", DENSE, "dense_layers={config.dense_layers}",
         lambda layer: layer.position is not None and layer.position < layer.config.dense_layers),
 )  # fmt: skip
-"""In order of precedence."""
+"""Kinds of layers, in order of precedence."""
 
 
 def decide(layer: Layer) -> Decision:
@@ -205,7 +205,7 @@ class Option:
     """Those that are refused, in words."""
     reason: str
     allowed: str
-    """With ``{dtype}`` for that of the model."""
+    """Text with ``{dtype}`` for that of the model."""
     asked: Callable[[Any], Any] = field(repr=False)
     """Such a value in an engine's config; None or another that is false where there is none."""
     with_offload: bool = False
@@ -225,7 +225,7 @@ def _cache_dtype(config: Any) -> str | None:
 
 
 def _checkpoint_cache_dtype(config: Any) -> str | None:
-    """The same where the checkpoint may be what asks for it."""
+    """The dtype of an engine's KV cache where it is not the model's and the checkpoint may be what asks for it."""
     quantised = getattr(getattr(config.model_config, "hf_config", None), "quantization_config", None) or {}
     scheme = quantised.get("kv_cache_scheme") if isinstance(quantised, dict) else None
     return _cache_dtype(config) if scheme else None
@@ -253,7 +253,7 @@ OPTIONS: tuple[Option, ...] = (
         "it would discard summaries and hot head pages but not the host pool", "none",
         lambda config: getattr(config.model_config, "enable_sleep_mode", False), with_offload=True),
 )  # fmt: skip
-"""In the order in which they are looked at."""
+"""Options that are refused, in the order in which they are looked at."""
 
 
 def check_options(vllm_config: Any, config: SparseConfig) -> None:

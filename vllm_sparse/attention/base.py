@@ -25,8 +25,8 @@ class AttentionKernel(ABC):
     """Computes attention over chosen pages. It knows nothing of how pages are chosen."""
 
     reads_unlisted_rows = False
-    """Whether :meth:`attend` reads rows that ``table.routes`` leaves to the block table. Of one that does
-    not, prompt tokens in decode steps go to a dense backend beside it."""
+    """Whether :meth:`attend` reads rows that ``table.routes`` leaves to the block table. Beside a kernel that does
+    not, a dense backend takes the prompt tokens in decode steps."""
 
     @classmethod
     @abstractmethod
@@ -56,8 +56,8 @@ class AttentionKernel(ABC):
             table: the chosen pages; rows of length 0 leave ``out`` untouched.
             geometry: of the layer.
             out: [num_reqs, q_heads, head_dim], the dtype of ``q``.
-            host: [num_blocks, kv_heads, page_size, 2 * head_dim], where a head page below 0 is head page ``~head_page`` of it;
-                given to the kernels of ``OFFLOAD_ORDER`` only.
+            host: [num_blocks, kv_heads, page_size, 2 * head_dim]: a head page below 0 in ``table`` is head page
+                ``~head_page`` of it. Given to the kernels of ``OFFLOAD_ORDER`` only.
             exponents: uint8 [num_blocks, kv_heads, 2], where ``host`` is e4m3.
         """
 

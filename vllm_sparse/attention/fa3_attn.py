@@ -2,7 +2,7 @@
 
 It allocates for itself in each call: scheduling data (8 bytes a row), log-sums (4 bytes a query and head), and
 where it splits rows float32 outputs of every part, for which it assumes that one row is long and all others are
-short: it asks for as many parts of each as fill the GPU with one. :func:`most_splits` bounds them by their memory.
+short: it asks for enough parts of each to fill the GPU with one. :func:`most_splits` bounds them by their memory.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ more blocks fill a GPU unsplit."""
 TILE_TOKENS, UNSPLIT_TILES = 128, 4
 """Keys that FlashAttention takes at a time, and what it never splits by its own choice."""
 MOST_SPLITS = 128
-"""The most that it chooses."""
+"""The most parts that FlashAttention chooses."""
 
 
 def most_splits(queries: int, head_dim: int, row_tokens: int) -> int:
-    """Parts that each row may be split into; how many it is, the device tells from the lengths of all rows.
+    """Most parts that a row may be split into; the device takes fewer by the lengths of all rows.
 
     Args:
         queries: of all rows, over all their query heads.
@@ -65,7 +65,7 @@ class FA3Attention(AttentionKernel):
         # Made here and not on first use, which may be inside a CUDA graph's capture.
         self._starts = _sequence_starts(torch.cuda.current_device())
 
-    def attend(self, q, kv, table, geometry, out, host=None):
+    def attend(self, q, kv, table, geometry, out, host=None, exponents=None):
         assert host is None, "this kernel attends to pages on the GPU only"
         num_reqs, q_heads, head_dim = q.shape
         kv_heads = kv.shape[1]

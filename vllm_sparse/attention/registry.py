@@ -22,12 +22,12 @@ DECODE_ORDER = tuple(ATTENTION_KERNELS)
 PREFILL_ORDER = ("fa3", "triton", "torch")
 """What ``auto`` tries for prefill: only FlashAttention-3 uses all of a Hopper's tensor cores."""
 
-
 OFFLOAD_ORDER = ("triton", "torch")
 """What ``auto`` tries for decode with offload: kernels that also attend to head pages on the host."""
 
 
 def kernel_class(name: str) -> type[AttentionKernel]:
+    """The class of the attention kernel ``name``, imported now."""
     module, _, attribute = ATTENTION_KERNELS[name].rpartition(".")
     return getattr(import_module(module), attribute)
 

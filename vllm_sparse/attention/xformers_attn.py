@@ -9,7 +9,7 @@ from vllm_sparse.pages.layout import HeadPageGrid, single_head_pages
 from vllm_sparse.pages.page_table import PageTable
 
 HEAD_DIMS = (16, 32, 64, 128, 256)
-"""It takes 512 too, but its tiles then outgrow the shared memory of most GPUs."""
+"""Head sizes; xFormers takes 512 too, but its tiles then outgrow the shared memory of most GPUs."""
 MIN_TILE_TOKENS, MAX_TILE_TOKENS = 16, 64
 """The least that a tensor core takes, and xFormers' own choice; a tile must not straddle pages."""
 
@@ -53,19 +53,19 @@ class XFormersAttention(AttentionKernel):
         if not uneven and page_slots // tile_tokens == page_size // tile_tokens:
             return None
         return (
-            f"xformers needs pages of {page_size} to {page_size + tile_tokens - 1} rows, each KV "
-            f"head's together and whole pages apart, not {HeadPageGrid.of(kv).stride / kv.stride(2):g} rows"
+            f"xformers needs pages of {page_size} to {page_size + tile_tokens - 1} slots, each KV "
+            f"head's together and whole pages apart, not {HeadPageGrid.of(kv).stride / kv.stride(2):g} slots"
         )
 
-    def attend(self, q, kv, table, geometry, out, host=None):
+    def attend(self, q, kv, table, geometry, out, host=None, exponents=None):
         assert host is None, "this kernel attends to pages on the GPU only"
         num_reqs, q_heads, head_dim = q.shape
         kv_heads = kv.shape[1]
         rows, group = num_reqs * kv_heads, q_heads // kv_heads
         tile_tokens = _tile_tokens(geometry.page_size)
-        # Rows from one head page to the next, summary included: what xFormers is told the page size is. Its kernel
-        # walks tiles of ``tile_tokens`` tokens and uses the page size twice: it finds tile t in page
-        # ``t // (page size // tile_tokens)``, and starts a page at row ``id * page size``. The second wants the
+        # Slots from one head page to the next, summary included: what xFormers is told the page size is. It walks
+        # tiles of ``tile_tokens`` tokens and uses the page size twice: it finds tile t in page
+        # ``t // (page size // tile_tokens)``, and starts a page at slot ``id * page size``. The second wants the
         # summary counted; the first rounds it away while it is less than a tile. Lengths stay in tokens, and the
         # last tile of a page ends before its summary.
         page_slots = HeadPageGrid.of(kv).stride // kv.stride(2)

@@ -1,4 +1,4 @@
-"""Everything that may differ between releases of vLLM; imports nothing of this package."""
+"""Everything that may differ between releases of vLLM. A leaf: imports nothing of this package."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def builds_a_draft() -> bool:
 
 
 def kv_dtype(vllm_config) -> str:
-    """Of the KV cache."""
+    """Dtype of the KV cache, as vLLM names it."""
     asked = vllm_config.cache_config.cache_dtype
     return str(vllm_config.model_config.dtype).removeprefix("torch.") if asked == "auto" else asked
 

@@ -25,11 +25,12 @@ from typing import Any
 from vllm_sparse.backend import compat
 from vllm_sparse.config import SparseConfig
 from vllm_sparse.errors import ConfigError
+from vllm_sparse.policies import DECODE_POLICIES
 
 logger = logging.getLogger("vllm.vllm_sparse")
 
 FORMAT = 1
-"""Of what pages hold. Counts up with any change in what the bytes of a summary, or where they are, mean."""
+"""Version of what pages hold. Counts up with any change in what the bytes of a summary mean, or where they are."""
 NOT_IN_PAGES = ("attention_kernel", "recall_monitor_every_steps", "offload")
 """Settings on which neither K and V nor summaries depend."""
 MARK = re.compile(r"-sparse\d+-[a-z0-9]+(?:_[a-z]+)?-\d+")
@@ -40,7 +41,7 @@ BLOCKS, SLOTS, NEITHER = "blocks", "slots", "neither"
 
 @dataclass(frozen=True)
 class Connector:
-    """What is known of one of vLLM's connectors."""
+    """One of vLLM's connectors, as far as pages are concerned."""
 
     copies: str
     """``blocks``: whole pages, allowed. ``slots``: K and V alone, allowed where pages hold nothing else.
@@ -160,15 +161,13 @@ def _check_offloading_spec(name: str, extra: dict) -> None:
 
 
 def page_format(config: SparseConfig, page_size: int) -> str:
-    """What a peer must know of pages to read them: the same text for the same bytes."""
-    from vllm_sparse.policies.registry import DECODE_POLICIES
-
+    """The part of an engine id that says what pages hold: the same text for the same bytes."""
     summary = DECODE_POLICIES[config.decode_policy].summary
     return f"-sparse{FORMAT}-{summary}-{page_size}"
 
 
 def cache_salt(config: SparseConfig) -> str:
-    """What tells pages that outlive requests from pages of other settings, and of stock vLLM."""
+    """A salt for block hashes that keeps pages apart from those of other settings, and of stock vLLM."""
     settings = {name: value for name, value in config.to_mapping().items() if name not in NOT_IN_PAGES}
     return f"sparse{FORMAT}-{_digest(settings)[:32]}"
 

@@ -1,8 +1,7 @@
-"""Dense attention over sparse pages: vLLM's own backend on a GPU, plain torch on a CPU.
+"""Dense attention over pages with summaries: vLLM's own backend on a GPU, plain torch on a CPU.
 
-Dense layers, prefill and short contexts must cost what they cost in stock vLLM, so they run its
-code: the backend that vLLM would have chosen, where it reads K and V through strides, so that the summary
-rows are simply left out of the view.
+Dense layers, prefill and short contexts must cost what they cost in stock vLLM, so they run its code: the backend
+that vLLM would have chosen, where that reads K and V through strides. Summary slots are left out of the view.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ def _nearest_reader(dtype: torch.dtype, head_size: int) -> type:
 
 
 class StockDense:
-    """vLLM's own attention implementation, over the K and V rows of sparse pages."""
+    """vLLM's own attention implementation, over the token slots of pages."""
 
     def __init__(self, impl: Any, page_size: int):
         self.impl, self.page_size = impl, page_size
@@ -68,7 +67,7 @@ class StockDense:
 
 
 class TorchDense:
-    """The CPU's dense attention; its metadata is the common one of vLLM."""
+    """Dense attention in plain torch; its metadata is vLLM's common one."""
 
     def __init__(self, scale: float, page_size: int):
         self.scale, self.page_size = scale, page_size

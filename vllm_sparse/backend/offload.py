@@ -36,7 +36,7 @@ def _engines_of_host(parallel_config: Any) -> int:
 
 
 def host_id() -> str:
-    """The same for processes that share the memory of a host, in whatever containers they are."""
+    """A text that is the same in all processes that share a host's memory, whatever their containers."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
@@ -133,10 +133,11 @@ def _host_bytes(worker: Any, config: SparseConfig) -> int:
 
 
 def available_memory(worker: Any, gpu_bytes: int) -> int:
-    """What vLLM is told it has for KV: summaries of as many pages as the host pool holds.
+    """Bytes that vLLM is told it has for KV: the summaries of all pages in the host pool.
 
-    ``gpu_bytes`` is what it measured; the rest of it goes to the hot store. Passes through unless the
-    worker's layers offload.
+    Args:
+        gpu_bytes: what vLLM measured. The hot store takes the rest of it. Returned as it is unless the worker's
+            layers offload.
     """
     config = _config(worker)
     if config is None:
@@ -149,7 +150,11 @@ def available_memory(worker: Any, gpu_bytes: int) -> int:
 
 
 def build_store(worker: Any, kv_cache_config: Any) -> None:
-    """Allocate the host pool and the hot store for the blocks that vLLM settled on, and give layers theirs."""
+    """Allocate the host pool and the hot store for the blocks that vLLM settled on, and give layers their parts.
+
+    Raises:
+        ConfigError: the pool does not fit, or vLLM's blocks cannot name pages of it.
+    """
     config = _config(worker)
     if config is None:
         return

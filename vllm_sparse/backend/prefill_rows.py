@@ -1,4 +1,7 @@
-"""Which prefill rows of a step run sparse, from the lengths that vLLM keeps on the CPU."""
+"""Prefill rows of a step: which of them run sparse, and with offload which contexts are read together.
+
+Decided on the host, from the lengths that vLLM keeps there.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,7 @@ def dense_rows(prefills, chunks: list[QueryBlocks], num_decodes: int):
 
 @dataclass
 class _Context:
-    """One request of a run."""
+    """The context of one request in a run."""
 
     request: int
     old_pages: int
@@ -144,7 +147,7 @@ def _to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def _run_of(contexts: list[_Context], tokens: slice, block_table: torch.Tensor) -> ContextRun:
-    """Where everything comes from and goes to, in one copy to the device."""
+    """The run of ``contexts``, whose indices go to the device in one copy."""
     parts: list[list[torch.Tensor]] = []
     for context in contexts:
         new = torch.arange(context.old_pages, context.num_pages, dtype=torch.int32, device="cpu")

@@ -26,7 +26,7 @@ from vllm_sparse.pages.query_blocks import BLOCK_TOKENS
 
 @dataclass
 class Rehearsal:
-    """One layer's calls; ``kv`` is one page, in place of a cache."""
+    """The calls of one layer, over a cache of one page."""
 
     config: SparseConfig
     workspace: Workspace
@@ -56,8 +56,8 @@ class Rehearsal:
         workspace = self.workspace
         table = workspace.table.rows(len(query) * workspace.kv_heads)
         plan = workspace.plan.rows(len(query))
-        for left in (table.lengths, plan.table_seq_lens, plan.totals):
-            left.zero_()
+        for of_last_step in (table.lengths, plan.table_seq_lens, plan.totals):
+            of_last_step.zero_()
         block_table = self._block_table(len(query))
         table.routes, table.block_table = plan.score_offsets, block_table
         kernels.for_device(query.device).select_pages(
@@ -69,7 +69,7 @@ class Rehearsal:
                         dtype=torch.int32, device=query.device)  # fmt: skip
 
     def attend_blocks(self, query: torch.Tensor, output: torch.Tensor, blocks: int) -> None:
-        """Attend for ``blocks`` query blocks without queries: as many rows, as wide as a table gets with them."""
+        """Attend for ``blocks`` query blocks over no pages, with a table as wide as the buffers let it be."""
         buffers = self.workspace.prefill
         rows = buffers.q_heads * blocks
         pages = min(buffers.max_pages, len(buffers.head_pages) // rows)
@@ -96,7 +96,8 @@ class Rehearsal:
 
 
 def _sizes(most: int) -> Iterator[int]:
-    """1, 2, 4, ... and ``most``: a call takes most with all rows, or with fewer that it has to split."""
+    """Powers of two below ``most``, and ``most``: a call allocates most with all rows, or with a few that it
+    splits."""
     size = 1
     while size < most:
         yield size

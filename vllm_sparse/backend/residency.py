@@ -202,10 +202,15 @@ class StepRows(ABC):
 
     @abstractmethod
     def dense_decodes(self, num_decodes: int) -> tuple[bool, bool]:
-        """Whether short decode rows run dense, and whether the dense backend runs beside the page table."""
+        """Whether rows of short contexts run dense, and whether the dense backend runs beside the page table.
+
+        That backend also takes rows that cannot be scored, and prompt tokens where the attention kernel does not.
+        """
 
 
 class ResidentRows(StepRows):
+    """Steps over resident pages: dense rows of a prefill together, then its chunks."""
+
     def dense_all(self, step, fast_build):
         return self.dense.build("all", step.common, fast_build)
 
@@ -229,6 +234,9 @@ class ResidentRows(StepRows):
 
 
 class OffloadedRows(StepRows):
+    """Steps over offloaded pages: a prefill in runs whose contexts fit a buffer, decode rows sparse if at all
+    possible."""
+
     def dense_all(self, step, fast_build):
         return None
 

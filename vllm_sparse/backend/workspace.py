@@ -34,7 +34,7 @@ class Workspace:
     scores: PageScores
     page_size: int
     max_pages: int
-    """Of the longest context."""
+    """Pages of the longest context, one spare."""
     marked: bool = False
     """Whether the plan marks rows as prompt tokens, which the next step must wipe out."""
     prefill: PrefillBuffers | None = None
@@ -42,7 +42,7 @@ class Workspace:
     monitor: RecallMonitor | None = None
     """None where ``recall_monitor_every_steps`` is 0."""
     rehearsed_tokens: int = 0
-    """Of the largest step whose calls were rehearsed (:mod:`vllm_sparse.backend.rehearsal`)."""
+    """Tokens of the largest step whose calls were rehearsed (:mod:`vllm_sparse.backend.rehearsal`)."""
 
     def fits(self, page_size: int, q_heads: int, kv_heads: int) -> bool:
         """Whether layers of this shape can share these buffers."""

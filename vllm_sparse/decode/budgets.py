@@ -1,4 +1,4 @@
-"""Which share of the budget each KV head of a model has in decode, and the file that `vllm-sparse tune` leaves."""
+"""BudgetTable: shares of the decode budget of a model's KV heads, and the file that `tune --decode` leaves."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vllm_sparse.user_text import is_number, shown
 FORMAT = 1
 FILE_NAME, FOLDER = "vllm_sparse_budgets.json", "budgets"
 LEAST, MOST = 1e-4, 1e4
-"""Shares; `vllm-sparse tune` gives 0.25 to 2."""
+"""Bounds of a share; `vllm-sparse tune` gives 0.25 to 2."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class BudgetTable:
         return max([1.0, *(share for row in self.shares for share in row or ())])
 
     def scaled(self, first_layer: int) -> BudgetTable:
-        """Without layers before ``first_layer``, which run dense, and with a mean of 1 over the others."""
+        """This table without layers before ``first_layer``, which run dense; the mean of the others is 1."""
         rows = [row if layer >= first_layer else None for layer, row in enumerate(self.shares)]
         shares = [share for row in rows for share in row or ()]
         if not shares:
@@ -76,11 +76,13 @@ def default_path(model: str) -> Path:
 
 
 def read(path: Path, num_layers: int, kv_heads: int, model: str = "") -> BudgetTable:
-    """The budgets in ``path`` for a model of ``num_layers`` layers and ``kv_heads`` KV heads; ``model``: its name,
-    where it is to be compared.
+    """The budgets in ``path`` for a model of ``num_layers`` layers and ``kv_heads`` KV heads.
+
+    Args:
+        model: its name, compared with the one in the file unless it is empty.
 
     Raises:
-        TableError: they are no budgets, or those of another model; says which value was wrong.
+        TableError: the file has no budgets, or those of another model; says which value was wrong.
     """
     content = model_files.read_json(path, format=FORMAT, num_layers=num_layers, kv_heads=kv_heads)
     table = BudgetTable.from_mapping(content)

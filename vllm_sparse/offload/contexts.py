@@ -21,8 +21,8 @@ class ContextRun(PrefillRun):
     """
 
     old_blocks: torch.Tensor
-    """int32 [old pages]: blocks that earlier steps filled, to be read from the host. In place of those that no
-    query of the run can attend to, which are not among them, the buffer holds anything."""
+    """int32 [old pages]: blocks that earlier steps filled, to be read from the host. Those that no query of the
+    run can attend to are not among them; the buffer holds anything in their place."""
     old_places: torch.Tensor
     """int32 [old pages]: pages of the buffer that they go to."""
     late_places: torch.Tensor | None = None

@@ -10,9 +10,9 @@ from vllm_sparse.errors import ConfigError
 from vllm_sparse.offload.sizing import GIB
 
 AUTO_SHARE = 0.75
-"""Of the free memory, with ``host_gib: auto``; then rounded down, see :func:`_round_down`."""
+"""Share of the free memory that ``host_gib: auto`` takes, before it is rounded down (:func:`_round_down`)."""
 RESERVE_BYTES = GIB // 4
-"""Left to the rest of the process."""
+"""Memory left to the rest of the process."""
 UNLIMITED = 1 << 60
 
 
@@ -62,7 +62,7 @@ def _free_ram(meminfo: Path) -> int:
 
 
 def _container(root: Path) -> int:
-    """Memory that control groups leave: version 2, then 1; of the group and of all around it."""
+    """Bytes that control groups leave, of version 2 or 1: the least of the group and of all around it."""
     left = UNLIMITED
     groups = {line.split(":", 2)[1]: line.split(":", 2)[2] for line in _lines(root / "proc/self/cgroup")}
     for controller, base, limit, usage, reclaimable in (

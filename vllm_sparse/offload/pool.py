@@ -21,9 +21,9 @@ logger = logging.getLogger("vllm.vllm_sparse")
 PIECE_BYTES = GIB
 """Memory is pinned in pieces, so that a failure is met early and says how far it came."""
 MOST_THREADS = 16
-"""That make the system find memory: it zeroes each page when it is first touched, in the thread that does."""
+"""Threads that touch memory ahead of pinning: the system zeroes a page in the thread that first touches it."""
 QUIET_BYTES = 8 * GIB
-"""Less than this is pinned in a few seconds, without a progress bar."""
+"""Size below which memory is pinned in a few seconds, without a progress bar."""
 
 
 class HostPool:
@@ -43,7 +43,7 @@ class HostPool:
         size = num_blocks * shape.kv_heads * shape.host_head_page_bytes
         self._pinned: dict[int, int] = {}  # bytes by address
         self._memory: list[mmap.mmap] = []
-        # Where an engine ends in a process that goes on. At exit the driver lets go of everything itself.
+        # For an engine that ends in a process that goes on. At exit the driver lets go of everything itself.
         weakref.finalize(self, _give_back, self._pinned, self._memory).atexit = False
         self.layers: list[torch.Tensor] = []
         total = size * shape.layers

@@ -9,13 +9,13 @@ from vllm_sparse.pages.hot_set import WAYS
 
 GIB = 1 << 30
 LEAST_HOT_SHARE = 0.25
-"""Of the GPU's KV memory, with ``hot_fraction: auto``."""
+"""Share of the GPU's KV memory that the hot set has at least, with ``hot_fraction: auto``."""
 SLOT_STATE_BYTES = 8
-"""Per slot: the head page it holds and when it was last used."""
+"""GPU bytes beside each hot slot: the head page it holds and when it was last used."""
 MAP_BYTES = 4
-"""Per head page of the pool: the slot that holds it."""
+"""GPU bytes for each head page of the pool: the hot slot that holds it."""
 EXPONENT_BYTES = 2
-"""Per head page of a pool in fp8: those of its K and its V."""
+"""GPU bytes for each head page of a pool in fp8: the exponents of its K and its V."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class CacheShape:
 
     @property
     def host_head_page_bytes(self) -> int:
-        """The same on the host: what a decode step moves."""
+        """K and V of a page of one KV head, on the host: what a decode step moves."""
         return self.head_page_bytes // self.item_bytes if self.in_fp8 else self.head_page_bytes
 
     @property

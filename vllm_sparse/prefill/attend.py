@@ -15,9 +15,9 @@ from vllm_sparse.policies.base import PrefillPolicy
 from vllm_sparse.prefill.buffers import PrefillBuffers
 
 MIN_CHUNK_TOKENS = BLOCK_TOKENS
-"""Up to so many queries a chunk runs dense: to estimate its pages would cost what attending does.
+"""Queries up to which a chunk runs dense: to estimate its pages would cost what attending does.
 
-So do drafts to verify, of which vLLM's CPU-side lengths know only an upper bound."""
+Drafts to verify are as short, so they run dense too; vLLM's CPU-side lengths only bound theirs."""
 
 
 def plan_chunks(
@@ -33,7 +33,7 @@ def plan_chunks(
         query_starts: [num_reqs + 1], first query of each request among the step's tokens.
         seq_lens: [num_reqs], context tokens with this step's.
         min_prefill_tokens: up to this context a chunk runs dense.
-        min_chunk_tokens: likewise for its own tokens.
+        min_chunk_tokens: up to this many queries it runs dense.
     """
     chunks = []
     for request in range(first_request, len(seq_lens)):

@@ -1,7 +1,7 @@
 """PrefillBuffers: all device memory of sparse prefill, allocated once and bounded at any context.
 
-A chunk is attended in parts of as many query blocks as the buffers hold. The largest are, for 32
-query heads, head_dim 128, 16-bit queries and page 16:
+A chunk is attended in parts whose query blocks fit the buffers. The largest of these are, for 32 query heads,
+head_dim 128, 16-bit queries and page 16:
 
     page table    64 MiB   int32 [blocks * heads, pages]: 64 blocks at 128K tokens of context, 8 at 1M
     keep mask     16 MiB   uint8, a quarter of the table
@@ -58,7 +58,7 @@ class PrefillBuffers:
     """[max_blocks * q_heads, head_dim]: mean queries of blocks."""
     scratch: torch.Tensor
     """[2, max_blocks * BLOCK_TOKENS * q_heads * head_dim or more]: an estimate's sums per query and page; then,
-    for engines that want them so, queries and outputs by head. Empty on a CPU."""
+    for attention kernels that want them so, queries and outputs by head. Empty on a CPU."""
     counters: torch.Tensor
     """int64 [2], running totals: (query, key) pairs attended, and causal ones; all layers and heads."""
 

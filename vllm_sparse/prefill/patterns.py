@@ -14,7 +14,7 @@ from vllm_sparse.user_text import is_number, shown
 FORMAT = 1
 FILE_NAME, FOLDER = "vllm_sparse_patterns.json", "patterns"
 LEAST_TOP_P = 1e-6
-"""Of a candidate's that is not 0; in 32 bits, less may be 0 all the same."""
+"""Least ``top_p`` of a candidate that has one: in 32 bits, less may be 0."""
 
 
 def pattern_from_mapping(values: Any) -> HeadPattern:
@@ -82,11 +82,13 @@ def default_path(model: str) -> Path:
 
 
 def read(path: Path, num_layers: int, q_heads: int, model: str = "") -> PatternTable:
-    """The patterns in ``path`` for a model of ``num_layers`` layers and ``q_heads`` query heads; ``model``: its
-    name, where it is to be compared.
+    """The patterns in ``path`` for a model of ``num_layers`` layers and ``q_heads`` query heads.
+
+    Args:
+        model: its name, compared with the one in the file unless it is empty.
 
     Raises:
-        TableError: they are no patterns, or those of another model; says which value was wrong.
+        TableError: the file has no patterns, or those of another model; says which value was wrong.
     """
     content = model_files.read_json(path, format=FORMAT, num_layers=num_layers, q_heads=q_heads)
     table = PatternTable.from_mapping(content)
