@@ -31,8 +31,8 @@ TUNING = {"token_bytes": 32768, "column_bytes": 16384, "num_warps": 8, "num_stag
 def _strided_logits(
     q_ptr, kv_head_ptr, block_table_ptr, columns, q_stride_t, q_row, num_tokens, first_position, end_position,
     kv_stride_b, kv_stride_slot, scale_log2,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_J: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """L [ROWS, BLOCK_J] in units of log2, -inf where nothing is seen; ``q_row`` [ROWS] first queries of rows."""
     dims = tl.arange(0, BLOCK_D)
@@ -55,12 +55,10 @@ def _strided_logits(
 
 @triton.jit(do_not_specialize=["score_stride", "first_position", "num_tokens", "num_blocks", "num_pages"])
 def _antidiagonal_score(
-    q_ptr, kv_ptr, block_table_ptr, scores_ptr, q_stride_t, q_stride_h, kv_stride_b, kv_stride_h, kv_stride_slot,
-    score_stride,
-    scale_log2, first_position, num_tokens, num_blocks, num_pages,
+    q_ptr, kv_ptr, block_table_ptr, scores_ptr, q_stride_t, q_stride_h, kv_stride_b, kv_stride_h,
+    kv_stride_slot, score_stride, scale_log2, first_position, num_tokens, num_blocks, num_pages,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
-    BLOCKS: tl.constexpr, BLOCK_J: tl.constexpr,
-    PAGES_J: tl.constexpr,
+    BLOCKS: tl.constexpr, BLOCK_J: tl.constexpr, PAGES_J: tl.constexpr,
 ):  # fmt: skip
     ROWS: tl.constexpr = BLOCKS * BLOCK_ROWS
     head, first_block = tl.program_id(1), tl.program_id(0) * BLOCKS

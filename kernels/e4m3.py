@@ -32,12 +32,13 @@ def power_of(exponent):
 
 @triton.jit
 def power_256_of(exponent):
+    """``2^(exponent + 8)`` of a stored exponent, in float32."""
     return power_of(exponent.to(tl.int32) + 8)
 
 
 @triton.jit
 def powers_256_of(exponents_ptr, head_page, in_value):
-    """Those of a head page, for cells of its K and, where ``in_value``, of its V."""
+    """256 times the powers of a head page: of its V where ``in_value``, else of its K."""
     of_key, of_value = tl.load(exponents_ptr + 2 * head_page), tl.load(exponents_ptr + 2 * head_page + 1)
     return tl.where(in_value, power_256_of(of_value), power_256_of(of_key))
 
@@ -72,10 +73,10 @@ def codes_of(host: torch.Tensor, exponents: torch.Tensor | None) -> torch.Tensor
 
 
 def largest_coded(dtype: torch.dtype) -> float:
-    """To which larger numbers are held, so that none is rounded to infinity: of four digits, as codes are."""
+    """The number that larger ones are clamped to, so none rounds to infinity; of four digits, as codes are."""
     return 61440.0 if dtype is torch.float16 else 448.0 * 2.0**119
 
 
 def warps_for(cells: int) -> int:
-    """Of a program that codes so many numbers at once: 64 in a thread."""
+    """Warps of a program that codes ``cells`` numbers: 64 numbers a thread, 4 to 16 warps."""
     return min(16, max(4, cells // 2048))

@@ -31,8 +31,7 @@ TUNING = {"programs_per_sm": 2, "block": 4096}
 @triton.jit(do_not_specialize=["layer", "num_sets"])
 def _fetch_head_pages(
     host_ptr, exponents_ptr, hot_ptr, head_pages_ptr, clock_ptr, slot_of_ptr, slot_head_page_ptr, last_use_ptr,
-    misses_ptr, num_misses_ptr, counters_ptr,
-    host_stride_u, hot_stride_u, first_head_page, layer, num_sets,
+    misses_ptr, num_misses_ptr, counters_ptr, host_stride_u, hot_stride_u, first_head_page, layer, num_sets,
     HEAD_PAGE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     count = tl.load(num_misses_ptr + layer)

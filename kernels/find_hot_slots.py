@@ -25,8 +25,7 @@ BLOCK: tl.constexpr = tl.constexpr(128)
 @triton.jit(do_not_specialize=["layer"])
 def _find_hot_slots(
     head_pages_ptr, lengths_ptr, routes_ptr, staged_slots_ptr, clock_ptr, slot_of_ptr, last_use_ptr, misses_ptr,
-    num_misses_ptr, counters_ptr,
-    table_stride_row, first_head_page, layer,
+    num_misses_ptr, counters_ptr, table_stride_row, first_head_page, layer,
     KV_HEADS: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     row, part = tl.program_id(0), tl.program_id(1)

@@ -22,8 +22,7 @@ from vllm_sparse.pages.page_scores import CHUNK_PAGES, PageScores
 @triton.jit
 def _page_mass(
     q_ptr, kv_ptr, block_table_ptr, seq_lens_ptr, score_offsets_ptr, values_ptr, chunk_lse_ptr, q_stride_row,
-    q_stride_h,
-    kv_stride_b, kv_stride_h, kv_stride_slot, table_stride, score_stride, chunk_stride, scale,
+    q_stride_h, kv_stride_b, kv_stride_h, kv_stride_slot, table_stride, score_stride, chunk_stride, scale,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     PAGE: tl.constexpr,
 ):  # fmt: skip

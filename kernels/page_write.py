@@ -31,7 +31,7 @@ from vllm_sparse.pages.summaries import SKETCH_BITS, TILE_TOKENS, SketchLayout, 
 
 SCALE_BITS: tl.constexpr = tl.constexpr(16)
 LEVELS: tl.constexpr = tl.constexpr(125.9)
-"""Steps that a scale is made of: the next even or odd number after as many still fits 7 bits."""
+"""Steps of a scale in the largest number: the next even or odd number after them still fits 7 bits."""
 SKETCH_CHANNELS_PER_WARP = 64
 
 
@@ -48,13 +48,10 @@ def _as_float(bits):
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _page_write(
-    key_ptr, value_ptr, kv_ptr, kv_bytes_ptr, kv_words_ptr, slots_ptr,
-    num_tokens, key_stride_t, key_stride_h, value_stride_t, value_stride_h,
-    kv_stride_b, kv_stride_h, kv_stride_slot,
+    key_ptr, value_ptr, kv_ptr, kv_bytes_ptr, kv_words_ptr, slots_ptr, num_tokens, key_stride_t, key_stride_h,
+    value_stride_t, value_stride_h, kv_stride_b, kv_stride_h, kv_stride_slot,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
-    SKETCH_BITS: tl.constexpr, TILE_BYTES: tl.constexpr,
-    ITEM_BYTES: tl.constexpr,
-    OF_KEYS: tl.constexpr,
+    SKETCH_BITS: tl.constexpr, TILE_BYTES: tl.constexpr, ITEM_BYTES: tl.constexpr, OF_KEYS: tl.constexpr,
 ):  # fmt: skip
     token, head = tl.program_id(0), tl.program_id(1)
     dims = tl.arange(0, BLOCK_D)

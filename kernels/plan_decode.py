@@ -27,8 +27,8 @@ from vllm_sparse.pages.selection import Selection
 @triton.jit(do_not_specialize=["num_reqs", "capacity"])
 def _plan_decode(
     seq_lens_ptr, whole_ptr, table_seq_lens_ptr, dense_seq_lens_ptr, score_offsets_ptr, work_ptr, totals_ptr,
-    counters_ptr, lengths_ptr,
-    num_reqs, budget_pages, largest_pages, min_context, capacity, sink_pages, window_tokens,
+    counters_ptr, lengths_ptr, num_reqs, budget_pages, largest_pages, min_context, capacity, sink_pages,
+    window_tokens,
     KV_HEADS: tl.constexpr, PAGE: tl.constexpr, SEGMENT: tl.constexpr, ALONE: tl.constexpr,
     SHORT_DENSE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip

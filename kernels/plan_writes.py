@@ -21,8 +21,8 @@ BLOCK: tl.constexpr = tl.constexpr(1024)
 
 @triton.jit(do_not_specialize=["num_tokens", "layers"])
 def _plan_writes(
-    slots_ptr, staged_slots_ptr, blocks_ptr, first_row_ptr, end_row_ptr, num_pages_ptr, clock_ptr, num_misses_ptr,
-    num_tokens, layers,
+    slots_ptr, staged_slots_ptr, blocks_ptr, first_row_ptr, end_row_ptr, num_pages_ptr, clock_ptr,
+    num_misses_ptr, num_tokens, layers,
     PAGE: tl.constexpr,
 ):  # fmt: skip
     pages = 0
@@ -54,7 +54,7 @@ def plan_writes(slot_mapping: torch.Tensor, page_size: int, plan: WritePlan) -> 
     Args:
         slot_mapping: int64 [num_tokens], ``block * page_size + row``; -1 skips a token.
         page_size: tokens per page.
-        plan: buffers for at least as many tokens.
+        plan: buffers for ``num_tokens`` tokens or more.
     """
     num_tokens = slot_mapping.shape[0]
     assert num_tokens <= plan.staged_slots.shape[0], (

@@ -44,8 +44,7 @@ def _pool_queries(
 @triton.jit(do_not_specialize=["score_stride", "end_position", "num_pages", "num_blocks"])
 def _pooled_score(
     pooled_ptr, kv_ptr, block_table_ptr, scores_ptr, heads_ptr, pooled_stride, kv_stride_b, kv_stride_h,
-    kv_stride_slot, score_stride,
-    scale, end_position, num_pages, num_blocks,
+    kv_stride_slot, score_stride, scale, end_position, num_pages, num_blocks,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
     GROUP_PAD: tl.constexpr,
 ):  # fmt: skip

@@ -27,8 +27,7 @@ BLOCK: tl.constexpr = tl.constexpr(1024)
 def _position_pattern(
     keep_ptr, keep_stride, first_position, end_position, num_pages, num_blocks,
     INITIAL: tl.constexpr, RECENT: tl.constexpr, DILATION: tl.constexpr, DILATED_HEADS: tl.constexpr,
-    STRIDE: tl.constexpr, RANDOM_PAGES: tl.constexpr,
-    PAGE: tl.constexpr,
+    STRIDE: tl.constexpr, RANDOM_PAGES: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     row, tile = tl.program_id(0), tl.program_id(1)
     head, block = row // num_blocks, row % num_blocks

@@ -1,9 +1,9 @@
 """prefill_table: a keep mask of (query head, query block, page), as a PageTable.
 
     chosen[r, p] = keep[r, p]  or  p < sink_pages  or  window_start <= p,    p <= last
-    head pages[r]     = head pages of the chosen pages, ascending
-    lengths[r]   = tokens of those pages up to the block's last query
-    starts[r]    = first query of the block, counted over the queries of all heads in turn
+    head_pages[r] = head pages of the chosen pages, ascending
+    lengths[r]    = tokens of those pages up to the block's last query
+    starts[r]     = first query of the block, counted over the queries of all heads in turn
 
 ``last`` is the page of the block's last query and ``window_start`` the page of the first token that
 the recent window of its first query holds, so a block's own pages are always there, complete and at
@@ -36,8 +36,7 @@ BLOCK: tl.constexpr = tl.constexpr(1024)
 )  # fmt: skip
 def _prefill_table(
     keep_ptr, block_table_ptr, head_pages_ptr, lengths_ptr, starts_ptr, counters_ptr, keep_stride,
-    table_stride_row, per_block,
-    per_head, first_position, end_position, num_blocks, sink_pages, window_tokens,
+    table_stride_row, per_block, per_head, first_position, end_position, num_blocks, sink_pages, window_tokens,
     GROUP: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)

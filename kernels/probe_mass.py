@@ -60,11 +60,9 @@ def _products(query, kv_head_ptr, block_table_ptr, tokens, end_position, kv_stri
 @triton.jit
 def _add_tiles(
     begin, end, total, query, live, positions, reference, kv_head_ptr, block_table_ptr, parts_ptr, end_position,
-    kv_stride_b,
-    kv_stride_slot, tile_stride, scale_log2,
+    kv_stride_b, kv_stride_slot, tile_stride, scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
-    COLUMNS: tl.constexpr, STORED: tl.constexpr, SUM_DTYPE: tl.constexpr,
-    MASKED: tl.constexpr,
+    COLUMNS: tl.constexpr, STORED: tl.constexpr, SUM_DTYPE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Store what each query puts on the pages of tiles begin..end: of their far band, then of the near one."""
     column, lane = tl.arange(0, COLUMNS), tl.arange(0, BLOCK_N)
@@ -79,8 +77,7 @@ def _add_tiles(
     for tile in range(begin, end):
         tokens = tile * BLOCK_N + lane
         products = _products(query, kv_head_ptr, block_table_ptr, tokens, end_position, kv_stride_b,
-                             kv_stride_slot,
-                             HEAD_DIM, BLOCK_D, PAGE)  # fmt: skip
+                             kv_stride_slot, HEAD_DIM, BLOCK_D, PAGE)  # fmt: skip
         weights = tl.exp2(products * scale_log2 - reference[:, None])
         if MASKED:
             weights = tl.where(live[:, None] & (tokens[None, :] <= positions[:, None]), weights, 0.0)
@@ -100,11 +97,9 @@ def _add_tiles(
 @triton.jit(do_not_specialize=["first_position", "end_position", "start", "first_head", "tiles", "splits"])
 def _probe_parts(
     q_ptr, kv_ptr, block_table_ptr, parts_ptr, part_lse_ptr, q_stride_t, q_stride_h, kv_stride_b, kv_stride_h,
-    kv_stride_slot,
-    scale_log2, first_position, end_position, start, first_head, tiles, splits,
+    kv_stride_slot, scale_log2, first_position, end_position, start, first_head, tiles, splits,
     GROUP: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
-    BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr, STORED: tl.constexpr,
-    SUM_DTYPE: tl.constexpr,
+    BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr, STORED: tl.constexpr, SUM_DTYPE: tl.constexpr,
 ):  # fmt: skip
     bundle, split = tl.program_id(0), tl.program_id(1)
     line = tl.arange(0, HEADS * ROWS)
@@ -133,12 +128,10 @@ def _probe_parts(
     total = tl.zeros([HEADS * ROWS], tl.float32)
     total = _add_tiles(begin, common, total, query, live, positions, reference, cells, block_table_ptr, head_parts,
                        end_position, kv_stride_b, kv_stride_slot, ROWS * STORED, scale_log2, HEAD_DIM, BLOCK_D,
-                       PAGE,
-                       BLOCK_N, COLUMNS, STORED, SUM_DTYPE, False)  # fmt: skip
+                       PAGE, BLOCK_N, COLUMNS, STORED, SUM_DTYPE, False)  # fmt: skip
     total = _add_tiles(common, end, total, query, live, positions, reference, cells, block_table_ptr, head_parts,
                        end_position, kv_stride_b, kv_stride_slot, ROWS * STORED, scale_log2, HEAD_DIM, BLOCK_D,
-                       PAGE,
-                       BLOCK_N, COLUMNS, STORED, SUM_DTYPE, True)  # fmt: skip
+                       PAGE, BLOCK_N, COLUMNS, STORED, SUM_DTYPE, True)  # fmt: skip
     total = tl.minimum(total, LARGEST)
     seen = live & (total > 0)
     target = part_lse_ptr + ((of_bundle * splits + split) * 2 * ROWS + row)
@@ -150,8 +143,8 @@ def _probe_parts(
 @triton.jit(do_not_specialize=["mass_stride_h", "mass_stride_k", "num_pages", "first_head", "tiles", "splits"])
 def _fold_rows(
     parts_ptr, part_lse_ptr, mass_ptr, mass_stride_h, mass_stride_k, num_pages, first_head, tiles, splits,
-    STORED: tl.constexpr, GROUPS: tl.constexpr, TILES: tl.constexpr,
-    TILES_A_PAGE: tl.constexpr, SPLITS_PAD: tl.constexpr,
+    STORED: tl.constexpr, GROUPS: tl.constexpr, TILES: tl.constexpr, TILES_A_PAGE: tl.constexpr,
+    SPLITS_PAD: tl.constexpr,
 ):  # fmt: skip
     head, block = tl.program_id(0), tl.program_id(1)
     row, of_split = tl.arange(0, ROWS), tl.arange(0, SPLITS_PAD)
@@ -207,7 +200,7 @@ def probe_mass(
         block_table: int32 [max_pages] of the request.
         chunk: at least 64 tokens of context.
         geometry: of the layer.
-        part_lse: float32 [q_heads, splits, 2, 64], overwritten; as many programs share a head's keys.
+        part_lse: float32 [q_heads, splits, 2, 64], overwritten; at most ``splits`` programs share a head's keys.
         parts: contiguous, of any dtype, overwritten: ``PrefillBuffers.scratch``, as many heads at once as it
             holds.
         mass: float32 [q_heads, groups + 1, num_pages], overwritten.
@@ -240,19 +233,17 @@ def probe_mass(
         count = min(at_once, q_heads - first_head)
         wanted = triton.cdiv(2 * num_multiprocessors(q.device), count // heads)
         splits = min(part_lse.shape[1], tiles, wanted)
-        shape = dict(STORED=stored)
         _probe_parts[(count // heads, splits)](
             q, kv, block_table, room, part_lse, q.stride(0), q.stride(1), kv.stride(0), kv.stride(1), kv.stride(2),
             scale * LOG2_E, chunk.first_position, chunk.end_position, start, first_head, tiles, splits,
             GROUP=group, HEADS=heads, HEAD_DIM=head_dim, BLOCK_D=block_d, PAGE=page_size, BLOCK_N=block_n,
-            COLUMNS=max(16, stored), SUM_DTYPE=sum_dtype,
-            num_warps=min(TUNING["num_warps"], 4 * heads),
-            num_stages=TUNING["num_stages"], **shape,
+            STORED=stored, COLUMNS=max(16, stored), SUM_DTYPE=sum_dtype,
+            num_warps=min(TUNING["num_warps"], 4 * heads), num_stages=TUNING["num_stages"],
         )  # fmt: skip
         _fold_rows[(count, triton.cdiv(tiles, fold_tiles))](
             room, part_lse, mass, mass.stride(0), mass.stride(1), num_pages, first_head, tiles, splits,
-            GROUPS=groups, TILES=fold_tiles, TILES_A_PAGE=tiles_a_page,
+            STORED=stored, GROUPS=groups, TILES=fold_tiles, TILES_A_PAGE=tiles_a_page,
             # The same at every context: nothing is compiled for a longer one.
             SPLITS_PAD=triton.next_power_of_2(part_lse.shape[1]),
-            num_warps=4, **shape,
+            num_warps=4,
         )  # fmt: skip

@@ -55,11 +55,10 @@ def _scales(words):
 @triton.jit(do_not_specialize=["num_reqs", "slack"])
 def _range_score(
     q_ptr, kv_bytes_ptr, kv_words_ptr, block_table_ptr, work_ptr, totals_ptr, values_ptr, chunk_lse_ptr,
-    q_stride_row, q_stride_h, kv_stride_b, kv_stride_h, kv_stride_slot, table_stride, score_stride, chunk_stride,
-    num_reqs, scale, slack,
+    q_stride_row, q_stride_h, kv_stride_b, kv_stride_h, kv_stride_slot, table_stride, score_stride,
+    chunk_stride, num_reqs, scale, slack,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    PAGE: tl.constexpr,
-    ITEM_BYTES: tl.constexpr,
+    PAGE: tl.constexpr, ITEM_BYTES: tl.constexpr,
 ):  # fmt: skip
     program, head = tl.program_id(0), tl.program_id(1)
     ends = first_ends(work_ptr, num_reqs, CHUNK_ENDS)

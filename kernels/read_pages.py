@@ -17,8 +17,8 @@ TUNING = {"num_warps": 8, "block": 4096}
 @triton.jit(do_not_specialize=["num_head_pages"])
 def _read_pages(
     source_ptr, exponents_ptr, blocks_ptr, out_ptr, places_ptr, source_stride_b, source_stride_h, out_stride_b,
-    out_stride_h,
-    num_head_pages, KV_HEADS: tl.constexpr, HEAD_PAGE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
+    out_stride_h, num_head_pages,
+    KV_HEADS: tl.constexpr, HEAD_PAGE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     item = tl.program_id(0)
     while item < num_head_pages:

@@ -46,9 +46,8 @@ def _merged(tops, totals):
 @triton.jit(do_not_specialize=["every"])
 def _recall_mass(
     q_ptr, kv_ptr, block_table_ptr, head_pages_ptr, lengths_ptr, work_ptr, totals_ptr, step_ptr, sums_ptr,
-    parts_ptr, arrivals_ptr, every,
-    q_stride_row, q_stride_h, kv_stride_b, kv_stride_h, kv_stride_slot, head_page_stride, table_stride,
-    table_stride_row, scale,
+    parts_ptr, arrivals_ptr, every, q_stride_row, q_stride_h, kv_stride_b, kv_stride_h, kv_stride_slot,
+    head_page_stride, table_stride, table_stride_row, scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip

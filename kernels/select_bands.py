@@ -36,7 +36,8 @@ BLOCK: tl.constexpr = tl.constexpr(2048)
 @triton.jit(do_not_specialize=["mass_stride_h", "mass_stride_k", "num_pages", "first_page", "sink_pages"])
 def _fold_bands(
     mass_ptr, masses_ptr, mass_stride_h, mass_stride_k, masses_stride_0, masses_stride_h, num_pages, first_page,
-    sink_pages, BANDS: tl.constexpr,
+    sink_pages,
+    BANDS: tl.constexpr,
 ):  # fmt: skip
     tile, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     index = tile * FOLD_BLOCK + tl.arange(0, FOLD_BLOCK)
@@ -160,8 +161,7 @@ def _cover_threshold(
 )
 def _select_bands(
     mass_ptr, masses_ptr, sizes_ptr, top_ps_ptr, page_keep_ptr, band_count_ptr, mass_stride_h, mass_stride_k,
-    masses_stride_0,
-    masses_stride_h, keep_stride_h, count_stride_h, num_pages, first_page, sink_pages, q_heads,
+    masses_stride_0, masses_stride_h, keep_stride_h, count_stride_h, num_pages, first_page, sink_pages, q_heads,
     BANDS: tl.constexpr, BAND_SHIFT: tl.constexpr,
 ):  # fmt: skip
     head, diagonal = tl.program_id(0).to(tl.int64), tl.program_id(1)

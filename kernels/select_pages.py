@@ -29,7 +29,7 @@ from vllm_sparse.pages.selection import Selection
 
 TUNING = {"pages_per_warp": 128}
 SMALL_PAGES = 1024
-"""Contexts up to so many pages take a smaller and faster copy of the same code."""
+"""Most pages of the contexts that take a smaller and faster copy of the same code."""
 PROGRAMS_PER_SM = 2
 CHUNK_BLOCK: tl.constexpr = tl.constexpr(256)
 """Entries of ``PageScores.chunk_lse`` read at a time."""
@@ -183,9 +183,9 @@ def _list_pages(table_row_ptr, block_row_ptr, num_pages, per_block, head_start, 
 @triton.jit(do_not_specialize=["num_reqs", "segments"])
 def _select_pages(
     values_ptr, chunk_lse_ptr, block_table_ptr, work_ptr, totals_ptr, arrivals_ptr, head_pages_ptr, keys_ptr,
-    candidate_keys_ptr, candidate_head_pages_ptr, head_budget_pages_ptr, lengths_ptr,
-    score_stride, chunk_stride, table_stride, table_stride_row, per_block, per_head,
-    budget, sink_pages, window_tokens, segments, num_reqs,
+    candidate_keys_ptr, candidate_head_pages_ptr, head_budget_pages_ptr, lengths_ptr, score_stride,
+    chunk_stride, table_stride, table_stride_row, per_block, per_head, budget, sink_pages, window_tokens,
+    segments, num_reqs,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, KV_HEADS: tl.constexpr, PAGE: tl.constexpr,
     SEGMENT: tl.constexpr, SMALL: tl.constexpr, ALONE: tl.constexpr, FORCED_PAD: tl.constexpr,
     BUDGET_PAD: tl.constexpr, CANDIDATES: tl.constexpr, KEEP_KEYS: tl.constexpr,

@@ -77,11 +77,10 @@ def _weights(packed, digits, steps, offsets, gains, scale_bits, FIELD: tl.conste
 def _sketch_score(
     q_ptr, kv_bytes_ptr, kv_words_ptr, block_table_ptr, work_ptr, totals_ptr, values_ptr, chunk_lse_ptr,
     q_stride_row, q_stride_h, byte_stride_b, byte_stride_h, byte_stride_slot, table_stride, score_stride,
-    chunk_stride,
-    num_reqs, scale, noise,
+    chunk_stride, num_reqs, scale, noise,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
-    BITS: tl.constexpr, TILE_BYTES: tl.constexpr, PAGE: tl.constexpr, PAGES: tl.constexpr,
-    TILES: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr,
+    BITS: tl.constexpr, TILE_BYTES: tl.constexpr, PAGE: tl.constexpr, PAGES: tl.constexpr, TILES: tl.constexpr,
+    STEPS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     PLANES: tl.constexpr = TILE * BITS // 8
     FIELDS: tl.constexpr = 8 // BITS

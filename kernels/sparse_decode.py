@@ -34,13 +34,12 @@ TUNING = {"block_tokens": 64, "waves": 4, "num_warps": 2, "num_stages": 3, "add_
 @triton.jit(do_not_specialize=["splits"])
 def _attend_split(
     q_ptr, kv_ptr, host_ptr, exponents_ptr, head_pages_ptr, lengths_ptr, routes_ptr, block_table_ptr, out_ptr,
-    part_out_ptr, part_lse_ptr,
-    q_stride_row, q_stride_h, head_page_stride, kv_stride_slot, host_head_page_stride, host_stride_slot,
-    table_stride_row,
-    table_stride, per_block, per_head, out_stride_row, out_stride_h, scale_log2, splits,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
-    ALONE: tl.constexpr, ON_HOST: tl.constexpr,
+    part_out_ptr, part_lse_ptr, q_stride_row, q_stride_h, head_page_stride, kv_stride_slot,
+    host_head_page_stride, host_stride_slot, table_stride_row, table_stride, per_block, per_head,
+    out_stride_row, out_stride_h, scale_log2, splits,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, ALONE: tl.constexpr,
+    ON_HOST: tl.constexpr,
 ):  # fmt: skip
     row, split = tl.program_id(0), tl.program_id(1)
     request, head = row // KV_HEADS, row % KV_HEADS
@@ -139,7 +138,7 @@ def _add_splits(
 
 
 def num_splits(rows: int, blocks: int, device: torch.device) -> int:
-    """Programs per row: as many as run at once, each with the same number of blocks if it can be."""
+    """Programs per row: those that run at once, each with the same number of blocks if it can be."""
     running = TUNING["waves"] * num_multiprocessors(device)
     splits = max(1, min(blocks, running // rows, MAX_SPLITS))
     return triton.cdiv(blocks, triton.cdiv(blocks, splits))
@@ -154,7 +153,7 @@ def sparse_decode(
     host: torch.Tensor | None = None,
     exponents: torch.Tensor | None = None,
 ) -> None:
-    """Attend over chosen pages; arguments as in :meth:`vllm_sparse.attention.base.Engine.attend`.
+    """Attend over chosen pages; arguments as in :meth:`vllm_sparse.attention.base.AttentionKernel.attend`.
 
     Reads ``4 * head_dim`` bytes (16-bit cache) per chosen token and KV head.
     """

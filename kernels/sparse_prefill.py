@@ -24,7 +24,8 @@ TUNING = {"tile_bytes": 16384, "query_bytes": 32768, "num_warps": 8, "num_stages
 
 @triton.jit
 def _attend_tokens(
-    query, kv_ptr, table_row_ptr, seen, begin, end, top, total, acc, head_page_stride, kv_stride_slot, scale_log2,
+    query, kv_ptr, table_row_ptr, seen, begin, end, top, total, acc, head_page_stride, kv_stride_slot,
+    scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -52,11 +53,10 @@ def _attend_tokens(
 
 @triton.jit(do_not_specialize=["table_stride_row", "num_tokens", "num_blocks"])
 def _sparse_prefill(
-    q_ptr, kv_ptr, head_pages_ptr, lengths_ptr, out_ptr, q_stride_t, q_stride_h, head_page_stride, kv_stride_slot,
-    table_stride_row,
-    out_stride_t, out_stride_h, scale_log2, num_tokens, num_blocks,
-    BLOCK_M: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
+    q_ptr, kv_ptr, head_pages_ptr, lengths_ptr, out_ptr, q_stride_t, q_stride_h, head_page_stride,
+    kv_stride_slot, table_stride_row, out_stride_t, out_stride_h, scale_log2, num_tokens, num_blocks,
+    BLOCK_M: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     # The longest rows, those of the last blocks, first.
     row, part = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
@@ -98,7 +98,8 @@ def sparse_prefill(
     geometry: Geometry,
     out: torch.Tensor,
 ) -> None:
-    """Attend over chosen pages; arguments as in :meth:`vllm_sparse.attention.base.Engine.attend_blocks`."""
+    """Attend over chosen pages; arguments as in
+    :meth:`vllm_sparse.attention.base.AttentionKernel.attend_blocks`."""
     page_size, scale = geometry.page_size, geometry.scale
     num_tokens, q_heads, head_dim = q.shape
     num_blocks = triton.cdiv(num_tokens, BLOCK_TOKENS.value)

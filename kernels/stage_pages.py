@@ -18,8 +18,8 @@ from vllm_sparse.pages.write_plan import WritePlan
 
 @triton.jit
 def _stage_pages(
-    host_ptr, exponents_ptr, summaries_ptr, hot_ptr, blocks_ptr, first_row_ptr, num_pages_ptr,
-    host_stride_b, host_stride_h, summary_stride_b, summary_stride_h, hot_stride_b, hot_stride_h,
+    host_ptr, exponents_ptr, summaries_ptr, hot_ptr, blocks_ptr, first_row_ptr, num_pages_ptr, host_stride_b,
+    host_stride_h, summary_stride_b, summary_stride_h, hot_stride_b, hot_stride_h,
     KV_HEADS: tl.constexpr, CONTENT: tl.constexpr, BLOCK_C: tl.constexpr, PAGE: tl.constexpr,
     SUMMARY: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip

@@ -22,8 +22,8 @@ FORCED: tl.constexpr = tl.constexpr(0x80000000)
 
 @triton.jit
 def _stop_at_top_p(
-    chosen_keys_ptr, seq_lens_ptr, score_offsets_ptr, head_pages_ptr, lengths_ptr, keys_stride, table_stride_row,
-    budget, target,
+    chosen_keys_ptr, seq_lens_ptr, score_offsets_ptr, head_pages_ptr, lengths_ptr, keys_stride,
+    table_stride_row, budget, target,
     KV_HEADS: tl.constexpr, PAGE: tl.constexpr, BUDGET_PAD: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)

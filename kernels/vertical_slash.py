@@ -23,8 +23,8 @@ BLOCK: tl.constexpr = tl.constexpr(1024)
 @triton.jit(do_not_specialize=["out_stride", "first_position", "end_position", "num_pages", "num_blocks"])
 def _vertical_slash(
     page_keep_ptr, band_count_ptr, keep_ptr, keep_stride_h, count_stride_h, out_stride, first_position,
-    end_position,
-    num_pages, num_blocks, PAGE: tl.constexpr,
+    end_position, num_pages, num_blocks,
+    PAGE: tl.constexpr,
 ):  # fmt: skip
     row, tile = tl.program_id(0), tl.program_id(1)
     head, block = (row // num_blocks).to(tl.int64), row % num_blocks

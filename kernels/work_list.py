@@ -13,9 +13,8 @@ from vllm_sparse.pages import decode_plan
 
 COLUMNS: tl.constexpr = tl.constexpr(decode_plan.WORK_COLUMNS)
 CHUNK_ENDS: tl.constexpr = tl.constexpr(3)
-"""Column of the running totals of chunks,"""
 SEGMENT_ENDS: tl.constexpr = tl.constexpr(4)
-"""and of segments."""
+"""Columns of the running totals of chunks and of segments."""
 NOT_LISTED: tl.constexpr = tl.constexpr(decode_plan.NOT_LISTED)
 AT_ONCE: tl.constexpr = tl.constexpr(128)
 """Entries read at a time."""

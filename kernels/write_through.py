@@ -24,8 +24,8 @@ from vllm_sparse.pages.write_plan import WritePlan
 @triton.jit
 def _write_through(
     hot_ptr, host_ptr, exponents_ptr, summaries_ptr, blocks_ptr, first_row_ptr, end_row_ptr, num_pages_ptr,
-    slot_of_ptr, slot_head_page_ptr, last_use_ptr,
-    hot_stride_b, hot_stride_h, host_stride_b, host_stride_h, summary_stride_b, summary_stride_h,
+    slot_of_ptr, slot_head_page_ptr, last_use_ptr, hot_stride_b, hot_stride_h, host_stride_b, host_stride_h,
+    summary_stride_b, summary_stride_h,
     KV_HEADS: tl.constexpr, CONTENT: tl.constexpr, BLOCK_C: tl.constexpr, PAGE: tl.constexpr,
     SUMMARY: tl.constexpr, BLOCK_S: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
@@ -86,7 +86,7 @@ def write_through(
         num_tokens: tokens of the step, which bound its pages.
         host: [num_blocks, kv_heads, page_size, 2 * head_dim], pinned.
         summaries: [num_blocks, kv_heads, summary slots, 2 * head_dim].
-        residency: the layer's; head pages that are written are forgotten.
+        hot_set: the layer's; head pages that are written are forgotten.
         exponents: uint8 [num_blocks, kv_heads, 2], where ``host`` is e4m3 (:mod:`vllm_sparse.kernels.e4m3`).
     """
     _, kv_heads, page_size, content = host.shape

@@ -114,7 +114,7 @@ def expected_mask(case: PrefillCase, keep: torch.Tensor, sink_pages: int, window
 
 
 def table_mask(case: PrefillCase, table: PageTable) -> torch.Tensor:
-    """bool [q_heads, num_tokens, context tokens]: what an engine attends through ``table``."""
+    """bool [q_heads, num_tokens, context tokens]: what an attention kernel attends through ``table``."""
     blocks, page = case.blocks, case.page_size
     mask = torch.zeros(case.q_heads, blocks.num_tokens, blocks.end_position, dtype=torch.bool, device=DEVICE)
     position_of = {block: index for index, block in enumerate(case.block_table[: case.num_pages].tolist())}

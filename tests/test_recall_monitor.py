@@ -1,4 +1,4 @@
-"""The recall monitor: its kernel against the reference, the reference against plain attention, and both in steps of an engine."""
+"""The recall monitor: kernel against reference, reference against plain attention, both in an engine."""
 
 from __future__ import annotations
 

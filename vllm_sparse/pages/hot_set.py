@@ -50,8 +50,8 @@ class Lookups:
     """What decode steps look for in the hot sets, shared by all layers, which take their turns."""
 
     misses: torch.Tensor
-    """int32 [rows * max_pages or more]: places in ``PageTable.head_pages`` whose head pages the layer at work lacks;
-    how many is ``WritePlan.num_misses`` of the layer."""
+    """int32 [rows * max_pages or more]: the ``WritePlan.num_misses`` places in ``PageTable.head_pages`` whose head
+    pages the layer at work lacks."""
     counters: torch.Tensor
     """int64 [3], running totals of all layers: head pages looked for, fetched into slots, read from the host in
     place."""

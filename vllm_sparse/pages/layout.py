@@ -68,7 +68,7 @@ def single_head_pages(kv: torch.Tensor, page_size: int) -> tuple[torch.Tensor, t
 
 
 def summaries_as_pages(summaries: torch.Tensor, page_size: int) -> torch.Tensor:
-    """``summaries`` [num_blocks, kv_heads, summary slots, 2 * head_dim] as pages of ``page_size`` rows before them.
+    """``summaries`` [num_blocks, kv_heads, summary slots, 2 * head_dim] as pages that have ``page_size`` rows too.
 
     For policies, which read only what follows row ``page_size``; the rows before it mean nothing. Kernels read
     on from there byte by byte, so no copy is needed for them. References index rows: where there are several a CPU

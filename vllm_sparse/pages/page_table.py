@@ -1,4 +1,4 @@
-"""PageTable: the one way to say which pages are attended, shared by policies and engines."""
+"""PageTable: the one way to say which pages are attended, shared by policies and attention kernels."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ class PageTable:
     A *head page* is a page of one KV head. With a cache ``[num_blocks, kv_heads, rows, 2 * head_dim]``
     head page ``block * per_block + head * per_head`` starts ``head_page * stride`` elements into the cache
     (:class:`vllm_sparse.pages.layout.HeadPageGrid`), so each row here is an ordinary block table over
-    single-head pages, and
-    any paged attention kernel can be an engine.
+    single-head pages, and any paged attention kernel can attend over it.
 
     Invariants: ids in a row ascend with the position of the page in its context, so the page that
     may be partly filled is the last; entries past ``ceil(lengths / page_size)`` are undefined.

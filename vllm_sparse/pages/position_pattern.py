@@ -17,9 +17,9 @@ class PositionPattern:
     recent_tokens: int = 0
     """Tokens kept of those before a query, without the ones that dilation skips."""
     dilation: int = 1
-    """Of the recent pages, every so many, counted back from the block's last: they reach as much farther."""
+    """Recent pages are every ``dilation``-th, counted back from the block's last, and reach that much farther."""
     dilated_heads: int = 1
-    """Of so many query heads the last one is dilated; 1: all are."""
+    """The last of each ``dilated_heads`` query heads is dilated; 1: all are."""
     stride_tokens: int = 0
     """Tokens at distances that are a multiple of this."""
     random_tokens: int = 0

@@ -7,13 +7,13 @@ from vllm_sparse.pages.query_blocks import BLOCK_TOKENS, QueryBlocks
 PROBE_TOKENS = 64
 """Positions of a probe; one tile of tensor cores, and what MInference uses."""
 BUNDLE_HEADS = 4
-"""Most query heads of a group that read their keys together,"""
+"""Most query heads of a group that read their keys together."""
 LEAST_TILE_TOKENS = 16
-"""in tiles of at least so many tokens, and no more than a page."""
+"""Least tokens of a tile of keys, which holds no more than a page."""
 COVER_OCTAVES = 24
-"""The threshold of a top-p target is sought within so many powers of two of the largest mass,"""
+"""Powers of two, down from the largest mass, within which the threshold of a ``top_p`` is sought."""
 COVER_ROUNDS = 13
-"""in so many halvings: to 0.3 % of itself."""
+"""Halvings of that search, which find the threshold to 0.3 % of itself."""
 
 
 def probe_start(chunk: QueryBlocks, page_size: int) -> int:

@@ -28,5 +28,5 @@ class Selection:
 
     @property
     def most_pages(self) -> int:
-        """Most pages kept of any row; contexts of up to as many are attended whole."""
+        """Most pages kept of any row; contexts of no more pages are attended whole."""
         return self.budget_pages if self.largest_pages is None else self.largest_pages

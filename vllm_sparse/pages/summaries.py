@@ -4,7 +4,7 @@
 ``none``       nothing
 ``key_range``  the page's range of keys per channel, in int8 (:mod:`vllm_sparse.kernels.page_write`)
 ``sketch1``    every key in 1 bit per channel, 16 keys at a time (:mod:`vllm_sparse.kernels.sketch_write`)
-``sketch2``    every key in 2 bits per channel, likewise
+``sketch2``    every key in 2 bits per channel, 16 keys at a time
 =============  =======================================================================================
 """
 
@@ -71,7 +71,7 @@ class SketchLayout:
 def summary_slots(summary: str, page_size: int, head_dim: int, item_bytes: int, least: int = 0) -> int:
     """Extra rows of ``2 * head_dim`` elements of ``item_bytes`` that a summary takes in each page and KV head.
 
-    At ``least`` so many: with K and V on the host a block holds nothing else, and vLLM counts blocks by bytes.
+    Not below ``least``: with K and V on the host a block holds nothing else, and vLLM counts blocks by bytes.
 
     Raises:
         ValueError: there is no such summary.
