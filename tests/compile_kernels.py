@@ -1,12 +1,20 @@
 """Compile every Triton kernel for real GPUs on a machine without one: ``compile_kernels.py 80 90``.
 
-Run by ``test_compile.py`` in a process of its own, since Triton's interpreter, which the other
-tests use on a CPU, is chosen when Triton is imported.
+Run by ``test_compile.py`` in a process of its own, since Triton's interpreter, which the other tests use on a CPU,
+is chosen when Triton is imported.
+
+Three layers cover what code depends on: each dtype, and groups, head sizes and page sizes of each kind (a power
+of two, one that is padded, the least, the widest). Variants of a kernel (summaries, sizes of a segment, offload,
+fp8, heads that ask) take turns over the layers, so each is compiled at least once, not with everything else. GPUs
+older than the newest leave out the layer in float32, whose products are the same instructions on all of them. The
+widest layer shows that tiles fit the shared memory of each GPU: they are cut by bytes, and products of 16-bit
+numbers stage more of them than those of float32.
 """
 
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -22,17 +30,43 @@ from vllm_sparse.pages.decode_plan import segment_pages
 from vllm_sparse.pages.head_patterns import HeadPattern, HeadPatterns
 from vllm_sparse.pages.position_pattern import PositionPattern
 from vllm_sparse.pages.selection import Selection
-from vllm_sparse.pages.summaries import SKETCH_BITS
 
 SHARED_BYTES = {80: 166912, 86: 101376, 89: 101376, 90: 232448}
 """Shared memory that one block can have (CUDA C++ Programming Guide, compute capabilities)."""
 
 
-# (kv_heads, group, head_dim, page_size); the widest dtype takes the most shared memory at head_dim 256.
-SHAPES = [(8, 4, 128, 16), (2, 7, 64, 32), (1, 1, 256, 64), (4, 3, 96, 16)]
-MATRIX = {torch.bfloat16: SHAPES, torch.float16: SHAPES[:1], torch.float32: SHAPES[1:3]}
+@dataclass(frozen=True)
+class Layer:
+    """A layer that kernels are compiled for, and which of their variants are."""
+
+    dtype: torch.dtype
+    kv_heads: int
+    group: int
+    head_dim: int
+    page_size: int
+    summaries: tuple[str, ...]
+    """What ``page_write`` writes; the last one is a sketch, which ``sketch_score`` reads."""
+    selections: tuple[tuple[int, dict], ...]
+    """Most pages of a context, which choose the size of a segment, and more of its Selection."""
+    fp8: bool
+    """The host pool holds e4m3."""
+    heads_ask: tuple[bool, ...]
+    """Prefill kernels that only work for some heads: whether they are told which."""
+    blocks: tuple[int, ...]
+    """Query blocks of a chunk: ``antidiagonal_score`` holds up to 16 in a program."""
+
+
+USUAL = Layer(
+    torch.bfloat16, 8, 4, 128, 16, ("key_range", "sketch1"), ((8200, {}), (70000, {})), True, (False, True),
+    (2, 16),
+)  # fmt: skip
+PADDED = Layer(
+    torch.float32, 2, 7, 96, 32, ("key_range", "sketch2"), ((8, {"top_p": 0.9}),), False, (True,), (2,)
+)  # fmt: skip
+WIDEST = Layer(
+    torch.float16, 1, 1, 256, 64, ("none", "sketch2"), ((8, {"head_budget_pages": 96}),), False, (False,), (16,)
+)  # fmt: skip
 NEWEST = 90
-"""Compiled in all of MATRIX; older ones in its first shape and in that which takes most shared memory."""
 
 
 class FakeDriver:
@@ -74,61 +108,58 @@ def compile_only(run):
 
 def compile_all(capability: int) -> None:
     driver.set_active(FakeDriver(capability))
-    few = {torch.bfloat16: SHAPES[:1], torch.float32: SHAPES[2:3]}
-    for dtype, shapes in (MATRIX if capability >= NEWEST else few).items():
-        for kv_heads, group, head_dim, page_size in shapes:
-            print(f"sm_{capability} {dtype} kv{kv_heads} group{group} d{head_dim} page{page_size}")
-            case = make([300, 5], kv_heads, group, head_dim, page_size, 4, dtype=dtype, device=torch.device("cpu"))
-            slots = torch.arange(3)
-            key = torch.zeros(3, kv_heads, head_dim, dtype=dtype)
-            for summary in ("key_range", "none"):
-                launchers.page_write(key, key, case.kv, slots, page_size, summary)
-            for largest in (None, 8):
-                selection = case.selection(largest_pages=largest)
-                launchers.plan_decode(case.seq_lens, case.plan, case.table, selection, 64, 100, True)
-            pages = (case.q, case.kv, case.block_table, case.plan, case.geometry, case.scores)
-            launchers.range_score(*pages)
-            launchers.page_mass(*pages)
-            launchers.recency_score(case.block_table, case.plan, page_size, case.scores)
-            launchers.random_score(case.block_table, case.plan, page_size, case.scores)
-            if dtype is torch.bfloat16:  # selection sees float32 scores, whatever the cache holds
-                for max_pages in (8, 8200, 70000):
-                    case.plan.segment_pages = segment_pages(max_pages, 128)
-                    table = case.block_table[:, :1].expand(-1, max_pages)
-                    chosen = (case.scores, table, case.plan, case.kv)
-                    launchers.select_pages(*chosen, Selection(page_size, 128, 1, 20), case.table)
-                shares = torch.full((kv_heads,), 96, dtype=torch.int32)
-                for more in ({"top_p": 0.9}, {"head_budget_pages": shares}):
-                    launchers.select_pages(*chosen, Selection(page_size, 128, 1, 20, **more), case.table)
-            monitor = RecallMonitor.allocate(10, 1, kv_heads * group, kv_heads, torch.device("cpu"))
-            launchers.recall_mass(*pages[:4], case.table, case.geometry, monitor, 0)
-            launchers.sparse_decode(case.q, case.kv, case.table, case.geometry, case.q)
-            compile_offload(make_store(8, kv_heads, head_dim, page_size, dtype=dtype), case)
-            for summary in SKETCH_BITS if dtype is not torch.float16 else ():  # sketches are bytes
-                case = make(
-                    [300, 5], kv_heads, group, head_dim, page_size, 4, dtype=dtype, device=torch.device("cpu"),
-                    summary=summary,
-                )  # fmt: skip
-                launchers.page_write(key, key, case.kv, slots, page_size, summary)
-                launchers.sketch_score(
-                    case.q, case.kv, case.block_table, case.plan, case.geometry, case.scores, summary
-                )
-            compile_prefill(make_chunk(70, 200, kv_heads, group, head_dim, page_size, dtype))
+    for layer in (USUAL, PADDED, WIDEST) if capability >= NEWEST else (USUAL, WIDEST):
+        print(f"sm_{capability} {layer}")
+        shape = (layer.kv_heads, layer.group, layer.head_dim, layer.page_size)
+        for summary in layer.summaries:
+            case = make(
+                [300, 5], *shape, 4, dtype=layer.dtype, device=torch.device("cpu"), summary=summary
+            )  # fmt: skip
+            key = torch.zeros(3, layer.kv_heads, layer.head_dim, dtype=layer.dtype)
+            launchers.page_write(key, key, case.kv, torch.arange(3), layer.page_size, summary)
+        pages = (case.q, case.kv, case.block_table, case.plan, case.geometry, case.scores)
+        launchers.sketch_score(*pages, summary)
+        compile_decode(layer, make([300, 5], *shape, 4, dtype=layer.dtype, device=torch.device("cpu")))
+        compile_prefill(layer, make_chunk(70, 200, *shape, layer.dtype))
 
 
-def compile_offload(store, case) -> None:
-    plan, hot_set, page_size, table = store.plan, store.hot_set, store.page_size, case.table
+def compile_decode(layer: Layer, case) -> None:
+    cpu, page_size = torch.device("cpu"), layer.page_size
+    largest = 96 if any("head_budget_pages" in more for _, more in layer.selections) else None
+    selection = case.selection(largest_pages=largest)
+    launchers.plan_decode(case.seq_lens, case.plan, case.table, selection, 64, 100, True)
+    pages = (case.q, case.kv, case.block_table, case.plan, case.geometry, case.scores)
+    launchers.range_score(*pages)
+    launchers.page_mass(*pages)
+    launchers.recency_score(case.block_table, case.plan, page_size, case.scores)
+    launchers.random_score(case.block_table, case.plan, page_size, case.scores)
+    for max_pages, more in layer.selections:
+        if "head_budget_pages" in more:
+            more = {"head_budget_pages": torch.full((layer.kv_heads,), 96, dtype=torch.int32)}
+        case.plan.segment_pages = segment_pages(max_pages, 128)
+        table = case.block_table[:, :1].expand(-1, max_pages)
+        launchers.select_pages(
+            case.scores, table, case.plan, case.kv, Selection(page_size, 128, 1, 20, **more), case.table
+        )
+    monitor = RecallMonitor.allocate(10, 1, layer.kv_heads * layer.group, layer.kv_heads, cpu)
+    launchers.recall_mass(*pages[:4], case.table, case.geometry, monitor, 0)
+    launchers.sparse_decode(case.q, case.kv, case.table, case.geometry, case.q)
+    store = make_store(8, layer.kv_heads, layer.head_dim, page_size, dtype=layer.dtype, fp8=layer.fp8)
+    plan, hot_set, exponents = store.plan, store.hot_set, store.exponents
     launchers.plan_writes(torch.arange(40), page_size, plan)
-    launchers.stage_pages(store.host, store.summaries, plan, 40, store.hot)
-    launchers.write_through(store.hot, plan, 40, store.host, store.summaries, hot_set)
-    launchers.find_hot_slots(table, store.kv_heads, page_size, plan, 1, hot_set, store.lookups)
-    launchers.fetch_head_pages(store.host, table, plan, 1, hot_set, store.lookups, store.hot)
-    launchers.sparse_decode(case.q, store.hot, table, case.geometry, case.q, store.host)
-    pages = torch.arange(4, dtype=torch.int32)
-    launchers.read_pages(store.host, pages, torch.empty_like(store.host), pages, 32)
+    launchers.stage_pages(store.host, store.summaries, plan, 40, store.hot, exponents)
+    launchers.write_through(store.hot, plan, 40, store.host, store.summaries, hot_set, exponents)
+    launchers.find_hot_slots(case.table, layer.kv_heads, page_size, plan, 1, hot_set, store.lookups)
+    launchers.fetch_head_pages(store.host, case.table, plan, 1, hot_set, store.lookups, store.hot, exponents)
+    # Beside a dense backend the table does not list rows of prompt tokens.
+    whole = replace(case.table, routes=case.plan.score_offsets, block_table=case.block_table)
+    launchers.sparse_decode(case.q, store.hot, whole, case.geometry, case.q, store.host, exponents)
+    blocks = torch.arange(4, dtype=torch.int32)
+    out = torch.empty(store.host.shape, dtype=layer.dtype)
+    launchers.read_pages(store.host, blocks, out, blocks, 32, exponents)
 
 
-def compile_prefill(case) -> None:
+def compile_prefill(layer: Layer, case) -> None:
     blocks, page_size, buffers = case.blocks, case.page_size, case.buffers
     keep, table, mass = buffers.keep_mask(blocks), buffers.table(blocks), buffers.probe_masses(blocks)
     launchers.probe_mass(
@@ -143,19 +174,21 @@ def compile_prefill(case) -> None:
     pattern = PositionPattern(16, 32, 2, 2, 64, 32)
     launchers.position_pattern(pattern, blocks, page_size, keep)
     scores = buffers.scores(blocks)
-    scored = (case.q, case.kv, case.block_table, blocks, case.geometry)
-    launchers.pooled_score(*scored, buffers.pooled, scores)
-    launchers.pooled_score(*scored, buffers.pooled, scores, buffers.query_aware)
-    launchers.antidiagonal_score(*scored, scores)
-    # So many blocks that a program holds as many as it can.
-    many = make_chunk(0, 2048, case.kv.shape[1], case.group, case.q.shape[2], page_size, case.kv.dtype)
-    launchers.antidiagonal_score(
-        many.q, many.kv, many.block_table, many.blocks, many.geometry, many.buffers.scores(many.blocks)
-    )
+    for asked in layer.heads_ask:
+        heads = buffers.query_aware if asked else None
+        launchers.pooled_score(
+            case.q, case.kv, case.block_table, blocks, case.geometry, buffers.pooled, scores, heads
+        )
+        launchers.select_row_pages(scores, blocks, page_size, 2, 0.0, keep, heads)
+    for num_blocks in layer.blocks:
+        chunk = make_chunk(
+            0, 128 * num_blocks, layer.kv_heads, layer.group, layer.head_dim, page_size, layer.dtype
+        )  # fmt: skip
+        launchers.antidiagonal_score(
+            chunk.q, chunk.kv, chunk.block_table, chunk.blocks, chunk.geometry, chunk.buffers.scores(chunk.blocks)
+        )
     pooled = buffers.masses[0, :, : case.num_pages]
     launchers.pattern_distance(mass, pooled, blocks, page_size, 0.1, buffers.query_aware)
-    for heads in (None, buffers.query_aware):
-        launchers.select_row_pages(scores, blocks, page_size, 2, 0.0, keep, heads)
     launchers.prefill_table(
         keep, case.block_table, blocks, case.kv, Selection(page_size, 1, 1, 20), buffers.counters, table
     )

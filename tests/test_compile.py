@@ -1,4 +1,7 @@
-"""Kernels compile for real GPUs on a machine without one, down to what the driver would load."""
+"""Kernels compile for real GPUs on a machine without one, down to what the driver would load.
+
+:mod:`compile_kernels` says for which layers, and with which variants.
+"""
 
 from __future__ import annotations
 
