@@ -1,4 +1,4 @@
-"""Every attention kernel against the torch reference in float64; kernels that need a GPU are skipped without one."""
+"""Every attention kernel against the torch reference in float64; those for GPUs are skipped without one."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def assert_store(llm) -> None:
 
 
 @pytest.mark.parametrize("sparse", [OFFLOAD, FEW_SLOTS, NO_SLOTS], ids=["auto", "few_slots", "no_slots"])
-def test_tokens_are_those_of_resident_mode(answer, sparse):  # noqa: F811
+def test_tokens_of_resident_mode(answer, sparse):  # noqa: F811
     from vllm_sparse import metrics
 
     counts = {}
@@ -61,7 +61,7 @@ def test_tokens_are_those_of_resident_mode(answer, sparse):  # noqa: F811
 
 
 @pytest.mark.parametrize("sparse", [FP8, FP8_NO_SLOTS], ids=["slots", "no_slots"])
-def test_a_pool_in_fp8_serves_what_its_codes_hold(answer, sparse):  # noqa: F811
+def test_fp8_pool(answer, sparse):  # noqa: F811
     """With CUDA graphs as without; and with head pages in slots as with all of them read in place."""
     from vllm_sparse import metrics
 
@@ -77,12 +77,13 @@ def test_a_pool_in_fp8_serves_what_its_codes_hold(answer, sparse):  # noqa: F811
     assert (counts["head_pages_in_place"] == counts["head_pages_looked_up"] > 0) == (sparse is FP8_NO_SLOTS)
 
 
-def test_a_pool_in_fp8_gives_tokens_of_resident_mode_where_codes_are_exact(answer, codable):  # noqa: F811
+def test_exact_fp8_pool(answer, codable):  # noqa: F811
+    """Where codes are exact, a pool in fp8 gives the tokens of resident mode."""
     settings = {"variant": "codable", "compilation_config": GRAPHS}
     assert_same(answer(sparse=FP8, **settings), answer(sparse=RESIDENT, **settings))
 
 
-def test_no_line_of_ours_waits_for_the_device_with_a_pool_in_fp8(answer):  # noqa: F811
+def test_fp8_waits_for_nothing(answer):  # noqa: F811
     ours = []
     answer(sparse=FP8, see=lambda llm: ours.extend(synchronising_lines(llm)))
     assert not ours, ours[:3]
@@ -90,7 +91,7 @@ def test_no_line_of_ours_waits_for_the_device_with_a_pool_in_fp8(answer):  # noq
 
 @pytest.mark.parametrize("group, head_dim, page_size", [(4, 128, 16), (7, 64, 32), (3, 96, 16)])
 def test_fp8_in_place(group, head_dim, page_size):
-    """Triton's interpreter computes products of bf16 wrongly, so here alone; half of the head pages are in slots."""
+    """Only on a GPU: Triton's interpreter multiplies bf16 wrongly. Half of the head pages are in slots."""
     from offload_cases import chosen_pages, make_store
 
     from vllm_sparse.kernels import launchers, reference
@@ -110,11 +111,11 @@ def test_fp8_in_place(group, head_dim, page_size):
     assert out[1].isnan().all() and error(out[[0, 2]], expected[[0, 2]]) < TOLERANCE[torch.bfloat16]
 
 
-def test_graphs_replay_what_eager_computes(answer):  # noqa: F811
+def test_graphs_replay_eager(answer):  # noqa: F811
     assert_same(answer(sparse=OFFLOAD, compilation_config=GRAPHS), answer(sparse=OFFLOAD))
 
 
-def test_piecewise_and_full_graphs_give_the_same(answer, monkeypatch):  # noqa: F811
+def test_piecewise_graphs(answer, monkeypatch):  # noqa: F811
     monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)  # vLLM cuts its graph in pieces by compiling it
     monkeypatch.setattr(torch._dynamo.config, "disable", False)
     both = {"cudagraph_mode": "FULL_AND_PIECEWISE", "cudagraph_capture_sizes": [1, 2, 4, 8, 64, 512]}
@@ -123,7 +124,7 @@ def test_piecewise_and_full_graphs_give_the_same(answer, monkeypatch):  # noqa: 
     assert_same(answer(sparse=every_page, compilation_config=both), answer(sparse=every_page))
 
 
-def test_model_runner_v2_answers_like_v1(answer, monkeypatch):  # noqa: F811
+def test_model_runner_v2(answer, monkeypatch):  # noqa: F811
     expected = answer(sparse=OFFLOAD, compilation_config=GRAPHS)
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
     runner = []
@@ -136,19 +137,19 @@ def test_model_runner_v2_answers_like_v1(answer, monkeypatch):  # noqa: F811
     assert_same(found, expected)
 
 
-def test_sparse_prefill_is_that_of_resident_mode(answer):  # noqa: F811
+def test_sparse_prefill(answer):  # noqa: F811
     prefill = {"prefill_policy": "vertical_slash", "min_prefill_tokens": 256, "prefill_top_p": 0,
                "vertical_tokens": 128, "slash_tokens": 256}  # fmt: skip
     assert_same(answer(sparse={**OFFLOAD, **prefill}), answer(sparse={**RESIDENT, **prefill}))
 
 
-def test_no_line_of_ours_waits_for_the_device(answer):  # noqa: F811
+def test_nothing_waits_for_the_device(answer):  # noqa: F811
     ours = []
     answer(sparse=OFFLOAD, see=lambda llm: ours.extend(synchronising_lines(llm)))
     assert not ours, ours[:3]
 
 
-def test_pinning_that_fails_half_way_gives_everything_back(monkeypatch):
+def test_failed_pinning_gives_everything_back(monkeypatch):
     """The third layer's memory cannot be pinned: a refusal with numbers, and none left pinned."""
     from vllm_sparse.errors import ConfigError
     from vllm_sparse.offload import pool
@@ -181,7 +182,7 @@ def test_pinning_that_fails_half_way_gives_everything_back(monkeypatch):
     again.close()
 
 
-def test_gather_from_pinned_memory_reaches_the_link(capsys):
+def test_gather_reaches_the_link(capsys):
     """Not a benchmark: a fetch that crawls would mean pages are not mapped as meant."""
     from offload_cases import chosen_pages, make_store, tail_slots
 
@@ -205,5 +206,5 @@ def test_gather_from_pinned_memory_reaches_the_link(capsys):
     assert moved > 3000
     rate = moved * 8192 / (start.elapsed_time(end) / 1e3) / 1e9
     with capsys.disabled():
-        print(f"\nfetch_units: {moved} head pages of 8 KiB at {rate:.1f} GB/s")
+        print(f"\nfetch_head_pages: {moved} head pages of 8 KiB at {rate:.1f} GB/s")
     assert rate > 5, "far below any link to host memory"
