@@ -71,7 +71,7 @@ def make(
     ``layers`` > 1 lays the cache out with other layers' pages between its blocks, ``padding`` with as many
     numbers, as vLLM does where another layer's block is larger: a block is then no whole number of pages long.
     """
-    generator = torch.Generator().manual_seed(torch.seed() % 2**31 if seed is None else seed)
+    generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())) if seed is None else seed)
     pages = [-(-n // page_size) for n in seq_lens]
     num_blocks = sum(pages) + 3
     rows = page_size + summary_slots(summary, page_size, head_dim, dtype.itemsize)

@@ -63,7 +63,7 @@ def make_chunk(
         [end + later_tokens], kv_heads, group, head_dim, page_size, dtype=dtype, layers=layers, seed=seed
     )  # fmt: skip
     q_heads = kv_heads * group
-    generator = torch.Generator().manual_seed(torch.seed() % 2**31 if seed is None else seed)
+    generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())) if seed is None else seed)
     q = torch.randn(num_tokens, q_heads, head_dim, generator=generator)
     buffers = PrefillBuffers.allocate(q_heads, head_dim, page_size, end, num_tokens, dtype, DEVICE)
     buffers.scratch = torch.empty(2, probe_parts(end), dtype=dtype, device=DEVICE)  # a CPU allocates none
