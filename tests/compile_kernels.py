@@ -64,7 +64,8 @@ PADDED = Layer(
     torch.float32, 2, 7, 96, 32, ("key_range", "sketch2"), ((8, {"top_p": 0.9}),), False, (True,), (2,)
 )  # fmt: skip
 WIDEST = Layer(
-    torch.float16, 1, 1, 256, 64, ("none", "sketch2"), ((8, {"head_budget_pages": 96}),), False, (False,), (16,)
+    torch.float16, 1, 1, 256, 64, ("none", "sketch2"),
+    ((8, {"head_budget_pages": 96}), (8, {"top_p": 0.9})), False, (False,), (16,),
 )  # fmt: skip
 NEWEST = 90
 
