@@ -111,7 +111,7 @@ def _sketch_score(
         square = tl.sum(query * query, axis=1)
         steps = tl.maximum(tl.sqrt(square) / 127, 1e-30)
         digits = two_digits(tl.trans(hadamard(query * (WIDTH**-0.5 / steps)[:, None], GROUP_PAD, WIDTH)))
-        # Logits to base 2, per head page of what _products returns.
+        # Logits to base 2, for each unit of what _products returns.
         offsets = first * (scale * 1.4426950408889634 * WIDTH**0.5)
         gains = steps * steps * (127.0 * 127.0 * scale * scale * noise * (1.4426950408889634 / 2))
         steps *= scale * (1.4426950408889634 / 128)
