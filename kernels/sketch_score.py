@@ -73,6 +73,55 @@ def _weights(packed, digits, steps, offsets, gains, scale_bits, FIELD: tl.conste
     return tl.exp2((level + scale[:, None] * gains[None, :]) * scale[:, None])
 
 
+@triton.jit
+def _rotated_query(source, dims, member, scale, noise, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr,
+                   WIDTH: tl.constexpr):  # fmt: skip
+    """A request's query as sketches meet it: digits int8 [dims, 2 * group], and float32 [group] of its heads.
+
+    Those are steps of the digits, offsets that all keys add, and gains of the noise that codes have.
+    """
+    query = tl.load(source[:, None] + dims[None, :], mask=member[:, None] & (dims < HEAD_DIM)[None, :],
+                    other=0.0)  # fmt: skip
+    query = query.to(tl.float32)
+    # A rotated query adds up to its first channel before, times the root of the width; no channel of it is
+    # larger than its length.
+    first = tl.load(source, mask=member, other=0.0).to(tl.float32)
+    square = tl.sum(query * query, axis=1)
+    steps = tl.maximum(tl.sqrt(square) / 127, 1e-30)
+    digits = two_digits(tl.trans(hadamard(query * (WIDTH**-0.5 / steps)[:, None], GROUP_PAD, WIDTH)))
+    # Logits to base 2, for each unit of what _products returns.
+    offsets = first * (scale * 1.4426950408889634 * WIDTH**0.5)
+    gains = steps * steps * (127.0 * 127.0 * scale * scale * noise * (1.4426950408889634 / 2))
+    steps *= scale * (1.4426950408889634 / 128)
+    return digits, steps, offsets, gains
+
+
+@triton.jit
+def _tile_masses(
+    cells, words, pages, tile, seq_len, live, digits, steps, offsets, gains,
+    GROUP_PAD: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, PAGE: tl.constexpr, PAGES: tl.constexpr,
+):  # fmt: skip
+    """Logarithms to base 2 of what the keys of a tile weigh in each of ``PAGES`` pages, float32 [pages, group].
+
+    And whether the tile was written, [pages]: nothing is read of one past the end.
+    """
+    PLANES: tl.constexpr = TILE * BITS // 8
+    FIELDS: tl.constexpr = 8 // BITS
+    mean = tl.load(cells + PLANES * WIDTH, mask=live[:, None], other=0)
+    written = live & (pages * PAGE + tile * TILE < seq_len)
+    scales = _columns(tl.load(words, mask=written[:, None], other=0))
+    mean_scale = scales[8].to(tl.float32, bitcast=True)
+    centre = _products(mean, digits) * steps[None, :] * mean_scale[:, None]
+    total_weight = tl.zeros([PAGES, GROUP_PAD], tl.float32)
+    for plane in tl.static_range(PLANES):
+        packed = tl.load(cells + plane * WIDTH, mask=live[:, None], other=0)
+        for pair in tl.static_range(FIELDS // 2):
+            two = scales[plane * FIELDS // 2 + pair]
+            total_weight += _weights(packed, digits, steps, offsets, gains, two << 16, 2 * pair, BITS)
+            total_weight += _weights(packed, digits, steps, offsets, gains, two & -65536, 2 * pair + 1, BITS)
+    return centre + tl.minimum(tl.log2(total_weight), LARGEST), written
+
+
 @triton.jit(do_not_specialize=["num_reqs", "noise"])
 def _sketch_score(
     q_ptr, kv_bytes_ptr, kv_words_ptr, block_table_ptr, work_ptr, totals_ptr, values_ptr, chunk_lse_ptr,
@@ -83,7 +132,6 @@ def _sketch_score(
     STEPS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     PLANES: tl.constexpr = TILE * BITS // 8
-    FIELDS: tl.constexpr = 8 // BITS
     program, head = tl.program_id(0), tl.program_id(1)
     ends = first_ends(work_ptr, num_reqs, CHUNK_ENDS)
     total_chunks = tl.load(totals_ptr + 2)
@@ -102,19 +150,9 @@ def _sketch_score(
         end = tl.minimum(tl.load(work_ptr + row * COLUMNS + CHUNK_ENDS), last_chunk)
         num_pages = (seq_len + PAGE - 1) // PAGE
         source = q_ptr + request.to(tl.int64) * q_stride_row + heads * q_stride_h
-        query = tl.load(source[:, None] + dims[None, :],
-                        mask=(group < GROUP)[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)  # fmt: skip
-        query = query.to(tl.float32)
-        # A rotated query adds up to its first channel before, times the root of the width; no channel of it is
-        # larger than its length.
-        first = tl.load(source, mask=group < GROUP, other=0.0).to(tl.float32)
-        square = tl.sum(query * query, axis=1)
-        steps = tl.maximum(tl.sqrt(square) / 127, 1e-30)
-        digits = two_digits(tl.trans(hadamard(query * (WIDTH**-0.5 / steps)[:, None], GROUP_PAD, WIDTH)))
-        # Logits to base 2, for each unit of what _products returns.
-        offsets = first * (scale * 1.4426950408889634 * WIDTH**0.5)
-        gains = steps * steps * (127.0 * 127.0 * scale * scale * noise * (1.4426950408889634 / 2))
-        steps *= scale * (1.4426950408889634 / 128)
+        digits, steps, offsets, gains = _rotated_query(
+            source, dims, group < GROUP, scale, noise, GROUP_PAD, HEAD_DIM, WIDTH
+        )
         block_row = block_table_ptr + request.to(tl.int64) * table_stride
         page_top = tl.full([PAGES, GROUP_PAD], float("-inf"), tl.float32)
         page_sum = tl.zeros([PAGES, GROUP_PAD], tl.float32)
@@ -130,21 +168,10 @@ def _sketch_score(
             start = blocks + sketches + tile * TILE_BYTES
             cells = kv_bytes_ptr + start[:, None] + dims[None, :]
             words = kv_words_ptr + (start // 4 + (PLANES + 1) * WIDTH // 4)[:, None] + tl.arange(0, TILE)[None, :]
-            mean = tl.load(cells + PLANES * WIDTH, mask=live[:, None], other=0)
-            # A tile past the end was never written: nothing of it is read.
-            written = live & (pages * PAGE + tile * TILE < seq_len)
-            scales = _columns(tl.load(words, mask=written[:, None], other=0))
-            mean_scale = scales[8].to(tl.float32, bitcast=True)
-            centre = _products(mean, digits) * steps[None, :] * mean_scale[:, None]
-            total_weight = tl.zeros([PAGES, GROUP_PAD], tl.float32)
-            for plane in tl.static_range(PLANES):
-                packed = tl.load(cells + plane * WIDTH, mask=live[:, None], other=0)
-                for pair in tl.static_range(FIELDS // 2):
-                    two = scales[plane * FIELDS // 2 + pair]
-                    total_weight += _weights(packed, digits, steps, offsets, gains, two << 16, 2 * pair, BITS)
-                    total_weight += _weights(packed, digits, steps, offsets, gains, two & -65536, 2 * pair + 1,
-                                             BITS)  # fmt: skip
-            mass = centre + tl.minimum(tl.log2(total_weight), LARGEST)
+            mass, written = _tile_masses(
+                cells, words, pages, tile, seq_len, live, digits, steps, offsets, gains,
+                GROUP_PAD, WIDTH, BITS, PAGE, PAGES,
+            )  # fmt: skip
             if TILES > 1:
                 mass = tl.where(written[:, None], mass, float("-inf"))
                 page_top = tl.where(tile == 0, float("-inf"), page_top)

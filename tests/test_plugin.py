@@ -23,6 +23,7 @@ from vllm.v1.attention.selector import AttentionSelectorConfig
 
 from vllm_sparse.backend import compat
 from vllm_sparse.plugin_entrypoints import register
+from vllm_sparse.tools import cli
 
 pytestmark = pytest.mark.seam
 
@@ -40,6 +41,11 @@ def run_python(code: str, *arguments: str, **environment: str) -> str:
 def test_entry_point_is_registered():
     (entry,) = [e for e in entry_points(group="vllm.general_plugins") if e.name == "sparse"]
     assert entry.load() is register
+
+
+def test_command_is_installed():
+    (entry,) = entry_points(group="console_scripts", name="vllm-sparse")
+    assert entry.load() is cli.main
 
 
 def test_a_plain_install_has_every_package():
