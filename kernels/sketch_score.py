@@ -22,7 +22,7 @@ from vllm_sparse.kernels.hadamard import hadamard
 from vllm_sparse.kernels.launch import num_multiprocessors
 from vllm_sparse.kernels.store_scores import store_chunk, store_scores
 from vllm_sparse.kernels.two_digits import two_digits
-from vllm_sparse.kernels.work_list import CHUNK_ENDS, COLUMNS, begin_of, entry_of, first_ends, row_of
+from vllm_sparse.kernels.work_list import CHUNK_ENDS, COLUMNS, begin_of, chunks_of, entry_of, first_ends, row_of
 from vllm_sparse.pages.decode_plan import DecodePlan
 from vllm_sparse.pages.geometry import Geometry
 from vllm_sparse.pages.page_scores import CHUNK_PAGES, PageScores
@@ -134,9 +134,7 @@ def _sketch_score(
     PLANES: tl.constexpr = TILE * BITS // 8
     program, head = tl.program_id(0), tl.program_id(1)
     ends = first_ends(work_ptr, num_reqs, CHUNK_ENDS)
-    total_chunks = tl.load(totals_ptr + 2)
-    share = (total_chunks + tl.num_programs(0) - 1) // tl.num_programs(0)
-    chunk, last_chunk = program * share, tl.minimum(program * share + share, total_chunks)
+    chunk, last_chunk = chunks_of(program, totals_ptr)
     if chunk >= last_chunk:
         return
     row = row_of(chunk, ends, work_ptr, num_reqs, CHUNK_ENDS)

@@ -28,6 +28,14 @@ def first_ends(work_ptr, num_reqs, COLUMN: tl.constexpr):
 
 
 @triton.jit
+def chunks_of(program, totals_ptr):
+    """First and last chunk of a program's share, the last one not among them."""
+    total_chunks = tl.load(totals_ptr + 2)
+    share = (total_chunks + tl.num_programs(0) - 1) // tl.num_programs(0)
+    return program * share, tl.minimum(program * share + share, total_chunks)
+
+
+@triton.jit
 def row_of(number, ends, work_ptr, num_reqs, COLUMN: tl.constexpr):
     """The row that piece ``number`` of the work is of; ``ends``: what :func:`first_ends` gave."""
     rows = tl.arange(0, AT_ONCE)

@@ -9,10 +9,12 @@ from tiny_engine import engine_core, prompts, tokens
 
 from vllm_sparse import metrics
 from vllm_sparse.config import SparseConfig
+from vllm_sparse.decode import recall_monitor
 from vllm_sparse.decode.recall_monitor import RecallMonitor
 from vllm_sparse.errors import ConfigError
 from vllm_sparse.kernels import reference
 from vllm_sparse.pages.layout import HeadPageGrid
+from vllm_sparse.reports import REPORT_STEPS
 
 LENGTHS = [0, 200, 15, 389, 1, 33, 1500]
 SCORED = [1, 3, 6]
@@ -132,3 +134,16 @@ def test_the_engine_samples_every_so_many_steps_in_each_layer(tiny, caplog):
             "the recall monitor changed an answer"
         )
         assert metrics.snapshot()["recall_by_layer"] == []
+
+
+def test_reports_begin_anew_after_reset(monkeypatch):
+    """What was measured in warm-up does not silence the first real samples."""
+    lines = []
+    monkeypatch.setattr(recall_monitor.logger, "info", lambda text, *values: lines.append(text % values))
+    monitor = RecallMonitor.allocate(1, 2, 4, 2, torch.device("cpu"))
+    for samples in (100.0, 4.0):
+        monitor.sums[..., 0], monitor.sums[..., 1] = samples / 2, samples
+        for _ in range(2 * REPORT_STEPS):
+            monitor.advance()
+        monitor.reset()
+    assert len(lines) == 2 and all("held 50.0%" in line for line in lines)

@@ -18,6 +18,8 @@ and a PageTable is all that passes between them.
 from pathlib import Path
 
 __version__ = "0.1.0"
+ENV_CONFIG = "VLLM_SPARSE_CONFIG"
+"""The variable that :mod:`vllm_sparse.config` reads; its name is here for who must not load that."""
 
 # In a checkout, kernels/ and plugin_entrypoints/ lie beside this package, not inside it.
 _checkout = Path(__file__).parent.parent

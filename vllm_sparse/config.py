@@ -18,8 +18,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from vllm_sparse import misplaced
-from vllm_sparse.attention.registry import ATTENTION_KERNELS
+from vllm_sparse import ENV_CONFIG, misplaced
+from vllm_sparse.attention.registry import ATTENTION_KERNELS, OFFLOAD_ORDER
 from vllm_sparse.decode import budgets
 from vllm_sparse.decode.budgets import BudgetTable
 from vllm_sparse.errors import ConfigError, TableError, TextError
@@ -29,24 +29,21 @@ from vllm_sparse.pages.layout import PAGE_SIZES
 from vllm_sparse.pages.selection import Selection
 from vllm_sparse.policies import DECODE_POLICIES, PREFILL_POLICIES, PrefillPolicy, PrefillSizes
 from vllm_sparse.prefill import patterns
-from vllm_sparse.prefill.patterns import PatternTable
+from vllm_sparse.prefill.patterns import LEAST_TOP_P, PatternTable
 from vllm_sparse.user_text import nearest, parse_json, read_file, shown
 
 logger = logging.getLogger("vllm.vllm_sparse")
 
-ENV_CONFIG = "VLLM_SPARSE_CONFIG"
 PATTERN_POLICY = "vertical_slash"
 """The prefill policy that reads ``head_patterns``."""
 DENSE_LAYERS = 2
 """Default of ``dense_layers`` where all pages are on the GPU."""
 TABLES = {"head_patterns": PatternTable, "head_budgets": BudgetTable}
 """Keys that name a file, which the driver reads; workers get what it holds."""
-OFFLOAD_KERNELS = ("auto", "triton", "torch")
+OFFLOAD_KERNELS = ("auto", *OFFLOAD_ORDER)
 """Values of ``attention_kernel`` that attend over head pages on the GPU and on the host alike."""
 MOST = 2**31 - 1
 """Largest whole number of any key, and "always" or "never" where that is meant: kernels count in 32 bits."""
-LEAST_TOP_P = 1e-6
-"""Least share that is not 0; in 32 bits, a smaller one may be 0 all the same."""
 
 
 @dataclass(frozen=True)

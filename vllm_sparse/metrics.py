@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 import weakref
 from collections import Counter
 from typing import Any
@@ -12,13 +11,10 @@ import torch
 
 from vllm_sparse.decode.recall_monitor import RecallMonitor
 from vllm_sparse.prefill.buffers import PrefillBuffers
+from vllm_sparse.reports import Totals
 from vllm_sparse.support import Treatment
 
 logger = logging.getLogger("vllm.vllm_sparse")
-
-REPORT_SECONDS = 10.0
-REPORT_STEPS = 16
-
 
 decided: weakref.WeakSet = weakref.WeakSet()
 """Attention layers of this process about which ``support`` has decided, of all engines. A snapshot reads off each
@@ -26,58 +22,15 @@ what was decided and what counts its engine's steps; nothing is counted when a l
 twice."""
 
 
-class Counters:
-    """Running totals of the device, reported now and then.
-
-    The device adds into ``counters`` (int64) in every step. A report is an asynchronous copy, logged
-    some steps later, so no step waits for it.
-    """
-
-    def __init__(self, counters: torch.Tensor):
-        self.counters = counters
-        on_gpu = counters.device.type != "cpu"
-        self._copied = torch.zeros(len(counters), dtype=torch.int64, device="cpu", pin_memory=on_gpu)
-        self._forget_reports()
-
-    def _log(self, *totals: int) -> None:
-        raise NotImplementedError
-
-    def _forget_reports(self) -> None:
-        self._steps = self._logged = 0
-        self._copying = False
-        self._next_report = 0.0
-
-    def reset(self) -> None:
-        """Forget what was counted so far: warm-up and graph capture decode nothing real."""
-        self.counters.zero_()
-        self._forget_reports()
-
-    def read(self) -> tuple[int, ...]:
-        """The totals so far; waits for the device."""
-        return tuple(self.counters.tolist())
-
-    def step(self) -> None:
-        """Call once per step."""
-        self._steps += 1
-        if self._steps % REPORT_STEPS:
-            return
-        if self._copying:
-            self._copying = False
-            self._log(*self._copied.tolist())
-        elif time.monotonic() >= self._next_report:
-            self._next_report = time.monotonic() + REPORT_SECONDS
-            self._copied.copy_(self.counters, non_blocking=True)
-            self._copying = True
-
-
-class AttendedTokens(Counters):
+class AttendedTokens(Totals):
     """Tokens attended and tokens in the contexts; ``what`` names the steps in the log."""
 
     def __init__(self, counters: torch.Tensor, what: str = "decode steps"):
         super().__init__(counters)
         self.what = what
 
-    def _log(self, attended: int, context: int) -> None:
+    def _log(self, copied):
+        attended, context = copied.tolist()
         if context <= self._logged:
             return
         self._logged = context
@@ -87,7 +40,7 @@ class AttendedTokens(Counters):
         )  # fmt: skip
 
 
-class HotSetCounts(Counters):
+class HotSetCounts(Totals):
     """Head pages that decode steps looked for, fetched into the hot set, and read on the host in place."""
 
     def __init__(self, counters: torch.Tensor, head_page_bytes: int):
@@ -103,7 +56,8 @@ class HotSetCounts(Counters):
         self.steps += 1
         super().step()
 
-    def _log(self, looked_up: int, fetched: int, in_place: int) -> None:
+    def _log(self, copied):
+        looked_up, fetched, in_place = copied.tolist()
         if looked_up <= self._logged:
             return
         self._logged = looked_up
@@ -156,7 +110,7 @@ class EngineCounts:
 
     def follow(self, prefill: PrefillBuffers | None, monitor: RecallMonitor | None) -> None:
         """Report what a workspace of sparse layers counts, once for all layers that share it."""
-        if prefill is not None and all(one.counters is not prefill.counters for one in self.prefill):
+        if prefill is not None and all(one.totals is not prefill.counters for one in self.prefill):
             what = "(query, key) pairs of sparse prefill"
             self.prefill.append(AttendedTokens(prefill.counters, what))
         if monitor is not None and all(one is not monitor for one in self.monitors):

@@ -86,6 +86,12 @@ def _folder(model: str) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
+def cache_root() -> Path:
+    """The folder of what this package keeps between runs."""
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # a user may have no home
+    return Path(root) / "vllm-sparse"
+
+
 def default_path(model: str, file_name: str, folder: str) -> Path:
     """The place of a file for the heads of a model, a directory or a hub name, unless somebody names another."""
     # Offline, vLLM replaces a hub name by the place of its snapshot.
@@ -93,8 +99,7 @@ def default_path(model: str, file_name: str, folder: str) -> Path:
     if snapshot is None and os.path.isdir(model):
         return Path(model) / file_name
     name = snapshot[1] if snapshot else model.replace("/", "--")
-    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # a user may have no home
-    return Path(root) / "vllm-sparse" / folder / f"{name}.json"
+    return cache_root() / folder / f"{name}.json"
 
 
 def read_json(path: Path, **wanted: int) -> dict:

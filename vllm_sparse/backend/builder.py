@@ -47,6 +47,7 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
             kv_cache_spec, layer_names, vllm_config, device, impls[0].stock_backend
         )  # fmt: skip
         self.rows = kind(config, self.workspace, dense_builder, impls[0])
+        self.configure(config)
         if self.selects and vllm_config.speculative_config is None:
             compilation = vllm_config.compilation_config
             full = compilation.cudagraph_mode.has_full_cudagraphs()
@@ -71,12 +72,12 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
         workspace = self.workspace
         self.counts = layer.counts if SparseImpl.first(vllm_config) in sparse else None
         self.monitor = workspace.monitor if SparseImpl.first(vllm_config, workspace) in sparse else None
-        counted = torch.zeros_like(workspace.plan.counters) if self.counts is None else self.counts.decode.counters
+        counted = torch.zeros_like(workspace.plan.counters) if self.counts is None else self.counts.decode.totals
         self.plan = replace(workspace.plan, counters=counted)
         self.prefill_tracker = None
         if sparse and workspace.prefill is not None:
             counted = workspace.prefill.counters
-            self.prefill_tracker = next(one for one in layer.counts.prefill if one.counters is counted)
+            self.prefill_tracker = next(one for one in layer.counts.prefill if one.totals is counted)
 
     @property
     def config(self) -> SparseConfig:
@@ -85,6 +86,7 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
     def configure(self, config: SparseConfig) -> None:
         """Plan by ``config`` from the next step on."""
         self.rows.config = config
+        self.selection = config.selection(self.page_size)
 
     def build(self, common_prefix_len, common_attn_metadata, fast_build=False) -> SparseMetadata:
         """Plan a step: which rows it has, what the dense backend needs, prefill runs, decode rows; count it."""
@@ -138,7 +140,7 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
         common, config = step.common, self.config
         short_rows_dense, dense_beside = self.rows.dense_decodes(step.num_decodes)
         kernels.for_device(self.device).plan_decode(
-            common.seq_lens[: step.num_decodes], rows.plan, rows.table, config.selection(self.page_size),
+            common.seq_lens[: step.num_decodes], rows.plan, rows.table, self.selection,
             NEVER if config.decode_policy == "dense" else config.min_context_tokens,
             self.workspace.scores.capacity_pages, short_rows_dense,
         )  # fmt: skip

@@ -22,6 +22,7 @@ import os
 from contextlib import ExitStack
 from typing import Any
 
+from vllm_sparse import ENV_CONFIG
 from vllm_sparse.backend.compat import (
     BACKEND_PATH,
     NAME,
@@ -166,13 +167,12 @@ def _check_config(original, *args, **kwargs) -> Any:
 def _say_what_is_not_read(vllm_config) -> None:
     """Name settings of ours in an engine that was not asked to be sparse, which is not stopped for them."""
     additional = getattr(vllm_config, "additional_config", None)
-    if not additional and not any(name.startswith("VLLM_SPARSE_") for name in os.environ):
-        return  # who set nothing loads nothing of ours
-    from vllm_sparse import misplaced
-    from vllm_sparse.config import ENV_CONFIG, KEYS
-
     unasked = "--attention-backend sparse was not asked for"
-    if found := misplaced.unread(additional, KEYS):
-        log_once(logging.WARNING, f"vllm-sparse: {unasked}, so attention is vLLM's own. {' '.join(found)}")
+    if additional:  # who set nothing loads nothing of ours
+        from vllm_sparse import misplaced
+        from vllm_sparse.config import KEYS
+
+        if found := misplaced.unread(additional, KEYS):
+            log_once(logging.WARNING, f"vllm-sparse: {unasked}, so attention is vLLM's own. {' '.join(found)}")
     if os.environ.get(ENV_CONFIG, "").strip():  # may be meant for other engines of this shell
         log_once(logging.INFO, f"vllm-sparse: {ENV_CONFIG} is not read: {unasked}")

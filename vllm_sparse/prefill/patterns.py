@@ -14,7 +14,7 @@ from vllm_sparse.user_text import is_number, shown
 FORMAT = 1
 FILE_NAME, FOLDER = "vllm_sparse_patterns.json", "patterns"
 LEAST_TOP_P = 1e-6
-"""Least ``top_p`` of a candidate that has one: in 32 bits, less may be 0."""
+"""Least share that is not 0; in 32 bits, a smaller one may be 0 all the same."""
 
 
 def pattern_from_mapping(values: Any) -> HeadPattern:

@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 
-from vllm_sparse.tools.demo.packages import default_cache_dir
+from vllm_sparse.model_files import cache_root
 from vllm_sparse.tools.demo.server import Server, elapsed
 from vllm_sparse.tools.demo.smollm2 import prepare
 from vllm_sparse.tools.demo.texts import needle_prompt
@@ -39,7 +39,7 @@ def _run(arguments: argparse.Namespace) -> int:
     where = arguments.context_tokens, arguments.depth
     messages, number = needle_prompt(tokenizer, *where, seed=arguments.seed)
     options = _server_options(arguments)
-    log_path = default_cache_dir() / "demo-server.log"
+    log_path = cache_root() / "demo-server.log"
     _report("server", f"vllm serve {model.name} {shlex.join(options)}")
     with Server(model, options, log_path, on_gpu=torch.cuda.is_available()) as server:
         essay, _, question = messages[0]["content"].rpartition("\n\n")

