@@ -214,7 +214,7 @@ def _stock_write(batch, heads, dim, page, block_table, seq_lens):
 
 
 def _check(layer, timed, page, scale) -> None:
-    """Engines must agree with the torch reference before anything is timed."""
+    """Attention kernels must agree with the reference before anything is timed."""
     expected = torch.empty_like(layer.q, dtype=torch.float32)
     reference.sparse_decode(
         layer.q.float(), layer.kv, layer.table, Geometry.of(layer.q.float(), layer.kv, page, scale), expected
