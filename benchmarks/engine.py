@@ -2,9 +2,14 @@
 
     python -m benchmarks.engine --model MODEL 1q1s8k 1q1s128k 8q1s32k
     python -m benchmarks.engine --tp 2 --executor ray --shape llama-70b --layers 40 1q1s128k
+    python -m benchmarks.engine --weights fp8 --kv-cache-dtype fp8,auto 1q1s128k 8q1s32k 3q1s128k 6q1s128k
+    python -m benchmarks.engine --weights fp8 --kv-cache-dtype fp8,auto --tokens 33 --sparse '{"prefill_policy":
+        "vertical_slash", "prefill_top_p": 0, "slash_tokens": 512}' 1q1s128k
 
 Without ``--model``, random weights in the shape of a Llama 3.1. TPOT is the median time between
-output tokens of all running requests; TTFT the time to the first token of the batch.
+output tokens of all running requests; TTFT the time to the first token of the batch. Each KV cache dtype is
+measured in a stock engine and in a sparse one for each ``--sparse``; rows are written after each sparse engine,
+so that a command cut short leaves those of the engines before, and the table comes last.
 """
 
 from __future__ import annotations
@@ -13,12 +18,17 @@ import argparse
 import itertools
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks import results
 from benchmarks.batch_spec import max_num_seqs, parse
@@ -35,6 +45,11 @@ LLAMA_70B = LLAMA_8B | dict(
     hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64
 )
 SHAPES = {"llama-8b": ("Llama-3.1-8B", LLAMA_8B), "llama-70b": ("Llama-3.1-70B", LLAMA_70B)}
+KV_CACHE_DTYPES = ("auto", "fp8")
+SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+"""Dtypes of vLLM's as rows name them."""
+LOG_TAIL_LINES = 30
+GONE_TIMEOUT_S = 5
 
 
 def parse_args(argv=None):
@@ -43,16 +58,24 @@ def parse_args(argv=None):
     parser.add_argument("--model", default="", help="a model directory or name; default: random weights")
     parser.add_argument("--shape", choices=SHAPES, default="llama-8b", help="of random weights")
     parser.add_argument("--layers", type=int, help="of random weights; fewer hold longer contexts")
-    parser.add_argument("--sparse", default="{}", help="sparse settings as JSON")
+    parser.add_argument("--sparse", action="append", help="sparse settings as JSON; again for one more engine")
     parser.add_argument("--baseline", default="FLASH_ATTN", help="stock attention backend; '' skips it")
+    parser.add_argument("--kv-cache-dtype", default="auto", help="auto, fp8, or auto,fp8")
+    parser.add_argument("--weights", choices=("bf16", "fp8"), default="bf16", help="fp8: quantised when loaded")
     parser.add_argument("--tokens", type=int, default=65, help="output tokens per request")
     parser.add_argument("--tp", type=int, default=1, help="GPUs, for both backends")
     parser.add_argument("--executor", choices=("mp", "ray"), help="for --tp above 1; default: mp")
     parser.add_argument("--gpu-memory", type=float, default=0.9)
     parser.add_argument("--eager", action="store_true")
+    parser.add_argument("--limit", type=float, default=600, help="seconds of an engine, after which it is killed")
     parser.add_argument("--out", type=Path, default=results.RESULTS)
-    parser.add_argument("--worker", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", type=lambda text: Side(*json.loads(text)), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    args.sparse = args.sparse or ["{}"]
+    args.kv_cache_dtype = args.kv_cache_dtype.split(",")
+    for dtype in args.kv_cache_dtype:
+        if dtype not in KV_CACHE_DTYPES:
+            parser.error(f"--kv-cache-dtype: {dtype!r}; allowed: {', '.join(KV_CACHE_DTYPES)}")
     if args.tp > 1:
         args.executor = args.executor or "mp"
     elif args.executor:
@@ -60,30 +83,51 @@ def parse_args(argv=None):
     return args
 
 
+@dataclass(frozen=True)
+class Side:
+    """An engine to measure."""
+
+    backend: str
+    kv_cache_dtype: str
+    settings: str = ""
+    """Of sparse attention, as JSON."""
+
+    @property
+    def is_sparse(self) -> bool:
+        return self.backend == "sparse"
+
+
 def main() -> None:
     args = parse_args()
     if args.worker:
-        print("RESULT " + json.dumps(measure(args)), flush=True)
+        for found in measure(args, args.worker):
+            print("RESULT " + json.dumps(found), flush=True)
         return
-    backends = ([args.baseline] if args.baseline else []) + ["sparse"]
-    times = {backend: run_worker(backend) for backend in backends}
-    stock, sparse = times.get(args.baseline, {}), times["sparse"]
-    print(
-        f"{'batch':>12} {'stock TPOT':>11} {'sparse TPOT':>12} {'ratio':>6} {'stock TTFT':>11} {'sparse TTFT':>12}"
-    )
-    rows = []
+    # A plain SIGTERM would skip what ends the engine and prints what was measured.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
+    sides: dict[Side, dict] = {}
+    try:
+        for dtype in args.kv_cache_dtype:
+            stock = Side(args.baseline, dtype)
+            if args.baseline:
+                sides[stock] = run_worker(stock, args.limit)
+            for settings in args.sparse:
+                side = Side("sparse", dtype, settings)
+                sides[side] = run_worker(side, args.limit)
+                results.append("engine", rows_of(args, side, sides[side], sides.get(stock, {})), args.out)
+    finally:
+        print_table(args, sides)
+    if any("reason" in found for found in sides.values()):
+        raise SystemExit("not every engine ran to its end")
+
+
+def rows_of(args, side: Side, sparse: dict, stock: dict) -> list[dict]:
+    """A row for each batch and metric; none of a batch that one of the two engines did not run."""
+    rows, settings = [], json.loads(side.settings)
     for spec in args.specs:
-        ours, theirs = sparse[spec], stock.get(spec, {})
-        sides = (("stock", theirs), ("sparse", ours))
-        reasons = [f"{side}: {found['reason']}" for side, found in sides if "reason" in found]
-        if reasons:
-            print(f"{spec:>12} not compared; {'; '.join(reasons)}")
+        ours, theirs = sparse.get(spec, {}), stock.get(spec, {})
+        if "tpot_ms" not in ours or (args.baseline and "tpot_ms" not in theirs):
             continue
-        ratio = theirs.get("tpot_ms", 0) / ours["tpot_ms"]
-        print(
-            f"{spec:>12} {theirs.get('tpot_ms', 0):8.3f} ms {ours['tpot_ms']:9.3f} ms {ratio:5.2f}x "
-            f"{theirs.get('ttft_ms', 0):8.0f} ms {ours['ttft_ms']:9.0f} ms"
-        )
         for bench in ("tpot", "ttft"):
             baseline = theirs.get(f"{bench}_ms")
             rows.append(
@@ -94,19 +138,55 @@ def main() -> None:
                     "batch": len(parse(spec)), "context": max(r.context_tokens for r in parse(spec)),
                     "batch_spec": spec, "budget": sparse["budget"], "policy": sparse["policy"],
                     "prefill_policy": sparse["prefill_policy"], "prefill_density": ours["prefill_density"],
-                    "sparse": json.loads(args.sparse), "baseline": args.baseline, "eager": args.eager,
-                    "kv_dtype": "bf16", "baseline_kv_dtype": "bf16", "weights": "bf16", "drafts": 0,
-                    "default": not json.loads(args.sparse),
+                    "sparse": settings, "baseline": args.baseline, "eager": args.eager,
+                    "kv_dtype": sparse["kv_dtype"], "baseline_kv_dtype": stock.get("kv_dtype"),
+                    "weights": sparse["weights"], "drafts": 0, "default": not settings,
                     "baseline_ms": baseline, "sparse_ms": ours[f"{bench}_ms"],
                     "p99_baseline_ms": theirs.get("p99_ms"), "p99_sparse_ms": ours["p99_ms"],
                     "speedup": round(baseline / ours[f"{bench}_ms"], 3) if baseline else None,
+                    "kv_tokens": sparse["kv_tokens"], "baseline_kv_tokens": stock.get("kv_tokens"),
                     "start_baseline_s": stock.get("start_s"), "start_sparse_s": sparse["start_s"],
-                    "free_baseline_gib": stock.get("free_gib"), "free_sparse_gib": sparse["free_gib"],
+                    "free_baseline_gib": stock.get("free_gib"), "free_sparse_gib": sparse.get("free_gib"),
                 }
             )  # fmt: skip
-    print(f"engine start: stock {stock.get('start_s', 0)} s, sparse {sparse['start_s']} s")
-    print(f"GPU memory left at the end: stock {stock.get('free_gib', 0)} GiB, sparse {sparse['free_gib']} GiB")
-    results.append("engine", rows, args.out)
+    return rows
+
+
+def print_table(args, sides: dict[Side, dict]) -> None:
+    """Milliseconds of a decode step and seconds to the first tokens; below, how many times faster sparse is."""
+
+    def name(side: Side) -> str:
+        number = f" {1 + args.sparse.index(side.settings)}" if side.is_sparse and len(args.sparse) > 1 else ""
+        dtype = sides[side].get("kv_dtype", side.kv_cache_dtype)
+        return f"{'sparse' if side.is_sparse else 'stock'}{number}, {dtype}"
+
+    def line(title: str, facts: list, cells: list[str]) -> None:
+        shown = "".join(f"{'' if fact is None else fact:>11{',' if type(fact) is int else ''}}" for fact in facts)
+        print(f"{title:32}{shown:33}" + "".join(f"{cell:>20}" for cell in cells))
+
+    for number, settings in enumerate(args.sparse, 1):
+        if settings != "{}":
+            print(f"sparse{f' {number}' if len(args.sparse) > 1 else ''}: {settings}")
+    line("KV cache", ["tokens", "start s", "free GiB"], [f"{spec} ms, s" for spec in args.specs])
+    for side, found in sides.items():
+        times = [found.get(spec, {}) for spec in args.specs]
+        cells = [f"{t['tpot_ms']:.3f} {t['ttft_ms'] / 1e3:6.2f}" if "tpot_ms" in t else "-" for t in times]
+        line(name(side), [found.get(fact) for fact in ("kv_tokens", "start_s", "free_gib")], cells)
+    for side in sides:
+        others = [Side(args.baseline, side.kv_cache_dtype), Side("sparse", "auto", side.settings)]
+        for other in others if side.is_sparse else ():
+            if other in sides and other != side:
+                pairs = [(sides[side].get(spec, {}), sides[other].get(spec, {})) for spec in args.specs]
+                ratios = [
+                    f"{theirs['tpot_ms'] / ours['tpot_ms']:.2f}x {theirs['ttft_ms'] / ours['ttft_ms']:5.2f}x"
+                    if "tpot_ms" in ours and "tpot_ms" in theirs else "-"
+                    for ours, theirs in pairs
+                ]  # fmt: skip
+                line(f"{name(side)} against {name(other)}", [], ratios)
+    for side, found in sides.items():
+        reasons = {spec: found[spec]["reason"] for spec in args.specs if "reason" in found.get(spec, {})}
+        for what, reason in [*reasons.items(), *([("engine", found["reason"])] if "reason" in found else [])]:
+            print(f"{name(side)}: {what}: {reason}")
 
 
 def shape_name(shape: str, layers: int | None) -> str:
@@ -124,62 +204,105 @@ def model_of(shape: str, layers: int | None) -> Path:
     return folder
 
 
-def run_worker(backend: str) -> dict:
-    """Measure one backend in a process of its own; its log goes to stderr."""
-    command = [sys.executable, "-m", "benchmarks.engine", "--worker", backend, *sys.argv[1:]]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        found = {}
-        for line in process.stdout:
-            if line.startswith("RESULT "):
-                found = json.loads(line[7:])
-            elif "sparse attention" in line or "GPU KV cache size" in line or "Error" in line:
-                print(line, end="", file=sys.stderr)
-    if process.returncode or not found:
-        raise SystemExit(f"the {backend} engine failed with exit code {process.returncode}")
+def run_worker(side: Side, limit_s: float) -> dict:
+    """Measure an engine in a process of its own, which is gone at the end with all that it started.
+
+    Of one that fails, or takes longer than ``limit_s``, what it measured until then, and the ``reason``.
+    """
+    worker = json.dumps([side.backend, side.kv_cache_dtype, side.settings])
+    command = [sys.executable, "-m", "benchmarks.engine", *sys.argv[1:], "--worker", worker]
+    found, reason = {}, ""
+    with tempfile.TemporaryFile("w+", errors="replace") as log:
+        # A session of its own: an engine's processes must not outlive it, for they hold the GPU's memory.
+        process = subprocess.Popen(command, stdout=log, start_new_session=True)
+        try:
+            if process.wait(limit_s):
+                reason = f"ended with code {process.returncode}"
+        except subprocess.TimeoutExpired:
+            reason = f"killed after --limit {limit_s:g} s"
+        finally:
+            end(process)
+        log.seek(0)
+        lines = log.read().splitlines()
+    for text in lines:
+        if text.startswith("RESULT "):
+            found |= json.loads(text[7:])
+        elif "sparse attention" in text or "GPU KV cache size" in text or "Error" in text:
+            print(text, file=sys.stderr)
+    if reason:
+        print(*lines[-LOG_TAIL_LINES:], sep="\n", file=sys.stderr)
+        found["reason"] = reason
     return found
 
 
-def measure(args) -> dict:
+def end(process: subprocess.Popen) -> None:
+    """Kill ``process`` and its group, and wait until they are gone."""
+    deadline = time.monotonic() + GONE_TIMEOUT_S
+    with suppress(ProcessLookupError):
+        while time.monotonic() < deadline:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            time.sleep(0.1)
+
+
+def measure(args, side: Side) -> Iterator[dict]:
+    """What is known of an engine, and the times of each batch, as soon as they are."""
     os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
     from vllm import LLM, SamplingParams
 
     batches = {spec: parse(spec) for spec in args.specs}
     longest = max(r.context_tokens for batch in batches.values() for r in batch)
-    model, weights = args.model, "auto"
+    model, load_format = args.model, "auto"
     if not model:
-        model, weights = str(model_of(args.shape, args.layers)), "dummy"
-    sparse = args.worker == "sparse"
+        model, load_format = str(model_of(args.shape, args.layers)), "dummy"
+    settings = json.loads(side.settings or "{}")
     start = time.perf_counter()
     llm = LLM(
-        model, load_format=weights, skip_tokenizer_init=True, attention_backend=args.worker,
+        model, load_format=load_format, skip_tokenizer_init=True, attention_backend=side.backend,
         max_model_len=longest + 256, max_num_seqs=max_num_seqs(batches.values()),
         gpu_memory_utilization=args.gpu_memory, enable_prefix_caching=False, disable_log_stats=True,
-        enforce_eager=args.eager, tensor_parallel_size=args.tp,
-        distributed_executor_backend=args.executor,
-        additional_config={"sparse": json.loads(args.sparse)} if sparse else {},
+        enforce_eager=args.eager, tensor_parallel_size=args.tp, kv_cache_dtype=side.kv_cache_dtype,
+        quantization="fp8" if args.weights == "fp8" else None, distributed_executor_backend=args.executor,
+        additional_config={"sparse": settings} if side.is_sparse else {},
     )  # fmt: skip
-    found = {"start_s": round(time.perf_counter() - start, 1)}
-    pairs = prefill_pairs(llm) if sparse else (0, 0)
-    for spec, batch in batches.items():
-        params = SamplingParams(max_tokens=args.tokens, temperature=0, ignore_eos=True, detokenize=False)
-        found[spec] = time_batch(llm.llm_engine, batch, params)
-        if sparse and "reason" not in found[spec]:
-            before, pairs = pairs, prefill_pairs(llm)
-            attended, causal = pairs[0] - before[0], pairs[1] - before[1]
-            found[spec]["prefill_density"] = round(attended / causal, 4) if causal else None
-        print(args.worker, spec, found[spec], file=sys.stderr, flush=True)
-    import torch
-
-    found["free_gib"] = round(torch.cuda.mem_get_info()[0] / 2**30, 2)
-    if sparse:
+    yield {"start_s": round(time.perf_counter() - start, 1), **about(llm.llm_engine.vllm_config)}
+    if side.is_sparse:
         from vllm_sparse.config import SparseConfig
 
-        config = SparseConfig.from_mapping(json.loads(args.sparse), "--sparse")
-        found |= {"budget": config.budget_tokens, "policy": config.decode_policy}
-        found["prefill_policy"] = config.prefill_policy
-        found["environment"] = results.environment()
-    llm.llm_engine.engine_core.shutdown()  # waits for the workers, whose memory the next engine needs
-    return found
+        config = SparseConfig.from_mapping(settings, "--sparse")
+        yield {
+            "budget": config.budget_tokens, "policy": config.decode_policy,
+            "prefill_policy": config.prefill_policy, "environment": results.environment(),
+        }  # fmt: skip
+    pairs = prefill_pairs(llm) if side.is_sparse else (0, 0)
+    for spec, batch in batches.items():
+        params = SamplingParams(max_tokens=args.tokens, temperature=0, ignore_eos=True, detokenize=False)
+        found = time_batch(llm.llm_engine, batch, params)
+        if side.is_sparse and "reason" not in found:
+            before, pairs = pairs, prefill_pairs(llm)
+            attended, causal = pairs[0] - before[0], pairs[1] - before[1]
+            found["prefill_density"] = round(attended / causal, 4) if causal else None
+        print(side.backend, side.kv_cache_dtype, spec, found, file=sys.stderr, flush=True)
+        yield {spec: found}
+    import torch
+
+    if torch.cuda.is_available():
+        yield {"free_gib": round(torch.cuda.mem_get_info()[0] / 2**30, 2)}
+    llm.llm_engine.engine_core.shutdown()
+
+
+def about(config: Any) -> dict:
+    """Dtypes of an engine, by its config, and the tokens that its KV cache holds."""
+    from vllm_sparse.tools.commands import kv_dtype
+
+    cache, model = config.cache_config, config.model_config
+    dtype = str(model.dtype).removeprefix("torch.")
+    kept = kv_dtype(cache.cache_dtype, model)
+    return {
+        "kv_dtype": SHORT.get(kept, kept),
+        "weights": model.quantization or SHORT[dtype],
+        "kv_tokens": cache.num_gpu_blocks * cache.block_size,
+    }
 
 
 def prefill_pairs(llm) -> tuple[int, int]:

@@ -2,14 +2,18 @@
 
     python -m benchmarks.kernels 1q1s128k 8q1s32k --budget 2048
     python -m benchmarks.kernels 1q1s128k --policies quest midbound sketch sketch2
+    python -m benchmarks.kernels 1q1s128k 8q1s32k --kv-cache-dtype auto,fp8
 
-Prints microseconds and achieved TB/s of each kernel, checks results first, and appends JSON lines.
+Prints microseconds, the bytes that must be read and written, and achieved GB/s of each kernel, checks results
+first, and appends JSON lines. Over a cache in fp8 the scales are 1, and the dense kernel's queries are in e4m3
+before it is timed.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +36,8 @@ from vllm_sparse.policies import DECODE_POLICIES
 
 SHORT_ROWS_DENSE_FROM = 16
 """As in vllm_sparse/backend/builder.py, which needs vLLM: such batches leave short rows to the dense backend."""
+CACHES = {"auto": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+NAMES = {torch.bfloat16: "bf16", torch.float8_e4m3fn: "fp8"}
 WORKING_SET_BYTES = 256 << 20
 """Rotate over layers until their data exceeds the L2 cache several times."""
 
@@ -40,6 +46,8 @@ WORKING_SET_BYTES = 256 << 20
 class Layer:
     kv: torch.Tensor
     q: torch.Tensor
+    dense_q: torch.Tensor
+    """In the dtype of ``kv``, as FlashAttention wants it."""
     table: PageTable
     out: torch.Tensor
 
@@ -58,6 +66,7 @@ def main() -> None:
         "--policies", nargs="*", default=["quest"], choices=[name for name in DECODE_POLICIES if name != "dense"]
     )
     parser.add_argument("--kernels", nargs="*", default=["triton", "fa3"])
+    parser.add_argument("--kv-cache-dtype", type=caches, default="auto", help="auto, fp8, or auto,fp8")
     parser.add_argument(
         "--tuning", type=json.loads, default={}, help='changes of TUNING, as {"sketch_score": {"waves": 6}}'
     )
@@ -67,25 +76,33 @@ def main() -> None:
         importlib.import_module(f"vllm_sparse.kernels.{kernel}").TUNING.update(changes)
     torch.manual_seed(0)
     rows = []
-    print(f"{'batch':>12} {'policy':>10} {'kernel':>14} {'us':>9} {'TB/s':>6}")
-    for spec in args.specs:
-        for policy in args.policies:
-            for row in bench(spec, policy, args):
-                name, us, speed = row["kernel"], row["us"], row["tb_per_s"]
-                print(f"{spec:>12} {policy:>10} {name:>14} {us:9.1f} {speed:6.2f}", flush=True)
-                rows.append(row)
+    print(f"{'batch':>12} {'policy':>10} {'KV':>4} {'kernel':>14} {'us':>9} {'MB':>9} {'GB/s':>6}")
+    for spec, policy, kv_dtype in itertools.product(args.specs, args.policies, args.kv_cache_dtype):
+        for row in bench(spec, policy, kv_dtype, args):
+            shown = f"{row['us']:9.1f} {row['bytes'] / 1e6:9.3f} {1e3 * row['tb_per_s']:6.0f}"
+            print(f"{spec:>12} {policy:>10} {row['kv_dtype']:>4} {row['kernel']:>14} {shown}", flush=True)
+            rows.append(row)
     results.append("kernels", rows, args.out)
 
 
-def bench(spec: str, policy_name: str, args) -> list[dict]:
+def caches(text: str) -> list[torch.dtype]:
+    """The dtypes of ``auto,fp8``."""
+    for name in text.split(","):
+        if name not in CACHES:
+            raise argparse.ArgumentTypeError(f"{name!r}; allowed: {', '.join(CACHES)}")
+    return [CACHES[name] for name in text.split(",")]
+
+
+def bench(spec: str, policy_name: str, kv_dtype: torch.dtype, args) -> list[dict]:
     requests, policy = parse(spec), DECODE_POLICIES[policy_name]
     lens = [request.context_tokens for request in requests]
     page, heads, dim = args.page_size, args.kv_heads, args.head_dim
     q_heads, budget_pages, scale = heads * args.group, args.budget // page, args.head_dim**-0.5
     pages = [-(-n // page) for n in lens]
-    page_slots = page + summary_slots(policy.summary, page, dim, 2)
-    layer_bytes = sum(pages) * heads * page_slots * 4 * dim
-    page_summary_bytes = summary_bytes_read(policy.summary, page, dim, 2)
+    token_bytes = 2 * dim * kv_dtype.itemsize
+    page_slots = page + summary_slots(policy.summary, page, dim, kv_dtype.itemsize)
+    layer_bytes = sum(pages) * heads * page_slots * token_bytes
+    page_summary_bytes = summary_bytes_read(policy.summary, page, dim, kv_dtype.itemsize)
     summary_bytes = max(1, sum(pages) * heads * page_summary_bytes)
     count = max(2, min(16, -(-WORKING_SET_BYTES // summary_bytes), (40 << 30) // layer_bytes))
     device = torch.device("cuda")
@@ -108,12 +125,12 @@ def bench(spec: str, policy_name: str, args) -> list[dict]:
     scores = PageScores.empty(q_heads, sum(pages), len(lens), device)
     layers = []
     for _ in range(count):
-        kv = torch.empty(sum(pages), heads, page_slots, 2 * dim, dtype=torch.bfloat16, device=device)
+        kv = torch.empty(sum(pages), heads, page_slots, 2 * dim, dtype=kv_dtype, device=device)
         fresh = torch.randn(2, sum(pages) * page, heads, dim, dtype=torch.bfloat16, device=device)
         launchers.page_write(*fresh, kv, torch.arange(sum(pages) * page, device=device), page, policy.summary)
         del fresh
         q = torch.randn(len(lens), q_heads, dim, dtype=torch.bfloat16, device=device)
-        layers.append(Layer(kv, q, table, torch.empty_like(q)))
+        layers.append(Layer(kv, q, q.to(kv_dtype), table, torch.empty_like(q)))
 
     def score(layer):
         policy.score(layer.q, layer.kv, block_table, plan, Geometry.of(layer.q, layer.kv, page, scale), scores)
@@ -124,8 +141,12 @@ def bench(spec: str, policy_name: str, args) -> list[dict]:
     attended = int(table.lengths.sum())
     scored = sum(n for n, length in zip(pages, lens, strict=True) if length > args.min_context)
     summary_bytes = scored * heads * page_summary_bytes
-    attend_bytes = attended * 4 * dim
-    dense_bytes = sum(lens) * heads * 4 * dim
+    attend_bytes = attended * token_bytes
+    dense_bytes = sum(lens) * heads * token_bytes
+    # K and V of a new token come in bfloat16; the older keys of its page are read for the summary.
+    stock_write_bytes = len(lens) * heads * (4 * dim + token_bytes)
+    older = sum((n - 1) % page for n in lens) if policy.summary != "none" else 0
+    write_bytes = stock_write_bytes + heads * (older * token_bytes // 2 + len(lens) * page_summary_bytes)
     timed = [
         ("score", score, summary_bytes),
         ("select", select, q_heads * scored * 4),
@@ -133,8 +154,8 @@ def bench(spec: str, policy_name: str, args) -> list[dict]:
     for name in args.kernels:
         timed.append((f"attend_{name}", _attend(kernel_class(name)(), page, scale), attend_bytes))
     new_tokens = (len(lens), heads, dim, page, block_table, seq_lens)
-    timed.append(("page_write", _page_write(policy.summary, *new_tokens), 0))
-    timed.append(("stock_write", _stock_write(*new_tokens), 0))
+    timed.append(("page_write", _page_write(policy.summary, *new_tokens), write_bytes))
+    timed.append(("stock_write", _stock_write(*new_tokens), stock_write_bytes))
     timed.append(("dense_fa3", _dense(block_table, seq_lens, max(lens), page, scale), dense_bytes))
     for layer in layers:
         score(layer)
@@ -152,13 +173,15 @@ def bench(spec: str, policy_name: str, args) -> list[dict]:
     common = results.environment() | {
         "bench": "attention", "shape": f"kv{heads}_group{args.group}_d{dim}_page{page}", "batch_spec": spec,
         "batch": len(lens), "context": max(lens), "budget": args.budget, "policy": policy_name, "mode": "resident",
-        "tp": 1, "tuning": args.tuning, "baseline_ms": times["dense_fa3"] / 1e3,
+        "tp": 1, "tuning": args.tuning, "kv_dtype": NAMES[kv_dtype], "baseline_kv_dtype": NAMES[kv_dtype],
+        "baseline_ms": times["dense_fa3"] / 1e3,
     }  # fmt: skip
     return [
         common
         | {
             "kernel": name,
             "us": round(us, 2),
+            "bytes": sizes[name],
             "tb_per_s": round(sizes[name] / us / 1e6, 3),
             "sparse_ms": round(us / 1e3, 5),
             "speedup": round(times["dense_fa3"] / us, 3),
@@ -181,7 +204,7 @@ def _dense(block_table, seq_lens, longest, page, scale):
     def run(layer):
         k, v = layer.kv[:, :, :page].transpose(1, 2).split(layer.q.shape[-1], -1)
         flash_attn_varlen_func(
-            q=layer.q, k=k, v=v, out=layer.out, cu_seqlens_q=starts, max_seqlen_q=1, seqused_k=seq_lens,
+            q=layer.dense_q, k=k, v=v, out=layer.out, cu_seqlens_q=starts, max_seqlen_q=1, seqused_k=seq_lens,
             max_seqlen_k=longest, block_table=block_table, softmax_scale=scale, causal=True, fa_version=3,
         )  # fmt: skip
 
@@ -207,8 +230,10 @@ def _stock_write(batch, heads, dim, page, block_table, seq_lens):
     one = torch.ones((), device="cuda")
 
     def run(layer):
-        k, v = layer.kv[:, :, :page].transpose(1, 2).split(dim, -1)
-        reshape_and_cache_flash(key, key, k, v, slots, "auto", one, one)
+        coded = layer.kv.dtype is torch.float8_e4m3fn
+        kv = layer.kv.view(torch.uint8) if coded else layer.kv  # codes are bytes to vLLM
+        k, v = kv[:, :, :page].transpose(1, 2).split(dim, -1)
+        reshape_and_cache_flash(key, key, k, v, slots, "fp8" if coded else "auto", one, one)
 
     return run
 
@@ -226,7 +251,8 @@ def _check(layer, timed, page, scale) -> None:
             rows = layer.table.lengths.view(len(layer.q), -1)[:, 0] > 0
             mine, right = layer.out[rows].float(), expected[rows]
             error = ((mine - right).norm() / right.norm().clamp(min=1e-9)).item()
-            if not error < 1e-2:
+            # FlashAttention-3 multiplies codes of queries and of weights, too.
+            if not error < (0.1 if name == "attend_fa3" and layer.kv.dtype is not layer.q.dtype else 1e-2):
                 raise SystemExit(f"{name}: relative error {error:.1e} against the torch reference")
 
 

@@ -28,7 +28,7 @@ from pathlib import Path
 
 from benchmarks import results
 from benchmarks.batch_spec import max_num_seqs, parse
-from benchmarks.engine import model_of, shape_name
+from benchmarks.engine import KV_CACHE_DTYPES, model_of, shape_name
 from vllm_sparse.config import SparseConfig
 from vllm_sparse.offload.config import HOST_DTYPES
 
@@ -50,6 +50,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--host-dtype", default="auto", choices=HOST_DTYPES, help="how offload stores K and V there"
     )
+    parser.add_argument("--kv-cache-dtype", default="auto", choices=KV_CACHE_DTYPES, help="of all modes")
     parser.add_argument("--hot-fraction", type=float, default=None, help="default: auto")
     parser.add_argument("--sparse", default="{}", help="sparse settings of resident and offload as JSON")
     parser.add_argument("--baseline", default="FLASH_ATTN", help="stock attention backend")
@@ -158,6 +159,7 @@ def row_of(args, mode: str, result: dict, spec: str, times: dict) -> dict:
         "batch": len(batch), "context": max((r.context_tokens for r in batch), default=None),
         "gpu_gib": gpu_gib(args, mode) or None, "host_gib": args.host_gib if mode == "offload" else None,
         "host_dtype": args.host_dtype if mode == "offload" else None,
+        "kv_dtype": "bf16" if args.kv_cache_dtype == "auto" else args.kv_cache_dtype,
         "backend": args.baseline if mode == "stock" else "sparse",
         "sparse": None if mode == "stock" else settings_of(args, mode), "eager": args.eager,
         "started": result["started"], "reason": result.get("reason"),
@@ -219,7 +221,8 @@ def measure(args) -> dict:
         attention_backend=args.baseline if mode == "stock" else "sparse",
         max_model_len=longest, max_num_seqs=max_num_seqs(batches.values()),
         gpu_memory_utilization=share_of_gpu(gpu_gib(args, mode)), enable_prefix_caching=False,
-        disable_log_stats=True, enforce_eager=args.eager, tensor_parallel_size=args.tp, **more,
+        disable_log_stats=True, enforce_eager=args.eager, tensor_parallel_size=args.tp,
+        kv_cache_dtype=args.kv_cache_dtype, **more,
     )  # fmt: skip
     found = {"start_s": round(time.perf_counter() - start, 1)}
     cache = llm.llm_engine.vllm_config.cache_config

@@ -21,6 +21,8 @@ from vllm_sparse.tools.eval.summary import Summary
 
 DOCS = Path(__file__).parent.parent / "docs"
 STOCK, SPARSE = "#8a8f98", "#1f77b4"
+DTYPES = ("kv_dtype", "baseline_kv_dtype", "weights")
+"""Rows that differ in these are never compared; old ones have none and are of bf16."""
 
 
 def read(name: str, bench: str) -> list[dict]:
@@ -44,11 +46,13 @@ def fullest(rows: list[dict], same: tuple[str, ...], each: tuple[str, ...]) -> l
     return list(max(reversed(groups.values()), key=len).values())
 
 
-def load(name: str, bench: str) -> list[dict]:
-    """Rows of the fullest run of ``bench`` on the GPU measured last, one GPU."""
-    rows = [row for row in read(name, bench) if row.get("tp", 1) == 1]
+def decodes() -> list[dict]:
+    """The fullest run of one GPU, of the kind measured last; of those with caches in fp8 where there are some."""
+    rows = [row for row in read("engine", "tpot") if row.get("tp", 1) == 1]
+    rows = [row for row in rows if row.get("kv_dtype") == row.get("baseline_kv_dtype") == "fp8"] or rows
     rows = [row for row in rows if row["gpu"] == rows[-1]["gpu"]]
-    return fullest(rows, ("commit",), ("batch_spec", "kernel", "tp"))
+    rows = fullest(rows, ("commit", "sparse", *DTYPES), ("batch_spec",))
+    return sorted(rows, key=lambda row: (row["batch"], row["context"]))
 
 
 def caption(row: dict) -> str:
@@ -62,9 +66,14 @@ def joint_caption(rows: list[dict]) -> str:
 
 
 def decode_speed() -> None:
-    """Time per output token of the real engine, stock against sparse."""
-    rows = load("engine", "tpot")
-    rows.sort(key=lambda row: (row["batch"], row["context"]))
+    """Time per output token of the real engine, stock against sparse; prints the README's table of it, too."""
+    rows = decodes()
+    kv, weights = (rows[0].get(name) or "bf16" for name in ("kv_dtype", "weights"))
+    print(f"{caption(rows[0])}, KV {kv}, weights {weights}:\n")
+    print("| requests × context | stock | sparse | |\n|---|---|---|---|")
+    for row in rows:
+        times = f"{row['baseline_ms']:.2f} ms | {row['sparse_ms']:.2f} ms | **{row['speedup']:.2f}×**"
+        print(f"| {row['batch']} × {row['context']:,} | {times} |")
     figure, axes = plt.subplots(figsize=(8, 3.6), layout="constrained")
     for offset, key, color, name in (
         (-0.2, "baseline_ms", STOCK, "stock vLLM (FLASH_ATTN)"),
@@ -77,7 +86,7 @@ def decode_speed() -> None:
     names = [f"{row['batch']} × {row['context']:,}\n{row['speedup']:.2f}×" for row in rows]
     axes.set_xticks(range(len(rows)), names)
     axes.set_ylabel("ms per output token")
-    axes.set_title(f"Decode of the {rows[0]['shape']} shape, requests × context", fontsize=10)
+    axes.set_title(f"Decode of the {rows[0]['shape']} shape, KV cache in {kv}, requests × context", fontsize=10)
     axes.set_xlabel(caption(rows[0]), fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
@@ -90,7 +99,7 @@ def tensor_parallel() -> None:
     if not rows:
         return
     each = ("shape", "executor", "batch_spec")
-    rows = fullest(rows, ("gpu", "commit", "tp", "budget", "sparse"), each)
+    rows = fullest(rows, ("gpu", "commit", "tp", "budget", "sparse", *DTYPES), each)
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
     rows.sort(key=lambda row: (shapes.index(row["shape"]), row["executor"], row["batch"], row["context"]))
     figure, axes = plt.subplots(figsize=(8, 1 + 0.55 * len(rows)), layout="constrained")
@@ -118,7 +127,8 @@ def offload() -> None:
     latest: dict[tuple, dict] = {}
     for row in read("offload", "offload"):
         # A run beside stock says more than a later one without.
-        key = row["mode"], row["batch_spec"], row["gpu_gib"], row.get("host_dtype") == "fp8"
+        coded = tuple(row.get(name) == "fp8" for name in ("host_dtype", "kv_dtype"))
+        key = row["mode"], row["batch_spec"], row["gpu_gib"], coded
         if row["mode"] == "offload" and ("baseline_ms" in row or "baseline_ms" not in latest.get(key, ())):
             latest[key] = row
     rows = sorted(latest.values(), key=lambda row: (row["batch"], row["context"], row["gpu_gib"] or 999))
@@ -130,7 +140,7 @@ def offload() -> None:
             speed = row["batch"] / row["baseline_ms"] * 1e3
             axes.bar_label(axes.bar(i - 0.2, speed, 0.38, color=STOCK), fmt="%.0f", fontsize=8)
         gpu = f"{row['gpu_gib']:.0f} GiB of GPU" if row["gpu_gib"] else "whole GPU"
-        coded = " in fp8" if row.get("host_dtype") == "fp8" else ""
+        coded = " in fp8" if "fp8" in (row.get("host_dtype"), row.get("kv_dtype")) else ""
         names.append(f"{row['batch']} × {row['context']:,}\n{gpu},\n{row['host_gib']:.0f} GiB of host{coded}")
     axes.set_xticks(range(len(rows)), names, fontsize=8)
     axes.set_ylabel("tokens per second")
@@ -145,7 +155,7 @@ def offload() -> None:
 def kernel_time() -> None:
     """One layer's decode step of one request against its context, beside dense attention and memory speed."""
     rows = [row for row in read("kernels", "attention") if row["batch"] == 1 and not row.get("tuning")]
-    rows = fullest(rows, ("gpu", "commit", "policy"), ("batch_spec", "kernel", "tp"))
+    rows = fullest(rows, ("gpu", "commit", "policy", *DTYPES), ("batch_spec", "kernel", "tp"))
     rows.sort(key=lambda row: row["context"])
     contexts = sorted({row["context"] for row in rows})
     bandwidth = max(row["tb_per_s"] for row in rows)
@@ -206,7 +216,7 @@ def prefill_time() -> None:
     """One layer's prefill of one request by part, beside dense attention."""
     rows = read("prefill", "prefill_attention")
     rows = [row for row in rows if row["kernel"] == "fa3" and row["policy"] == "vertical_slash"]
-    rows = fullest(rows, ("gpu", "commit", "sparse"), ("batch_spec",))
+    rows = fullest(rows, ("gpu", "commit", "sparse", *DTYPES), ("batch_spec",))
     rows.sort(key=lambda row: row["context"])
     figure, axes = plt.subplots(figsize=(8, 2.6), layout="constrained")
     for index, row in enumerate(rows):
@@ -237,7 +247,7 @@ def prefill_quality() -> None:
     rows = [row for row in rows if row["split"] == "report" and row["density"] is not None]
     rows = fullest(rows, ("shape", "gpu", "context", "chunk", "needles"), ("policy", "sparse"))
     times = [row for row in read("prefill", "prefill_attention") if row["kernel"] == "fa3"]
-    times = fullest(times, ("gpu", "shape", "batch_spec"), ("policy", "sparse"))
+    times = fullest(times, ("gpu", "shape", "batch_spec", *DTYPES), ("policy", "sparse"))
     figure, (quality, speed) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
     for axes, points, value in (
         (quality, rows, lambda row: 100 * (row["perplexity"] / row["dense_perplexity"] - 1)),

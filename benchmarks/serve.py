@@ -28,7 +28,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from benchmarks import results
-from benchmarks.engine import LLAMA_8B
+from benchmarks.engine import KV_CACHE_DTYPES, LLAMA_8B
 from vllm_sparse.config import SparseConfig
 from vllm_sparse.tools.demo.server import LOG_TAIL_LINES, Server, ServerError
 
@@ -75,6 +75,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tp", type=_positive, default=1)
+    parser.add_argument("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto", help="of both servers")
+    parser.add_argument("--weights", choices=("bf16", "fp8"), default="bf16", help="fp8: quantised when loaded")
     parser.add_argument("--gpu-memory", type=float, default=0.9)
     parser.add_argument("--keep", type=Path, help="folder for logs and caches; default: a temporary one")
     parser.add_argument("--out", type=Path, default=results.RESULTS)
@@ -159,6 +161,7 @@ def measure(args: argparse.Namespace) -> list[dict]:
         )
     print_table(stock, sparse)
     lowest, highest = args.input_tokens
+    kv_dtype = "bf16" if args.kv_cache_dtype == "auto" else args.kv_cache_dtype
     common = environment | {
         "shape": args.model or "Llama-3.1-8B", "mode": "resident", "tp": args.tp, "batch": args.max_concurrency,
         "context": f"{lowest}-{highest}", "budget": config.budget_tokens, "policy": config.decode_policy,
@@ -167,7 +170,8 @@ def measure(args: argparse.Namespace) -> list[dict]:
         "rate": str(args.rate), "seed": args.seed, "warmups": args.warmups, "server": args.server,
         "preemptions_baseline": stock and stock["preemptions"], "preemptions_sparse": sparse["preemptions"],
         "kv_tokens_baseline": stock and stock["kv_tokens"], "kv_tokens_sparse": sparse["kv_tokens"],
-        "attended": sparse["attended"],
+        "attended": sparse["attended"], "kv_dtype": kv_dtype, "baseline_kv_dtype": kv_dtype if stock else None,
+        "weights": args.weights, "drafts": 0, "default": not json.loads(args.sparse),
     }  # fmt: skip
     return make_rows(common, stock, sparse)
 
@@ -206,8 +210,10 @@ def server_arguments(args: argparse.Namespace, backend: str) -> list[str]:
     options = {
         "attention-backend": backend, "load-format": "auto" if args.model else "dummy", "max-model-len": longest,
         "max-num-seqs": args.max_concurrency, "gpu-memory-utilization": args.gpu_memory,
-        "tensor-parallel-size": args.tp,
+        "tensor-parallel-size": args.tp, "kv-cache-dtype": args.kv_cache_dtype,
     }  # fmt: skip
+    if args.weights == "fp8":
+        options["quantization"] = "fp8"
     if backend == "sparse":
         options["additional-config"] = json.dumps({"sparse": json.loads(args.sparse)})
     # The warm-up's prompt is also the first measured one.

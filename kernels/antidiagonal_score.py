@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from vllm_sparse.kernels.constants import PRECISION
+from vllm_sparse.kernels.e4m3 import elements_of, stored
 from vllm_sparse.pages.geometry import Geometry
 from vllm_sparse.pages.query_blocks import BLOCK_TOKENS, QueryBlocks
 
@@ -47,7 +48,7 @@ def _strided_logits(
         block = tl.load(block_table_ptr + key // PAGE, mask=known, other=0).to(tl.int64)
         cells = kv_head_ptr + block * kv_stride_b + (key % PAGE) * kv_stride_slot
         k = tl.load(cells[None, :] + dims[:, None], mask=known[None, :] & in_head[:, None], other=0.0)
-        logits = tl.dot(query, k, logits, input_precision=PRECISION)
+        logits = tl.dot(query, stored(k, query.dtype), logits, input_precision=PRECISION)
     last = tl.minimum(q_row + STRIDE, num_tokens) - 1 + first_position
     seen = (q_row < num_tokens)[:, None] & (columns[None, :] * STRIDE <= last[:, None])
     return tl.where(seen, logits * scale_log2, float("-inf"))
@@ -116,9 +117,9 @@ def antidiagonal_score(
     block_j = max(min(columns, 64), page_size // STRIDE.value)
     num_blocks = min(max(2, query_rows // BLOCK_ROWS.value), 16, triton.next_power_of_2(max(2, blocks.num_blocks)))
     _antidiagonal_score[(triton.cdiv(blocks.num_blocks, num_blocks), q_heads)](
-        q, kv, block_table, scores, q.stride(0), q.stride(1), kv.stride(0), kv.stride(1), kv.stride(2),
-        scores.stride(0), scale * LOG2_E / STRIDE.value, blocks.first_position, num_tokens, blocks.num_blocks,
-        num_pages,
+        q, elements_of(kv), block_table, scores, q.stride(0), q.stride(1), kv.stride(0), kv.stride(1),
+        kv.stride(2), scores.stride(0), scale * LOG2_E / STRIDE.value, blocks.first_position, num_tokens,
+        blocks.num_blocks, num_pages,
         GROUP=q_heads // kv.shape[1], HEAD_DIM=head_dim, BLOCK_D=block_d, PAGE=page_size,
         BLOCKS=num_blocks, BLOCK_J=block_j, PAGES_J=block_j * STRIDE.value // page_size,
         num_warps=TUNING["num_warps"], num_stages=TUNING["num_stages"],

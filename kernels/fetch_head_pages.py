@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_sparse.kernels.e4m3 import codes_of, from_e4m3, powers_256_of
+from vllm_sparse.kernels.e4m3 import bytes_of, from_e4m3, powers_256_of
 from vllm_sparse.kernels.launch import num_multiprocessors
 from vllm_sparse.pages import hot_set as hot_sets
 from vllm_sparse.pages.hot_set import HotSet, Lookups
@@ -112,7 +112,7 @@ def fetch_head_pages(
     head_page = page_size * content
     programs = min(most, TUNING["programs_per_sm"] * num_multiprocessors(hot.device))
     _fetch_head_pages[(programs,)](
-        codes_of(host, exponents), exponents, hot, table.head_pages, plan.clock, hot_set.slot_of,
+        bytes_of(host), exponents, bytes_of(hot), table.head_pages, plan.clock, hot_set.slot_of,
         hot_set.slot_head_page, hot_set.last_use, lookups.misses, plan.num_misses, lookups.counters,
         host.stride(1), hot.stride(1),
         hot_set.first_head_page, layer, hot_set.num_sets, HEAD_PAGE=head_page, HEAD_DIM=content // 2,

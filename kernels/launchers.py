@@ -1,6 +1,7 @@
 """All Triton launchers under one name; needs Triton (see :func:`vllm_sparse.kernels.for_device`)."""
 
 from vllm_sparse.kernels.antidiagonal_score import antidiagonal_score
+from vllm_sparse.kernels.code_queries import code_queries
 from vllm_sparse.kernels.fetch_head_pages import fetch_head_pages
 from vllm_sparse.kernels.find_hot_slots import find_hot_slots
 from vllm_sparse.kernels.index_score import random_score, recency_score
@@ -28,6 +29,7 @@ from vllm_sparse.kernels.write_through import write_through
 
 __all__ = [
     "antidiagonal_score",
+    "code_queries",
     "fetch_head_pages",
     "find_hot_slots",
     "page_mass",

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from vllm_sparse.kernels.constants import CHUNK, PRECISION
+from vllm_sparse.kernels.e4m3 import elements_of, stored
 from vllm_sparse.kernels.launch import page_splits
 from vllm_sparse.kernels.store_scores import store_chunk, store_scores
 from vllm_sparse.pages.decode_plan import DecodePlan
@@ -48,7 +49,7 @@ def _page_mass(
             block = tl.load(block_table_ptr + request * table_stride + page).to(tl.int64)
             live = page * PAGE + rows < seq_len
             k = tl.load(keys + block * kv_stride_b, mask=live[None, :] & (dims < HEAD_DIM)[:, None], other=0.0)
-            logits = tl.dot(query, k, input_precision=PRECISION) * scale
+            logits = tl.dot(query, stored(k, query.dtype), input_precision=PRECISION) * scale
             logits = tl.where(live[None, :], logits, float("-inf"))
             peak = tl.max(logits, axis=1)
             mass = tl.log(tl.sum(tl.exp(logits - peak[:, None]), axis=1)) + peak
@@ -74,7 +75,7 @@ def page_mass(
     assert q.stride(2) == kv.stride(3) == 1
     splits = page_splits(num_reqs * kv_heads, block_table.shape[1], CHUNK_PAGES, q.device)
     _page_mass[(splits, kv_heads, num_reqs)](
-        q, kv, block_table, plan.table_seq_lens, plan.score_offsets, scores.values, scores.chunk_lse,
+        q, elements_of(kv), block_table, plan.table_seq_lens, plan.score_offsets, scores.values, scores.chunk_lse,
         q.stride(0), q.stride(1), kv.stride(0), kv.stride(1), kv.stride(2), block_table.stride(0),
         scores.values.stride(0), scores.chunk_lse.stride(0), scale,
         GROUP=group, GROUP_PAD=max(16, triton.next_power_of_2(group)),

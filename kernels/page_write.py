@@ -1,9 +1,10 @@
 """page_write: K and V of new tokens into their pages, and the summaries of those pages.
 
-    page[b, h, r] = [key | value]             for each token with slot b * page_size + r
+    page[b, h, r] = [key | value]             for each token with slot b * page_size + r, in a cache of e4m3 as
+                                              codes of [key / k_scale | value / v_scale]
     page[b, h, page_size] = bytes of [c | w]                       (summary "key_range")
 
-where over rows 0..last written row, per channel, with int8 c and w and bfloat16 scales,
+where over rows 0..last written row, per channel, with int8 c and w, bfloat16 scales, and K as it is stored,
 
     c * c_scale = (max K + min K) / 2, to the nearest
     w * w_scale >= largest distance of a K from c * c_scale, rounded up
@@ -26,6 +27,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_sparse.kernels.e4m3 import elements_of, saturated_e4m3, stored
 from vllm_sparse.kernels.sketch_write import SMALLEST, write_sketch
 from vllm_sparse.pages.summaries import SKETCH_BITS, TILE_TOKENS, SketchLayout, summary_slots
 
@@ -49,7 +51,7 @@ def _as_float(bits):
 @triton.jit(do_not_specialize=["num_tokens"])
 def _page_write(
     key_ptr, value_ptr, kv_ptr, kv_bytes_ptr, kv_words_ptr, slots_ptr, num_tokens, key_stride_t, key_stride_h,
-    value_stride_t, value_stride_h, kv_stride_b, kv_stride_h, kv_stride_slot,
+    value_stride_t, value_stride_h, kv_stride_b, kv_stride_h, kv_stride_slot, k_scale, v_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
     SKETCH_BITS: tl.constexpr, TILE_BYTES: tl.constexpr, ITEM_BYTES: tl.constexpr, OF_KEYS: tl.constexpr,
 ):  # fmt: skip
@@ -64,6 +66,9 @@ def _page_write(
         return
     block, row = slot // PAGE, slot % PAGE
     page = block.to(tl.int64) * kv_stride_b + head.to(tl.int64) * kv_stride_h
+    if ITEM_BYTES == 1:
+        k = saturated_e4m3(k.to(tl.float32) / k_scale, kv_ptr.dtype.element_ty)
+        v = saturated_e4m3(v.to(tl.float32) / v_scale, kv_ptr.dtype.element_ty)
     tl.store(kv_ptr + page + row * kv_stride_slot + dims, k, mask=in_head)
     tl.store(kv_ptr + page + row * kv_stride_slot + HEAD_DIM + dims, v, mask=in_head)
     # What follows a return is compiled all the same.
@@ -77,10 +82,17 @@ def _page_write(
         source = token + rows - first
         fresh = tl.load(slots_ptr + source, mask=~old & (source < num_tokens), other=-1) == slot - first + rows
         # Older rows come from the page, new ones from the batch: other programs write those just now.
-        cells = tl.where(old[:, None], kv_ptr + page + (row - first + rows)[:, None] * kv_stride_slot,
-                         key_ptr + source.to(tl.int64)[:, None] * key_stride_t + head * key_stride_h)  # fmt: skip
+        kept = kv_ptr + page + (row - first + rows)[:, None] * kv_stride_slot
+        new = key_ptr + source.to(tl.int64)[:, None] * key_stride_t + head * key_stride_h
         mask = (old | fresh)[:, None] & in_head[None, :]
-        keys = tl.load(cells + dims[None, :], mask=mask, other=0.0).to(tl.float32)
+        if ITEM_BYTES == 1:
+            codes = tl.load(kept + dims[None, :], mask=mask & old[:, None], other=0.0)
+            keys = tl.load(new + dims[None, :], mask=mask & fresh[:, None], other=0.0).to(tl.float32) / k_scale
+            fresh_codes = saturated_e4m3(keys, kv_ptr.dtype.element_ty)
+            keys = tl.where(old[:, None], stored(codes, tl.float32), stored(fresh_codes, tl.float32))
+        else:
+            cells = tl.where(old[:, None], kept, new)
+            keys = tl.load(cells + dims[None, :], mask=mask, other=0.0).to(tl.float32)
         summary = page + PAGE * kv_stride_slot
         if SKETCH_BITS:
             sketch = summary * ITEM_BYTES + row // TILE * TILE_BYTES
@@ -113,6 +125,8 @@ def page_write(
     slot_mapping: torch.Tensor,
     page_size: int,
     summary: str,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> None:
     """Write new tokens and refresh the summaries of the pages they touch.
 
@@ -122,6 +136,7 @@ def page_write(
         slot_mapping: int64 [num_tokens], ``block * page_size + row``; -1 skips a token.
         page_size: tokens per page, a power of two.
         summary: one of :data:`vllm_sparse.pages.summaries.SUMMARIES`.
+        k_scale, v_scale: of a cache in e4m3; others have none.
     """
     num_tokens, (_, kv_heads, head_dim) = slot_mapping.shape[0], key.shape
     assert key.stride(2) == value.stride(2) == kv.stride(3) == 1, "head_dim must be contiguous"
@@ -133,7 +148,8 @@ def page_write(
     rows = summary_slots(summary, page_size, head_dim, kv.element_size())
     assert kv.shape[2] >= page_size + rows, f"the pages of this cache have no room for {summary}"
     assert rows < 2 or kv.stride(2) == kv.shape[3], "summary slots must follow each other"
-    key, value = key.to(kv.dtype), value.to(kv.dtype)
+    if kv.dtype is not torch.float8_e4m3fn:
+        key, value = key.to(kv.dtype), value.to(kv.dtype)
     bits, width = 0, triton.next_power_of_2(head_dim)
     tile, tile_bytes, num_warps = page_size, 0, max(1, page_size // 32)
     if summary in SKETCH_BITS:
@@ -141,9 +157,9 @@ def page_write(
         bits, width, tile, tile_bytes = layout.bits, layout.width, TILE_TOKENS, layout.tile_bytes
         num_warps = max(1, width // SKETCH_CHANNELS_PER_WARP)
     _page_write[(num_tokens, kv_heads)](
-        key, value, kv, kv.view(torch.int8), kv.view(torch.int32), slot_mapping,
+        key, value, elements_of(kv), kv.view(torch.int8), kv.view(torch.int32), slot_mapping,
         num_tokens, key.stride(0), key.stride(1), value.stride(0), value.stride(1),
-        kv.stride(0), kv.stride(1), kv.stride(2),
+        kv.stride(0), kv.stride(1), kv.stride(2), k_scale, v_scale,
         HEAD_DIM=head_dim, BLOCK_D=width, PAGE=page_size, TILE=tile, SKETCH_BITS=bits, TILE_BYTES=tile_bytes,
         ITEM_BYTES=kv.element_size(),
         OF_KEYS=rows > 0,

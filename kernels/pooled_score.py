@@ -3,7 +3,7 @@
     score[h, b, p] = scale * mean_{i in b} q[h, i] . mean_{j in p} K[j],    j up to the last query of all blocks
 
 Mean pooling as in the block-sparse heads of Jiang et al., "MInference 1.0", arXiv 2407.02490. Means are
-rounded to the cache's dtype, which is what tensor cores take.
+rounded to the dtype of queries, which is what tensor cores take.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from vllm_sparse.kernels.constants import BLOCK_TOKENS, PRECISION
+from vllm_sparse.kernels.e4m3 import elements_of, stored
 from vllm_sparse.pages.geometry import Geometry
 from vllm_sparse.pages.query_blocks import QueryBlocks
 
@@ -64,8 +65,8 @@ def _pooled_score(
     for row in range(PAGE):
         key = tl.load(cells[None, :] + row * kv_stride_slot + dims[:, None],
                       mask=(row < known)[None, :] & in_head[:, None], other=0.0)  # fmt: skip
-        total += key.to(tl.float32)
-    mean = (total / tl.maximum(known, 1)[None, :]).to(kv_ptr.dtype.element_ty)
+        total += stored(key, tl.float32).to(tl.float32)
+    mean = (total / tl.maximum(known, 1)[None, :]).to(pooled_ptr.dtype.element_ty)
     rows_per_head = GROUP * num_blocks
     for first in range(0, rows_per_head, ROWS):
         within = first + tl.arange(0, ROWS)
@@ -98,7 +99,7 @@ def pooled_score(
         block_table: int32 [max_pages] of the request.
         blocks: the query blocks.
         geometry: of the layer.
-        pooled: [q_heads * num_blocks or more, head_dim], the dtype of ``kv``, overwritten: mean queries.
+        pooled: [q_heads * num_blocks or more, head_dim], the dtype of ``q``, overwritten: mean queries.
         scores: float32 [q_heads * num_blocks, num_pages], overwritten; of a block's own pages and later ones
             the scores look ahead.
         heads: uint8 [q_heads], above 0: heads to score; other rows are left as they are. None: all.
@@ -117,8 +118,8 @@ def pooled_score(
         **dims, num_warps=4,
     )  # fmt: skip
     _pooled_score[(triton.cdiv(num_pages, PAGES_N.value), kv_heads)](
-        pooled, kv, block_table, scores, heads, pooled.stride(0), kv.stride(0), kv.stride(1), kv.stride(2),
-        scores.stride(0), scale, blocks.end_position, num_pages, blocks.num_blocks,
+        pooled, elements_of(kv), block_table, scores, heads, pooled.stride(0), kv.stride(0), kv.stride(1),
+        kv.stride(2), scores.stride(0), scale, blocks.end_position, num_pages, blocks.num_blocks,
         GROUP=group, **dims, PAGE=page_size, GROUP_PAD=triton.next_power_of_2(group),
         num_warps=4,
     )  # fmt: skip

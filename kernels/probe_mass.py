@@ -24,6 +24,7 @@ import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
 from vllm_sparse.kernels.constants import PRECISION
+from vllm_sparse.kernels.e4m3 import elements_of, stored
 from vllm_sparse.kernels.launch import num_multiprocessors
 from vllm_sparse.pages.geometry import Geometry
 from vllm_sparse.pages.probe import BUNDLE_HEADS, PROBE_TOKENS, probe_groups, probe_start
@@ -54,7 +55,7 @@ def _products(query, kv_head_ptr, block_table_ptr, tokens, end_position, kv_stri
     block = tl.load(block_table_ptr + tokens // PAGE, mask=known, other=0).to(tl.int64)
     keys = kv_head_ptr + block * kv_stride_b + (tokens % PAGE) * kv_stride_slot
     k = tl.load(keys[None, :] + dims[:, None], mask=known[None, :] & (dims < HEAD_DIM)[:, None], other=0.0)
-    return tl.dot(query, k, input_precision=PRECISION)
+    return tl.dot(query, stored(k, query.dtype), input_precision=PRECISION)
 
 
 @triton.jit
@@ -215,13 +216,13 @@ def probe_mass(
     group, block_d = q_heads // kv_heads, triton.next_power_of_2(head_dim)
     # A bundle is heads of one group, so a power of two that divides it.
     heads = max(
-        1, min(TUNING["heads"], group & -group, QUERY_BYTES // (PROBE_TOKENS * block_d * kv.element_size()))
+        1, min(TUNING["heads"], group & -group, QUERY_BYTES // (PROBE_TOKENS * block_d * q.element_size()))
     )
-    block_n = min(TUNING["block_tokens"], TUNING["tile_bytes"] // (block_d * kv.element_size()))
+    block_n = min(TUNING["block_tokens"], TUNING["tile_bytes"] // (block_d * q.element_size()))
     pages_n, tiles_a_page = max(1, block_n // page_size), max(1, page_size // block_n)
     tiles = num_pages * tiles_a_page if tiles_a_page > 1 else triton.cdiv(num_pages, pages_n)
     stored = 2 * pages_n
-    exact = kv.dtype == torch.float32
+    exact = q.dtype == torch.float32
     # bfloat16 has the exponents of float32, which weights against a mere reference need.
     room = parts.view(-1).view(torch.float32 if exact else torch.bfloat16)
     # Triton's interpreter multiplies bfloat16 wrongly.
@@ -234,8 +235,9 @@ def probe_mass(
         wanted = triton.cdiv(2 * num_multiprocessors(q.device), count // heads)
         splits = min(part_lse.shape[1], tiles, wanted)
         _probe_parts[(count // heads, splits)](
-            q, kv, block_table, room, part_lse, q.stride(0), q.stride(1), kv.stride(0), kv.stride(1), kv.stride(2),
-            scale * LOG2_E, chunk.first_position, chunk.end_position, start, first_head, tiles, splits,
+            q, elements_of(kv), block_table, room, part_lse, q.stride(0), q.stride(1), kv.stride(0), kv.stride(1),
+            kv.stride(2), scale * LOG2_E, chunk.first_position, chunk.end_position, start, first_head, tiles,
+            splits,
             GROUP=group, HEADS=heads, HEAD_DIM=head_dim, BLOCK_D=block_d, PAGE=page_size, BLOCK_N=block_n,
             STORED=stored, COLUMNS=max(16, stored), SUM_DTYPE=sum_dtype,
             num_warps=min(TUNING["num_warps"], 4 * heads), num_stages=TUNING["num_stages"],

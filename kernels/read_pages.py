@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_sparse.kernels.e4m3 import codes_of, from_e4m3, powers_256_of
+from vllm_sparse.kernels.e4m3 import bytes_of, from_e4m3, powers_256_of
 
 TUNING = {"num_warps": 8, "block": 4096}
 
@@ -58,13 +58,13 @@ def read_pages(
     kv_heads, page_size, content = out.shape[1:]
     num_head_pages = blocks.shape[0] * kv_heads
     assert blocks.shape == places.shape and blocks.stride(0) == places.stride(0) == 1
-    assert source.shape[1] == kv_heads
+    assert source.shape[1] == kv_heads and (source.dtype is out.dtype) == (exponents is None)
     assert source.stride(2) == out.stride(2) == content and source.stride(3) == out.stride(3) == 1
     if num_head_pages == 0:
         return
     head_page = page_size * content
     _read_pages[(min(programs, num_head_pages),)](
-        codes_of(source, exponents), exponents, blocks, out, places,
+        bytes_of(source), exponents, blocks, bytes_of(out), places,
         source.stride(0), source.stride(1), out.stride(0), out.stride(1), num_head_pages,
         KV_HEADS=kv_heads, HEAD_PAGE=head_page, HEAD_DIM=content // 2,
         BLOCK=min(TUNING["block"], triton.next_power_of_2(head_page)), num_warps=TUNING["num_warps"],

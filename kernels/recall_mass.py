@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from vllm_sparse.kernels.constants import PRECISION
+from vllm_sparse.kernels.e4m3 import elements_of, stored
 from vllm_sparse.kernels.work_list import entry_of
 from vllm_sparse.pages import recall_sums
 from vllm_sparse.pages.decode_plan import DecodePlan
@@ -29,7 +30,7 @@ PARTS: tl.constexpr = tl.constexpr(recall_sums.PARTS)
 def _add_page(query, key_ptr, live, in_head, scale, top, total):
     """A page's keys at ``cells`` [dims, rows] added to a running sum of exponentials."""
     k = tl.load(key_ptr, mask=live[None, :] & in_head[:, None], other=0.0)
-    logits = tl.dot(query, k, input_precision=PRECISION) * scale
+    logits = tl.dot(query, stored(k, query.dtype), input_precision=PRECISION) * scale
     logits = tl.where(live[None, :], logits, float("-inf"))
     new_top = tl.maximum(top, tl.max(logits, axis=1))
     total = total * tl.exp(top - new_top) + tl.sum(tl.exp(logits - new_top[:, None]), axis=1)
@@ -127,7 +128,7 @@ def recall_mass(
     assert q.stride(2) == kv.stride(3) == 1
     assert monitor.parts.shape == (kv_heads, PARTS.value, 4, group)
     _recall_mass[(PARTS.value, kv_heads)](
-        q, kv, block_table, table.head_pages, table.lengths, plan.work, plan.totals,
+        q, elements_of(kv), block_table, table.head_pages, table.lengths, plan.work, plan.totals,
         monitor.step, monitor.sums[layer], monitor.parts, monitor.arrivals, monitor.every,
         q.stride(0), q.stride(1), kv.stride(0), kv.stride(1), kv.stride(2),
         HeadPageGrid.of(kv).stride, block_table.stride(0), table.head_pages.stride(0), scale,

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from vllm_sparse.kernels.constants import PRECISION, WHOLE
-from vllm_sparse.kernels.e4m3 import codes_of, from_e4m3, power_256_of
+from vllm_sparse.kernels.e4m3 import bytes_of, elements_of, from_e4m3, power_256_of, scaled_queries, stored
 from vllm_sparse.kernels.launch import num_multiprocessors
 from vllm_sparse.pages.geometry import Geometry
 from vllm_sparse.pages.layout import HeadPageGrid
@@ -47,10 +47,10 @@ def _attend_split(
     q_ptr, kv_ptr, host_ptr, exponents_ptr, head_pages_ptr, lengths_ptr, routes_ptr, block_table_ptr, out_ptr,
     part_out_ptr, part_lse_ptr, q_stride_row, q_stride_h, head_page_stride, kv_stride_slot,
     host_head_page_stride, host_stride_slot, table_stride_row, table_stride, per_block, per_head,
-    out_stride_row, out_stride_h, scale_log2, splits,
+    out_stride_row, out_stride_h, scale_log2, v_scale, splits,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, ALONE: tl.constexpr,
-    ON_HOST: tl.constexpr,
+    ON_HOST: tl.constexpr, CODES: tl.constexpr,
 ):  # fmt: skip
     row, split = tl.program_id(0), tl.program_id(1)
     request, head = row // KV_HEADS, row % KV_HEADS
@@ -64,6 +64,9 @@ def _attend_split(
     heads = head * GROUP + group
     query = tl.load(q_ptr + request.to(tl.int64) * q_stride_row + heads[:, None] * q_stride_h + dims[None, :],
                     mask=q_mask, other=0.0)  # fmt: skip
+    if CODES and query.dtype == tl.bfloat16:
+        query, power = scaled_queries(query)
+        scale_log2 *= power[:, None]
     top = tl.full([GROUP_PAD], float("-inf"), tl.float32)
     total = tl.zeros([GROUP_PAD], tl.float32)
     acc = tl.zeros([GROUP_PAD, BLOCK_D], tl.float32)
@@ -98,7 +101,7 @@ def _attend_split(
                 code = tl.load(away[None, :] + dims[:, None], mask=coded[None, :] & in_head[:, None], other=0)
                 power = power_256_of(tl.load(exponents_ptr + 2 * ~head_page, mask=coded, other=0))[None, :]
                 k = tl.where(coded[None, :], from_e4m3(code, power).to(k.dtype), k)
-        logits = tl.dot(query, k, input_precision=PRECISION) * scale_log2
+        logits = tl.dot(query, stored(k, query.dtype), input_precision=PRECISION) * scale_log2
         logits = tl.where(live[None, :], logits, float("-inf"))
         v = tl.load(cells[:, None] + HEAD_DIM + dims[None, :], mask=here[:, None] & in_head[None, :], other=0.0)
         if exponents_ptr is not None:  # noqa: SIM102  settled when the kernel is compiled
@@ -107,7 +110,9 @@ def _attend_split(
                                other=0)  # fmt: skip
                 power = power_256_of(tl.load(exponents_ptr + 2 * ~head_page + 1, mask=coded, other=0))[:, None]
                 v = tl.where(coded[:, None], from_e4m3(code, power).to(v.dtype), v)
-        top, total, acc = _absorb(top, total, acc, logits, v)
+        top, total, acc = _absorb(top, total, acc, logits, stored(v, query.dtype))
+    if CODES:
+        acc *= v_scale
     if ALONE:
         target = out_ptr + request.to(tl.int64) * out_stride_row + heads[:, None] * out_stride_h + dims[None, :]
         tl.store(target, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=q_mask)
@@ -170,25 +175,27 @@ def sparse_decode(
     assert q.stride(2) == out.stride(2) == kv.stride(3) == 1
     block_d = triton.next_power_of_2(head_dim)
     # K and V tiles of 32 KiB: two stages of both fit the shared memory of every GPU since 2020.
-    block_n = min(TUNING["block_tokens"], TILE_BYTES // (block_d * kv.element_size()))
+    block_n = min(TUNING["block_tokens"], TILE_BYTES // (block_d * q.element_size()))
     splits = num_splits(rows, triton.cdiv(table.head_pages.shape[1] * page_size, block_n), q.device)
     part_out = part_lse = out
     if splits > 1:
         part_out = torch.empty((rows, splits, group, block_d), dtype=torch.float32, device=q.device)
         part_lse = torch.empty((rows, splits, group), dtype=torch.float32, device=q.device)
-    second = kv if host is None else codes_of(host, exponents)
+    assert host is None or (host.dtype is kv.dtype) == (exponents is None)
+    cache = elements_of(kv)
+    second = cache if host is None else elements_of(host) if exponents is None else bytes_of(host)
     grid = HeadPageGrid.of(second)
     block_table = table.head_pages if table.block_table is None else table.block_table
     assert second.stride(3) == 1
     _attend_split[(rows, splits)](
-        q, kv, second, exponents, table.head_pages, table.lengths, table.routes, block_table, out, part_out,
+        q, cache, second, exponents, table.head_pages, table.lengths, table.routes, block_table, out, part_out,
         part_lse,
         q.stride(0), q.stride(1), HeadPageGrid.of(kv).stride, kv.stride(2), grid.stride, second.stride(2),
         table.head_pages.stride(0), block_table.stride(0), grid.per_block, grid.per_head,
-        out.stride(0), out.stride(1), scale * LOG2_E, splits,
+        out.stride(0), out.stride(1), scale * LOG2_E, geometry.v_scale, splits,
         KV_HEADS=kv_heads, GROUP=group, GROUP_PAD=max(16, triton.next_power_of_2(group)),
         HEAD_DIM=head_dim, BLOCK_D=block_d, PAGE=page_size, BLOCK_N=block_n, ALONE=splits == 1,
-        ON_HOST=host is not None, num_warps=TUNING["num_warps"],
+        ON_HOST=host is not None, CODES=kv.dtype is torch.float8_e4m3fn, num_warps=TUNING["num_warps"],
         num_stages=2 if exponents is not None else TUNING["num_stages"],
     )  # fmt: skip
     if splits > 1:

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from vllm_sparse.kernels.constants import BLOCK_TOKENS, PRECISION
+from vllm_sparse.kernels.e4m3 import elements_of, scaled_queries, stored
 from vllm_sparse.pages.geometry import Geometry
 from vllm_sparse.pages.layout import HeadPageGrid
 from vllm_sparse.pages.page_table import PageTable
@@ -38,10 +39,11 @@ def _attend_tokens(
         head_page = tl.load(table_row_ptr + tokens // PAGE, mask=live, other=0).to(tl.int64)
         cells = kv_ptr + head_page * head_page_stride + (tokens % PAGE) * kv_stride_slot
         k = tl.load(cells[None, :] + dims[:, None], mask=live[None, :] & in_head[:, None], other=0.0)
-        logits = tl.dot(query, k, input_precision=PRECISION) * scale_log2
+        logits = tl.dot(query, stored(k, query.dtype), input_precision=PRECISION) * scale_log2
         if MASKED:
             logits = tl.where(tokens[None, :] < seen[:, None], logits, float("-inf"))
         v = tl.load(cells[:, None] + HEAD_DIM + dims[None, :], mask=live[:, None] & in_head[None, :], other=0.0)
+        v = stored(v, query.dtype)
         new_top = tl.maximum(top, tl.max(logits, axis=1))
         weights = tl.exp2(logits - new_top[:, None])
         fade = tl.exp2(top - new_top)
@@ -54,9 +56,9 @@ def _attend_tokens(
 @triton.jit(do_not_specialize=["table_stride_row", "num_tokens", "num_blocks"])
 def _sparse_prefill(
     q_ptr, kv_ptr, head_pages_ptr, lengths_ptr, out_ptr, q_stride_t, q_stride_h, head_page_stride,
-    kv_stride_slot, table_stride_row, out_stride_t, out_stride_h, scale_log2, num_tokens, num_blocks,
+    kv_stride_slot, table_stride_row, out_stride_t, out_stride_h, scale_log2, v_scale, num_tokens, num_blocks,
     BLOCK_M: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_N: tl.constexpr, CODES: tl.constexpr,
 ):  # fmt: skip
     # The longest rows, those of the last blocks, first.
     row, part = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
@@ -70,6 +72,9 @@ def _sparse_prefill(
     dims = tl.arange(0, BLOCK_D)
     mask = (in_block < queries)[:, None] & (dims < HEAD_DIM)[None, :]
     query = tl.load(q_ptr + token[:, None] * q_stride_t + head * q_stride_h + dims[None, :], mask=mask, other=0.0)
+    if CODES and query.dtype == tl.bfloat16:
+        query, power = scaled_queries(query)
+        scale_log2 *= power[:, None]
     seen = tl.minimum(length - (queries - 1 - in_block), length)
     # Every query sees a row's tokens up to the block's first one: full tiles of those need no mask.
     common = (length - (queries - 1 - part * BLOCK_M)) // BLOCK_N * BLOCK_N
@@ -87,6 +92,8 @@ def _sparse_prefill(
         scale_log2,
         HEAD_DIM, BLOCK_D, PAGE, BLOCK_N, True,
     )  # fmt: skip
+    if CODES:
+        acc *= v_scale
     target = out_ptr + token[:, None] * out_stride_t + head * out_stride_h + dims[None, :]
     tl.store(target, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -107,13 +114,15 @@ def sparse_prefill(
     assert table.lengths.shape[0] == rows, f"{table.lengths.shape[0]} rows for {rows} (query head, block)"
     assert q.stride(2) == out.stride(2) == kv.stride(3) == table.head_pages.stride(1) == 1
     block_d = triton.next_power_of_2(head_dim)
-    token_bytes = block_d * kv.element_size()
+    token_bytes = block_d * q.element_size()
     block_m = max(16, min(BLOCK_TOKENS.value, TUNING["query_bytes"] // token_bytes))
     block_n = max(16, min(128, TUNING["tile_bytes"] // token_bytes))
     _sparse_prefill[(rows, BLOCK_TOKENS.value // block_m)](
-        q, kv, table.head_pages, table.lengths, out, q.stride(0), q.stride(1), HeadPageGrid.of(kv).stride,
-        kv.stride(2),
-        table.head_pages.stride(0), out.stride(0), out.stride(1), scale * LOG2_E, num_tokens, num_blocks,
+        q, elements_of(kv), table.head_pages, table.lengths, out, q.stride(0), q.stride(1),
+        HeadPageGrid.of(kv).stride, kv.stride(2),
+        table.head_pages.stride(0), out.stride(0), out.stride(1), scale * LOG2_E, geometry.v_scale,
+        num_tokens, num_blocks,
         BLOCK_M=block_m, HEAD_DIM=head_dim, BLOCK_D=block_d, PAGE=page_size,
-        BLOCK_N=block_n, num_warps=TUNING["num_warps"], num_stages=TUNING["num_stages"],
+        BLOCK_N=block_n, CODES=kv.dtype is torch.float8_e4m3fn,
+        num_warps=TUNING["num_warps"], num_stages=TUNING["num_stages"],
     )  # fmt: skip

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_sparse.kernels.e4m3 import codes_of, from_e4m3, powers_256_of, warps_for
+from vllm_sparse.kernels.e4m3 import bytes_of, from_e4m3, powers_256_of, warps_for
 from vllm_sparse.pages.write_plan import WritePlan
 
 
@@ -69,7 +69,7 @@ def stage_pages(
     assert host.stride(3) == hot.stride(3) == summaries.stride(3) == 1 and hot.shape[2] == page_size + rows
     most_pages = min(num_tokens, len(plan.blocks))
     _stage_pages[(most_pages, kv_heads)](
-        codes_of(host, exponents), exponents, summaries, hot, plan.blocks, plan.first_row, plan.num_pages,
+        bytes_of(host), exponents, bytes_of(summaries), bytes_of(hot), plan.blocks, plan.first_row, plan.num_pages,
         host.stride(0), host.stride(1), summaries.stride(0), summaries.stride(1), hot.stride(0), hot.stride(1),
         KV_HEADS=kv_heads, CONTENT=content, BLOCK_C=triton.next_power_of_2(content), PAGE=page_size,
         SUMMARY=rows * content, BLOCK_S=triton.next_power_of_2(rows * content),

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_sparse.kernels.e4m3 import codes_of, exponent_of, largest_coded, to_e4m3, warps_for
+from vllm_sparse.kernels.e4m3 import bytes_of, exponent_of, largest_coded, to_e4m3, warps_for
 from vllm_sparse.pages.hot_set import HotSet
 from vllm_sparse.pages.write_plan import WritePlan
 
@@ -95,7 +95,7 @@ def write_through(
     assert host.stride(3) == hot.stride(3) == summaries.stride(3) == 1 and hot.shape[2] == page_size + rows
     most_pages = min(num_tokens, len(plan.blocks))
     _write_through[(most_pages, kv_heads)](
-        hot, codes_of(host, exponents), exponents, summaries, plan.blocks, plan.first_row, plan.end_row,
+        bytes_of(hot), bytes_of(host), exponents, bytes_of(summaries), plan.blocks, plan.first_row, plan.end_row,
         plan.num_pages, hot_set.slot_of, hot_set.slot_head_page, hot_set.last_use,
         hot.stride(0), hot.stride(1), host.stride(0), host.stride(1), summaries.stride(0), summaries.stride(1),
         KV_HEADS=kv_heads, CONTENT=content, BLOCK_C=triton.next_power_of_2(content), PAGE=page_size,

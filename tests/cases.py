@@ -37,6 +37,7 @@ class Case:
     page_size: int
     budget_pages: int
     scale: float
+    kv_scales: tuple[float, float] = (1.0, 1.0)
 
     @property
     def kv_heads(self) -> int:
@@ -47,7 +48,7 @@ class Case:
 
     @property
     def geometry(self) -> Geometry:
-        return Geometry.of(self.q, self.kv, self.page_size, self.scale)
+        return Geometry.of(self.q, self.kv, self.page_size, self.scale).quantised(*self.kv_scales, 1.0)
 
 
 def make(
@@ -65,18 +66,21 @@ def make(
     segment_pages: int = SEGMENT_PAGES,
     summary: str = "key_range",
     padding: int = 48,
+    kv_dtype: torch.dtype | None = None,
+    kv_scales: tuple[float, float] = (1.0, 1.0),
 ) -> Case:
     """A batch with fresh random contents; unused pages, rows past the end and outputs are poison.
 
     ``layers`` > 1 lays the cache out with other layers' pages between its blocks, ``padding`` with as many
     numbers, as vLLM does where another layer's block is larger: a block is then no whole number of pages long.
     """
+    kv_dtype = kv_dtype or dtype
     generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())) if seed is None else seed)
     pages = [-(-n // page_size) for n in seq_lens]
     num_blocks = sum(pages) + 3
-    rows = page_size + summary_slots(summary, page_size, head_dim, dtype.itemsize)
+    rows = page_size + summary_slots(summary, page_size, head_dim, kv_dtype.itemsize)
     page = (layers, kv_heads, rows, 2 * head_dim)
-    storage = torch.full((num_blocks, prod(page) + padding), float("nan"), dtype=dtype, device=device)
+    storage = torch.full((num_blocks, prod(page) + padding), float("nan"), dtype=kv_dtype, device=device)
     kv = storage[:, : prod(page)].unflatten(1, page)[:, layers - 1]
     block_table = torch.full((len(seq_lens), max(pages) + 2), num_blocks - 1, dtype=torch.int32)
     order = torch.randperm(num_blocks - 2, generator=generator) + 1
@@ -91,7 +95,8 @@ def make(
         slots = (blocks[:, None] * page_size + torch.arange(page_size)).flatten()[:length]
         tokens = torch.randn(2, length, kv_heads, head_dim, generator=generator)
         key, value = (tokens[0] + key_bias).to(dtype), tokens[1].to(dtype)
-        reference.page_write(key.to(device), value.to(device), kv, slots.to(device), page_size, summary)
+        new = key.to(device), value.to(device)
+        reference.page_write(*new, kv, slots.to(device), page_size, summary, *kv_scales)
     q = torch.randn(len(seq_lens), kv_heads * group, head_dim, generator=generator).to(dtype)
     lens = torch.tensor(seq_lens, dtype=torch.int32, device=device)
     plan = DecodePlan.empty(len(seq_lens), device, segment_pages)
@@ -105,7 +110,7 @@ def make(
     return Case(
         q=q.to(device), kv=kv, block_table=block_table.to(device), seq_lens=lens, plan=plan,
         scores=poisoned_scores(kv_heads * group, capacity, len(seq_lens), device),
-        table=table, page_size=page_size, budget_pages=budget_pages, scale=head_dim**-0.5,
+        table=table, page_size=page_size, budget_pages=budget_pages, scale=head_dim**-0.5, kv_scales=kv_scales,
     )  # fmt: skip
 
 

@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
 from vllm_sparse.decode.recall_monitor import RecallMonitor
-from vllm_sparse.kernels import launchers
+from vllm_sparse.kernels import e4m3, launchers
 from vllm_sparse.pages.decode_plan import segment_pages
 from vllm_sparse.pages.head_patterns import HeadPattern, HeadPatterns
 from vllm_sparse.pages.position_pattern import PositionPattern
@@ -124,6 +124,33 @@ def compile_all(capability: int) -> None:
         compile_prefill(layer, make_chunk(70, 200, *shape, layer.dtype))
 
 
+def compile_codes(capability: int) -> None:
+    """What reads or writes elements of a cache, over e4m3, as each GPU converts it."""
+    e4m3.converts_e4m3 = lambda device: capability >= 89
+    print(f"sm_{capability} e4m3")
+    cpu, coded = torch.device("cpu"), {"kv_dtype": torch.float8_e4m3fn, "kv_scales": (0.5, 0.3)}
+    dtype, shape = torch.bfloat16, (8, 4, 128, 16)
+    case = make([300, 5], *shape, 4, dtype=dtype, device=cpu, **coded)
+    pages = (case.q, case.kv, case.block_table, case.plan, case.geometry)
+    key = torch.zeros(3, case.kv_heads, shape[2], dtype=dtype)
+    for summary in ("key_range", "sketch1"):
+        kv = make([300, 5], *shape, 4, dtype=dtype, device=cpu, summary=summary, **coded).kv
+        launchers.page_write(key, key, kv, torch.arange(3), shape[3], summary, 0.5, 0.3)
+    launchers.page_mass(*pages, case.scores)
+    monitor = RecallMonitor.allocate(10, 1, case.q.shape[1], case.kv_heads, cpu)
+    launchers.recall_mass(*pages[:4], case.table, case.geometry, monitor, 0)
+    launchers.sparse_decode(case.q, case.kv, case.table, case.geometry, case.q)
+    whole = replace(case.table, routes=case.plan.score_offsets, block_table=case.block_table)
+    launchers.sparse_decode(case.q, case.kv, whole, case.geometry, case.q, case.kv)
+    chunk = make_chunk(70, 200, *shape, dtype, **coded)
+    buffers, pages = chunk.buffers, (chunk.q, chunk.kv, chunk.block_table, chunk.blocks, chunk.geometry)
+    room, mass = torch.empty(1 << 20, dtype=dtype), buffers.probe_masses(chunk.blocks)
+    launchers.probe_mass(*pages, buffers.probe_lse, room, mass)
+    launchers.pooled_score(*pages, buffers.pooled, buffers.scores(chunk.blocks))
+    launchers.antidiagonal_score(*pages, buffers.scores(chunk.blocks))
+    launchers.sparse_prefill(chunk.q, chunk.kv, buffers.table(chunk.blocks), chunk.geometry, chunk.q)
+
+
 def compile_decode(layer: Layer, case) -> None:
     cpu, page_size = torch.device("cpu"), layer.page_size
     largest = 96 if any("head_budget_pages" in more for _, more in layer.selections) else None
@@ -201,3 +228,4 @@ if __name__ == "__main__":
     JITFunction.run = compile_only(JITFunction.run)
     for argument in sys.argv[1:]:
         compile_all(int(argument))
+        compile_codes(int(argument))

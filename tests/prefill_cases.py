@@ -27,6 +27,7 @@ class PrefillCase:
     buffers: PrefillBuffers
     page_size: int
     scale: float
+    kv_scales: tuple[float, float] = (1.0, 1.0)
 
     @property
     def q_heads(self) -> int:
@@ -42,7 +43,7 @@ class PrefillCase:
 
     @property
     def geometry(self) -> Geometry:
-        return Geometry.of(self.q, self.kv, self.page_size, self.scale)
+        return Geometry.of(self.q, self.kv, self.page_size, self.scale).quantised(*self.kv_scales, 1.0)
 
 
 def make_chunk(
@@ -56,11 +57,15 @@ def make_chunk(
     seed: int | None = None,
     layers: int = 1,
     later_tokens: int = 0,
+    **cache,
 ) -> PrefillCase:
-    """A chunk whose outputs, and buffers, start as poison; ``later_tokens`` of context follow it."""
+    """A chunk whose outputs, and buffers, start as poison; ``later_tokens`` of context follow it.
+
+    ``cache``: what :func:`cases.make` takes about the dtype and scales of the cache.
+    """
     end = first_position + num_tokens
     case = make(
-        [end + later_tokens], kv_heads, group, head_dim, page_size, dtype=dtype, layers=layers, seed=seed
+        [end + later_tokens], kv_heads, group, head_dim, page_size, dtype=dtype, layers=layers, seed=seed, **cache
     )  # fmt: skip
     q_heads = kv_heads * group
     generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())) if seed is None else seed)
@@ -71,7 +76,7 @@ def make_chunk(
     return PrefillCase(
         q=(3 * q).to(dtype).to(DEVICE), kv=case.kv, block_table=case.block_table[0],
         blocks=QueryBlocks(0, 0, num_tokens, first_position), buffers=buffers, page_size=page_size,
-        scale=case.scale,
+        scale=case.scale, kv_scales=case.kv_scales,
     )  # fmt: skip
 
 
@@ -135,7 +140,8 @@ def keys_and_values(case: PrefillCase) -> tuple[torch.Tensor, torch.Tensor]:
     """float64 [q_heads, context tokens, head_dim] each, gathered from the pages."""
     pages = case.kv[case.block_table[: case.num_pages].long(), :, : case.page_size].double()
     context = pages.transpose(0, 1).flatten(1, 2)[:, : case.blocks.end_position]
-    return tuple(x.repeat_interleave(case.group, 0) for x in context.chunk(2, -1))
+    parts = zip(context.chunk(2, -1), case.kv_scales, strict=True)
+    return tuple(part.repeat_interleave(case.group, 0) * scale for part, scale in parts)
 
 
 def masked_attention(case: PrefillCase, mask: torch.Tensor) -> torch.Tensor:

@@ -29,7 +29,7 @@ def case_of(shape, name="torch"):
 
 
 def kernel_for(name, case):
-    shape = AttentionShape(DEVICE, DTYPE, case.geometry)
+    shape = AttentionShape(DEVICE, DTYPE, case.geometry, DTYPE)
     reason = kernel_class(name).unsupported(shape)
     if reason is not None:
         pytest.skip(reason)
@@ -109,7 +109,7 @@ def test_a_decode_step_never_waits_for_the_gpu(policy, name):
 
 @pytest.mark.skipif(ON_GPU, reason="about machines without a GPU")
 def test_a_kernel_that_cannot_run_is_refused_with_the_reason_and_what_can():
-    shape = AttentionShape(DEVICE, DTYPE, Geometry(4, 2, 64, 16, 0.1))
+    shape = AttentionShape(DEVICE, DTYPE, Geometry(4, 2, 64, 16, 0.1), DTYPE)
     with pytest.raises(
         ConfigError, match=r"sparse.attention_kernel: 'fa3' cannot run here.*GPU.*Allowed here: auto, torch"
     ):

@@ -189,10 +189,10 @@ def test_engine_refuses_wrong_settings(tiny, case):
     [
         ({"block_size": 8}, ["--block-size: 8", "allowed: 16, 32, 64"]),
         ({"block_size": 64, "sparse": {"budget_tokens": 96}}, ["sparse.budget_tokens: 96", "pages of 64 tokens"]),
-        ({"kv_cache_dtype": "fp8"}, ["--kv-cache-dtype: 'fp8", "allowed: auto, float32"]),
+        ({"kv_cache_dtype": "fp8_e5m2"}, ["--kv-cache-dtype: 'fp8_e5m2'", "allowed: auto, float32, fp8"]),
         ({"kv_cache_dtype": "bfloat16"}, ["--kv-cache-dtype: 'bfloat16'", "allowed: auto, float32"]),
     ],
-    ids=["page_of_8", "budget_for_large_pages", "fp8", "another_dtype"],
+    ids=["page_of_8", "budget_for_large_pages", "e5m2", "another_dtype"],
 )
 def test_engine_refuses_too_large_pages(tiny, settings, said):
     message = refused(tiny, **settings)

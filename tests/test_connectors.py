@@ -38,9 +38,19 @@ def transfer(name, module_path=None, **extra):
 def check(kv_transfer_config, config=QUEST, block_size=16, **cache):
     """The engine's config after the check."""
     cache = {"block_size": block_size, "kv_offloading_size": None, "kv_offloading_backend": "native", **cache}
-    vllm_config = SimpleNamespace(cache_config=SimpleNamespace(**cache), kv_transfer_config=kv_transfer_config)
-    connectors.check(vllm_config, config)
+    connectors.check(engine(kv_transfer_config, **cache), config)
     return kv_transfer_config
+
+
+def engine(kv_transfer_config, scheme=None, **changes):
+    """What is read of an engine's config."""
+    checkpoint = {"quant_method": "compressed-tensors", "kv_cache_scheme": scheme}
+    checkpoint = SimpleNamespace(quantization_config=checkpoint)
+    cache = {"cache_dtype": "auto", "kv_cache_dtype_skip_layers": [], **changes}
+    return SimpleNamespace(
+        cache_config=SimpleNamespace(**cache), kv_transfer_config=kv_transfer_config,
+        model_config=SimpleNamespace(dtype="torch.bfloat16", hf_config=checkpoint),
+    )  # fmt: skip
 
 
 def multi(*inner):
@@ -155,11 +165,13 @@ def test_engine_ids_say_what_pages_hold():
 
 
 def test_marks_of_pages_change_with_what_their_bytes_mean(monkeypatch):
-    assert connectors.page_format(QUEST, 16) != connectors.page_format(QUEST, 32)
-    assert connectors.page_format(QUEST, 16) == connectors.page_format(replace(QUEST, budget_tokens=999), 16)
-    before = connectors.page_format(QUEST, 16), connectors.cache_salt(QUEST)
+    assert connectors.page_format(QUEST, 16, "bfloat16") != connectors.page_format(QUEST, 32, "bfloat16")
+    assert connectors.page_format(QUEST, 16, "bfloat16") == connectors.page_format(
+        replace(QUEST, budget_tokens=999), 16, "bfloat16"
+    )
+    before = connectors.page_format(QUEST, 16, "bfloat16"), connectors.cache_salt(QUEST, "bfloat16")
     monkeypatch.setattr(connectors, "FORMAT", 12)
-    after = connectors.page_format(QUEST, 16), connectors.cache_salt(QUEST)
+    after = connectors.page_format(QUEST, 16, "bfloat16"), connectors.cache_salt(QUEST, "bfloat16")
     assert before[0] != after[0] and before[1] != after[1]
     assert connectors.MARK.fullmatch(after[0])
 
@@ -171,23 +183,24 @@ def test_an_engine_id_is_marked_once(policy):
     given = transfer("MooncakeConnector")
     own = given.engine_id
     once = check(given, config).engine_id
-    assert once == own + connectors.page_format(config, 16)
+    assert once == own + connectors.page_format(config, 16, "bfloat16")
     assert check(given, config).engine_id == once
     given.engine_id += "_dp3"
     assert check(given, config).engine_id == once + "_dp3"
-    assert check(given, QUEST).engine_id == own + connectors.page_format(QUEST, 16) + "_dp3"
+    assert check(given, QUEST).engine_id == own + connectors.page_format(QUEST, 16, "bfloat16") + "_dp3"
 
 
 def test_requests_that_name_a_peer_of_another_format_are_refused():
-    def engine(policy, block_size=16):
-        return check(transfer("NixlConnector"), SparseConfig(decode_policy=policy), block_size).engine_id
+    def named(policy, block_size=16, **cache):
+        return check(transfer("NixlConnector"), SparseConfig(decode_policy=policy), block_size, **cache).engine_id
 
-    quest = engine("quest")
-    for peer in (engine("quest"), engine("midbound"), engine("quest") + "_dp1", None):
+    quest = named("quest")
+    for peer in (named("quest"), named("midbound"), named("quest") + "_dp1", None):
         connectors.check_peer(quest, {"remote_engine_id": peer, "do_remote_prefill": True})
     connectors.check_peer(quest, {})
     connectors.check_peer(quest, None)
-    for peer in (engine("sketch2"), engine("sketch"), engine("dense"), engine("quest", 32), "stock", 7):
+    others = named("quest", cache_dtype="fp8"), named("quest", cache_dtype="float16")
+    for peer in (named("sketch2"), named("sketch"), named("dense"), named("quest", 32), *others, "stock", 7):
         for own, other in ((quest, peer), (peer, quest)):
             with pytest.raises(
                 VLLMValidationError, match=r"kv_transfer_params\.remote_engine_id: .*same sparse settings"
@@ -195,26 +208,42 @@ def test_requests_that_name_a_peer_of_another_format_are_refused():
                 connectors.check_peer(own, {"remote_engine_id": other})
 
 
+def test_kv_of_pages_is_what_layers_will_store():
+    """What a checkpoint asks for, and layers that are left out, are known before vLLM has built a layer."""
+
+    def of(**settings):
+        return connectors.kv_of_pages(engine(None, **settings))
+
+    coded = {of(cache_dtype="fp8"), of(cache_dtype="fp8_e4m3"), of(scheme={"strategy": "tensor"})}
+    assert coded == {"fp8"} and of() == of(cache_dtype="bfloat16", scheme={"strategy": "tensor"}) == "bfloat16"
+    left_out = [
+        of(cache_dtype="fp8", kv_cache_dtype_skip_layers=layers) for layers in (["0", "3"], ["3", "0"], ["0"])
+    ]
+    assert left_out[0] == left_out[1] != left_out[2] and not set(left_out) & coded
+    assert of(kv_cache_dtype_skip_layers=["0"]) == "bfloat16"
+    for kv in ("fp8", "bfloat16", *left_out):
+        assert connectors.MARK.fullmatch(connectors.page_format(QUEST, 16, kv))
+
+
 # Stores.
 
 
 def test_block_hashes_are_those_of_an_engines_settings():
-    salts = {connectors.cache_salt(SparseConfig(decode_policy=policy)) for policy in DECODE_POLICIES}
+    salts = {connectors.cache_salt(SparseConfig(decode_policy=policy), "bfloat16") for policy in DECODE_POLICIES}
     assert len(salts) == len(DECODE_POLICIES)
-    salt = connectors.cache_salt(QUEST)
+    salt = connectors.cache_salt(QUEST, "bfloat16")
     for changes in ({"budget_tokens": 1024}, {"prefill_policy": "a_shape"}, {"min_context_tokens": 0}):
-        assert connectors.cache_salt(replace(QUEST, **changes)) != salt
+        assert connectors.cache_salt(replace(QUEST, **changes), "bfloat16") != salt
     for changes in ({"attention_kernel": "torch"}, {"recall_monitor_every_steps": 8}):
-        assert connectors.cache_salt(replace(QUEST, **changes)) == salt
+        assert connectors.cache_salt(replace(QUEST, **changes), "bfloat16") == salt
 
 
-def added(monkeypatch, kv_transfer_config, backend="SPARSE", sparse=None, salt=None, **params):
+def added(monkeypatch, kv_transfer_config, backend="SPARSE", sparse=None, salt=None, cache_dtype="auto", **params):
     """A request as an engine adds it."""
     monkeypatch.setattr(compat, "asks_for_sparse", lambda vllm_config: backend == "SPARSE")
-    vllm_config = SimpleNamespace(
-        kv_transfer_config=kv_transfer_config, additional_config={"sparse": sparse or {"decode_policy": "quest"}}
-    )
-    engine = SimpleNamespace(
+    vllm_config = engine(kv_transfer_config, cache_dtype=cache_dtype)
+    vllm_config.additional_config = {"sparse": sparse or {"decode_policy": "quest"}}
+    core = SimpleNamespace(
         vllm_config=vllm_config, mm_receiver_cache=None, request_block_hasher=hasher(),
     )  # fmt: skip
     from vllm import SamplingParams
@@ -226,7 +255,7 @@ def added(monkeypatch, kv_transfer_config, backend="SPARSE", sparse=None, salt=N
         pooling_params=None, cache_salt=salt, data_parallel_rank=None,
     )  # fmt: skip
     connectors.install_request_hook()
-    return EngineCore.preprocess_add_request(engine, request)[0]
+    return EngineCore.preprocess_add_request(core, request)[0]
 
 
 def hasher():
@@ -251,7 +280,7 @@ def test_engines_with_a_connector_hash_blocks_by_their_settings(monkeypatch):
     different = [
         stock, quest, hashes(stored, salt="tenant"), hashes(stored, sparse={"decode_policy": "sketch"}),
         hashes(stored, sparse={"decode_policy": "quest", "budget_tokens": 1024}),
-        hashes(stored, sparse={"decode_policy": "dense"}),
+        hashes(stored, sparse={"decode_policy": "dense"}), hashes(stored, cache_dtype="fp8"),
     ]  # fmt: skip
     assert len({one for pair in different for one in pair}) == 2 * len(different)
     # Without a connector blocks never leave the engine, and hashes are those of stock, which routers count on.

@@ -275,9 +275,9 @@ def test_recall_weighs_exact_mass(policy):
 
 def row(policy: str = "quest", budget: int | None = 256, task: str = TEXT, length: int = 4096, **values) -> dict:
     own = {
-        "vllm": "1", "torch": "2", "model": "m<1>", "device": "cpu", "dtype": "float32", "page_size": 16,
-        "split": "dev", "score_tokens": 8, "task": task, "length": length, "seed": 0, "policy": policy,
-        "budget": budget, "prefill_policy": "dense", "top_p": None, "attended": 0.5,
+        "vllm": "1", "torch": "2", "model": "m<1>", "device": "cpu", "dtype": "float32", "kv_dtype": "float32",
+        "page_size": 16, "split": "dev", "score_tokens": 8, "task": task, "length": length, "seed": 0,
+        "policy": policy, "budget": budget, "prefill_policy": "dense", "top_p": None, "attended": 0.5,
     }  # fmt: skip
     return own | values
 
@@ -369,8 +369,11 @@ def test_cut_line_is_measured_again(tmp_path, capsys):
     assert again.has(first) and not again.has(second) and "cut off" in capsys.readouterr().out
     again.add([second])
     assert Rows(path).rows == [first, second]
-    for key in ("budget", "split", "seed", "length", "task", "model", "policy", "dtype"):
+    for key in ("budget", "split", "seed", "length", "task", "model", "policy", "dtype", "kv_dtype"):
         assert not again.has(first | {key: "another"}), key
+    older = {name: value for name, value in first.items() if name != "kv_dtype"}
+    path.write_text(json.dumps(older) + "\n")
+    assert Rows(path).has(first) and not Rows(path).has(first | {"kv_dtype": "fp8"}), "of before a choice"
     for other in ("{}\n", '{"decode_policy": "quest"}', "a note"):
         path.write_text(other)
         with pytest.raises(ConfigError, match=r"line 1 of .* is no result"):
@@ -385,7 +388,8 @@ def test_foreign_results_are_not_continued(monkeypatch, tmp_path):
     engine = SimpleNamespace(tokenizer=Letters(), run=lambda *args: pytest.fail("other samples were measured"))
     monkeypatch.setattr(command.EvalEngine, "start", lambda *args: nullcontext(engine))
     args = SimpleNamespace(
-        model="m", dtype="float32", tensor_parallel_size=1, block_size=16, chunk=256, score_tokens=8, sparse={},
+        model="m", dtype="float32", kv_dtype="float32", tensor_parallel_size=1, block_size=16, chunk=256,
+        score_tokens=8, sparse={},
         split="dev", tasks=["niah_single"], lengths=[3000], needles=2, passages=1, batch=2, recall_every=0,
         out=tmp_path / "rows.jsonl",
     )  # fmt: skip
@@ -395,6 +399,24 @@ def test_foreign_results_are_not_continued(monkeypatch, tmp_path):
     run.rows.add([{"vllm": "1", **key, "depth": 0.25, "prompt_tokens": 2900, "score": 1.0}])
     with pytest.raises(ConfigError, match=r"--out: .*rows.jsonl holds .* niah_single .* 3000 .* a new file"):
         run._group("key_range", settings, print)
+
+
+@pytest.mark.seam
+@pytest.mark.parametrize(
+    "asked, checkpoint, dtype",
+    [
+        ("auto", None, "bfloat16"),
+        ("fp8_e4m3", None, "fp8"),
+        ("auto", {"quant_method": "compressed-tensors", "kv_cache_scheme": {"num_bits": 8}}, "fp8"),
+        ("auto", {"quant_method": "modelopt", "kv_cache_quant_algo": "FP8"}, "fp8"),
+        ("auto", {"quant_method": "compressed-tensors", "kv_cache_scheme": None}, "bfloat16"),
+        ("bfloat16", {"quant_method": "compressed-tensors", "kv_cache_scheme": {"num_bits": 8}}, "bfloat16"),
+    ],
+)
+def test_rows_name_the_dtype_of_the_cache(asked, checkpoint, dtype):
+    pytest.importorskip("vllm")
+    config = SimpleNamespace(quantization_config=checkpoint)
+    assert commands.kv_dtype(asked, SimpleNamespace(hf_config=config, dtype=torch.bfloat16)) == dtype
 
 
 # Options, and what the refusal must say.
@@ -544,6 +566,30 @@ def test_eval_with_few_sparse_layers(tiny, case, monkeypatch, capfd, tmp_path):
     assert part["layers"] == [1, 2, 3, 4] and part["recall"] == [[1.0, 1.0]] * 4
     assert 0.1 < part["attended"] < 0.25 and full["attended"] == 1
     assert part["kl"] > full["kl"] < 1e-5 and full["loss"] == pytest.approx(dense["loss"], abs=1e-3)
+
+
+@pytest.mark.seam
+@pytest.mark.engine
+def test_eval_of_a_quantised_cache(tiny, monkeypatch, tmp_path):
+    """Rows of a cache in fp8 are compared with dense steps over the same cache, and are none of another dtype."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    text, out = tmp_path / "text.txt", tmp_path / "eval.jsonl"
+    text.write_text(running_text(400))
+    options = [
+        "eval", str(tiny.model(seed=1)), "--text", str(text), "--dtype", "float32", "--block-size", "16",
+        "--sparse", '{"dense_layers": 0}', "--budgets", "128,1024", "--policies", "oracle", "--lengths", "700",
+        "--passages", "1", "--out", str(out), "--score-tokens", "8", "--tasks", "text", "--recall-every", "3",
+    ]  # fmt: skip
+    for dtype in ("fp8", "auto"):
+        assert cli.main([*options, "--kv-cache-dtype", dtype]) == 0
+        assert ("KV fp8" in out.with_suffix(".html").read_text()) == (dtype == "fp8")
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["kv_dtype"] for row in rows] == ["fp8"] * 3 + ["float32"] * 3
+    for dense, part, full in (rows[:3], rows[3:]):
+        assert full["kl"] < 1e-5 < 0.01 < part["kl"] and full["dense_loss"] == dense["loss"]
+        assert part["recall"] == [[1.0, 1.0]] * 3 and 0.1 < part["attended"] < 0.25
+    assert 1e-4 < abs(rows[0]["loss"] - rows[3]["loss"]) < 0.5, "what fp8 alone costs"
 
 
 @pytest.mark.engine

@@ -19,14 +19,30 @@ ENGINE = dict(
 )  # fmt: skip
 GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8]}
 SPARSE = {"budget_tokens": 512, "min_context_tokens": 1024, "dense_layers": 1}
+POLICIES = {
+    "midbound": {**SPARSE, "recall_monitor_every_steps": 4},
+    "sketch": {**SPARSE, "decode_policy": "sketch"},
+    "twilight": {**SPARSE, "decode_policy": "twilight"},
+}
 NEAR_TIE = 0.01
 """Natural logarithm of a ratio of probabilities: stock attention multiplies float32 as TF32."""
 DRAFTS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 
 
+class Answer(list):
+    """Greedy outputs of a batch, with their likeliest rivals, and what was seen of the engine that gave them."""
+
+    counts: dict
+    """What this batch added up to."""
+    runner: str
+    """The module of vLLM's model runner."""
+    waits: list[str]
+    """Lines of this package that made the host wait in another batch."""
+
+
 @pytest.fixture(scope="module")
 def answer(tmp_path_factory):
-    """Greedy tokens and their likeliest rivals, by an engine with the given settings."""
+    """The :class:`Answer` of an engine with the given settings, of one engine for each."""
     pytest.importorskip("vllm")
     import gc
 
@@ -39,25 +55,36 @@ def answer(tmp_path_factory):
     model = tiny_model.make(
         tmp_path_factory.mktemp("models") / "llama", num_attention_heads=8, head_dim=64, num_hidden_layers=4
     )
-    known: dict[str, list] = {}
+    known: dict[str, Answer] = {}
 
-    def run(see=None, sparse: dict | None = SPARSE, variant: str = "", **settings):
-        """``variant``: what a fixture changed, since answers are kept for later tests."""
-        name = repr((sparse, variant, settings))
-        if name in known and see is None:
+    def run(sparse: dict | None, variant: str = "", see=None, forced: bool = False, **settings):
+        """Start an engine, unless one with these settings was started before.
+
+        Args:
+            variant: what a fixture changed.
+            see: looks at the engine after the batch; in the first call with these settings.
+            forced: every engine goes on with the same tokens, whatever it would have chosen.
+        """
+        name = repr((sparse, variant, forced, sorted(settings.items())))
+        if name in known:
             return known[name]
         if sparse is not None:
             settings["additional_config"] = {"sparse": sparse}
             settings["attention_backend"] = "sparse"
         settings.setdefault("enforce_eager", "compilation_config" not in settings)
         metrics.reset()
-        llm = LLM(str(model), **ENGINE, **settings)
+        llm = LLM(str(model), **{**ENGINE, **settings})
         try:
             params = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True, logprobs=4)
+            if forced:
+                params.allowed_token_ids = [7]
             batch = [{"prompt_token_ids": tokens} for tokens in tiny_engine.prompts(LENGTHS)]
-            found = [output.outputs[0] for output in llm.generate(batch, params, use_tqdm=False)]
+            found = Answer(output.outputs[0] for output in llm.generate(batch, params, use_tqdm=False))
+            found.runner = type(llm.llm_engine.model_executor.driver_worker.worker.model_runner).__module__
+            found.counts = metrics.snapshot()
             if see is not None:
                 see(llm)
+            found.waits = synchronising_lines(llm) if sparse is not None else []
         finally:
             llm.llm_engine.engine_core.shutdown()
             del llm
@@ -81,44 +108,29 @@ def assert_same(found, expected) -> None:
             )
 
 
-@pytest.mark.parametrize("policy", ["midbound", "sketch", "twilight"])
+@pytest.mark.parametrize("policy", POLICIES)
 def test_graphs_replay_eager(answer, policy):
-    from vllm_sparse import metrics
-
-    counts, sparse = {}, {**SPARSE, "decode_policy": policy}
-    graphs = answer(
-        sparse=sparse, compilation_config=GRAPHS, see=lambda llm: counts.update(metrics.snapshot())
-    )  # fmt: skip
-    assert counts["attended_tokens"] < 0.7 * counts["context_tokens"], "nothing was sparse"
-    assert_same(graphs, answer(sparse=sparse))
+    graphs = answer(POLICIES[policy], compilation_config=GRAPHS)
+    assert graphs.counts["attended_tokens"] < 0.7 * graphs.counts["context_tokens"], "nothing was sparse"
+    assert_same(graphs, answer(POLICIES[policy]))
 
 
 def test_recall_monitor_in_graphs(answer):
     """The recall monitor measures in graphs what it does without."""
-    from vllm_sparse import metrics
-
-    found = {}
-    for name, settings in (("graphs", {"compilation_config": GRAPHS}), ("eager", {})):
-
-        def see(llm, name=name):
-            (found[name],) = metrics.snapshot()["recall_by_layer"]
-
-        answer(sparse={**SPARSE, "recall_monitor_every_steps": 4}, see=see, **settings)
-    assert found["graphs"][0] is None and all(0 < share < 1 for share in found["graphs"][1:])
-    assert found["graphs"][1:] == pytest.approx(found["eager"][1:], rel=0.02)
+    (graphs,), (eager,) = (
+        answer(POLICIES["midbound"], **settings).counts["recall_by_layer"]
+        for settings in ({"compilation_config": GRAPHS}, {})
+    )
+    assert graphs[0] is None and all(0 < share < 1 for share in graphs[1:])
+    assert graphs[1:] == pytest.approx(eager[1:], rel=0.02)
 
 
 def test_model_runner_v2(answer, monkeypatch):
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-    runner = []
-
-    def see(llm):
-        runner.append(type(llm.llm_engine.model_executor.driver_worker.worker.model_runner).__module__)
-
-    graphs = answer(compilation_config=GRAPHS, see=see)
-    assert "worker.gpu." in runner[0], f"ran {runner[0]}"
+    graphs = answer(POLICIES["midbound"], variant="V2", compilation_config=GRAPHS)
+    assert "worker.gpu." in graphs.runner, f"ran {graphs.runner}"
     monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER")
-    assert_same(graphs, answer())
+    assert_same(graphs, answer(POLICIES["midbound"]))
 
 
 def test_drafts_are_verified_dense(answer):
@@ -145,15 +157,16 @@ def synchronising_lines(llm) -> list[str]:
         with warnings.catch_warnings():
             warnings.simplefilter("always")
             warnings.showwarning = record
-            tiny_engine.tokens(llm, tiny_engine.prompts(LENGTHS), 40)
+            # Other prompts than those that the prefix cache has.
+            tiny_engine.tokens(llm, tiny_engine.prompts(LENGTHS, seed=2), 40)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     return ours
 
 
-@pytest.mark.parametrize("policy", ["midbound", "twilight"])
-def test_nothing_waits_for_the_device(answer, policy):
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("graphs", [{}, {"compilation_config": GRAPHS}], ids=["eager", "graphs"])
+def test_nothing_waits_for_the_device(answer, policy, graphs):
     """None in a decode step, nor in prefill."""
-    ours = []
-    answer(sparse={**SPARSE, "decode_policy": policy}, see=lambda llm: ours.extend(synchronising_lines(llm)))
-    assert not ours, ours[:3]
+    waits = answer(POLICIES[policy], **graphs).waits
+    assert not waits, waits[:3]

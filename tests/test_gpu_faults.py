@@ -59,16 +59,39 @@ def answers(llm, lengths=(3000, 700, 40), max_tokens: int = 24) -> list:
     return [output.outputs[0] for output in llm.generate(batch, params, use_tqdm=False)]
 
 
-@pytest.mark.parametrize("runner", ["0", "1"], ids=["V1", "V2"])
-def test_counts_on_both_runners(model, runner, monkeypatch):
-    """Counts are those of the requests on both runners."""
-    from vllm_sparse import metrics
+@pytest.fixture(scope="module")
+def counted(model):
+    """What an engine with runner V1 or V2 counted for two prompts, and its first tokens of a lone last token."""
+    known: dict[str, tuple] = {}
 
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", runner)
-    with engine(model(), {**SPARSE, "recall_monitor_every_steps": 2}) as llm:
-        assert metrics.snapshot()["context_tokens"] == 0, "warm-up was counted"
-        answers(llm, (3000, 700), 17)
-        (counts,) = llm.collective_rpc("sparse_metrics")
+    def of(runner: str) -> tuple[dict, list]:
+        if runner not in known:
+            from vllm_sparse import metrics
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("VLLM_USE_V2_MODEL_RUNNER", runner)
+                with engine(model(), {**SPARSE, "recall_monitor_every_steps": 2}) as llm:
+                    assert metrics.snapshot()["context_tokens"] == 0, "warm-up was counted"
+                    answers(llm, (3000, 700), 17)
+                    (counts,) = llm.collective_rpc("sparse_metrics")
+                    assert llm.reset_prefix_cache()
+                    known[runner] = counts, lone_tokens(llm)
+        return known[runner]
+
+    return of
+
+
+def lone_tokens(llm) -> list:
+    return answers(llm, (2049,), 1) + answers(llm, (2049, 1025), 1)
+
+
+runners = pytest.mark.parametrize("runner", ["0", "1"], ids=["V1", "V2"])
+
+
+@runners
+def test_counts_on_both_runners(counted, runner):
+    """Counts are those of the requests on both runners."""
+    counts, _ = counted(runner)
     assert counts["sparse_layers"] == LAYERS - 1 and counts["dense_layers"] == {"dense_layers=1": 1}
     assert counts["context_tokens"] == sum(sum(range(length + 1, length + 17)) for length in (3000, 700))
     short = sum(range(701, 717))
@@ -78,40 +101,49 @@ def test_counts_on_both_runners(model, runner, monkeypatch):
     assert shares[0] is None and all(0 < share < 1 for share in shares[1:])
 
 
-def test_lone_prompt_token_attends_to_everything(model):
+@pytest.fixture(scope="module")
+def in_one_chunk(model):
+    with engine(model(), SPARSE, max_num_batched_tokens=4096) as llm:
+        return lone_tokens(llm)
+
+
+@runners
+def test_lone_prompt_token_attends_to_everything(counted, in_one_chunk, runner):
     """2,049 tokens in chunks of 1,024: the last one alone is a step of one token, which replays a decode graph."""
-    first = {}
-    for chunk in (1024, 4096):
-        with engine(model(), SPARSE, max_num_batched_tokens=chunk) as llm:
-            first[chunk] = answers(llm, (2049,), 1) + answers(llm, (2049, 1025), 1)
-    assert_same(first[1024], first[4096])
+    assert_same(counted(runner)[1], in_one_chunk)
 
 
-@pytest.mark.parametrize("level", [1, 2])
-def test_sleep_changes_no_answer(model, level):
+def sleep_and_wake(llm, level: int) -> None:
+    llm.sleep(level=level)
+    junk = torch.full((1 << 30,), 0x5A, dtype=torch.uint8, device="cuda")  # what the memory may hold next
+    del junk
+    torch.cuda.empty_cache()
+    if level == 1:
+        llm.wake_up(tags=["kv_cache"])
+        llm.wake_up(tags=["weights"])
+    else:
+        llm.wake_up(tags=["weights"])
+        llm.collective_rpc("reload_weights")
+        llm.wake_up(tags=["kv_cache"])
+
+
+def test_sleep_changes_no_answer(model):
+    """At level 1, and then at level 2: vLLM's allocator of memory that sleeps serves one engine a process."""
     sparse = {
         **SPARSE,
         "prefill_policy": "vertical_slash",
         "min_prefill_tokens": 512,
         "recall_monitor_every_steps": 3,
     }
-    path = model()
-    with engine(path, sparse, enable_sleep_mode=True) as llm:
-        before, (counts,) = answers(llm), llm.collective_rpc("sparse_metrics")
-        llm.sleep(level=level)
-        junk = torch.full((1 << 30,), 0x5A, dtype=torch.uint8, device="cuda")  # what the memory may hold next
-        del junk
-        torch.cuda.empty_cache()
-        if level == 1:
-            llm.wake_up(tags=["kv_cache"])
-            llm.wake_up(tags=["weights"])
-        else:
-            llm.wake_up(tags=["weights"])
-            llm.collective_rpc("reload_weights")
-            llm.wake_up(tags=["kv_cache"])
-        assert llm.collective_rpc("sparse_metrics")[0] == counts, "counts did not survive"
-        assert_same(answers(llm), before)
-        assert llm.collective_rpc("sparse_metrics")[0]["context_tokens"] == 2 * counts["context_tokens"]
+    with engine(model(), sparse, enable_sleep_mode=True) as llm:
+        before, (first,) = answers(llm), llm.collective_rpc("sparse_metrics")
+        counts = first
+        for level in (1, 2):
+            sleep_and_wake(llm, level)
+            assert llm.collective_rpc("sparse_metrics")[0] == counts, f"counts did not survive level {level}"
+            assert_same(answers(llm), before)
+            (counts,) = llm.collective_rpc("sparse_metrics")
+            assert counts["context_tokens"] == (level + 1) * first["context_tokens"], f"level {level}"
 
 
 def test_full_attention_beside_sliding_windows(model):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import ON_GPU, TOLERANCE, error
-from test_gpu_engine import GRAPHS, LENGTHS, answer, assert_same, synchronising_lines  # noqa: F401
+from test_gpu_engine import GRAPHS, answer, assert_same  # noqa: F401
 
 from vllm_sparse.kernels.reference.e4m3 import kept
+from vllm_sparse.pages.geometry import Geometry
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not ON_GPU, reason="needs a CUDA GPU")]
 
@@ -37,24 +38,17 @@ def assert_store(llm) -> None:
         assert torch.equal(hot_set.slot_head_page[slots].long(), held)
         hot = part.hot[:, :, :page_size].flatten(0, 1)[hot_set.first_head_page + slots]
         by_head_page = None if part.exponents is None else part.exponents.flatten(0, 1)
-        assert torch.equal(hot, kept(part.host.flatten(0, 1), by_head_page, held, hot.dtype))
+        on_host = kept(part.host.flatten(0, 1), by_head_page, held, hot.dtype)
+        assert torch.equal(hot.float(), on_host.float()) and bool(len(held)) == bool(hot_set.num_sets)
 
 
 @pytest.mark.parametrize("sparse", [OFFLOAD, FEW_SLOTS, NO_SLOTS], ids=["auto", "few_slots", "no_slots"])
 def test_tokens_of_resident_mode(answer, sparse):  # noqa: F811
-    from vllm_sparse import metrics
-
-    counts = {}
-
-    def see(llm):
-        counts.update(metrics.snapshot())
-        assert_store(llm)
-
-    found = answer(sparse=sparse, compilation_config=GRAPHS, see=see)
-    assert_same(found, answer(sparse=RESIDENT, compilation_config=GRAPHS))
-    assert (
-        counts["attended_tokens"] < 0.7 * counts["context_tokens"] and counts["head_page_bytes"] == HEAD_PAGE_BYTES
-    )
+    found = answer(sparse, compilation_config=GRAPHS, see=assert_store)
+    assert_same(found, answer(RESIDENT, compilation_config=GRAPHS))
+    counts = found.counts
+    assert counts["attended_tokens"] < 0.7 * counts["context_tokens"]
+    assert counts["head_page_bytes"] == HEAD_PAGE_BYTES
     moved = counts["head_pages_fetched"] + counts["head_pages_in_place"]
     assert 0 < moved <= counts["head_pages_looked_up"]
     assert (counts["head_pages_in_place"] == counts["head_pages_looked_up"]) == (sparse is NO_SLOTS)
@@ -63,16 +57,9 @@ def test_tokens_of_resident_mode(answer, sparse):  # noqa: F811
 @pytest.mark.parametrize("sparse", [FP8, FP8_NO_SLOTS], ids=["slots", "no_slots"])
 def test_fp8_pool(answer, sparse):  # noqa: F811
     """With CUDA graphs as without; and with head pages in slots as with all of them read in place."""
-    from vllm_sparse import metrics
-
-    counts = {}
-
-    def see(llm):
-        counts.update(metrics.snapshot())
-        assert_store(llm)
-
-    found = answer(sparse=sparse, compilation_config=GRAPHS, see=see)
-    assert_same(found, answer(sparse=FP8))
+    found = answer(sparse, compilation_config=GRAPHS, see=assert_store)
+    assert_same(found, answer(FP8))
+    counts = found.counts
     assert counts["head_page_bytes"] == HEAD_PAGE_BYTES // 4
     assert (counts["head_pages_in_place"] == counts["head_pages_looked_up"] > 0) == (sparse is FP8_NO_SLOTS)
 
@@ -80,13 +67,7 @@ def test_fp8_pool(answer, sparse):  # noqa: F811
 def test_exact_fp8_pool(answer, codable):  # noqa: F811
     """Where codes are exact, a pool in fp8 gives the tokens of resident mode."""
     settings = {"variant": "codable", "compilation_config": GRAPHS}
-    assert_same(answer(sparse=FP8, **settings), answer(sparse=RESIDENT, **settings))
-
-
-def test_fp8_waits_for_nothing(answer):  # noqa: F811
-    ours = []
-    answer(sparse=FP8, see=lambda llm: ours.extend(synchronising_lines(llm)))
-    assert not ours, ours[:3]
+    assert_same(answer(FP8, **settings), answer(RESIDENT, **settings))
 
 
 @pytest.mark.parametrize("group, head_dim, page_size", [(4, 128, 16), (7, 64, 32), (3, 96, 16)])
@@ -105,14 +86,14 @@ def test_fp8_in_place(group, head_dim, page_size):
     table.head_pages[4:] = ~table.head_pages[4:]
     q = torch.randn(3, 2 * group, head_dim, device="cuda", dtype=torch.bfloat16)
     out, expected = torch.full_like(q, float("nan")), torch.full_like(q, float("nan"))
-    arguments = (q, store.hot, table, page_size, head_dim**-0.5)
+    arguments = (q, store.hot, table, Geometry.of(q, store.hot, page_size, head_dim**-0.5))
     launchers.sparse_decode(*arguments, out, store.host, store.exponents)
     reference.sparse_decode(*arguments, expected, store.host, store.exponents)
     assert out[1].isnan().all() and error(out[[0, 2]], expected[[0, 2]]) < TOLERANCE[torch.bfloat16]
 
 
 def test_graphs_replay_eager(answer):  # noqa: F811
-    assert_same(answer(sparse=OFFLOAD, compilation_config=GRAPHS), answer(sparse=OFFLOAD))
+    assert_same(answer(OFFLOAD, compilation_config=GRAPHS, see=assert_store), answer(OFFLOAD))
 
 
 def test_piecewise_graphs(answer, monkeypatch):  # noqa: F811
@@ -121,32 +102,28 @@ def test_piecewise_graphs(answer, monkeypatch):  # noqa: F811
     both = {"cudagraph_mode": "FULL_AND_PIECEWISE", "cudagraph_capture_sizes": [1, 2, 4, 8, 64, 512]}
     # Every page: compiled code rounds differently, and among pages of random keys that would choose others.
     every_page = {**OFFLOAD, "budget_tokens": 4096}
-    assert_same(answer(sparse=every_page, compilation_config=both), answer(sparse=every_page))
+    assert_same(answer(every_page, compilation_config=both), answer(every_page))
 
 
 def test_model_runner_v2(answer, monkeypatch):  # noqa: F811
-    expected = answer(sparse=OFFLOAD, compilation_config=GRAPHS)
+    expected = answer(OFFLOAD, compilation_config=GRAPHS, see=assert_store)
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-    runner = []
-
-    def see(llm):
-        runner.append(type(llm.llm_engine.model_executor.driver_worker.worker.model_runner).__module__)
-
-    found = answer(sparse=OFFLOAD, compilation_config=GRAPHS, see=see)
-    assert "worker.gpu." in runner[0], f"ran {runner[0]}"
+    found = answer(OFFLOAD, variant="V2", compilation_config=GRAPHS)
+    assert "worker.gpu." in found.runner, f"ran {found.runner}"
     assert_same(found, expected)
 
 
 def test_sparse_prefill(answer):  # noqa: F811
     prefill = {"prefill_policy": "vertical_slash", "min_prefill_tokens": 256, "prefill_top_p": 0,
                "vertical_tokens": 128, "slash_tokens": 256}  # fmt: skip
-    assert_same(answer(sparse={**OFFLOAD, **prefill}), answer(sparse={**RESIDENT, **prefill}))
+    assert_same(answer({**OFFLOAD, **prefill}), answer({**RESIDENT, **prefill}))
 
 
-def test_nothing_waits_for_the_device(answer):  # noqa: F811
-    ours = []
-    answer(sparse=OFFLOAD, see=lambda llm: ours.extend(synchronising_lines(llm)))
-    assert not ours, ours[:3]
+@pytest.mark.parametrize("sparse", [OFFLOAD, FP8], ids=["as_in_the_cache", "fp8"])
+@pytest.mark.parametrize("graphs", [{}, {"compilation_config": GRAPHS}], ids=["eager", "graphs"])
+def test_nothing_waits_for_the_device(answer, sparse, graphs):  # noqa: F811
+    waits = answer(sparse, **graphs).waits
+    assert not waits, waits[:3]
 
 
 def test_failed_pinning_gives_everything_back(monkeypatch):

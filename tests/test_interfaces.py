@@ -81,6 +81,8 @@ def test_hooks_stand_before_functions_that_vllm_has():
         "compile_or_warm_up_model",
         "sleep",
         "wake_up",
+        "reload_weights",
+        "finish_weight_update",
     }
     assert wrapped <= set(dir(Worker))
     assert "initialize_from_config" in vars(WorkerWrapperBase)

@@ -17,10 +17,12 @@ from vllm_sparse.offload.limits import UNLIMITED, HostLimits, read_limits, resol
 from vllm_sparse.offload.pool import HostPool
 from vllm_sparse.offload.sizing import GIB, CacheShape, Split, StepLimits, split_memory
 from vllm_sparse.offload.store import OffloadStore
+from vllm_sparse.pages.geometry import Geometry
 from vllm_sparse.pages.page_table import PageTable
 
 PAGE, HEADS, HEAD_DIM, LAYERS = 16, 2, 16, 2
 SHAPE = CacheShape(LAYERS, HEADS, HEAD_DIM, PAGE, 4, 1)
+GEOMETRY = Geometry(HEADS, HEADS, HEAD_DIM, PAGE, 1.0)
 CPU = torch.device("cpu")
 
 # Settings of offload, and what the refusal must say.
@@ -262,7 +264,7 @@ class Schedule:
             kv = torch.cat([self.content(r, layer.index, p) for r, p in zip(requests, positions, strict=True)])
             kv = torch.cat([kv, torch.full((len(slots) - len(kv), HEADS, 2 * HEAD_DIM), float("inf"))])
             key, value = kv.split(HEAD_DIM, -1)
-            layer.write(key, value, slots, self.summaries[layer.index], "key_range")
+            layer.write(key, value, slots, self.summaries[layer.index], "key_range", GEOMETRY)
             self.decode(layer, decodes)
             self.read_contexts(layer, requests[len(decodes) :])
 

@@ -25,6 +25,7 @@ from vllm_sparse.kernels import reference
 from vllm_sparse.kernels.reference.e4m3 import from_e4m3, kept, to_e4m3
 from vllm_sparse.offload.config import OffloadConfig
 from vllm_sparse.offload.sizing import CacheShape
+from vllm_sparse.pages.geometry import Geometry
 from vllm_sparse.tools import cli
 
 FP8 = {"host_gib": 0.02, "host_dtype": "fp8"}
@@ -145,11 +146,11 @@ def test_attention_over_coded_pages_is_close():
     coded = from_e4m3(codes, exponents, torch.float32)
     q = torch.randn(2, 6, 64, generator=generator)
     lengths = torch.tensor([180, 200], dtype=torch.int32)
-    answers = []
+    geometry, answers = Geometry(6, 2, 64, 16, 0.125), []
     for pages in (kv, coded):
         out = torch.full_like(q, float("nan"))
         reference.dense_attention(
-            q, pages, torch.arange(24).view(2, 12), torch.tensor([0, 1, 2]), lengths, 16, 0.125, out
+            q, pages, torch.arange(24).view(2, 12), torch.tensor([0, 1, 2]), lengths, geometry, out
         )
         answers.append(out)
     exact, found = answers

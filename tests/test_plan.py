@@ -25,21 +25,28 @@ def tokens_of(printed: str, mode: str) -> int:
 
 @pytest.mark.seam
 @pytest.mark.engine
-@pytest.mark.parametrize("kv_mib", [32, 3], ids=["host_is_narrower", "gpu_is_narrower"])
-def test_plan_is_what_the_engine_reports(tiny, capfd, kv_mib):
+@pytest.mark.parametrize(
+    "kv_mib, kv_cache_dtype",
+    [(32, "auto"), (3, "auto"), (3, "fp8")],
+    ids=["host_is_narrower", "gpu_is_narrower", "fp8"],
+)
+def test_plan_is_what_the_engine_reports(tiny, capfd, kv_mib, kv_cache_dtype):
     # capfd, for vLLM asks standard output for its file descriptor.
     printed = plan(
         # CPUs capture no CUDA graphs, for which a plan counts batches of twice that size.
         capfd, tiny.model(), "--gpu", 1, "--kv-gib", kv_mib / 1024, "--host", HOST_GIB, "--context", 1024,
         "--max-num-seqs", ENGINE["max_num_seqs"] // 2, "--max-num-batched-tokens",
         ENGINE["max_num_batched_tokens"], "--dtype", "float32", "--sparse", json.dumps(SPARSE),
+        "--kv-cache-dtype", kv_cache_dtype,
     )  # fmt: skip
-    settings = {"block_size": 16, "kv_cache_memory_bytes": kv_mib << 20}
+    settings = {"block_size": 16, "kv_cache_memory_bytes": kv_mib << 20, "kv_cache_dtype": kv_cache_dtype}
     modes = {
         "stock": {"backend": "CPU_ATTN"},
         "sparse, resident": {},
         "sparse, offload": {"sparse": {"offload": {"host_gib": HOST_GIB}}},
     }
+    if kv_cache_dtype == "fp8":
+        del modes["stock"]  # which takes it on some CPUs only
     reported = {}
     for mode, changes in modes.items():
         # The CPU's own backend takes blocks of 32 tokens at least.
@@ -48,9 +55,11 @@ def test_plan_is_what_the_engine_reports(tiny, capfd, kv_mib):
             cache = engine_core(llm).vllm_config.cache_config
             reported[mode] = cache.num_gpu_blocks * cache.block_size
     planned = {mode: tokens_of(printed, mode) for mode in modes}
-    planned["stock"] = planned["stock"] // 32 * 32
+    stock = tokens_of(printed, "stock") // 32 * 32
+    if "stock" in planned:
+        planned["stock"] = stock
     assert planned == reported
-    assert reported["sparse, offload"] > reported["stock"] > reported["sparse, resident"]
+    assert reported["sparse, offload"] > stock > reported["sparse, resident"]
     assert ("the GPU cannot index more" in printed) == (kv_mib == 3)
 
 
@@ -69,6 +78,28 @@ def test_llama_8b_by_hand(tmp_path, capsys):
     two = plan(capsys, tmp_path, "--gpu", 80, "--host", 128, "--tensor-parallel-size", 2, "--max-num-seqs", 8)
     assert tokens_of(two, "sparse, offload") == 1 << 20
     assert tokens_of(two, "stock") > 2 * tokens_of(printed, "stock")
+
+
+def test_cache_of_fp8_by_hand(tmp_path, capsys):
+    """A cache in fp8 holds twice the tokens, and a host pool takes half the bytes, with any ``host_dtype``."""
+    from benchmarks.engine import LLAMA_8B
+
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
+    arguments = [tmp_path, "--gpu", 80, "--host", 64, "--kv-gib", 40, "--max-num-seqs", 8]
+    wide, coded, twice = (
+        plan(capsys, *arguments, *more)
+        for more in (
+            (),
+            ("--kv-cache-dtype", "fp8"),
+            ("--kv-cache-dtype", "fp8_e4m3", "--host-dtype", "fp8"),
+        )
+    )
+    assert coded == twice and "hold K and V in fp8" in coded
+    # A token takes 131,072 bytes in 16 bits, and a page 17 slots of either size.
+    assert tokens_of(wide, "stock") == 40 << 13 == tokens_of(coded, "stock") // 2
+    assert tokens_of(wide, "sparse, resident") == (40 << 30) // (17 * 131072) * 16
+    assert tokens_of(coded, "sparse, resident") == (40 << 30) // (17 * 65536) * 16
+    assert tokens_of(wide, "sparse, offload") == 64 << 13 == tokens_of(coded, "sparse, offload") // 2
 
 
 @pytest.mark.parametrize(

@@ -42,8 +42,8 @@ def plan(tiny, specs: dict, layout):
     return cache
 
 
-def full(heads: int = 2, summary: str | None = "key_range"):
-    spec = FullAttentionSpec(block_size=PAGE, **{**SHAPE, "num_kv_heads": heads})
+def full(heads: int = 2, summary: str | None = "key_range", dtype: torch.dtype = torch.float32):
+    spec = FullAttentionSpec(block_size=PAGE, **{**SHAPE, "num_kv_heads": heads, "dtype": dtype})
     return spec if summary is None else SparseAttentionSpec.extend(spec, PAGE, PageLayout(summary))
 
 
@@ -69,6 +69,8 @@ MODELS = {
     "sliding_window_few_full": [window(), window(), window(), full()],
     "wider_sliding_window": [window(5), full(), window(5), full()],
     "dense_beside_sparse": [full(), STOCK],
+    "quantised": [full(dtype=torch.uint8) for _ in range(4)],
+    "quantised_but_for_one": [full(dtype=torch.uint8), full(dtype=torch.uint8), full()],
     "draft_of_half_the_heads": [full(4), full(4), full(2, None)],
     "sparse_draft_of_half_the_heads": [full(4), full(4), full(2)],
     "linear": [linear(STOCK.page_size_bytes), STOCK, linear(STOCK.page_size_bytes)],

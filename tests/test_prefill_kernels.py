@@ -115,7 +115,7 @@ def test_sparse_prefill_with_every_page_is_dense_attention(run, head_dim):
     dense = torch.full_like(case.q, float("nan"))
     starts = torch.tensor([0, 150], dtype=torch.int32, device=DEVICE)
     lens = torch.tensor([220], dtype=torch.int32, device=DEVICE)
-    reference.dense_attention(case.q, case.kv, case.block_table[None], starts, lens, 16, case.scale, dense)
+    reference.dense_attention(case.q, case.kv, case.block_table[None], starts, lens, case.geometry, dense)
     assert error(out, dense) < TOLERANCE[torch.float32]
 
 

@@ -191,7 +191,7 @@ def test_warm_up_leaves_no_trace(policy):
     sparse = SparsePrefill(
         policy_of(config, case), TorchAttention(), case.buffers, config.selection(16), case.geometry
     )
-    sparse.warm_up(17, torch.float32)
+    sparse.warm_up(17, torch.float32, torch.float32)
     assert case.buffers.counters.tolist() == [0, 0]
     assert not (case.buffers.lengths == 2**30).all(), "nothing ran"
 

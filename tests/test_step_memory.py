@@ -228,7 +228,7 @@ def test_decode_rows_beside_prefill_are_built_as_stock_builds_a_mixed_step():
             return self, common
 
     backend = SimpleNamespace(get_builder_cls=lambda: Builder)
-    builder = dense.DenseBuilder(None, [], None, DEVICE, backend)
+    builder = dense.DenseBuilder(None, [], None, DEVICE, backend, "auto")
     made = {rows: builder.build(rows, None)[0] for rows in ("all", "prefill", "short", "eager")}
     assert len(set(map(id, made.values()))) == 4, "two kinds of rows share one buffer of scheduling data"
     assert [each.use_full_cuda_graph for each in made.values()] == [True, True, True, False]

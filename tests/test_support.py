@@ -126,9 +126,8 @@ def test_notes_of_the_start_line():
 
 def engine(cache_dtype: str = "auto", scheme: dict | None = None, **changes):
     """What options are read from, of an engine that is served."""
-    model = SimpleNamespace(
-        dtype="torch.bfloat16", hf_config=SimpleNamespace(quantization_config={"kv_cache_scheme": scheme})
-    )
+    quantised = {"quant_method": "compressed-tensors", "kv_cache_scheme": scheme}
+    model = SimpleNamespace(dtype="torch.bfloat16", hf_config=SimpleNamespace(quantization_config=quantised))
     parts = {
         "model_config": model, "cache_config": SimpleNamespace(cache_dtype=cache_dtype, kv_offloading_size=None),
         "parallel_config": SimpleNamespace(), "speculative_config": None, "kv_transfer_config": None,
@@ -137,8 +136,8 @@ def engine(cache_dtype: str = "auto", scheme: dict | None = None, **changes):
 
 
 REFUSED_ENGINES = [
-    (engine("fp8", {"num_bits": 8}), r"'fp8' is not supported.*kv_cache_scheme.*allowed: bfloat16, given by name"),
-    (engine("fp8"), r"'fp8' is not supported.*allowed: auto, bfloat16"),
+    (engine("fp8_e5m2"), r"'fp8_e5m2' is not supported.*allowed: auto, bfloat16, fp8, fp8_e4m3"),
+    (engine(scheme={"strategy": "attn_head"}), "'fp8' is not supported.*every KV head.*allowed: bfloat16, given"),
     (engine(parallel_config=SimpleNamespace(decode_context_parallel_size=2)), "2 is not supported.*allowed: 1"),
     (engine(parallel_config=SimpleNamespace(enable_dbo=True)), "micro-batches"),
     (engine(speculative_config=object()), "with sparse.offload: drafts.*allowed with offload: none"),
@@ -147,6 +146,20 @@ REFUSED_ENGINES = [
     (engine(model_config=SimpleNamespace(dtype="bfloat16", enable_sleep_mode=True)), "hot head pages"),
 ]
 """One for each of ``OPTIONS``, in their order."""
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        "float16", "float32", "fp8_e5m2", "fp8_inc", "fp8_ds_mla", "fp8_per_token_head", "int8_per_token_head",
+        "int4_per_token_head", "nvfp4", "nvfp4_4over6", "turboquant_k8v4", "ultraquant_4bit",
+    ],
+)  # fmt: skip
+def test_other_caches_are_refused_by_name(dtype):
+    with pytest.raises(
+        ConfigError, match=f"--kv-cache-dtype: '{dtype}' is not supported.*bfloat16, fp8, fp8_e4m3"
+    ):
+        check_options(engine(dtype), SparseConfig())
 
 
 @pytest.mark.parametrize(
@@ -162,7 +175,11 @@ def test_each_option_that_is_not_served_is_refused(option, case):
 
 def test_an_engine_that_is_served_is_not_refused():
     check_options(engine(), OFFLOADED)
-    check_options(engine("bfloat16"), SparseConfig())
+    check_options(engine("bfloat16", {"strategy": "attn_head"}), SparseConfig())
+    for dtype in ("fp8", "fp8_e4m3"):
+        check_options(engine(dtype), OFFLOADED)
+        check_options(engine(dtype, {"strategy": "tensor"}), SparseConfig())
+    check_options(engine(scheme={"strategy": "tensor"}), SparseConfig())
     assert len(REFUSED_ENGINES) == len(OPTIONS)
 
 

@@ -184,9 +184,12 @@ def best_held(case, query: int, head: int, pages: int) -> float:
     return sum(mass[page] for page in always) + sum(others[: pages - len(always)])
 
 
-def test_chunk_measures_best_pages():
+@pytest.mark.parametrize(
+    "cache", [{}, {"kv_dtype": torch.float8_e4m3fn, "kv_scales": (0.25, 0.5)}], ids=["as_model", "fp8"]
+)
+def test_chunk_measures_best_pages(cache):
     """Queries of a chunk measure what the best pages of each KV head hold."""
-    case = make_chunk(150, 300, 3, 2, 32, 16)
+    case = make_chunk(150, 300, 3, 2, 32, 16, **cache)
     config = SparseConfig(prefill_policy="vertical_slash")
     policy = config.new_prefill_policy(16, HeadPatterns.of([config.uniform_pattern] * case.q_heads, 16, DEVICE))
     layer = SparsePrefill(policy, TorchAttention(), case.buffers, Selection(16, 1, 1, 20), case.geometry)

@@ -73,7 +73,7 @@ def test_prompt_tokens_attend_to_every_page(run, dtype):
     starts = torch.arange(len(LENGTHS) + 1, dtype=torch.int32)
     exact = torch.zeros_like(case.q, dtype=torch.float64)
     reference.dense_attention(
-        case.q.double(), in_float64(case.kv), case.block_table, starts, case.seq_lens, 16, case.scale, exact
+        case.q.double(), in_float64(case.kv), case.block_table, starts, case.seq_lens, case.geometry, exact
     )
     whole = [row for row, prompt in enumerate(PROMPT) if prompt]
     assert error(out[whole], exact[whole]) < TOLERANCE[dtype]

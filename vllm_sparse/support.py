@@ -21,11 +21,14 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from vllm_sparse.backend import compat
 from vllm_sparse.config import SparseConfig
 from vllm_sparse.errors import ConfigError
 
 HEAD_SIZES = range(32, 257, 16)
 DTYPES = ("float16", "bfloat16", "float32")
+QUANTISED_CACHES = ("fp8", "fp8_e4m3")
+"""Values of ``--kv-cache-dtype`` that are served beside the model's own dtype: two names of one."""
 
 
 class Treatment(str, Enum):
@@ -217,26 +220,28 @@ def _dtype(config: Any) -> str:
 
 
 def _cache_dtype(config: Any) -> str | None:
-    """The dtype of an engine's KV cache where it is not the model's."""
-    cache = config.cache_config
-    if cache is None or config.model_config is None or cache.cache_dtype in ("auto", _dtype(config)):
+    """The dtype of an engine's KV cache where that is not served."""
+    if config.cache_config is None or config.model_config is None:
         return None
-    return cache.cache_dtype
+    found = compat.kv_dtype(config)
+    return None if found in (_dtype(config), *QUANTISED_CACHES) else found
 
 
-def _checkpoint_cache_dtype(config: Any) -> str | None:
-    """The dtype of an engine's KV cache where it is not the model's and the checkpoint may be what asks for it."""
-    quantised = getattr(getattr(config.model_config, "hf_config", None), "quantization_config", None) or {}
-    scheme = quantised.get("kv_cache_scheme") if isinstance(quantised, dict) else None
-    return _cache_dtype(config) if scheme else None
+def _scales_of_heads(config: Any) -> str | None:
+    """The dtype of an engine's KV cache where its checkpoint has a scale for every KV head."""
+    if config.cache_config is None or config.model_config is None:
+        return None
+    found, scheme = compat.kv_dtype(config), compat.kv_cache_scheme(config) or {}
+    return found if found in QUANTISED_CACHES and scheme.get("strategy") == "attn_head" else None
 
 
 OPTIONS: tuple[Option, ...] = (
-    Option("--kv-cache-dtype", "what a checkpoint's `kv_cache_scheme` asks for",
-        "the checkpoint's kv_cache_scheme asks for it, and sparse attention has no quantised KV cache yet",
-        "{dtype}, given by name, which comes before the scheme", _checkpoint_cache_dtype),
-    Option("--kv-cache-dtype", "all but the model's own", "sparse attention has no quantised KV cache yet",
-        "auto, {dtype}", _cache_dtype),
+    Option("--kv-cache-dtype", "all but `fp8`, `fp8_e4m3` and the model's own",
+        "sparse attention reads caches of e4m3 and of the model's own dtype",
+        "auto, {dtype}, fp8, fp8_e4m3; where the checkpoint asks for another, one of these by name", _cache_dtype),
+    Option("--kv-cache-dtype", "`fp8`, with a checkpoint whose `kv_cache_scheme` has the strategy `attn_head`",
+        "the checkpoint has scales for every KV head, and sparse attention takes one of K and one of V",
+        "{dtype}, given by name, which comes before the scheme", _scales_of_heads),
     Option("--decode-context-parallel-size", "above 1", "pages are chosen from whole contexts", "1",
         lambda config: (size := getattr(config.parallel_config, "decode_context_parallel_size", 1)) > 1 and size),
     Option("--enable-dbo", "on", "micro-batches would share the buffers of one decode step", "off",

@@ -6,6 +6,7 @@ lies in a file named as its kernel's; the docstring of the launcher there descri
 """
 
 from vllm_sparse.kernels.reference.antidiagonal_score import antidiagonal_score
+from vllm_sparse.kernels.reference.code_queries import code_queries
 from vllm_sparse.kernels.reference.dense_attention import dense_attention
 from vllm_sparse.kernels.reference.fetch_head_pages import fetch_head_pages
 from vllm_sparse.kernels.reference.find_hot_slots import find_hot_slots
@@ -35,6 +36,7 @@ from vllm_sparse.kernels.reference.write_through import write_through
 
 __all__ = [
     "antidiagonal_score",
+    "code_queries",
     "dense_attention",
     "fetch_head_pages",
     "find_hot_slots",

@@ -19,7 +19,7 @@ def antidiagonal_score(
 ) -> None:
     page_size, scale = geometry.page_size, geometry.scale
     stride, q_heads = 16, q.shape[1]
-    keys = context_keys(kv, block_table, blocks, page_size).float().flatten(1, 2)
+    keys = context_keys(kv, block_table, blocks, page_size).flatten(1, 2)
     columns = keys.unflatten(1, (-1, stride)).flatten(2).repeat_interleave(q_heads // kv.shape[1], 0)
     out = scores.view(q_heads, blocks.num_blocks, -1)
     for block, part in enumerate(blocks.split(1)):

@@ -1,8 +1,15 @@
-"""Head pages in 8 bits, as :mod:`vllm_sparse.kernels.e4m3` keeps them."""
+"""K and V in 8 bits, as :mod:`vllm_sparse.kernels.e4m3` keeps them."""
 
 from __future__ import annotations
 
 import torch
+
+
+def in_cache(x: torch.Tensor, dtype: torch.dtype, scale: float) -> torch.Tensor:
+    """``x`` as a cache of ``dtype`` holds it: of e4m3, saturated codes of ``x / scale``."""
+    if dtype is not torch.float8_e4m3fn:
+        return x.to(dtype)
+    return (x.float() / scale).clamp(-448, 448).to(dtype)
 
 
 def kept(host: torch.Tensor, exponents: torch.Tensor | None, index, dtype: torch.dtype) -> torch.Tensor:

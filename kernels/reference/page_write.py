@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from vllm_sparse.kernels.reference.e4m3 import in_cache
 from vllm_sparse.kernels.reference.sketch_write import write_sketches
 from vllm_sparse.pages.summaries import SKETCH_BITS
 
@@ -17,6 +18,8 @@ def page_write(
     slot_mapping: torch.Tensor,
     page_size: int,
     summary: str,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> None:
     slots = slot_mapping.long()
     written = slots >= 0
@@ -24,7 +27,8 @@ def page_write(
         return
     tokens, slots = torch.nonzero(written).squeeze(1), slots[written]
     blocks, rows = slots // page_size, slots % page_size
-    kv[blocks, :, rows] = torch.cat([key[tokens], value[tokens]], dim=-1).to(kv.dtype)
+    parts = ((key, k_scale), (value, v_scale))
+    kv[blocks, :, rows] = torch.cat([in_cache(part[tokens], kv.dtype, scale) for part, scale in parts], dim=-1)
     if summary in SKETCH_BITS:
         write_sketches(kv, slots, page_size, summary)
     if summary != "key_range":

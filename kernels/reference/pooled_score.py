@@ -23,10 +23,10 @@ def pooled_score(
     group = q.shape[1] // kv.shape[1]
     means = torch.stack([part.float().mean(0) for part in q.split(BLOCK_TOKENS)], 1)
     pooled[: scores.shape[0]] = means.flatten(0, 1).to(pooled.dtype)
-    keys = context_keys(kv, block_table, blocks, page_size).float()
+    keys = context_keys(kv, block_table, blocks, page_size)
     first = torch.arange(scores.shape[1], device=kv.device)[:, None] * page_size
     means = keys.sum(2) / (blocks.end_position - first).clamp(max=page_size)
-    means = means.to(kv.dtype).float().repeat_interleave(group, 0)
+    means = means.to(pooled.dtype).float().repeat_interleave(group, 0)
     queries = pooled[: scores.shape[0]].float().unflatten(0, (-1, blocks.num_blocks))
     chosen = slice(None) if heads is None else heads.bool()
     scores.unflatten(0, (-1, blocks.num_blocks))[chosen] = (queries @ means.transpose(1, 2) * scale)[chosen]

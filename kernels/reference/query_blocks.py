@@ -14,8 +14,8 @@ def block_spans(blocks: QueryBlocks, device: torch.device) -> tuple[torch.Tensor
 
 
 def context_keys(kv: torch.Tensor, block_table: torch.Tensor, blocks: QueryBlocks, page_size: int) -> torch.Tensor:
-    """[kv_heads, num_pages, page_size, head_dim], 0 past the last query."""
+    """float32 [kv_heads, num_pages, page_size, head_dim], 0 past the last query."""
     pages, head_dim = blocks.num_pages(page_size), kv.shape[3] // 2
-    keys = kv[block_table[:pages].long(), :, :page_size, :head_dim].transpose(0, 1)
+    keys = kv[block_table[:pages].long(), :, :page_size, :head_dim].transpose(0, 1).float()
     position = torch.arange(pages * page_size, device=kv.device).view(pages, page_size, 1)
     return keys.masked_fill(position >= blocks.end_position, 0)

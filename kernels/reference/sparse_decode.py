@@ -43,4 +43,4 @@ def sparse_decode(
         k, v = (x.flatten(0, 2)[:length].float() for x in (k, v))
         span = slice(head * group, (head + 1) * group)
         weights = (q[request, span].float() @ k.T * scale).softmax(-1)
-        out[request, span] = (weights @ v).to(out.dtype)
+        out[request, span] = (weights @ v * geometry.v_scale).to(out.dtype)

@@ -32,7 +32,7 @@ def sparse_prefill(
         seen = length - torch.arange(len(query) - 1, -1, -1, device=q.device)
         hidden = torch.arange(length, device=q.device) >= seen[:, None]
         weights = (query @ k.T * scale).masked_fill(hidden, float("-inf")).softmax(-1)
-        out[tokens, head] = (weights @ v).to(out.dtype)
+        out[tokens, head] = (weights @ v * geometry.v_scale).to(out.dtype)
 
 
 def _wide(x: torch.Tensor) -> torch.dtype:

@@ -18,7 +18,10 @@ class AttentionShape:
 
     device: torch.device
     dtype: torch.dtype
+    """Of queries and outputs."""
     geometry: Geometry
+    kv_dtype: torch.dtype
+    """Of the cache: ``dtype``, or ``torch.float8_e4m3fn``."""
 
 
 class AttentionKernel(ABC):

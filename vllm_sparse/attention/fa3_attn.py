@@ -3,6 +3,8 @@
 It allocates for itself in each call: scheduling data (8 bytes a row), log-sums (4 bytes a query and head), and
 where it splits rows float32 outputs of every part, for which it assumes that one row is long and all others are
 short: it asks for enough parts of each to fill the GPU with one. :func:`most_splits` bounds them by their memory.
+
+Over a cache of e4m3 it wants queries in e4m3, too, as vLLM's own backend gives it them, and answers in bfloat16.
 """
 
 from __future__ import annotations
@@ -11,10 +13,13 @@ from functools import cache
 
 import torch
 
+from vllm_sparse import kernels
 from vllm_sparse.attention.base import AttentionKernel, AttentionShape
+from vllm_sparse.pages.geometry import Geometry
 from vllm_sparse.pages.layout import single_head_pages
 from vllm_sparse.pages.query_blocks import BLOCK_TOKENS
 
+E4M3 = torch.float8_e4m3fn
 MAX_ROWS = 1 << 17
 PARTS_BYTES = 32 << 20
 """Most that the parts of split rows take. At head_dim 128 it is two parts of each of up to 254 blocks of queries;
@@ -73,6 +78,10 @@ class FA3Attention(AttentionKernel):
         assert rows <= MAX_ROWS, f"{rows} rows of (request, KV head) in a step; at most {MAX_ROWS}"
         keys, values = single_head_pages(kv, geometry.page_size)
         row_tokens = table.head_pages.shape[1] * geometry.page_size
+        if kv.dtype is E4M3:
+            codes = torch.empty_like(q, dtype=E4M3, memory_format=torch.contiguous_format)
+            kernels.for_device(q.device).code_queries(q, geometry.q_scale, codes)
+            q = codes
         result = self._attend(
             q=q.reshape(rows, group, head_dim),
             k=keys,
@@ -82,11 +91,13 @@ class FA3Attention(AttentionKernel):
             seqused_k=table.lengths,
             max_seqlen_k=row_tokens,
             block_table=table.head_pages,
-            softmax_scale=geometry.scale,
+            softmax_scale=_scale_of_products(kv, geometry),
             causal=True,
             num_splits=most_splits(num_reqs * q_heads, head_dim, row_tokens),
             fa_version=3,
         )
+        if kv.dtype is E4M3:
+            result = result.mul_(geometry.v_scale).to(out.dtype)
         # It writes zeros for empty sequences, and those rows of ``out`` belong to the dense backend.
         attended = (table.lengths > 0).view(num_reqs, kv_heads, 1, 1)
         heads = (num_reqs, kv_heads, group, head_dim)
@@ -97,7 +108,11 @@ class FA3Attention(AttentionKernel):
         num_tokens, q_heads, head_dim = q.shape
         keys, values = single_head_pages(kv, geometry.page_size)
         by_head, result = scratch[:, : q.numel()].view(2, q_heads, num_tokens, head_dim)
-        by_head.copy_(q.transpose(0, 1))
+        if kv.dtype is E4M3:
+            by_head, result = scratch[0].view(E4M3)[: q.numel()].view(by_head.shape), result.view(torch.bfloat16)
+            kernels.for_device(q.device).code_queries(q, geometry.q_scale, by_head.transpose(0, 1))
+        else:
+            by_head.copy_(q.transpose(0, 1))
         row_tokens = table.head_pages.shape[1] * geometry.page_size
         self._attend(
             q=by_head.view(-1, 1, head_dim),
@@ -109,12 +124,20 @@ class FA3Attention(AttentionKernel):
             seqused_k=table.lengths,
             max_seqlen_k=row_tokens,
             block_table=table.head_pages,
-            softmax_scale=geometry.scale,
+            softmax_scale=_scale_of_products(kv, geometry),
             causal=True,
             num_splits=most_splits(num_tokens * q_heads, head_dim, row_tokens),
             fa_version=3,
         )
-        out.copy_(result.transpose(0, 1))
+        if kv.dtype is E4M3:
+            torch.mul(result.transpose(0, 1), geometry.v_scale, out=out)
+        else:
+            out.copy_(result.transpose(0, 1))
+
+
+def _scale_of_products(kv: torch.Tensor, geometry: Geometry) -> float:
+    """Factor of the products of queries, as they are given to FlashAttention, with stored keys."""
+    return geometry.scale * geometry.q_scale if kv.dtype is E4M3 else geometry.scale
 
 
 @cache

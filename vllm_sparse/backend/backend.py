@@ -12,6 +12,7 @@ from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 from vllm_sparse.backend import compat
 from vllm_sparse.backend.spec import PageLayout, SparseAttentionSpec, page_size_of
 from vllm_sparse.pages.layout import PAGE_SIZES
+from vllm_sparse.support import QUANTISED_CACHES
 
 
 class SparseBackend(AttentionBackend):
@@ -22,7 +23,7 @@ class SparseBackend(AttentionBackend):
     """
 
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
-    supported_kv_cache_dtypes: ClassVar[list] = ["auto", "float16", "bfloat16", "float32"]
+    supported_kv_cache_dtypes: ClassVar[list] = ["auto", "float16", "bfloat16", "float32", *QUANTISED_CACHES]
     forward_includes_kv_cache_update = False
 
     layout: ClassVar[PageLayout] = PageLayout()

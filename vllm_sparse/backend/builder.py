@@ -44,7 +44,7 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
         self._assign_counts(impls[0], sparse, vllm_config)
         kind = OffloadedRows if impls[0].layout.on_host else ResidentRows
         dense_builder = dense.DenseBuilder(
-            kv_cache_spec, layer_names, vllm_config, device, impls[0].stock_backend
+            kv_cache_spec, layer_names, vllm_config, device, impls[0].stock_backend, impls[0].kv_cache_dtype
         )  # fmt: skip
         self.rows = kind(config, self.workspace, dense_builder, impls[0])
         self.configure(config)
@@ -54,7 +54,7 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
             captured = compilation.cudagraph_capture_sizes if full else []
             warn_of_batches_without_graphs(captured, vllm_config.scheduler_config.max_num_seqs)
         if self.selects and impls[0].prefill is not None and device.type != "cpu":
-            impls[0].prefill.warm_up(impls[0].pages.prefill_slots, impls[0].dtype)
+            impls[0].prefill.warm_up(impls[0].pages.prefill_slots, impls[0].dtype, impls[0].cache_dtype)
 
     def _bind_layers(self, names: list[str], vllm_config) -> list[SparseImpl]:
         layers = vllm_config.compilation_config.static_forward_context

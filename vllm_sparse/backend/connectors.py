@@ -26,6 +26,7 @@ from vllm_sparse.backend import compat
 from vllm_sparse.config import SparseConfig
 from vllm_sparse.errors import ConfigError
 from vllm_sparse.policies import DECODE_POLICIES
+from vllm_sparse.support import QUANTISED_CACHES
 
 logger = logging.getLogger("vllm.vllm_sparse")
 
@@ -33,7 +34,7 @@ FORMAT = 1
 """Version of what pages hold. Counts up with any change in what the bytes of a summary mean, or where they are."""
 NOT_IN_PAGES = ("attention_kernel", "recall_monitor_every_steps", "offload")
 """Settings on which neither K and V nor summaries depend."""
-MARK = re.compile(r"-sparse\d+-[a-z0-9]+(?:_[a-z]+)?-\d+")
+MARK = re.compile(r"-sparse\d+-[a-z0-9]+(?:_[a-z]+)?-\d+(?:-[a-z0-9]+)?")
 """What :func:`page_format` gives, anywhere in an engine id: vLLM appends the data-parallel rank."""
 
 BLOCKS, SLOTS, NEITHER = "blocks", "slots", "neither"
@@ -113,7 +114,7 @@ def check(vllm_config: Any, config: SparseConfig) -> None:
         _check_connector("OffloadingConnector", None, extra, config)
     elif transfer.kv_connector is not None:
         _check_connector(transfer.kv_connector, transfer.kv_connector_module_path, extra, config)
-    mark = page_format(config, cache.block_size)
+    mark = page_format(config, cache.block_size, kv_of_pages(vllm_config))
     marked, found = MARK.subn(mark, transfer.engine_id)
     transfer.engine_id = marked if found else transfer.engine_id + mark
     if not found:
@@ -160,19 +161,33 @@ def _check_offloading_spec(name: str, extra: dict) -> None:
         )
 
 
-def page_format(config: SparseConfig, page_size: int) -> str:
-    """The part of an engine id that says what pages hold: the same text for the same bytes."""
+def kv_of_pages(vllm_config: Any) -> str:
+    """How the layers of an engine store K and V, in letters and digits: the same text for the same bytes."""
+    dtype, left_out = compat.kv_dtype(vllm_config), vllm_config.cache_config.kv_cache_dtype_skip_layers
+    if dtype not in QUANTISED_CACHES:
+        return dtype
+    return f"fp8but{_digest(sorted(left_out))[:8]}" if left_out else "fp8"
+
+
+def page_format(config: SparseConfig, page_size: int, kv: str) -> str:
+    """The part of an engine id that says what pages hold: the same text for the same bytes.
+
+    ``kv``: from :func:`kv_of_pages`.
+    """
     summary = DECODE_POLICIES[config.decode_policy].summary
-    return f"-sparse{FORMAT}-{summary}-{page_size}"
+    return f"-sparse{FORMAT}-{summary}-{page_size}-{kv}"
 
 
-def cache_salt(config: SparseConfig) -> str:
-    """A salt for block hashes that keeps pages apart from those of other settings, and of stock vLLM."""
+def cache_salt(config: SparseConfig, kv: str) -> str:
+    """A salt for block hashes that keeps pages apart from those of other settings, and of stock vLLM.
+
+    ``kv``: from :func:`kv_of_pages`; vLLM's own hashes are of tokens alone.
+    """
     settings = {name: value for name, value in config.to_mapping().items() if name not in NOT_IN_PAGES}
-    return f"sparse{FORMAT}-{_digest(settings)[:32]}"
+    return f"sparse{FORMAT}-{_digest({**settings, 'kv': kv})[:32]}"
 
 
-def _digest(settings: dict) -> str:
+def _digest(settings: Any) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
@@ -191,8 +206,8 @@ def check_peer(engine_id: str, params: dict | None) -> None:
     if own != others:
         raise VLLMValidationError(
             f"kv_transfer_params.remote_engine_id: {peer!r} has pages of another format: its id says {others}, "
-            f"and that of this engine {own}; allowed: engines with the sparse backend, the same sparse settings "
-            f"and the same --block-size"
+            f"and that of this engine {own}; allowed: engines with the sparse backend, the same sparse settings, "
+            f"--block-size and --kv-cache-dtype"
         )
 
 
@@ -210,7 +225,8 @@ def install_request_hook() -> None:
         if transfer is None or transfer.kv_connector is None or not compat.asks_for_sparse(self.vllm_config):
             return original(self, request)
         if not hasattr(self, "sparse_cache_salt"):
-            self.sparse_cache_salt = cache_salt(SparseConfig.from_vllm(self.vllm_config))
+            config = SparseConfig.from_vllm(self.vllm_config)
+            self.sparse_cache_salt = cache_salt(config, kv_of_pages(self.vllm_config))
         request.cache_salt = f"{self.sparse_cache_salt}/{request.cache_salt or ''}"
         added, wave = original(self, request)
         check_peer(transfer.engine_id, added.kv_transfer_params)

@@ -7,13 +7,16 @@ that vLLM would have chosen, where that reads K and V through strides. Summary s
 from __future__ import annotations
 
 import logging
+from copy import copy
 from functools import cache
 from typing import Any
 
 import torch
 
+from vllm_sparse import kernels
 from vllm_sparse.backend import compat
 from vllm_sparse.kernels import reference
+from vllm_sparse.pages.geometry import Geometry
 
 logger = logging.getLogger("vllm.vllm_sparse")
 
@@ -21,14 +24,14 @@ READERS = ("FLASH_ATTN", "TRITON_ATTN")
 """Backends of vLLM that were seen to read pages with summaries."""
 
 
-def reader_of_pages(stock: type, dtype: torch.dtype, head_size: int) -> type:
+def reader_of_pages(stock: type, dtype: torch.dtype, head_size: int, kv_cache_dtype: str) -> type:
     """``stock``, vLLM's own choice for a layer, or the nearest backend that can read pages with summaries.
 
     Where it is another one a line says so: dense rows then cost what they do in that one.
     """
     if stock.get_name() in READERS:
         return stock
-    reader = _nearest_reader(dtype, head_size)
+    reader = _nearest_reader(dtype, head_size, kv_cache_dtype)
     _say_once(reader.get_name(), stock.get_name())
     return reader
 
@@ -41,7 +44,7 @@ def _say_once(reader: str, stock: str) -> None:
     )  # fmt: skip
 
 
-def _nearest_reader(dtype: torch.dtype, head_size: int) -> type:
+def _nearest_reader(dtype: torch.dtype, head_size: int, kv_cache_dtype: str) -> type:
     from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
 
     if dtype not in (torch.float16, torch.bfloat16):
@@ -53,29 +56,48 @@ def _nearest_reader(dtype: torch.dtype, head_size: int) -> type:
         return TritonAttentionBackend
     if get_flash_attn_version(head_size=head_size) is None:
         return TritonAttentionBackend
-    return FlashAttentionBackend if FlashAttentionBackend.supports_head_size(head_size) else TritonAttentionBackend
+    reads = FlashAttentionBackend.supports_head_size(head_size)
+    reads = reads and FlashAttentionBackend.supports_kv_cache_dtype(kv_cache_dtype)
+    return FlashAttentionBackend if reads else TritonAttentionBackend
 
 
 class StockDense:
     """vLLM's own attention implementation, over the token slots of pages."""
 
-    def __init__(self, impl: Any, page_size: int):
-        self.impl, self.page_size = impl, page_size
+    def __init__(self, impl: Any, geometry: Geometry, quantised: bool):
+        """``quantised``: the cache holds codes, which some backends multiply with codes of queries only."""
+        self.impl, self.geometry = impl, geometry
+        self.codes_queries = quantised and impl.supports_quant_query_input
 
     def attend(self, layer, query, key, value, kv, metadata, out) -> None:
-        self.impl.forward(layer, query, key, value, kv[:, :, : self.page_size], metadata, out)
+        # vLLM would code queries before it calls a backend, but pages are chosen by queries as they are.
+        query = self._codes(query) if self.codes_queries else query
+        self.impl.forward(layer, query, key, value, kv[:, :, : self.geometry.page_size], metadata, out)
+
+    def rehearse(self, query: torch.Tensor) -> None:
+        """Allocate what :meth:`attend` does for a step of ``query``, while vLLM measures one."""
+        if self.codes_queries:
+            self._codes(query)
+
+    def _codes(self, query: torch.Tensor) -> torch.Tensor:
+        codes = torch.empty(query.shape, dtype=torch.float8_e4m3fn, device=query.device)
+        kernels.for_device(query.device).code_queries(query, self.geometry.q_scale, codes)
+        return codes
 
 
 class TorchDense:
     """Dense attention in plain torch; its metadata is vLLM's common one."""
 
-    def __init__(self, scale: float, page_size: int):
-        self.scale, self.page_size = scale, page_size
+    def __init__(self, geometry: Geometry):
+        self.geometry = geometry
+
+    def rehearse(self, query: torch.Tensor) -> None:
+        """Nothing: memory is not planned where torch attends."""
 
     def attend(self, layer, query, key, value, kv, metadata, out) -> None:
         reference.dense_attention(
-            query, kv, metadata.block_table_tensor, metadata.query_start_loc, metadata.seq_lens,
-            self.page_size, self.scale, out,
+            query, kv, metadata.block_table_tensor, metadata.query_start_loc, metadata.seq_lens, self.geometry,
+            out,
         )  # fmt: skip
 
 
@@ -87,7 +109,7 @@ class DenseBuilder:
     in no graph, decode rows beside prefill and parts of an offloaded prefill.
     """
 
-    def __init__(self, kv_cache_spec, layer_names, vllm_config, device, backend):
+    def __init__(self, kv_cache_spec, layer_names, vllm_config, device, backend, kv_cache_dtype: str):
         self._builders: dict[str, Any] = {}
         if backend is None:
             return
@@ -97,6 +119,10 @@ class DenseBuilder:
             if hasattr(builder, "aot_sliding_window"):
                 # Else FlashAttention looks for a window among layers that are not ours.
                 builder.aot_sliding_window = (-1, -1)
+            if getattr(builder, "cache_config", None) is not None:
+                # Else it takes the dtype that most layers have for that of these, which may have been left out.
+                builder.cache_config = copy(builder.cache_config)
+                builder.cache_config.cache_dtype = kv_cache_dtype
             return builder
 
         self._builders = {rows: make() for rows in ("all", "prefill", "short")}

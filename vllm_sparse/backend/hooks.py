@@ -183,6 +183,7 @@ def without_sparse(vllm_config: Any):
 
 
 def _build_ours(original, layer, bound, vllm_config, config: SparseConfig, decision: Decision) -> None:
+    from vllm.platforms import current_platform
     from vllm.v1.attention.selector import get_attn_backend
 
     from vllm_sparse.backend.backend import SparseBackend
@@ -191,10 +192,12 @@ def _build_ours(original, layer, bound, vllm_config, config: SparseConfig, decis
     arguments, layout = bound.arguments, PageLayout.of(config, decision)
     arguments["attn_backend"] = SparseBackend.of(layout)
     original(*bound.args, **bound.kwargs)
-    with without_sparse(vllm_config):
-        stock = get_attn_backend(
-            arguments["head_size"], layer.dtype, layer.kv_cache_dtype, num_heads=arguments["num_heads"]
-        )
+    stock = None
+    if not current_platform.is_cpu():  # dense rows run plain torch there
+        with without_sparse(vllm_config):
+            stock = get_attn_backend(
+                arguments["head_size"], layer.dtype, layer.kv_cache_dtype, num_heads=arguments["num_heads"]
+            )
     layer.impl.settle(vllm_config, arguments["prefix"], decision, layout, stock)
 
 
@@ -235,6 +238,16 @@ def _hook_workers(wrapper: type) -> None:
             sleep.restore(self.worker, tags)
         return result
 
+    def reload_weights(self, *args, **kwargs):
+        result = self.worker.reload_weights(*args, **kwargs)
+        check_scales(self.worker)
+        return result
+
+    def finish_weight_update(self, *args, **kwargs):
+        result = self.worker.finish_weight_update(*args, **kwargs)
+        check_scales(self.worker)
+        return result
+
     def discard_memory(self, tags):
         if compat.asks_for_sparse(self.worker.vllm_config):
             sleep.save(self.worker, tags)
@@ -244,6 +257,7 @@ def _hook_workers(wrapper: type) -> None:
     wrapper.initialize_from_config = initialize_from_config
     wrapper.compile_or_warm_up_model = compile_or_warm_up_model
     wrapper.sleep, wrapper.wake_up, wrapper.discard = sleep_worker, wake_worker, discard_memory
+    wrapper.reload_weights, wrapper.finish_weight_update = reload_weights, finish_weight_update
 
 
 def layers_of(worker: Any) -> dict[str, Any]:
@@ -279,6 +293,28 @@ def check_caches(worker: Any) -> None:
             raise ConfigError(
                 f"--attention-backend: sparse cannot serve layer {name}: vLLM gave it {reason}; use another "
                 f"--attention-backend for this model"
+            )
+
+
+def check_scales(worker: Any) -> None:
+    """Stop an engine whose new weights have other scales of the KV cache than those it was started with.
+
+    Kernels have them in their arguments, which CUDA graphs repeat, and pages were written by them.
+
+    Raises:
+        ConfigError: names the layer and both scales.
+    """
+    if not compat.asks_for_sparse(worker.vllm_config):
+        return
+    for name, layer in layers_of(worker).items():
+        if decision_of(layer).treatment is Treatment.STOCK:
+            continue
+        old, new = layer.impl.scales, layer.impl.scales_of(layer)
+        if new != old:
+            raise ConfigError(
+                f"--kv-cache-dtype: the weights that were loaded have scales of K, V and queries {tuple(new)} in "
+                f"layer {name}, where this engine runs with {tuple(old)}; allowed: weights with the same scales, "
+                f"or a new engine"
             )
 
 

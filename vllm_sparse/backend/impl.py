@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
@@ -22,15 +23,24 @@ from vllm_sparse.backend.workspace import Workspace
 from vllm_sparse.config import SparseConfig
 from vllm_sparse.decode.attend import SparseDecode
 from vllm_sparse.decode.budgets import BudgetTable
+from vllm_sparse.errors import ConfigError
 from vllm_sparse.pages.geometry import Geometry
 from vllm_sparse.pages.head_patterns import HeadPatterns
 from vllm_sparse.pages.layout import unreadable
 from vllm_sparse.policies import DECODE_POLICIES
 from vllm_sparse.prefill.attend import SparsePrefill
 from vllm_sparse.prefill.patterns import PatternTable
-from vllm_sparse.support import Decision, Treatment, layer_number
+from vllm_sparse.support import QUANTISED_CACHES, Decision, Treatment, layer_number
 
 logger = logging.getLogger("vllm.vllm_sparse")
+
+
+class KVScales(NamedTuple):
+    """What a layer's K, V and queries are divided by where they are in 8 bits."""
+
+    k: float = 1.0
+    v: float = 1.0
+    q: float = 1.0
 
 
 class SparseImpl(AttentionImpl[SparseMetadata]):
@@ -73,24 +83,28 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         self.device = torch.device(current_platform.device_type)
         self.dtype = torch.get_default_dtype()
-        self.cache_dtype = self.dtype if kv_cache_dtype == "auto" else getattr(torch, kv_cache_dtype)
+        if kv_cache_dtype in QUANTISED_CACHES:
+            self.cache_dtype = torch.float8_e4m3fn
+        else:
+            self.cache_dtype = self.dtype if kv_cache_dtype == "auto" else getattr(torch, kv_cache_dtype)
+        self.scales = KVScales()
         self.workspace: Workspace | None = None
 
-    def settle(self, vllm_config, name: str, decision: Decision, layout: PageLayout, stock: type) -> None:
+    def settle(self, vllm_config, name: str, decision: Decision, layout: PageLayout, stock: type | None) -> None:
         """Take what vLLM does not tell a constructor, and share or allocate the buffers of a step.
 
         Args:
             name: of the layer.
             decision: sparse or dense, and why.
             layout: of its pages.
-            stock: the backend that vLLM would have chosen.
+            stock: the backend that vLLM would have chosen; None on a CPU.
         """
         self.config = SparseConfig.from_vllm(vllm_config)
         self.name, self.decision, self.layout = name, decision, layout
         self.layer_index = layer_number(name)
         self.stock_impl = self.stock_backend = None
-        if self.device.type != "cpu":
-            self.stock_backend = dense.reader_of_pages(stock, self.dtype, self.head_size)
+        if stock is not None:
+            self.stock_backend = dense.reader_of_pages(stock, self.dtype, self.head_size, self.kv_cache_dtype)
             self.stock_impl = self.stock_backend.get_impl_cls()(
                 self.num_heads, self.head_size, self.scale, self.num_kv_heads, None, None, self.kv_cache_dtype,
                 None, self.attn_type, self.kv_sharing_target_layer_name,
@@ -114,14 +128,15 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
         )
         if self.is_sparse:
             self.counts.follow(self.workspace.prefill, self.workspace.monitor)
-        self.geometry = Geometry(self.num_heads, self.num_kv_heads, self.head_size, page_size, self.scale)
+        geometry = Geometry(self.num_heads, self.num_kv_heads, self.head_size, page_size, self.scale)
+        self.geometry = geometry.quantised(*self.scales) if self.is_quantised else geometry
         kind = OffloadedPages if self.layout.on_host else ResidentPages
         self.pages: LayerPages = kind(self.layout, self.geometry, self.cache_dtype)
         self.attention = self.prefill_attention = None
         if self.stock_impl is None:
-            self.dense = dense.TorchDense(self.scale, page_size)
+            self.dense = dense.TorchDense(self.geometry)
         else:
-            self.dense = dense.StockDense(self.stock_impl, page_size)
+            self.dense = dense.StockDense(self.stock_impl, self.geometry, self.is_quantised)
 
     def _choose_kernels(self) -> None:
         """Choose attention kernels, once for a size of pages.
@@ -129,16 +144,18 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
         Not while vLLM loads weights: what kernels allocate would lie in memory that sleep discards.
         """
         if self.attention is None:
-            asked, shape = self.config.attention_kernel, AttentionShape(self.device, self.dtype, self.geometry)
+            asked = self.config.attention_kernel
+            shape = AttentionShape(self.device, self.dtype, self.geometry, self.cache_dtype)
             self.attention = choose_kernel(asked, shape, self.pages.kernel_order)
             self.prefill_attention = choose_kernel(asked, shape, PREFILL_ORDER)
 
     def rehearse(self, query: torch.Tensor, output: torch.Tensor) -> None:
         """Make the calls that allocate, while vLLM measures a step (:mod:`vllm_sparse.backend.rehearsal`)."""
+        self.dense.rehearse(query)
         workspace = self.workspace
-        if not self.is_sparse or len(query) <= workspace.rehearsed_tokens:
+        if not self.is_sparse or len(query) <= workspace.rehearsed.get(self.cache_dtype, 0):
             return
-        workspace.rehearsed_tokens = len(query)
+        workspace.rehearsed[self.cache_dtype] = len(query)
         self._choose_kernels()
         shape = (1, self.num_kv_heads, self.pages.prefill_slots, 2 * self.head_size)
         kv = torch.zeros(shape, dtype=self.cache_dtype, device=query.device)
@@ -154,10 +171,28 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
         """
         if self.layer_index is None:
             self.layer_index = position
-        if page_size != self.page_size:
+        scales = self.scales_of(vllm_config.compilation_config.static_forward_context[self.name])
+        if (page_size, scales) != (self.page_size, self.scales):
+            self.scales = scales
             self._fit(vllm_config, page_size)
         self._choose_kernels()
         self.configure(self.config)
+
+    def scales_of(self, layer) -> KVScales:
+        """The scales by which ``layer``, this implementation's, quantises its cache.
+
+        Raises:
+            ConfigError: each of its KV heads has its own.
+        """
+        if not self.is_quantised:
+            return KVScales()
+        if max(layer._k_scale.numel(), layer._v_scale.numel()) > 1:
+            raise ConfigError(
+                f"--kv-cache-dtype: {self.kv_cache_dtype!r} with scales for every KV head, as the checkpoint has "
+                f"them for layer {self.name}, is not supported by the sparse backend; allowed: scales per tensor, "
+                f"or --kv-cache-dtype {str(self.dtype).removeprefix('torch.')}"
+            )
+        return KVScales(layer._k_scale_float, layer._v_scale_float, layer._q_scale_float)
 
     def configure(self, config: SparseConfig) -> None:
         """Choose pages by ``config`` from the next step on: its policies, and what they keep in this layer."""
@@ -200,6 +235,11 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
         return self.decision.treatment is Treatment.SPARSE
 
     @property
+    def is_quantised(self) -> bool:
+        """Whether the cache holds codes of e4m3."""
+        return self.cache_dtype is torch.float8_e4m3fn
+
+    @property
     def page_size(self) -> int:
         """Tokens of a page."""
         return self.geometry.page_size
@@ -219,13 +259,18 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
     def unreadable(self, kv_cache: torch.Tensor) -> str | None:
         """Why this layer's kernels cannot work on the cache that vLLM has laid out, or None if they can."""
         attention = [self.attention, self.prefill_attention] if self.is_sparse else []
+        kv_cache = self._elements(kv_cache)
         return unreadable(kv_cache, self.pages.cache_slots) or self.pages.unreadable(kv_cache, attention)
 
     # A step
 
+    def _elements(self, kv_cache: torch.Tensor) -> torch.Tensor:
+        """vLLM's cache in the dtype of what it holds: codes are bytes to vLLM."""
+        return kv_cache.view(self.cache_dtype) if self.is_quantised else kv_cache
+
     def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping) -> None:
         """Write K and V of new tokens and refresh the summaries of the pages they touch."""
-        self.pages.write(key, value, kv_cache, slot_mapping)
+        self.pages.write(key, value, self._elements(kv_cache), slot_mapping)
 
     def forward(
         self,
@@ -257,6 +302,7 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
             return output.zero_()
         if not self.pages.ready:
             return output.zero_()
+        kv_cache = self._elements(kv_cache)
         if not self.is_sparse:
             self.dense.attend(layer, query, key, value, kv_cache, md.dense_all, output)
             return output

@@ -64,7 +64,8 @@ class Rehearsal:
             workspace.scores, block_table, plan, self.kv, self.config.selection(self.geometry.page_size), table
         )
         self.attention.attend(query, self.kv, table, self.geometry, output)
-        if self.config.offload is not None and self.config.offload.host_dtype == "fp8":
+        coded = self.config.offload is not None and self.config.offload.host_dtype == "fp8"
+        if coded and self.kv.dtype is not torch.float8_e4m3fn:
             torch.empty(min(MOST_IN_PLACE, workspace.kv_heads * len(query) * workspace.max_pages),
                         dtype=torch.int32, device=query.device)  # fmt: skip
 

@@ -120,7 +120,14 @@ class ResidentPages(LayerPages):
 
     def write(self, key, value, cache, slot_mapping):
         kernels.for_device(key.device).page_write(
-            key, value, cache, slot_mapping, self.geometry.page_size, self.layout.summary
+            key,
+            value,
+            cache,
+            slot_mapping,
+            self.geometry.page_size,
+            self.layout.summary,
+            self.geometry.k_scale,
+            self.geometry.v_scale,
         )
 
     def of_run(self, cache, runs, index):
@@ -157,7 +164,7 @@ class OffloadedPages(LayerPages):
 
     def write(self, key, value, cache, slot_mapping):
         if self.ready:
-            self.offloaded.write(key, value, slot_mapping, cache, self.layout.summary)
+            self.offloaded.write(key, value, slot_mapping, cache, self.layout.summary, self.geometry)
 
     def of_run(self, cache, runs, index):
         return self.offloaded.context_of(runs, index)

@@ -7,7 +7,7 @@ before that, so the first layer allocates for all.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -41,12 +41,18 @@ class Workspace:
     """None where prefill is dense."""
     monitor: RecallMonitor | None = None
     """None where ``recall_monitor_every_steps`` is 0."""
-    rehearsed_tokens: int = 0
-    """Tokens of the largest step whose calls were rehearsed (:mod:`vllm_sparse.backend.rehearsal`)."""
+    rehearsed: dict[torch.dtype, int] = field(default_factory=dict)
+    """Tokens of the largest step whose calls were rehearsed (:mod:`vllm_sparse.backend.rehearsal`), by the dtype
+    of their cache: layers may be left out of a quantised one."""
 
     def fits(self, page_size: int, q_heads: int, kv_heads: int) -> bool:
         """Whether layers of this shape can share these buffers."""
         return (self.page_size, self.scores.q_heads, self.kv_heads) == (page_size, q_heads, kv_heads)
+
+    @property
+    def rehearsed_tokens(self) -> int:
+        """Tokens of the largest step that was rehearsed for every dtype."""
+        return min(self.rehearsed.values(), default=0)
 
     @property
     def kv_heads(self) -> int:

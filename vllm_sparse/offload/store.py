@@ -81,6 +81,7 @@ class OffloadedLayer:
         slot_mapping: torch.Tensor,
         summaries: torch.Tensor,
         summary: str,
+        geometry: Geometry,
     ) -> None:
         """Write K and V of new tokens through to the host, and the summaries of their pages.
 
@@ -89,6 +90,7 @@ class OffloadedLayer:
             slot_mapping: int64 [num_tokens], ``block * page_size + row``; -1: not written.
             summaries: [num_blocks, kv_heads, summary slots, 2 * head_dim], vLLM's cache of this layer.
             summary: see :mod:`vllm_sparse.kernels.page_write`.
+            geometry: of the layer, with the scales of a quantised cache.
         """
         store, run, num_tokens = self.store, kernels.for_device(key.device), slot_mapping.shape[0]
         if num_tokens == 0:
@@ -97,7 +99,10 @@ class OffloadedLayer:
         if self.index == 0:
             run.plan_writes(slot_mapping, page_size, store.plan)
         run.stage_pages(self.host, summaries, store.plan, num_tokens, store.hot, self.exponents)
-        run.page_write(key, value, store.hot, store.plan.staged_slots[:num_tokens], page_size, summary)
+        run.page_write(
+            key, value, store.hot, store.plan.staged_slots[:num_tokens], page_size, summary, geometry.k_scale,
+            geometry.v_scale,
+        )  # fmt: skip
         run.write_through(store.hot, store.plan, num_tokens, self.host, summaries, self.hot_set, self.exponents)
 
     def bring(self, table: PageTable) -> None:

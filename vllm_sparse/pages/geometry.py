@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -17,12 +17,21 @@ class Geometry:
     page_size: int
     """Tokens per page."""
     scale: float
-    """Factor of the logits before softmax."""
+    """Factor of the logits of keys as they are stored, before softmax."""
+    k_scale: float = 1.0
+    v_scale: float = 1.0
+    """What K and V were divided by before they were stored in 8 bits; ``scale`` has that of K in it."""
+    q_scale: float = 1.0
+    """What queries are divided by where a kernel wants them in 8 bits, too."""
 
     @property
     def group(self) -> int:
         """Query heads that share a KV head."""
         return self.q_heads // self.kv_heads
+
+    def quantised(self, k_scale: float, v_scale: float, q_scale: float) -> Geometry:
+        """The geometry of a layer whose pages hold e4m3 codes of ``K / k_scale`` and ``V / v_scale``."""
+        return replace(self, scale=self.scale * k_scale, k_scale=k_scale, v_scale=v_scale, q_scale=q_scale)
 
     @classmethod
     def of(cls, q: torch.Tensor, kv: torch.Tensor, page_size: int, scale: float) -> Geometry:

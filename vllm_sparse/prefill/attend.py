@@ -54,7 +54,7 @@ class SparsePrefill:
     """Sinks and window."""
     geometry: Geometry
 
-    def warm_up(self, page_slots: int, dtype: torch.dtype) -> None:
+    def warm_up(self, page_slots: int, dtype: torch.dtype, kv_dtype: torch.dtype) -> None:
         """Compile what a chunk launches, so that the first long request does not wait for it.
 
         Layers of equal shape share it. ``page_slots``: slots of the pages that chunks read.
@@ -65,7 +65,7 @@ class SparsePrefill:
         pages = chunk.num_pages(page_size)
         if pages > self.buffers.max_pages:
             return  # no context is as long as a block
-        kv = torch.zeros(pages, kv_heads, page_slots, 2 * head_dim, dtype=dtype, device=device)
+        kv = torch.zeros(pages, kv_heads, page_slots, 2 * head_dim, dtype=kv_dtype, device=device)
         q = torch.zeros(BLOCK_TOKENS, q_heads, head_dim, dtype=dtype, device=device)
         block_table = torch.arange(pages, dtype=torch.int32, device=device)[None]
         self.attend(q, kv, block_table, chunk, torch.empty_like(q))

@@ -13,6 +13,7 @@ from typing import Any
 
 from vllm_sparse.config import MOST
 from vllm_sparse.errors import ConfigError, TextError
+from vllm_sparse.support import QUANTISED_CACHES
 from vllm_sparse.user_text import MOST_SHOWN, parse_json, shown
 
 CPU_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_CI_ENV": "1"}
@@ -20,6 +21,7 @@ CPU_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_CI_ENV": "1"}
 
 
 ALLOWED = "; allowed:"
+KV_CACHE_DTYPES = ("auto", "float16", "bfloat16", *QUANTISED_CACHES)
 MOST_RANKS = 4096
 """Most GPUs that one engine might have."""
 MOST_REASON = 1000
@@ -104,7 +106,14 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--block-size", type=whole(1), help="tokens of a page; default: vLLM's")
     parser.add_argument("--tensor-parallel-size", type=whole(1, MOST_RANKS), default=1)
     parser.add_argument("--dtype", default="auto")
+    add_kv_cache_dtype(parser)
     parser.add_argument("--trust-remote-code", action="store_true")
+
+
+def add_kv_cache_dtype(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto", help="as for `vllm serve`; default: auto"
+    )
 
 
 def model_config(args: argparse.Namespace):
@@ -129,6 +138,18 @@ def model_config(args: argparse.Namespace):
     return model
 
 
+def kv_dtype(asked: str, model: Any) -> str:
+    """The dtype of the KV cache of an engine that is asked for ``asked``; ``model``: vLLM's config of it."""
+    from vllm.utils.torch_utils import resolve_kv_cache_dtype_string
+
+    found = resolve_kv_cache_dtype_string(asked, model)
+    if found == "auto":  # what vLLM asks while it builds the layers
+        checkpoint = getattr(model.hf_config, "quantization_config", None)
+        quantised = isinstance(checkpoint, dict) and checkpoint.get("kv_cache_scheme")
+        found = "fp8" if quantised else str(model.dtype).removeprefix("torch.")
+    return "fp8" if found in QUANTISED_CACHES else found
+
+
 def start_engine(args: argparse.Namespace, **settings: Any):
     """A vLLM engine that runs sparse.
 
@@ -141,7 +162,8 @@ def start_engine(args: argparse.Namespace, **settings: Any):
     try:
         return LLM(
             args.model, attention_backend="sparse", dtype=args.dtype, trust_remote_code=args.trust_remote_code,
-            tensor_parallel_size=args.tensor_parallel_size, block_size=args.block_size, **settings,
+            tensor_parallel_size=args.tensor_parallel_size, block_size=args.block_size,
+            kv_cache_dtype=args.kv_cache_dtype, **settings,
         )  # fmt: skip
     except ConfigError:
         raise

@@ -10,6 +10,7 @@ from vllm_sparse.config import MOST, SparseConfig
 from vllm_sparse.errors import ConfigError
 from vllm_sparse.offload.config import HOST_DTYPES, MOST_GIB
 from vllm_sparse.offload.sizing import GIB, CacheShape, Split, StepLimits, split_memory
+from vllm_sparse.support import QUANTISED_CACHES
 from vllm_sparse.tools import commands
 from vllm_sparse.user_text import shown
 
@@ -33,6 +34,7 @@ class Model:
     kv_heads: int
     head_dim: int
     item_bytes: int
+    """Of a number of the KV cache."""
     weight_bytes: int
     most_tokens: int | None = None
     """The longest context; None where the configuration does not say."""
@@ -79,6 +81,8 @@ def make_plan(
     hot_fraction, host_dtype = "auto", "auto"
     if config.offload is not None:
         hot_fraction, host_dtype = config.offload.hot_fraction, config.offload.host_dtype
+    if model.item_bytes == 1:  # such a cache is in fp8 as it is
+        host_dtype = "auto"
     shape = CacheShape(
         model.layers, heads, model.head_dim, page_size, model.item_bytes, max(1, summary_slots), host_dtype
     )
@@ -129,7 +133,7 @@ def read_model(args: argparse.Namespace) -> Model:
         layers=text.num_hidden_layers,
         kv_heads=getattr(text, "num_key_value_heads", None) or heads,
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
-        item_bytes=kept,
+        item_bytes=1 if args.kv_cache_dtype in QUANTISED_CACHES else kept,
         weight_bytes=parameters * kept,
         most_tokens=_most_tokens(text),
     )
@@ -176,6 +180,7 @@ def add_command(subparsers) -> None:
     parser.add_argument("--max-num-batched-tokens", type=commands.whole(1), default=8192)
     parser.add_argument("--block-size", type=commands.whole(), default=16)
     parser.add_argument("--dtype", default="auto", choices=("auto", "float16", "bfloat16", "float32"))
+    commands.add_kv_cache_dtype(parser)
     parser.add_argument("--sparse", type=commands.json_object, default={}, help="sparse settings as JSON")
     parser.add_argument("--trust-remote-code", action="store_true")
 
@@ -262,8 +267,9 @@ def print_plan(args: argparse.Namespace, model: Model, plan: Plan, limits: StepL
     shape, split = plan.shape, plan.offload
     ranks = args.tensor_parallel_size
     host = split.num_blocks * shape.host_page_bytes * ranks / GIB
+    coded = " in fp8" if shape.in_fp8 or shape.item_bytes == 1 else ""
     print(
-        f"with offload         {host:.2f} GiB of the host hold K and V{' in fp8' if shape.in_fp8 else ''}; "
+        f"with offload         {host:.2f} GiB of the host hold K and V{coded}; "
         f"each GPU holds "
         f"{split.num_blocks * shape.gpu_block_bytes / GIB:.2f} GiB of summaries, "
         f"{split.slots_per_layer * shape.layers * shape.slot_bytes / GIB:.2f} GiB of hot head pages "

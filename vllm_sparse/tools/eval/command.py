@@ -151,6 +151,7 @@ def _settle(args: argparse.Namespace, settings: list[Setting], model: Any) -> No
     if args.chunk < args.batch:
         raise ConfigError(f"--chunk: {args.chunk}; allowed with --batch {args.batch}: {args.batch} or more")
     args.dtype = str(model.dtype).removeprefix("torch.")
+    args.kv_dtype = commands.kv_dtype(args.kv_cache_dtype, model)
 
 
 class Run:
@@ -164,9 +165,9 @@ class Run:
         self.common = {
             "model": path.resolve().name if path.exists() else args.model,
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-            "dtype": args.dtype, "tp": args.tensor_parallel_size, "page_size": args.block_size,
-            "chunk": args.chunk, "text": samples.digest(text), "score_tokens": args.score_tokens,
-            "sparse": args.sparse, "split": args.split,
+            "dtype": args.dtype, "kv_dtype": args.kv_dtype, "tp": args.tensor_parallel_size,
+            "page_size": args.block_size, "chunk": args.chunk, "text": samples.digest(text),
+            "score_tokens": args.score_tokens, "sparse": args.sparse, "split": args.split,
         }  # fmt: skip
 
     def is_mine(self, row: dict) -> bool:

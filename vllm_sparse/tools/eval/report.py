@@ -36,8 +36,10 @@ def write(path: Path, summary: Summary) -> None:
 def page(summary: Summary) -> str:
     first = summary.rows[0]
     versions = ", ".join(sorted({f"vLLM {row['vllm']}, torch {row['torch']}" for row in summary.rows}))
+    kv_dtype = first.get("kv_dtype", first["dtype"])
+    dtypes = first["dtype"] + (f", KV {kv_dtype}" if kv_dtype != first["dtype"] else "")
     where = (
-        f"{first['model']}, {first['device']}, {first['dtype']}, pages of {first['page_size']} tokens; half of "
+        f"{first['model']}, {first['device']}, {dtypes}, pages of {first['page_size']} tokens; half of "
         f"the text and seeds: {first['split']}; last {first['score_tokens']} tokens of a text scored; {versions}"
     )
     parts = [f"<h1>What a budget costs: {escape(first['model'])}</h1>", f"<p><small>{escape(where)}</small></p>"]

@@ -12,7 +12,7 @@ from typing import Any
 from vllm_sparse.errors import ConfigError
 
 KEY = (
-    "model", "device", "dtype", "tp", "page_size", "chunk", "text", "score_tokens", "sparse", "split",
+    "model", "device", "dtype", "kv_dtype", "tp", "page_size", "chunk", "text", "score_tokens", "sparse", "split",
     "task", "length", "seed", "policy", "budget", "prefill_policy", "top_p",
 )  # fmt: skip
 """Names of all that a measurement depends on; a row with the same values is not measured again."""
@@ -76,6 +76,7 @@ class Rows:
                 row["task"], row["policy"]
             except (ValueError, KeyError, TypeError, RecursionError):
                 raise self._refusal(number) from None
+            row.setdefault("kv_dtype", row.get("dtype"))  # rows of when there was no other
             self.rows.append(row)
         if last:
             if not last.startswith(BEGINNING[: len(last)]):

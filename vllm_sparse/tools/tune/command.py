@@ -140,6 +140,7 @@ def _settings(args: argparse.Namespace, max_model_len: int, text: str) -> dict[s
         "window_tokens": served.window_tokens,
         "block_size": args.block_size,
         "dtype": args.dtype,
+        "kv_cache_dtype": args.kv_cache_dtype,
         "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
     }
     limits = [("tokens", 256, most), ("chunk", 256, tokens), ("min_prefill_tokens", 0, tokens - 1)]
