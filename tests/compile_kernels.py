@@ -136,6 +136,7 @@ def compile_codes(capability: int) -> None:
     for summary in ("key_range", "sketch1"):
         kv = make([300, 5], *shape, 4, dtype=dtype, device=cpu, summary=summary, **coded).kv
         launchers.page_write(key, key, kv, torch.arange(3), shape[3], summary, 0.5, 0.3)
+    launchers.code_queries(case.q, 0.5, torch.zeros_like(case.q).to(torch.float8_e4m3fn))
     launchers.page_mass(*pages, case.scores)
     monitor = RecallMonitor.allocate(10, 1, case.q.shape[1], case.kv_heads, cpu)
     launchers.recall_mass(*pages[:4], case.table, case.geometry, monitor, 0)

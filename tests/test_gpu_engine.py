@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -40,21 +41,15 @@ class Answer(list):
     """Lines of this package that made the host wait in another batch."""
 
 
-@pytest.fixture(scope="module")
-def answer(tmp_path_factory):
-    """The :class:`Answer` of an engine with the given settings, of one engine for each."""
-    pytest.importorskip("vllm")
+def answers_of(model: Path):
+    """A function from settings of an engine to its :class:`Answer`; one engine for each."""
     import gc
 
     import tiny_engine
-    import tiny_model
     from vllm import LLM, SamplingParams
 
     from vllm_sparse import metrics
 
-    model = tiny_model.make(
-        tmp_path_factory.mktemp("models") / "llama", num_attention_heads=8, head_dim=64, num_hidden_layers=4
-    )
     known: dict[str, Answer] = {}
 
     def run(sparse: dict | None, variant: str = "", see=None, forced: bool = False, **settings):
@@ -96,6 +91,24 @@ def answer(tmp_path_factory):
     return run
 
 
+@pytest.fixture(scope="module")
+def answer(tmp_path_factory):
+    pytest.importorskip("vllm")
+    import tiny_model
+
+    path = tmp_path_factory.mktemp("models") / "llama"
+    return answers_of(tiny_model.make(path, num_attention_heads=8, head_dim=64, num_hidden_layers=4))
+
+
+def other_runner(answer, monkeypatch, *args, **settings) -> Answer:
+    """The answer by that one of vLLM's two model runners which it does not take by itself."""
+    is_v2 = "worker.gpu." in answer(*args, **settings).runner
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0" if is_v2 else "1")
+    found = answer(*args, variant="V1" if is_v2 else "V2", **settings)
+    assert ("worker.gpu." in found.runner) != is_v2, f"both ran {found.runner}"
+    return found
+
+
 def assert_same(found, expected) -> None:
     """Equal tokens, up to the first place where two tokens are as likely as each other but for rounding."""
     for mine, other in zip(found, expected, strict=True):
@@ -125,12 +138,9 @@ def test_recall_monitor_in_graphs(answer):
     assert graphs[1:] == pytest.approx(eager[1:], rel=0.02)
 
 
-def test_model_runner_v2(answer, monkeypatch):
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-    graphs = answer(POLICIES["midbound"], variant="V2", compilation_config=GRAPHS)
-    assert "worker.gpu." in graphs.runner, f"ran {graphs.runner}"
-    monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER")
-    assert_same(graphs, answer(POLICIES["midbound"]))
+def test_both_model_runners(answer, monkeypatch):
+    found = other_runner(answer, monkeypatch, POLICIES["midbound"], compilation_config=GRAPHS)
+    assert_same(found, answer(POLICIES["midbound"], compilation_config=GRAPHS))
 
 
 def test_drafts_are_verified_dense(answer):

@@ -1,8 +1,7 @@
 """No step takes memory that was given to the KV cache, at any chunk size, and no prefill waits for the device.
 
-Each engine, in a process of its own, serves 16 prompts of 1K to 64K tokens at once by one prefill policy after the
-other. FlashAttention-3 once asked such a mix for 5.54 GiB. Counted is what PyTorch allocates in that process, so
-others may use the GPU meanwhile.
+Each engine takes 0.9 of the GPU, in a process of its own, and serves 16 prompts of 1K to 64K tokens at once by one
+prefill policy after the other. FlashAttention-3 once asked such a mix for 5.54 GiB.
 """
 
 from __future__ import annotations
@@ -82,8 +81,7 @@ def test_mix_needs_what_was_measured(measured, chunk_tokens, policy):
     )
     assert of["left_bytes"] <= STOCK_BYTES, f"{mib(of['left_bytes'])} were never freed: {of}"
     assert of["retries"] == 0, f"PyTorch ran out of memory {of['retries']} times and gave back what it held: {of}"
-    held = of["reserved_bytes"] - of["allocated_at_start_bytes"]
-    assert held <= allowed + PIECES_BYTES, f"PyTorch holds {mib(held)} beside what lay there at the start: {of}"
+    assert of["used_bytes"] <= 0.9 * found["total_bytes"] + PIECES_BYTES, f"{mib(of['used_bytes'])} in use: {of}"
 
 
 @sparse

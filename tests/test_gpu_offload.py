@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import ON_GPU, TOLERANCE, error
-from test_gpu_engine import GRAPHS, answer, assert_same  # noqa: F401
+from test_gpu_engine import GRAPHS, answer, assert_same, other_runner  # noqa: F401
 
 from vllm_sparse.kernels.reference.e4m3 import kept
 from vllm_sparse.pages.geometry import Geometry
@@ -105,12 +105,9 @@ def test_piecewise_graphs(answer, monkeypatch):  # noqa: F811
     assert_same(answer(every_page, compilation_config=both), answer(every_page))
 
 
-def test_model_runner_v2(answer, monkeypatch):  # noqa: F811
-    expected = answer(OFFLOAD, compilation_config=GRAPHS, see=assert_store)
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-    found = answer(OFFLOAD, variant="V2", compilation_config=GRAPHS)
-    assert "worker.gpu." in found.runner, f"ran {found.runner}"
-    assert_same(found, expected)
+def test_both_model_runners(answer, monkeypatch):  # noqa: F811
+    settings = {"compilation_config": GRAPHS, "see": assert_store}
+    assert_same(other_runner(answer, monkeypatch, OFFLOAD, **settings), answer(OFFLOAD, **settings))
 
 
 def test_sparse_prefill(answer):  # noqa: F811
