@@ -47,3 +47,38 @@ def test_batch_in_turns_is_not_timed():
     steps = [[0]] * TOKENS + [[1]] * TOKENS
     found = engine.time_batch(Engine(steps), parse("2q1s64"), SimpleNamespace(max_tokens=TOKENS))
     assert "may not hold" in found["reason"]
+
+
+FIELDS = """bench gpu vllm torch commit date shape mode tp batch context budget policy prefill_policy
+prefill_density kv_dtype baseline_kv_dtype weights drafts default baseline_ms sparse_ms speedup kv_tokens
+baseline_kv_tokens"""
+ENVIRONMENT = {"gpu": "g", "vllm": "1", "torch": "2", "commit": "c", "date": "d"}
+
+
+def measured(tpot_ms: float, kv_dtype: str) -> dict:
+    times = {"tpot_ms": tpot_ms, "ttft_ms": 1e3 * tpot_ms, "p99_ms": tpot_ms, "prefill_density": None}
+    return {
+        "start_s": 9.0, "kv_dtype": kv_dtype, "weights": "fp8", "kv_tokens": 1 << 20, "budget": 2048,
+        "policy": "midbound", "prefill_policy": "dense", "environment": ENVIRONMENT, "1q1s128k": times,
+        "8q1s32k": {"reason": "no room"},
+    }  # fmt: skip
+
+
+def test_rows_and_table_compare_caches_of_one_dtype(capsys):
+    """Rows have a stock engine of the same KV dtype beside them; the table has 16 bits beside fp8, too."""
+    args = engine.parse_args(["--kv-cache-dtype", "fp8,auto", "--weights", "fp8", "1q1s128k", "8q1s32k"])
+    sides = {
+        engine.Side("FLASH_ATTN", "fp8"): measured(8.0, "fp8"),
+        engine.Side("sparse", "fp8", "{}"): measured(4.0, "fp8"),
+        engine.Side("sparse", "auto", "{}"): measured(5.0, "bf16"),
+    }
+    stock, sparse, wide = sides
+    rows = engine.rows_of(args, sparse, sides[sparse], sides[stock])
+    assert [row["bench"] for row in rows] == ["tpot", "ttft"]
+    assert all(set(FIELDS.split()) <= set(row) for row in rows)
+    assert {(row["kv_dtype"], row["baseline_kv_dtype"], row["speedup"]) for row in rows} == {("fp8", "fp8", 2.0)}
+    assert engine.rows_of(args, wide, sides[wide], {}) == [], "stock did not run"
+    engine.print_table(args, sides)
+    said = capsys.readouterr().out
+    assert "sparse, fp8 against stock, fp8" in said and "2.00x" in said
+    assert "sparse, fp8 against sparse, bf16" in said and "1.25x" in said and "8q1s32k: no room" in said
