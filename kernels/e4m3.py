@@ -15,6 +15,8 @@ e4m3. "FP8 Formats for Deep Learning", Micikevicius et al. (arXiv 2209.05433).
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -112,6 +114,7 @@ def elements_of(kv: torch.Tensor) -> torch.Tensor:
     return bytes_of(kv) if kv.dtype is torch.float8_e4m3fn and not converts_e4m3(kv.device) else kv
 
 
+@cache
 def converts_e4m3(device: torch.device) -> bool:
     """Whether ``device`` has instructions for e4m3."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)

@@ -10,6 +10,7 @@ from prefill_cases import causal_mask, make_chunk, masked_attention, random_keep
 from vllm_sparse.decode.recall_monitor import RecallMonitor
 from vllm_sparse.kernels import reference
 from vllm_sparse.pages.layout import HeadPageGrid
+from vllm_sparse.pages.query_blocks import BLOCK_TOKENS
 from vllm_sparse.pages.selection import Selection
 from vllm_sparse.pages.summaries import SUMMARIES, summary_slots
 
@@ -114,7 +115,6 @@ def test_summaries_are_of_the_codes(run):
 @decoded
 def test_sparse_decode(run, shape, dtype):
     case = make_fp8(LENGTHS, shape, dtype=dtype)
-    case.scores.values.normal_()
     reference.page_mass(case.q, case.kv, case.block_table, case.plan, case.geometry, case.scores)
     reference.select_pages(case.scores, case.block_table, case.plan, case.kv, case.selection(), case.table)
     out = torch.full_like(case.q, 7.0)
@@ -172,9 +172,9 @@ def test_scores_of_sketches(summary):
     assert error(*found) < 0.05
 
 
-def test_recall_of_every_page_is_one():
+def test_recall_of_chosen_pages():
+    """Ten of 25."""
     case = make_fp8([389, 200], budget_pages=40)
-    reference.page_mass(case.q, case.kv, case.block_table, case.plan, case.geometry, case.scores)
     case.plan.totals[0] = 1
     sums = []
     for run in (launchers, reference):
@@ -186,7 +186,7 @@ def test_recall_of_every_page_is_one():
             case.table.lengths[head] = 160
         run.recall_mass(*(case.q, case.kv, case.block_table, case.plan), case.table, case.geometry, monitor, 0)
         sums.append(monitor.sums.clone())
-    assert error(*sums) < 1e-4 and (sums[0][..., 0] > 0).all()
+    assert error(*sums) < 1e-4 and ((sums[0][..., 0] > 0) & (sums[0][..., 0] < 1)).all()
 
 
 @BOTH
@@ -212,19 +212,17 @@ def test_sparse_prefill(run, shape, dtype):
 def test_estimates_of_prefill(dtype):
     case = make_chunk(200, 150, 2, 3, 64, 16, dtype, kv_dtype=E4M3, kv_scales=SCALES)
     pages = (case.q, case.kv, case.block_table, case.blocks, case.geometry)
-    found: dict[str, list] = {}
+    seen = (200 + BLOCK_TOKENS - 1) // 16 + 1  # pages that the first block may attend to
+    found: dict[str, list] = {"probe_mass": [], "pooled_score": [], "antidiagonal_score": []}
     for run in (launchers, reference):
-        mass = case.buffers.probe_masses(case.blocks)
+        mass, scores = case.buffers.probe_masses(case.blocks), case.buffers.scores(case.blocks)
         run.probe_mass(*pages, case.buffers.probe_lse, torch.empty(1 << 20, dtype=dtype, device=DEVICE), mass)
-        found.setdefault("probe", []).append(mass.clone())
-        for name in ("pooled_score", "antidiagonal_score"):
-            scores = case.buffers.scores(case.blocks)
-            getattr(run, name)(*pages, *([case.buffers.pooled] if name == "pooled_score" else []), scores)
-            scores = scores.clone().exp().nan_to_num() if name != "pooled_score" else scores.clone()
-            found.setdefault(name, []).append(scores)
+        found["probe_mass"].append(mass.clone())
+        run.pooled_score(*pages, case.buffers.pooled, scores)
+        found["pooled_score"].append(scores.clone())
+        run.antidiagonal_score(*pages, scores)
+        found["antidiagonal_score"].append(scores.view(case.q_heads, 2, -1)[:, 0, :seen].exp())
     for name, both in found.items():
-        if name == "antidiagonal_score":  # pages after a block are not written by either
-            both = [x.view(6, 2, -1)[:, 0, : 200 // 16 + 8].clamp(max=1.0) for x in both]
         assert error(*both) < 3 * TOLERANCE[dtype], name
 
 
@@ -260,8 +258,7 @@ def test_offload_attends_to_codes_on_the_host(run):
     table = chosen_pages(store, [[*range(8)], [5, 11]], 16)
     q = torch.randn(2, 6, 64, device=DEVICE)
     resident = torch.cat([host, torch.zeros_like(host[:, :, :1])], 2)
-    case = make_fp8([1])
-    geometry = case.geometry
+    geometry = make_fp8([1]).geometry
     expected = torch.empty_like(q)
     reference.sparse_decode(q, resident, table, geometry, expected)
     run.plan_writes(torch.tensor([5 * 16], device=DEVICE), 16, store.plan)

@@ -231,7 +231,7 @@ def _scales_of_heads(config: Any) -> str | None:
     """The dtype of an engine's KV cache where its checkpoint has a scale for every KV head."""
     if config.cache_config is None or config.model_config is None:
         return None
-    found, scheme = compat.kv_dtype(config), compat.kv_cache_scheme(config) or {}
+    found, scheme = compat.kv_dtype(config), compat.kv_cache_scheme(config.model_config) or {}
     return found if found in QUANTISED_CACHES and scheme.get("strategy") == "attn_head" else None
 
 

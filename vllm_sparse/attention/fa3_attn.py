@@ -15,7 +15,6 @@ import torch
 
 from vllm_sparse import kernels
 from vllm_sparse.attention.base import AttentionKernel, AttentionShape
-from vllm_sparse.pages.geometry import Geometry
 from vllm_sparse.pages.layout import single_head_pages
 from vllm_sparse.pages.query_blocks import BLOCK_TOKENS
 
@@ -91,7 +90,7 @@ class FA3Attention(AttentionKernel):
             seqused_k=table.lengths,
             max_seqlen_k=row_tokens,
             block_table=table.head_pages,
-            softmax_scale=_scale_of_products(kv, geometry),
+            softmax_scale=geometry.scale * geometry.q_scale,
             causal=True,
             num_splits=most_splits(num_reqs * q_heads, head_dim, row_tokens),
             fa_version=3,
@@ -124,7 +123,7 @@ class FA3Attention(AttentionKernel):
             seqused_k=table.lengths,
             max_seqlen_k=row_tokens,
             block_table=table.head_pages,
-            softmax_scale=_scale_of_products(kv, geometry),
+            softmax_scale=geometry.scale * geometry.q_scale,
             causal=True,
             num_splits=most_splits(num_tokens * q_heads, head_dim, row_tokens),
             fa_version=3,
@@ -133,11 +132,6 @@ class FA3Attention(AttentionKernel):
             torch.mul(result.transpose(0, 1), geometry.v_scale, out=out)
         else:
             out.copy_(result.transpose(0, 1))
-
-
-def _scale_of_products(kv: torch.Tensor, geometry: Geometry) -> float:
-    """Factor of the products of queries, as they are given to FlashAttention, with stored keys."""
-    return geometry.scale * geometry.q_scale if kv.dtype is E4M3 else geometry.scale
 
 
 @cache

@@ -73,17 +73,22 @@ def builds_a_draft() -> bool:
 
 def kv_dtype(vllm_config) -> str:
     """Dtype of the KV cache, as vLLM names it."""
-    asked = vllm_config.cache_config.cache_dtype
+    return resolved_kv_dtype(vllm_config.cache_config.cache_dtype, vllm_config.model_config)
+
+
+def resolved_kv_dtype(asked: str, model_config) -> str:
+    """Dtype of the KV cache of an engine that is asked for ``asked``, which vLLM has resolved as far as it does
+    before it builds layers."""
     if asked != "auto":
         return asked
-    if kv_cache_scheme(vllm_config):
+    if kv_cache_scheme(model_config):
         return "fp8"  # as vLLM finds out where it builds layers, perhaps in other processes
-    return str(vllm_config.model_config.dtype).removeprefix("torch.")
+    return str(model_config.dtype).removeprefix("torch.")
 
 
-def kv_cache_scheme(vllm_config) -> dict | None:
+def kv_cache_scheme(model_config) -> dict | None:
     """How a checkpoint of compressed-tensors has quantised K and V; what others say is in ``cache_dtype``."""
-    model = getattr(vllm_config.model_config, "hf_config", None)
+    model = getattr(model_config, "hf_config", None)
     for config in (model, getattr(model, "text_config", None)):
         found = getattr(config, "quantization_config", None) or getattr(config, "compression_config", None)
         if isinstance(found, dict) and found.get("quant_method") == "compressed-tensors":

@@ -110,8 +110,7 @@ def _shape(specs: dict[str, Any], config: SparseConfig) -> CacheShape:
         page_size=spec.block_size,
         item_bytes=spec.dtype.itemsize,
         summary_slots=spec.summary_slots,
-        # A quantised cache is in fp8 as it is.
-        host_dtype="auto" if spec.dtype.itemsize == 1 else config.offload.host_dtype,
+        host_dtype=config.offload.host_dtype,
     )
 
 
@@ -190,7 +189,6 @@ def build_store(worker: Any, kv_cache_config: Any) -> None:
     logger.info(
         "sparse attention: offload: %.2f GiB of host memory%s for %d tokens of context, hot set of %.2f GiB "
         "(%.1f%% of it)",
-        store.pool.num_bytes / GIB, " in fp8" if shape.in_fp8 or shape.item_bytes == 1 else "",
-        split.tokens(shape.page_size),
+        store.pool.num_bytes / GIB, " in fp8" if shape.in_fp8 else "", split.tokens(shape.page_size),
         slots * shape.slot_bytes / GIB, 100 * slots / (num_blocks * shape.layers * shape.kv_heads),
     )  # fmt: skip

@@ -120,15 +120,9 @@ class ResidentPages(LayerPages):
 
     def write(self, key, value, cache, slot_mapping):
         kernels.for_device(key.device).page_write(
-            key,
-            value,
-            cache,
-            slot_mapping,
-            self.geometry.page_size,
-            self.layout.summary,
-            self.geometry.k_scale,
-            self.geometry.v_scale,
-        )
+            key, value, cache, slot_mapping, self.geometry.page_size, self.layout.summary,
+            self.geometry.k_scale, self.geometry.v_scale,
+        )  # fmt: skip
 
     def of_run(self, cache, runs, index):
         return cache

@@ -15,7 +15,7 @@ SLOT_STATE_BYTES = 8
 MAP_BYTES = 4
 """GPU bytes for each head page of the pool: the hot slot that holds it."""
 EXPONENT_BYTES = 2
-"""GPU bytes for each head page of a pool in fp8: the exponents of its K and its V."""
+"""GPU bytes for each head page of a 16-bit cache whose pool is in fp8: the exponents of its K and its V."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,13 @@ class CacheShape:
 
     @property
     def in_fp8(self) -> bool:
-        return self.host_dtype == "fp8"
+        """Whether the host holds e4m3, because it was asked to, or the cache does."""
+        return self.host_dtype == "fp8" or self.item_bytes == 1
+
+    @property
+    def has_exponents(self) -> bool:
+        """Whether head pages are coded on their way to the host; a cache in fp8 is moved as it is."""
+        return self.in_fp8 and self.item_bytes > 1
 
     @property
     def host_head_page_bytes(self) -> int:
@@ -68,7 +74,7 @@ class CacheShape:
     @property
     def map_block_bytes(self) -> int:
         """What is known of a block's head pages on the GPU."""
-        return self.layers * self.kv_heads * (MAP_BYTES + (EXPONENT_BYTES if self.in_fp8 else 0))
+        return self.layers * self.kv_heads * (MAP_BYTES + (EXPONENT_BYTES if self.has_exponents else 0))
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ class OffloadStore:
         self.lookups = Lookups.empty(head_pages, device)
         head_pages = (split.num_blocks, shape.kv_heads, 2)
         exponents = [
-            torch.zeros(head_pages, dtype=torch.uint8, device=device) if shape.in_fp8 else None
+            torch.zeros(head_pages, dtype=torch.uint8, device=device) if shape.has_exponents else None
             for _ in range(shape.layers)
         ]
         self.contexts = ContextReader(limits.context_pages(shape.page_size), self.pool.layers, self.hot, exponents)

@@ -22,7 +22,7 @@ class Geometry:
     v_scale: float = 1.0
     """What K and V were divided by before they were stored in 8 bits; ``scale`` has that of K in it."""
     q_scale: float = 1.0
-    """What queries are divided by where a kernel wants them in 8 bits, too."""
+    """What queries are divided by where a kernel wants them in 8 bits, too; 1 of other caches, as all of these."""
 
     @property
     def group(self) -> int:

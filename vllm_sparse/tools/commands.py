@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from vllm_sparse.backend import compat
 from vllm_sparse.config import MOST
 from vllm_sparse.errors import ConfigError, TextError
 from vllm_sparse.support import QUANTISED_CACHES
@@ -142,11 +143,7 @@ def kv_dtype(asked: str, model: Any) -> str:
     """The dtype of the KV cache of an engine that is asked for ``asked``; ``model``: vLLM's config of it."""
     from vllm.utils.torch_utils import resolve_kv_cache_dtype_string
 
-    found = resolve_kv_cache_dtype_string(asked, model)
-    if found == "auto":  # what vLLM asks while it builds the layers
-        checkpoint = getattr(model.hf_config, "quantization_config", None)
-        quantised = isinstance(checkpoint, dict) and checkpoint.get("kv_cache_scheme")
-        found = "fp8" if quantised else str(model.dtype).removeprefix("torch.")
+    found = compat.resolved_kv_dtype(resolve_kv_cache_dtype_string(asked, model), model)
     return "fp8" if found in QUANTISED_CACHES else found
 
 

@@ -81,8 +81,6 @@ def make_plan(
     hot_fraction, host_dtype = "auto", "auto"
     if config.offload is not None:
         hot_fraction, host_dtype = config.offload.hot_fraction, config.offload.host_dtype
-    if model.item_bytes == 1:  # such a cache is in fp8 as it is
-        host_dtype = "auto"
     shape = CacheShape(
         model.layers, heads, model.head_dim, page_size, model.item_bytes, max(1, summary_slots), host_dtype
     )
@@ -267,9 +265,8 @@ def print_plan(args: argparse.Namespace, model: Model, plan: Plan, limits: StepL
     shape, split = plan.shape, plan.offload
     ranks = args.tensor_parallel_size
     host = split.num_blocks * shape.host_page_bytes * ranks / GIB
-    coded = " in fp8" if shape.in_fp8 or shape.item_bytes == 1 else ""
     print(
-        f"with offload         {host:.2f} GiB of the host hold K and V{coded}; "
+        f"with offload         {host:.2f} GiB of the host hold K and V{' in fp8' if shape.in_fp8 else ''}; "
         f"each GPU holds "
         f"{split.num_blocks * shape.gpu_block_bytes / GIB:.2f} GiB of summaries, "
         f"{split.slots_per_layer * shape.layers * shape.slot_bytes / GIB:.2f} GiB of hot head pages "
