@@ -574,6 +574,7 @@ def test_eval_with_few_sparse_layers(tiny, case, monkeypatch, capfd, tmp_path):
 def test_eval_of_a_quantised_cache(tiny, monkeypatch, tmp_path):
     """Rows of a cache in fp8 are compared with dense steps over the same cache, and are none of another dtype."""
     pytest.importorskip("matplotlib")
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")  # which the command sets, here for all later tests
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     text, out = tmp_path / "text.txt", tmp_path / "eval.jsonl"
     text.write_text(running_text(400))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from cases import DEVICE, error
 from prefill_cases import attention_weights, causal_mask, make_chunk, masked_attention
+from test_eval import running_text
 from test_prefill_policies import attend
 from tiny_engine import attention_layers, prompts, tokens
 
@@ -25,7 +26,15 @@ from vllm_sparse.tools.tune.budgets import QUERIES, MeasuredDecode, PageMasses
 from vllm_sparse.tools.tune.measure import MeasuredPrefill
 from vllm_sparse.tools.tune.search import CANDIDATES, Measurement
 
-TEXT = Path(__file__).parent.parent / "README.md"
+TEXT = Path(__file__)
+"""A file to name. What is chosen on a text is tested with one that nobody edits."""
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("texts") / "text.txt"
+    path.write_text(running_text(400))
+    return str(path)
 
 
 def test_chunk_measures_candidates():
@@ -111,15 +120,15 @@ def interrupt_the_second_passage(monkeypatch) -> list[int]:
 
 @pytest.mark.seam
 @pytest.mark.engine
-def test_tuned_patterns_serve_and_runs_continue(tiny, monkeypatch, capfd):
+def test_tuned_patterns_serve_and_runs_continue(tiny, text, monkeypatch, capfd):
     """Tune leaves patterns that serving takes, and continues where it was interrupted."""
     # capfd, for vLLM asks standard output for its file descriptor.
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     from vllm_sparse.tools.tune import command
 
     model = tiny.model(seed=1)
-    options = ["tune", str(model), "--text", str(TEXT), "--tokens", "900", "--chunk", "300", "--passages", "2",
-               "--dtype", "float32"]  # fmt: skip
+    options = ["tune", str(model), "--text", text, "--tokens", "900", "--chunk", "300", "--passages", "2",
+               "--dtype", "float32", "--block-size", "32"]  # fmt: skip
     place = model / patterns.FILE_NAME
     partial = place.with_name(f"{place.name}.partial")
     passages = interrupt_the_second_passage(monkeypatch)
@@ -235,11 +244,11 @@ def test_budgets_go_where_pages_hold_most():
 
 
 @pytest.mark.engine
-def test_tuned_budgets_serve_and_runs_continue(tiny, monkeypatch, capfd):
+def test_tuned_budgets_serve_and_runs_continue(tiny, text, monkeypatch, capfd):
     """Tune leaves budgets that serving takes, and continues where it was interrupted."""
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     model = tiny.model(seed=2)
-    options = ["tune", str(model), "--decode", "--text", str(TEXT), "--tokens", "900", "--chunk", "300",
+    options = ["tune", str(model), "--decode", "--text", text, "--tokens", "900", "--chunk", "300",
                "--passages", "2", "--block-size", "16", "--budget-tokens", "400"]  # fmt: skip
     place = model / budgets.FILE_NAME
     partial = place.with_name(f"{place.name}.partial")
