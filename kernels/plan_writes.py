@@ -15,7 +15,7 @@ import triton.language as tl
 
 from vllm_sparse.pages.write_plan import WritePlan
 
-BLOCK: tl.constexpr = tl.constexpr(1024)
+TUNING = {"block": 1024}
 """Tokens read at a time."""
 
 
@@ -23,7 +23,7 @@ BLOCK: tl.constexpr = tl.constexpr(1024)
 def _plan_writes(
     slots_ptr, staged_slots_ptr, blocks_ptr, first_row_ptr, end_row_ptr, num_pages_ptr, clock_ptr,
     num_misses_ptr, num_tokens, layers,
-    PAGE: tl.constexpr,
+    PAGE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     pages = 0
     for first in range(0, num_tokens, BLOCK):
@@ -62,5 +62,6 @@ def plan_writes(slot_mapping: torch.Tensor, page_size: int, plan: WritePlan) -> 
     )
     _plan_writes[(1,)](
         slot_mapping, plan.staged_slots, plan.blocks, plan.first_row, plan.end_row, plan.num_pages, plan.clock,
-        plan.num_misses, num_tokens, plan.num_misses.shape[0], PAGE=page_size,
+        plan.num_misses, num_tokens, plan.num_misses.shape[0],
+        PAGE=page_size, BLOCK=TUNING["block"],
     )  # fmt: skip

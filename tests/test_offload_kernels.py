@@ -12,7 +12,6 @@ from vllm_sparse.kernels.reference.e4m3 import kept, to_e4m3
 from vllm_sparse.pages.geometry import Geometry
 
 pytest.importorskip("triton")
-import triton.language as tl
 
 from vllm_sparse.kernels import launchers, plan_writes
 from vllm_sparse.pages.hot_set import HotSet
@@ -49,7 +48,7 @@ def mixed_step(page_size: int) -> torch.Tensor:
 @pytest.mark.parametrize("page_size", [16, 64])
 def test_writes_are_planned_as_by_the_reference(page_size, block, monkeypatch):
     """In one part, and in parts whose borders lie inside pages."""
-    monkeypatch.setattr(plan_writes, "BLOCK", tl.constexpr(block))
+    monkeypatch.setitem(plan_writes.TUNING, "block", block)
     actual = make_store(16, page_size=page_size, max_tokens=400)
     actual.plan.num_misses.fill_(9)
     actual.plan.staged_slots.fill_(-9)
