@@ -3,13 +3,16 @@
     python -m benchmarks.engine --model MODEL 1q1s8k 1q1s128k 8q1s32k
     python -m benchmarks.engine --tp 2 --executor ray --shape llama-70b --layers 40 1q1s128k
     python -m benchmarks.engine --weights fp8 --kv-cache-dtype fp8,auto 1q1s128k 8q1s32k 3q1s128k 6q1s128k
+    python -m benchmarks.engine --kv-cache-dtype fp8 --drafts 0,3 1q1s128k 8q1s32k 3q1s128k
     python -m benchmarks.engine --weights fp8 --kv-cache-dtype fp8,auto --tokens 33 --sparse '{"prefill_policy":
         "vertical_slash", "prefill_top_p": 0, "slash_tokens": 512}' 1q1s128k
 
 Without ``--model``, random weights in the shape of a Llama 3.1. TPOT is the median time between
-output tokens of all running requests; TTFT the time to the first token of the batch. Each KV cache dtype is
-measured in a stock engine and in a sparse one for each ``--sparse``; rows are written after each sparse engine,
-so that a command cut short leaves those of the engines before, and the table comes last.
+output tokens of all running requests; TTFT the time to the first token of the batch. With drafts, of n-grams, it
+is that of a step which verifies them, and all of them are rejected: how many are right is the text's affair, the
+same for both sides. Each KV cache dtype and number of drafts is measured in a stock engine and in a sparse one for
+each ``--sparse``; rows are written after each sparse engine, so that a command cut short leaves those of the engines
+before, and the table comes last.
 """
 
 from __future__ import annotations
@@ -62,6 +65,7 @@ def parse_args(argv=None):
     parser.add_argument("--baseline", default="FLASH_ATTN", help="stock attention backend; '' skips it")
     parser.add_argument("--kv-cache-dtype", default="auto", help="auto, fp8, or auto,fp8")
     parser.add_argument("--weights", choices=("bf16", "fp8"), default="bf16", help="fp8: quantised when loaded")
+    parser.add_argument("--drafts", default="0", help="that each request has in a step, or several, as 0,3")
     parser.add_argument("--tokens", type=int, default=65, help="output tokens per request")
     parser.add_argument("--tp", type=int, default=1, help="GPUs, for both backends")
     parser.add_argument("--executor", choices=("mp", "ray"), help="for --tp above 1; default: mp")
@@ -73,6 +77,10 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     args.sparse = args.sparse or ["{}"]
     args.kv_cache_dtype = args.kv_cache_dtype.split(",")
+    try:
+        args.drafts = [int(number) for number in args.drafts.split(",")]
+    except ValueError:
+        parser.error(f"--drafts: {args.drafts!r}; allowed: whole numbers with commas between them")
     for dtype in args.kv_cache_dtype:
         if dtype not in KV_CACHE_DTYPES:
             parser.error(f"--kv-cache-dtype: {dtype!r}; allowed: {', '.join(KV_CACHE_DTYPES)}")
@@ -89,6 +97,7 @@ class Side:
 
     backend: str
     kv_cache_dtype: str
+    drafts: int = 0
     settings: str = ""
     """Of sparse attention, as JSON."""
 
@@ -107,12 +116,12 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
     sides: dict[Side, dict] = {}
     try:
-        for dtype in args.kv_cache_dtype:
-            stock = Side(args.baseline, dtype)
+        for dtype, drafts in itertools.product(args.kv_cache_dtype, args.drafts):
+            stock = Side(args.baseline, dtype, drafts)
             if args.baseline:
                 sides[stock] = run_worker(stock, args.limit)
             for settings in args.sparse:
-                side = Side("sparse", dtype, settings)
+                side = Side("sparse", dtype, drafts, settings)
                 sides[side] = run_worker(side, args.limit)
                 results.append("engine", rows_of(args, side, sides[side], sides.get(stock, {})), args.out)
     finally:
@@ -129,18 +138,20 @@ def rows_of(args, side: Side, sparse: dict, stock: dict) -> list[dict]:
         if "tpot_ms" not in ours or (args.baseline and "tpot_ms" not in theirs):
             continue
         for bench in ("tpot", "ttft"):
+            # A step that verifies drafts gives as many tokens as are right: its time is none of a token.
+            name = "verification" if side.drafts and bench == "tpot" else bench
             baseline = theirs.get(f"{bench}_ms")
             rows.append(
                 sparse["environment"]
                 | {
-                    "bench": bench, "shape": args.model or shape_name(args.shape, args.layers), "mode": "resident",
+                    "bench": name, "shape": args.model or shape_name(args.shape, args.layers), "mode": "resident",
                     "tp": args.tp, "executor": args.executor,
                     "batch": len(parse(spec)), "context": max(r.context_tokens for r in parse(spec)),
                     "batch_spec": spec, "budget": sparse["budget"], "policy": sparse["policy"],
                     "prefill_policy": sparse["prefill_policy"], "prefill_density": ours["prefill_density"],
                     "sparse": settings, "baseline": args.baseline, "eager": args.eager,
                     "kv_dtype": sparse["kv_dtype"], "baseline_kv_dtype": stock.get("kv_dtype"),
-                    "weights": sparse["weights"], "drafts": 0, "default": not settings,
+                    "weights": sparse["weights"], "drafts": side.drafts, "default": not settings,
                     "baseline_ms": baseline, "sparse_ms": ours[f"{bench}_ms"],
                     "p99_baseline_ms": theirs.get("p99_ms"), "p99_sparse_ms": ours["p99_ms"],
                     "speedup": round(baseline / ours[f"{bench}_ms"], 3) if baseline else None,
@@ -158,7 +169,8 @@ def print_table(args, sides: dict[Side, dict]) -> None:
     def name(side: Side) -> str:
         number = f" {1 + args.sparse.index(side.settings)}" if side.is_sparse and len(args.sparse) > 1 else ""
         dtype = sides[side].get("kv_dtype", side.kv_cache_dtype)
-        return f"{'sparse' if side.is_sparse else 'stock'}{number}, {dtype}"
+        drafts = f", {side.drafts} drafts" if side.drafts else ""
+        return f"{'sparse' if side.is_sparse else 'stock'}{number}, {dtype}{drafts}"
 
     def line(title: str, facts: list, cells: list[str]) -> None:
         shown = "".join(f"{'' if fact is None else fact:>11{',' if type(fact) is int else ''}}" for fact in facts)
@@ -173,7 +185,11 @@ def print_table(args, sides: dict[Side, dict]) -> None:
         cells = [f"{t['tpot_ms']:.3f} {t['ttft_ms'] / 1e3:6.2f}" if "tpot_ms" in t else "-" for t in times]
         line(name(side), [found.get(fact) for fact in ("kv_tokens", "start_s", "free_gib")], cells)
     for side in sides:
-        others = [Side(args.baseline, side.kv_cache_dtype), Side("sparse", "auto", side.settings)]
+        others = [
+            Side(args.baseline, side.kv_cache_dtype, side.drafts),
+            Side("sparse", "auto", side.drafts, side.settings),
+            Side("sparse", side.kv_cache_dtype, 0, side.settings),
+        ]  # fmt: skip
         for other in others if side.is_sparse else ():
             if other in sides and other != side:
                 pairs = [(sides[side].get(spec, {}), sides[other].get(spec, {})) for spec in args.specs]
@@ -209,7 +225,7 @@ def run_worker(side: Side, limit_s: float) -> dict:
 
     Of one that fails, or takes longer than ``limit_s``, what it measured until then, and the ``reason``.
     """
-    worker = json.dumps([side.backend, side.kv_cache_dtype, side.settings])
+    worker = json.dumps([side.backend, side.kv_cache_dtype, side.drafts, side.settings])
     command = [sys.executable, "-m", "benchmarks.engine", *sys.argv[1:], "--worker", worker]
     found, reason = {}, ""
     with tempfile.TemporaryFile("w+", errors="replace") as log:
@@ -264,6 +280,7 @@ def measure(args, side: Side) -> Iterator[dict]:
         enforce_eager=args.eager, tensor_parallel_size=args.tp, kv_cache_dtype=side.kv_cache_dtype,
         quantization="fp8" if args.weights == "fp8" else None, distributed_executor_backend=args.executor,
         additional_config={"sparse": settings} if side.is_sparse else {},
+        speculative_config=speculative_config(side.drafts),
     )  # fmt: skip
     yield {"start_s": round(time.perf_counter() - start, 1), **about(llm.llm_engine.vllm_config)}
     if side.is_sparse:
@@ -289,6 +306,16 @@ def measure(args, side: Side) -> Iterator[dict]:
     if torch.cuda.is_available():
         yield {"free_gib": round(torch.cuda.mem_get_info()[0] / 2**30, 2)}
     llm.llm_engine.engine_core.shutdown()
+
+
+def speculative_config(drafts: int) -> dict | None:
+    """N-grams, which cost next to nothing, and a verification that finds all of them wrong."""
+    if not drafts:
+        return None
+    return {
+        "method": "ngram", "num_speculative_tokens": drafts, "prompt_lookup_min": 1, "prompt_lookup_max": 2,
+        "rejection_sample_method": "synthetic", "synthetic_acceptance_rates": [0.0] * drafts,
+    }  # fmt: skip
 
 
 def about(config: Any) -> dict:

@@ -2,7 +2,7 @@
 
     python -m benchmarks.kernels 1q1s128k 8q1s32k --budget 2048
     python -m benchmarks.kernels 1q1s128k --policies quest midbound sketch sketch2
-    python -m benchmarks.kernels 1q1s128k 8q1s32k --kv-cache-dtype auto,fp8
+    python -m benchmarks.kernels 1q1s128k 8q1s32k --kv-cache-dtype auto,fp8 --drafts 3 --kernels triton
 
 Prints microseconds, the bytes that must be read and written, and achieved GB/s of each kernel, checks results
 first, and appends JSON lines. Over a cache in fp8 the scales are 1, and the dense kernel's queries are in e4m3
@@ -30,6 +30,7 @@ from vllm_sparse.pages.decode_plan import DecodePlan, segment_pages
 from vllm_sparse.pages.geometry import Geometry
 from vllm_sparse.pages.page_scores import PageScores
 from vllm_sparse.pages.page_table import PageTable
+from vllm_sparse.pages.query_tokens import ONE, QueryTokens
 from vllm_sparse.pages.selection import Selection
 from vllm_sparse.pages.summaries import summary_bytes_read, summary_slots
 from vllm_sparse.policies import DECODE_POLICIES
@@ -67,6 +68,7 @@ def main() -> None:
     )
     parser.add_argument("--kernels", nargs="*", default=["triton", "fa3"])
     parser.add_argument("--kv-cache-dtype", type=caches, default="auto", help="auto, fp8, or auto,fp8")
+    parser.add_argument("--drafts", type=int, default=0, help="that each request verifies")
     parser.add_argument(
         "--tuning", type=json.loads, default={}, help='changes of TUNING, as {"sketch_score": {"waves": 6}}'
     )
@@ -114,22 +116,27 @@ def bench(spec: str, policy_name: str, kv_dtype: torch.dtype, args) -> list[dict
         block_table[request, :n] = blocks[start : start + n]
         start += n
     seq_lens = torch.tensor(lens, dtype=torch.int32, device=device)
-    plan = DecodePlan.empty(len(lens), device, segment_pages(width, budget_pages))
+    tokens, queries = 1 + args.drafts, ONE
+    if args.drafts:
+        starts = torch.arange(len(lens) + 1, dtype=torch.int32, device=device) * tokens
+        queries = QueryTokens(tokens, starts)
+    plan = DecodePlan.empty(len(lens), device, segment_pages(width, budget_pages)).rows(len(lens), queries)
     table = PageTable.empty(len(lens), heads, max(budget_pages, args.min_context // page), device)
+    table.queries = queries
     short_rows_dense = len(lens) >= SHORT_ROWS_DENSE_FROM
     top_p = SparseConfig.top_p if policy.adaptive else 0.0
     selection = Selection(page, budget_pages, 1, 32, top_p)
     launchers.plan_decode(
         seq_lens, plan, table, selection, args.min_context, sum(pages), short_rows_dense
     )  # fmt: skip
-    scores = PageScores.empty(q_heads, sum(pages), len(lens), device)
+    scores = PageScores.empty(q_heads * queries.asked, sum(pages), len(lens), device)
     layers = []
     for _ in range(count):
         kv = torch.empty(sum(pages), heads, page_slots, 2 * dim, dtype=kv_dtype, device=device)
         fresh = torch.randn(2, sum(pages) * page, heads, dim, dtype=torch.bfloat16, device=device)
         launchers.page_write(*fresh, kv, torch.arange(sum(pages) * page, device=device), page, policy.summary)
         del fresh
-        q = torch.randn(len(lens), q_heads, dim, dtype=torch.bfloat16, device=device)
+        q = torch.randn(len(lens) * tokens, q_heads, dim, dtype=torch.bfloat16, device=device)
         layers.append(Layer(kv, q, q.to(kv_dtype), table, torch.empty_like(q)))
 
     def score(layer):
@@ -144,19 +151,19 @@ def bench(spec: str, policy_name: str, kv_dtype: torch.dtype, args) -> list[dict
     attend_bytes = attended * token_bytes
     dense_bytes = sum(lens) * heads * token_bytes
     # K and V of a new token come in bfloat16; the older keys of its page are read for the summary.
-    stock_write_bytes = len(lens) * heads * (4 * dim + token_bytes)
-    older = sum((n - 1) % page for n in lens) if policy.summary != "none" else 0
+    stock_write_bytes = len(lens) * tokens * heads * (4 * dim + token_bytes)
+    older = sum((n - tokens) % page for n in lens) if policy.summary != "none" else 0
     write_bytes = stock_write_bytes + heads * (older * token_bytes // 2 + len(lens) * page_summary_bytes)
     timed = [
         ("score", score, summary_bytes),
-        ("select", select, q_heads * scored * 4),
+        ("select", select, q_heads * queries.asked * scored * 4),
     ]
     for name in args.kernels:
         timed.append((f"attend_{name}", _attend(kernel_class(name)(), page, scale), attend_bytes))
-    new_tokens = (len(lens), heads, dim, page, block_table, seq_lens)
+    new_tokens = (tokens, heads, dim, page, block_table, seq_lens)
     timed.append(("page_write", _page_write(policy.summary, *new_tokens), write_bytes))
     timed.append(("stock_write", _stock_write(*new_tokens), stock_write_bytes))
-    timed.append(("dense_fa3", _dense(block_table, seq_lens, max(lens), page, scale), dense_bytes))
+    timed.append(("dense_fa3", _dense(block_table, seq_lens, tokens, max(lens), page, scale), dense_bytes))
     for layer in layers:
         score(layer)
         select(layer)
@@ -173,7 +180,8 @@ def bench(spec: str, policy_name: str, kv_dtype: torch.dtype, args) -> list[dict
     common = results.environment() | {
         "bench": "attention", "shape": f"kv{heads}_group{args.group}_d{dim}_page{page}", "batch_spec": spec,
         "batch": len(lens), "context": max(lens), "budget": args.budget, "policy": policy_name, "mode": "resident",
-        "tp": 1, "tuning": args.tuning, "kv_dtype": NAMES[kv_dtype], "baseline_kv_dtype": NAMES[kv_dtype],
+        "tp": 1, "tuning": args.tuning, "drafts": args.drafts,
+        "kv_dtype": NAMES[kv_dtype], "baseline_kv_dtype": NAMES[kv_dtype],
         "baseline_ms": times["dense_fa3"] / 1e3,
     }  # fmt: skip
     return [
@@ -191,42 +199,43 @@ def bench(spec: str, policy_name: str, kv_dtype: torch.dtype, args) -> list[dict
 
 
 def _attend(kernel, page, scale):
-    return lambda layer: kernel.attend(
+    return lambda layer: kernel.attend_rows(
         layer.q, layer.kv, layer.table, Geometry.of(layer.q, layer.kv, page, scale), layer.out
     )
 
 
-def _dense(block_table, seq_lens, longest, page, scale):
+def _dense(block_table, seq_lens, tokens, longest, page, scale):
     from vllm.vllm_flash_attn import flash_attn_varlen_func
 
-    starts = torch.arange(len(seq_lens) + 1, dtype=torch.int32, device="cuda")
+    starts = torch.arange(len(seq_lens) + 1, dtype=torch.int32, device="cuda") * tokens
 
     def run(layer):
         k, v = layer.kv[:, :, :page].transpose(1, 2).split(layer.q.shape[-1], -1)
         flash_attn_varlen_func(
-            q=layer.dense_q, k=k, v=v, out=layer.out, cu_seqlens_q=starts, max_seqlen_q=1, seqused_k=seq_lens,
+            q=layer.dense_q, k=k, v=v, out=layer.out, cu_seqlens_q=starts, max_seqlen_q=tokens, seqused_k=seq_lens,
             max_seqlen_k=longest, block_table=block_table, softmax_scale=scale, causal=True, fa_version=3,
         )  # fmt: skip
 
     return run
 
 
-def _new_tokens(batch, heads, dim, page, block_table, seq_lens):
-    last = (seq_lens - 1).long()
-    slots = block_table.gather(1, (last // page)[:, None]).squeeze(1).long() * page + last % page
-    return torch.randn(batch, heads, dim, dtype=torch.bfloat16, device="cuda"), slots
+def _new_tokens(tokens, heads, dim, page, block_table, seq_lens):
+    """The last ``tokens`` tokens of each request, and their slots."""
+    last = seq_lens[:, None].long() - torch.arange(tokens, 0, -1, device="cuda")
+    slots = (block_table.gather(1, last // page).long() * page + last % page).flatten()
+    return torch.randn(len(slots), heads, dim, dtype=torch.bfloat16, device="cuda"), slots
 
 
-def _page_write(summary, batch, heads, dim, page, block_table, seq_lens):
-    key, slots = _new_tokens(batch, heads, dim, page, block_table, seq_lens)
+def _page_write(summary, tokens, heads, dim, page, block_table, seq_lens):
+    key, slots = _new_tokens(tokens, heads, dim, page, block_table, seq_lens)
     return lambda layer: launchers.page_write(key, key, layer.kv, slots, page, summary)
 
 
-def _stock_write(batch, heads, dim, page, block_table, seq_lens):
+def _stock_write(tokens, heads, dim, page, block_table, seq_lens):
     """What FLASH_ATTN runs in its place."""
     from vllm._custom_ops import reshape_and_cache_flash
 
-    key, slots = _new_tokens(batch, heads, dim, page, block_table, seq_lens)
+    key, slots = _new_tokens(tokens, heads, dim, page, block_table, seq_lens)
     one = torch.ones((), device="cuda")
 
     def run(layer):
@@ -248,7 +257,8 @@ def _check(layer, timed, page, scale) -> None:
         if name.startswith("attend"):
             layer.out.fill_(float("nan"))
             run(layer)
-            rows = layer.table.lengths.view(len(layer.q), -1)[:, 0] > 0
+            in_table = layer.table.lengths.view(-1, layer.kv.shape[1])[:, 0] > 0
+            rows = in_table.repeat_interleave(len(layer.q) // len(in_table))
             mine, right = layer.out[rows].float(), expected[rows]
             error = ((mine - right).norm() / right.norm().clamp(min=1e-9)).item()
             # FlashAttention-3 multiplies codes of queries and of weights, too.

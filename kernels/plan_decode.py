@@ -26,9 +26,9 @@ from vllm_sparse.pages.selection import Selection
 
 @triton.jit(do_not_specialize=["num_reqs", "capacity"])
 def _plan_decode(
-    seq_lens_ptr, whole_ptr, table_seq_lens_ptr, dense_seq_lens_ptr, score_offsets_ptr, work_ptr, totals_ptr,
-    counters_ptr, lengths_ptr, num_reqs, budget_pages, largest_pages, min_context, capacity, sink_pages,
-    window_tokens,
+    seq_lens_ptr, starts_ptr, whole_ptr, table_seq_lens_ptr, dense_seq_lens_ptr, score_offsets_ptr, work_ptr,
+    totals_ptr, counters_ptr, lengths_ptr, num_reqs, budget_pages, largest_pages, min_context, capacity,
+    sink_pages, window_tokens,
     KV_HEADS: tl.constexpr, PAGE: tl.constexpr, SEGMENT: tl.constexpr, ALONE: tl.constexpr,
     SHORT_DENSE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -83,8 +83,14 @@ def _plan_decode(
     tl.store(totals_ptr + 2, (size & 0xFFFFFFFF).to(tl.int32))
     tl.store(totals_ptr + 3, scored_segments + num_short)
     attended = tl.where(dense, seq_len, length)
-    tl.atomic_add(counters_ptr, tl.sum(tl.where(prompt, 0, attended), axis=0))
-    tl.atomic_add(counters_ptr + 1, tl.sum(tl.where(prompt, 0, seq_len), axis=0))
+    count = tl.full([BLOCK], 1, tl.int64)
+    if starts_ptr is not None:
+        count = tl.load(starts_ptr + rows + 1, mask=mask, other=0) - tl.load(starts_ptr + rows, mask=mask, other=0)
+    count = tl.where(prompt, 0, tl.minimum(count, seq_len))
+    # Of each token those that come after it are not its context.
+    later = count * (count - 1) // 2
+    tl.atomic_add(counters_ptr, tl.sum(count * attended - later, axis=0))
+    tl.atomic_add(counters_ptr + 1, tl.sum(count * seq_len - later, axis=0))
 
 
 def plan_decode(
@@ -99,8 +105,8 @@ def plan_decode(
     """Fill ``plan`` and ``table.lengths`` for this step.
 
     Args:
-        seq_lens: int32 [num_reqs], context tokens, the current one included; 0 for padding.
-        plan: buffers of ``num_reqs`` rows; ``whole`` is read.
+        seq_lens: int32 [num_reqs], context tokens, the current ones included; 0 for padding.
+        plan: buffers of ``num_reqs`` rows; ``whole`` is read, and ``queries`` to count tokens.
         table: buffers of ``num_reqs * kv_heads`` rows; its head pages are left to ``select_pages``.
         selection: as ``select_pages`` will get it; rows of up to its largest budget attend to every page, and
             attended tokens are counted by ``budget_pages``.
@@ -112,7 +118,7 @@ def plan_decode(
     if num_reqs == 0:
         return
     _plan_decode[(1,)](
-        seq_lens, plan.whole, plan.table_seq_lens, plan.dense_seq_lens, plan.score_offsets,
+        seq_lens, plan.queries.starts, plan.whole, plan.table_seq_lens, plan.dense_seq_lens, plan.score_offsets,
         plan.work, plan.totals, plan.counters, table.lengths,
         num_reqs, selection.budget_pages, selection.largest_pages, min_context_tokens, capacity_pages,
         selection.sink_pages, selection.window_tokens,

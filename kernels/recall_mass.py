@@ -4,7 +4,8 @@
 
 Runs in every decode step and returns at once in most: the device's step counter says in which it reads
 the keys of a sampled row, once all of them and once the chosen ones. The shares of a KV head's query
-heads are averaged and added to the sums of the layer.
+heads are averaged and added to the sums of the layer. Of a request with drafts it is the last token that is
+measured, which attends to the whole row.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import triton.language as tl
 
 from vllm_sparse.kernels.constants import PRECISION
 from vllm_sparse.kernels.e4m3 import elements_of, stored
+from vllm_sparse.kernels.query_tokens import span_of
 from vllm_sparse.kernels.work_list import entry_of
 from vllm_sparse.pages import recall_sums
 from vllm_sparse.pages.decode_plan import DecodePlan
@@ -46,8 +48,8 @@ def _merged(tops, totals):
 
 @triton.jit(do_not_specialize=["every"])
 def _recall_mass(
-    q_ptr, kv_ptr, block_table_ptr, head_pages_ptr, lengths_ptr, work_ptr, totals_ptr, step_ptr, sums_ptr,
-    parts_ptr, arrivals_ptr, every, q_stride_row, q_stride_h, kv_stride_b, kv_stride_h, kv_stride_slot,
+    q_ptr, starts_ptr, kv_ptr, block_table_ptr, head_pages_ptr, lengths_ptr, work_ptr, totals_ptr, step_ptr,
+    sums_ptr, parts_ptr, arrivals_ptr, every, q_stride_token, q_stride_h, kv_stride_b, kv_stride_h, kv_stride_slot,
     head_page_stride, table_stride, table_stride_row, scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
@@ -60,8 +62,10 @@ def _recall_mass(
     request, seq_len, _ = entry_of(work_ptr, now // every % scored)
     group, dims, rows = tl.arange(0, GROUP_PAD), tl.arange(0, BLOCK_D), tl.arange(0, PAGE)
     member, in_head = group < GROUP, dims < HEAD_DIM
+    first, count = span_of(starts_ptr, request)
+    token = (first + count - 1).to(tl.int64)
     query = tl.load(
-        q_ptr + request.to(tl.int64) * q_stride_row + (head * GROUP + group)[:, None] * q_stride_h + dims[None, :],
+        q_ptr + token * q_stride_token + (head * GROUP + group)[:, None] * q_stride_h + dims[None, :],
         mask=member[:, None] & in_head[None, :], other=0.0,
     )  # fmt: skip
     cells = rows[None, :] * kv_stride_slot + dims[:, None]
@@ -128,8 +132,8 @@ def recall_mass(
     assert q.stride(2) == kv.stride(3) == 1
     assert monitor.parts.shape == (kv_heads, PARTS.value, 4, group)
     _recall_mass[(PARTS.value, kv_heads)](
-        q, elements_of(kv), block_table, table.head_pages, table.lengths, plan.work, plan.totals,
-        monitor.step, monitor.sums[layer], monitor.parts, monitor.arrivals, monitor.every,
+        q, plan.queries.starts, elements_of(kv), block_table, table.head_pages, table.lengths, plan.work,
+        plan.totals, monitor.step, monitor.sums[layer], monitor.parts, monitor.arrivals, monitor.every,
         q.stride(0), q.stride(1), kv.stride(0), kv.stride(1), kv.stride(2),
         HeadPageGrid.of(kv).stride, block_table.stride(0), table.head_pages.stride(0), scale,
         KV_HEADS=kv_heads, GROUP=group, GROUP_PAD=max(16, triton.next_power_of_2(group)), HEAD_DIM=head_dim,

@@ -20,6 +20,7 @@ import triton.language as tl
 from vllm_sparse.kernels.constants import TILE
 from vllm_sparse.kernels.hadamard import hadamard
 from vllm_sparse.kernels.launch import num_multiprocessors
+from vllm_sparse.kernels.query_tokens import asked_queries
 from vllm_sparse.kernels.store_scores import store_chunk, store_scores
 from vllm_sparse.kernels.two_digits import two_digits
 from vllm_sparse.kernels.work_list import CHUNK_ENDS, COLUMNS, begin_of, chunks_of, entry_of, first_ends, row_of
@@ -124,13 +125,14 @@ def _tile_masses(
 
 @triton.jit(do_not_specialize=["num_reqs", "noise"])
 def _sketch_score(
-    q_ptr, kv_bytes_ptr, kv_words_ptr, block_table_ptr, work_ptr, totals_ptr, values_ptr, chunk_lse_ptr,
-    q_stride_row, q_stride_h, byte_stride_b, byte_stride_h, byte_stride_slot, table_stride, score_stride,
-    chunk_stride, num_reqs, scale, noise,
-    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
-    BITS: tl.constexpr, TILE_BYTES: tl.constexpr, PAGE: tl.constexpr, PAGES: tl.constexpr, TILES: tl.constexpr,
-    STEPS: tl.constexpr, STAGES: tl.constexpr,
+    q_ptr, starts_ptr, kv_bytes_ptr, kv_words_ptr, block_table_ptr, work_ptr, totals_ptr, values_ptr,
+    chunk_lse_ptr, q_stride_token, q_stride_h, byte_stride_b, byte_stride_h, byte_stride_slot, table_stride,
+    score_stride, chunk_stride, num_reqs, scale, noise,
+    HEADS: tl.constexpr, ASKED: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr, BITS: tl.constexpr, TILE_BYTES: tl.constexpr, PAGE: tl.constexpr, PAGES: tl.constexpr,
+    TILES: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    GROUP: tl.constexpr = HEADS * ASKED
     PLANES: tl.constexpr = TILE * BITS // 8
     program, head = tl.program_id(0), tl.program_id(1)
     ends = first_ends(work_ptr, num_reqs, CHUNK_ENDS)
@@ -147,7 +149,7 @@ def _sketch_score(
         begin = begin_of(work_ptr, row, CHUNK_ENDS)
         end = tl.minimum(tl.load(work_ptr + row * COLUMNS + CHUNK_ENDS), last_chunk)
         num_pages = (seq_len + PAGE - 1) // PAGE
-        source = q_ptr + request.to(tl.int64) * q_stride_row + heads * q_stride_h
+        source = q_ptr + asked_queries(starts_ptr, request, head, group, q_stride_token, q_stride_h, HEADS, ASKED)
         digits, steps, offsets, gains = _rotated_query(
             source, dims, group < GROUP, scale, noise, GROUP_PAD, HEAD_DIM, WIDTH
         )
@@ -206,12 +208,12 @@ def sketch_score(
     power of two ``width``.
     """
     page_size, scale = geometry.page_size, geometry.scale
-    num_reqs, q_heads, head_dim = q.shape
+    (q_heads, head_dim), num_reqs, asked = q.shape[1:], block_table.shape[0], plan.queries.asked
     kv_heads, item_bytes = kv.shape[1], kv.element_size()
-    group = q_heads // kv_heads
+    heads = q_heads // kv_heads
     layout = SketchLayout.of(summary, head_dim)
     tiles = page_size // TILE_TOKENS
-    assert q.stride(2) == kv.stride(3) == 1
+    assert q.stride(2) == kv.stride(3) == 1 and scores.rows == q_heads * asked
     assert (kv.shape[2] - page_size) * 2 * head_dim * item_bytes >= tiles * layout.tile_bytes, (
         f"the pages of this cache have no room for {summary}"
     )
@@ -220,10 +222,12 @@ def sketch_score(
     pages = TUNING["step_bytes"] // ((layout.planes + 1) * layout.width)
     pages = min(CHUNK_PAGES, max(16, 1 << (pages.bit_length() - 1)))
     _sketch_score[(programs, kv_heads)](
-        q, kv.view(torch.int8), kv.view(torch.int32), block_table, plan.work, plan.totals, scores.values,
-        scores.chunk_lse, q.stride(0), q.stride(1), *(stride * item_bytes for stride in kv.stride()[:3]),
-        block_table.stride(0), scores.values.stride(0), scores.chunk_lse.stride(0), num_reqs, scale, layout.noise,
-        GROUP=group, GROUP_PAD=max(4, triton.next_power_of_2(group)), HEAD_DIM=head_dim, WIDTH=layout.width,
+        q, plan.queries.starts, kv.view(torch.int8), kv.view(torch.int32), block_table, plan.work, plan.totals,
+        scores.values, scores.chunk_lse, q.stride(0), q.stride(1),
+        *(stride * item_bytes for stride in kv.stride()[:3]), block_table.stride(0),
+        scores.values.stride(0), scores.chunk_lse.stride(0), num_reqs, scale, layout.noise,
+        HEADS=heads, ASKED=asked, GROUP_PAD=max(4, triton.next_power_of_2(heads * asked)),
+        HEAD_DIM=head_dim, WIDTH=layout.width,
         BITS=layout.bits, TILE_BYTES=layout.tile_bytes, PAGE=page_size, PAGES=pages,
         TILES=tiles, STEPS=CHUNK_PAGES // pages * tiles,
         STAGES=TUNING["num_stages"],

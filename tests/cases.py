@@ -13,6 +13,7 @@ from vllm_sparse.pages.decode_plan import SEGMENT_PAGES, DecodePlan
 from vllm_sparse.pages.geometry import Geometry
 from vllm_sparse.pages.page_scores import PageScores
 from vllm_sparse.pages.page_table import PageTable
+from vllm_sparse.pages.query_tokens import ONE, QueryTokens
 from vllm_sparse.pages.selection import Selection
 from vllm_sparse.pages.summaries import summary_slots
 
@@ -68,8 +69,12 @@ def make(
     padding: int = 48,
     kv_dtype: torch.dtype | None = None,
     kv_scales: tuple[float, float] = (1.0, 1.0),
+    query_tokens: list[int] | None = None,
+    most_tokens: int = 1,
 ) -> Case:
     """A batch with fresh random contents; unused pages, rows past the end and outputs are poison.
+
+    ``query_tokens`` says how many query tokens each request has, at most ``most_tokens``; one each without it.
 
     ``layers`` > 1 lays the cache out with other layers' pages between its blocks, ``padding`` with as many
     numbers, as vLLM does where another layer's block is larger: a block is then no whole number of pages long.
@@ -97,32 +102,38 @@ def make(
         key, value = (tokens[0] + key_bias).to(dtype), tokens[1].to(dtype)
         new = key.to(device), value.to(device)
         reference.page_write(*new, kv, slots.to(device), page_size, summary, *kv_scales)
-    q = torch.randn(len(seq_lens), kv_heads * group, head_dim, generator=generator).to(dtype)
+    counts = torch.tensor([1] * len(seq_lens) if query_tokens is None else query_tokens)
+    q = torch.randn(int(counts.sum()), kv_heads * group, head_dim, generator=generator).to(dtype)
+    queries = ONE
+    if query_tokens is not None:
+        starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
+        queries = QueryTokens(most_tokens, starts.to(device))
     lens = torch.tensor(seq_lens, dtype=torch.int32, device=device)
-    plan = DecodePlan.empty(len(seq_lens), device, segment_pages)
+    plan = DecodePlan.empty(len(seq_lens), device, segment_pages).rows(len(seq_lens), queries)
     capacity = sum(pages) + 1
     width = max(budget_pages, -(-min_context_tokens // page_size), 1)
     table = PageTable.empty(len(seq_lens), kv_heads, width, device)
     table.head_pages.fill_(2**30)
     table.lengths.fill_(-1)
+    table.queries = queries
     selection = Selection(page_size, budget_pages, 1, 20)
     reference.plan_decode(lens, plan, table, selection, min_context_tokens, capacity, False)
     return Case(
         q=q.to(device), kv=kv, block_table=block_table.to(device), seq_lens=lens, plan=plan,
-        scores=poisoned_scores(kv_heads * group, capacity, len(seq_lens), device),
+        scores=poisoned_scores(kv_heads * group * queries.asked, capacity, len(seq_lens), device),
         table=table, page_size=page_size, budget_pages=budget_pages, scale=head_dim**-0.5, kv_scales=kv_scales,
     )  # fmt: skip
 
 
-def poisoned_scores(q_heads: int, capacity: int, num_reqs: int, device: torch.device) -> PageScores:
-    scores = PageScores.empty(q_heads, capacity, num_reqs, device)
+def poisoned_scores(rows: int, capacity: int, num_reqs: int, device: torch.device) -> PageScores:
+    scores = PageScores.empty(rows, capacity, num_reqs, device)
     scores.values.fill_(float("nan"))
     scores.chunk_lse.fill_(float("nan"))
     return scores
 
 
 def set_scores(case: Case, values: torch.Tensor) -> None:
-    """Give every scored page its column of ``values`` [q_heads, capacity_pages]."""
+    """Give every scored page its column of ``values`` [rows, capacity_pages]."""
     for request, offset in enumerate(case.plan.score_offsets.tolist()):
         if offset >= 0:
             pages = -(-int(case.seq_lens[request]) // case.page_size)

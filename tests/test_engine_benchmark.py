@@ -69,8 +69,8 @@ def test_rows_and_table_compare_caches_of_one_dtype(capsys):
     args = engine.parse_args(["--kv-cache-dtype", "fp8,auto", "--weights", "fp8", "1q1s128k", "8q1s32k"])
     sides = {
         engine.Side("FLASH_ATTN", "fp8"): measured(8.0, "fp8"),
-        engine.Side("sparse", "fp8", "{}"): measured(4.0, "fp8"),
-        engine.Side("sparse", "auto", "{}"): measured(5.0, "bf16"),
+        engine.Side("sparse", "fp8", 0, "{}"): measured(4.0, "fp8"),
+        engine.Side("sparse", "auto", 0, "{}"): measured(5.0, "bf16"),
     }
     stock, sparse, wide = sides
     rows = engine.rows_of(args, sparse, sides[sparse], sides[stock])

@@ -143,12 +143,27 @@ def test_both_model_runners(answer, monkeypatch):
     assert_same(found, answer(POLICIES["midbound"], compilation_config=GRAPHS))
 
 
-def test_drafts_are_verified_dense(answer):
-    """A budget that covers the context: sparse with drafts must say what stock vLLM says without."""
+def test_drafts_with_a_budget_of_the_context(answer):
+    """Sparse with drafts must say what stock vLLM says without."""
     everything = {**SPARSE, "budget_tokens": 4096}
     stock = answer(sparse=None, attention_backend="TRITON_ATTN")
-    assert_same(answer(sparse=everything, speculative_config=DRAFTS), stock)
-    assert_same(answer(sparse=everything, compilation_config=GRAPHS), stock)
+    for settings in ({}, {"compilation_config": GRAPHS}):
+        found = answer(sparse=everything, speculative_config=DRAFTS, **settings)
+        assert_same(found, stock)
+        assert found.counts["dense_verification_steps"] == 0
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_drafts_in_graphs(answer, policy):
+    """Few pages, chosen by the last token and its drafts: with graphs as without, and nothing waits."""
+    graphs, eager = (
+        answer(POLICIES[policy], speculative_config=DRAFTS, **settings)
+        for settings in ({"compilation_config": GRAPHS}, {})
+    )
+    assert_same(graphs, eager)
+    assert graphs.counts["attended_tokens"] < 0.7 * graphs.counts["context_tokens"], "nothing was sparse"
+    assert graphs.counts["dense_verification_steps"] == 0
+    assert not graphs.waits, graphs.waits[:3]
 
 
 def synchronising_lines(llm) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import ON_GPU, TOLERANCE, error
-from test_gpu_engine import GRAPHS, answer, assert_same, other_runner  # noqa: F401
+from test_gpu_engine import DRAFTS, GRAPHS, answer, assert_same, other_runner  # noqa: F401
 
 from vllm_sparse.kernels.reference.e4m3 import kept
 from vllm_sparse.pages.geometry import Geometry
@@ -114,6 +114,16 @@ def test_sparse_prefill(answer):  # noqa: F811
     prefill = {"prefill_policy": "vertical_slash", "min_prefill_tokens": 256, "prefill_top_p": 0,
                "vertical_tokens": 128, "slash_tokens": 256}  # fmt: skip
     assert_same(answer({**OFFLOAD, **prefill}), answer({**RESIDENT, **prefill}))
+
+
+def test_drafts(answer):  # noqa: F811
+    """Pages that a step's drafts go to are attended where they are staged."""
+    resident, offload = (
+        answer(sparse, compilation_config=GRAPHS, speculative_config=DRAFTS) for sparse in (RESIDENT, FEW_SLOTS)
+    )
+    assert_same(offload, resident)
+    assert offload.counts["attended_tokens"] < 0.7 * offload.counts["context_tokens"]
+    assert not offload.waits, offload.waits[:3]
 
 
 @pytest.mark.parametrize("sparse", [OFFLOAD, FP8], ids=["as_in_the_cache", "fp8"])

@@ -344,6 +344,15 @@ class SparseConfig:
                 f"need at least {needed}"
             )
 
+    def check_drafts(self, query_tokens: int) -> None:
+        """Raise :class:`ConfigError` where rows of ``query_tokens``, all but one of them drafts, would not
+        attend to all of these."""
+        if self.window_tokens < query_tokens > 1:
+            raise ConfigError(
+                f"sparse.window_tokens: {self.window_tokens} tokens do not hold the {query_tokens - 1} drafts of "
+                f"a request and the token before them, which are always attended; allowed: {query_tokens} or more"
+            )
+
 
 KEYS = misplaced.Keys(*(tuple(field.name for field in fields(kind)) for kind in (SparseConfig, OffloadConfig)))
 _NAMES = {int: "a whole number", float: "a number", str: "a string"}

@@ -70,7 +70,7 @@ class HotSetCounts(Totals):
 
 
 class DraftSteps:
-    """Steps that verify drafts, which attend densely: counted on the host, which knows their lengths."""
+    """Steps with drafts that are verified densely, as they lie behind prompts: counted on the host."""
 
     def __init__(self) -> None:
         self.steps = self.tokens = self.context_tokens = 0
@@ -84,8 +84,8 @@ class DraftSteps:
         """
         if not self.steps:
             logger.info(
-                "sparse attention: verification of drafts attends densely: its steps have several tokens a "
-                "request, for which no pages are chosen yet"
+                "sparse attention: some drafts are verified densely: other layers of the model made vLLM put them "
+                "behind prompts in a step"
             )
         self.steps += 1
         self.tokens += tokens

@@ -246,8 +246,6 @@ OPTIONS: tuple[Option, ...] = (
         lambda config: (size := getattr(config.parallel_config, "decode_context_parallel_size", 1)) > 1 and size),
     Option("--enable-dbo", "on", "micro-batches would share the buffers of one decode step", "off",
         lambda config: getattr(config.parallel_config, "enable_dbo", False)),
-    Option("--speculative-config", "any", "drafts are verified densely, over whole contexts that are on the host",
-        "none", lambda config: config.speculative_config is not None, with_offload=True),
     Option("--kv-transfer-config", "any",
         "a KV connector sees the bytes on the GPU only, which are summaries",
         "none", lambda config: config.kv_transfer_config is not None, with_offload=True),
@@ -293,9 +291,13 @@ def full_attention_layers(layer_types: Iterable[str] | None, num_layers: int) ->
     return [number for number, kind in enumerate(types) if kind == "full_attention"]
 
 
-def notes(config: SparseConfig, drafts: bool, kv_dtype: str) -> list[str]:
-    """What an engine's start line says beside its layers; ``drafts``: whether it verifies some."""
-    found = ["verification of drafts attends densely"] if drafts else []
+def notes(config: SparseConfig, drafts: int, kv_dtype: str) -> list[str]:
+    """What an engine's start line says beside its layers; ``drafts``: the most that it verifies of a request."""
+    found = []
+    if drafts:
+        found.append(
+            f"up to {drafts} drafts verified {'densely' if config.decode_policy == 'dense' else 'sparsely'}"
+        )
     if config.offload is not None:
         found.append("K and V in CPU memory")
     return [*found, f"KV {kv_dtype}"]

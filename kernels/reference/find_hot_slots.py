@@ -20,22 +20,25 @@ def find_hot_slots(
     lookups: Lookups,
 ) -> None:
     width, missing = table.head_pages.shape[1], []
+    spans = table.queries.spans(table.lengths.shape[0] // kv_heads)
     for row, length in enumerate(table.lengths.tolist()):
         if length == 0:
             continue
         request, head = divmod(row, kv_heads)
         if table.routes is not None and table.routes[request] == WHOLE:
             continue
-        pages = -(-length // page_size)
-        head_pages = table.head_pages[row, :pages].clone()
-        slots = hot_set.slot_of[head_pages[:-1].long()]
+        token, count = spans[request]
+        pages, old_pages = -(-length // page_size), max(length - count, 0) // page_size
+        head_pages = table.head_pages[row, :old_pages].clone()
+        slots = hot_set.slot_of[head_pages.long()]
         hit = slots >= 0
         hot_set.last_use[slots[hit].long()] = plan.clock
-        table.head_pages[row, : pages - 1] = torch.where(hit, hot_set.first_head_page + slots, ~head_pages[:-1])
-        staged = int(plan.staged_slots[request]) // page_size
-        table.head_pages[row, pages - 1] = max(staged, 0) * kv_heads + head
+        table.head_pages[row, :old_pages] = torch.where(hit, hot_set.first_head_page + slots, ~head_pages)
+        staged = max(int(plan.staged_slots[token]), 0) // page_size
+        written = torch.arange(staged, staged + pages - old_pages, device=head_pages.device)
+        table.head_pages[row, old_pages:pages] = (written * kv_heads + head).int()
         missing.append(row * width + torch.nonzero(~hit).squeeze(1))
-        lookups.counters[0] += pages - 1
+        lookups.counters[0] += old_pages
     if missing:
         missing = torch.cat(missing)
         lookups.misses[: len(missing)] = missing.int()

@@ -48,4 +48,7 @@ def plan_decode(
     plan.work[: len(chunks), 3] = chunks.cumsum(0).int()
     plan.work[: len(rows), 4] = segments.cumsum(0).int()
     plan.totals.copy_(torch.stack([scored.sum(), (scored | short).sum(), chunks.sum(), segments.sum()]))
-    plan.counters += torch.stack([attended[~prompt].sum(), lens[~prompt].sum()])
+    counts = torch.tensor([count for _, count in plan.queries.spans(len(lens))], device=lens.device)
+    counts = torch.where(prompt, 0, counts).minimum(lens)
+    later = counts * (counts - 1) // 2  # of each token those that come after it are not its context
+    plan.counters += torch.stack([(counts * attended - later).sum(), (counts * lens - later).sum()])

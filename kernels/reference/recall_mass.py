@@ -27,9 +27,10 @@ def recall_mass(
         return
     head_dim, kv_heads = q.shape[-1], kv.shape[1]
     request, seq_len = plan.work[step // monitor.every % scored, :2].tolist()
+    first, count = plan.queries.spans(len(block_table))[request]
     pages, grid = block_table[request, : -(-seq_len // page_size)], HeadPageGrid.of(kv)
     keys, _ = single_head_pages(kv, page_size)
-    for head, query in enumerate(q[request].float().view(kv_heads, -1, head_dim)):
+    for head, query in enumerate(q[first + count - 1].float().view(kv_heads, -1, head_dim)):
         row = request * kv_heads + head
         length = int(table.lengths[row])
         chosen = table.head_pages[row, : -(-length // page_size)].long()

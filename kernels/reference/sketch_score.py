@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from vllm_sparse.kernels.reference.hadamard import hadamard
+from vllm_sparse.kernels.reference.query_tokens import asked_queries
 from vllm_sparse.kernels.reference.sketch_write import sketched_keys
 from vllm_sparse.kernels.reference.store_scores import scored_requests, store_masses
 from vllm_sparse.pages.decode_plan import DecodePlan
@@ -23,7 +24,7 @@ def sketch_score(
     summary: str,
 ) -> None:
     page_size, scale = geometry.page_size, geometry.scale
-    group, requests = q.shape[1] // kv.shape[1], list(scored_requests(block_table, plan, page_size))
+    requests = list(scored_requests(block_table, plan, page_size))
     if not requests:
         return
     # Requests share pages: each is decoded once.
@@ -33,8 +34,8 @@ def sketch_score(
     of_requests = places.split([len(blocks) for _, blocks, _, _ in requests])
     for (request, _, offset, seq_len), blocks in zip(requests, of_requests, strict=True):
         keys = decoded[:, blocks]
-        query = torch.nn.functional.pad(q[request].float(), (0, keys.shape[-1] - q.shape[-1]))
-        heads = hadamard(query).view(-1, group, keys.shape[-1]) * scale
+        query = asked_queries(q, plan, request, kv.shape[1])
+        heads = hadamard(torch.nn.functional.pad(query, (0, keys.shape[-1] - q.shape[-1]))) * scale
         logits = heads @ keys.flatten(1, 2).transpose(1, 2)
         lost = layout.noise * scales[:, blocks].flatten(1).square()[:, None]
         logits += lost * heads.square().sum(-1, keepdim=True) / 2

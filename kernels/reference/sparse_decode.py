@@ -22,6 +22,7 @@ def sparse_decode(
 ) -> None:
     page_size, scale = geometry.page_size, geometry.scale
     kv_heads, group = kv.shape[1], q.shape[1] // kv.shape[1]
+    spans = table.queries.spans(len(table.lengths) // kv_heads)
     keys, values = single_head_pages(kv, page_size)
     for row, length in enumerate(table.lengths.tolist()):
         if length == 0:
@@ -41,6 +42,9 @@ def sparse_decode(
             found = kept(host.flatten(0, 1), by_head_page, ~head_pages[away], kv.dtype)
             k[away], v[away] = found[:, :page_size, None].chunk(2, -1)
         k, v = (x.flatten(0, 2)[:length].float() for x in (k, v))
-        span = slice(head * group, (head + 1) * group)
-        weights = (q[request, span].float() @ k.T * scale).softmax(-1)
-        out[request, span] = (weights @ v * geometry.v_scale).to(out.dtype)
+        first, count = spans[request]
+        tokens, heads = slice(first, first + count), slice(head * group, (head + 1) * group)
+        logits = q[tokens, heads].float() @ k.T * scale
+        later = torch.ones(count, length, dtype=torch.bool, device=q.device).triu(length - count + 1)
+        weights = logits.masked_fill(later[:, None], float("-inf")).softmax(-1)
+        out[tokens, heads] = (weights @ v * geometry.v_scale).to(out.dtype)

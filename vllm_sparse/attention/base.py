@@ -1,4 +1,4 @@
-"""What an attention kernel is: attention over a PageTable, of one query token per request or of query blocks."""
+"""What an attention kernel is: attention over a PageTable, of decode rows or of query blocks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class AttentionKernel(ABC):
 
     reads_unlisted_rows = False
     """Whether :meth:`attend` reads rows that ``table.routes`` leaves to the block table. Beside a kernel that does
-    not, a dense backend takes the prompt tokens in decode steps."""
+    not, a dense backend takes the prompt tokens in decode steps without drafts."""
 
     @classmethod
     @abstractmethod
@@ -51,7 +51,7 @@ class AttentionKernel(ABC):
         host: torch.Tensor | None = None,
         exponents: torch.Tensor | None = None,
     ) -> None:
-        """Write the attention of each query over its pages to ``out``.
+        """Write the attention of each query over its pages to ``out``, one query token per request.
 
         Args:
             q: [num_reqs, q_heads, head_dim].
@@ -63,6 +63,28 @@ class AttentionKernel(ABC):
                 ``~head_page`` of it. Given to the kernels of ``OFFLOAD_ORDER`` only.
             exponents: uint8 [num_blocks, kv_heads, 2], where ``host`` is e4m3.
         """
+
+    def attend_drafts(
+        self,
+        q: torch.Tensor,
+        kv: torch.Tensor,
+        table: PageTable,
+        geometry: Geometry,
+        out: torch.Tensor,
+        host: torch.Tensor | None = None,
+        exponents: torch.Tensor | None = None,
+    ) -> None:
+        """Write the attention of the query tokens in ``table.queries``, drafts among them, to ``out``.
+
+        As :meth:`attend`, with ``q`` and ``out`` [num_tokens, q_heads, head_dim]. Reads rows that ``table.routes``
+        leaves to the block table. Unless a kernel does it in its own way, kernels of this project do.
+        """
+        kernels.for_device(q.device).sparse_decode(q, kv, table, geometry, out, host, exponents)
+
+    def attend_rows(self, q: torch.Tensor, kv: torch.Tensor, table: PageTable, *others) -> None:
+        """Attend the rows of a decode step, with drafts or without; arguments as in :meth:`attend`."""
+        attend = self.attend if table.queries.starts is None else self.attend_drafts
+        attend(q, kv, table, *others)
 
     def attend_blocks(
         self,

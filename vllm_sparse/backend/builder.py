@@ -17,6 +17,7 @@ from vllm_sparse.backend.metadata import SparseMetadata, Step
 from vllm_sparse.backend.residency import OffloadedRows, ResidentRows
 from vllm_sparse.config import SparseConfig
 from vllm_sparse.decode.attend import DecodeRows
+from vllm_sparse.pages.query_tokens import ONE, QueryTokens
 
 logger = logging.getLogger("vllm.vllm_sparse")
 
@@ -27,13 +28,13 @@ NEVER = 2**31 - 1
 class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
     """Splits a step into decode and prefill rows; plans the former on the device, the latter on the host."""
 
-    # Decode of one token per request takes one path; batches of several tokens per request (drafts
-    # to verify) take the dense one. Both are the same kernels for every batch of a size.
+    # Rows of one token, and rows of drafts to verify, are the same kernels for every batch of a size, whatever
+    # their lengths.
     _cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
 
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self._init_reorder_batch_threshold(1)
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         self.page_size = kv_cache_spec.block_size
         config = SparseConfig.from_vllm(vllm_config)
         config.check_page_size(self.page_size)
@@ -48,10 +49,11 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
         )  # fmt: skip
         self.rows = kind(config, self.workspace, dense_builder, impls[0])
         self.configure(config)
-        if self.selects and vllm_config.speculative_config is None:
-            compilation = vllm_config.compilation_config
+        if self.selects:
+            compilation, tokens = vllm_config.compilation_config, self.workspace.query_tokens
             full = compilation.cudagraph_mode.has_full_cudagraphs()
             captured = compilation.cudagraph_capture_sizes if full else []
+            captured = sorted({-(-size // tokens) for size in captured})
             warn_of_batches_without_graphs(captured, vllm_config.scheduler_config.max_num_seqs)
         if self.selects and impls[0].prefill is not None and device.type != "cpu":
             impls[0].prefill.warm_up(impls[0].pages.prefill_slots, impls[0].dtype, impls[0].cache_dtype)
@@ -93,12 +95,13 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
         common = common_attn_metadata
         if common.causal is not True:
             raise RuntimeError("sparse attention is causal, and this step's attention is not")
-        step = Step(common, *split_decodes_and_prefills(common)[:3])
+        step = Step(common, *split_decodes_and_prefills(common, self.workspace.query_tokens)[:3])
         if self.selects:
             self._mark_prompt_tokens(step)
         metadata = SparseMetadata(
             num_actual_tokens=common.num_actual_tokens,
             num_decodes=step.num_decodes,
+            num_decode_tokens=step.num_decode_tokens,
             query_start_loc=common.query_start_loc,
             seq_lens=common.seq_lens,
             block_table=common.block_table_tensor,
@@ -114,8 +117,8 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
         return metadata
 
     def _mark_prompt_tokens(self, step: Step) -> None:
-        """Tell the device which rows of one token are prompt tokens; in nearly every step none is, and nothing is
-        copied. It must know, not this host code alone: a step of such rows may replay a graph of decode steps.
+        """Tell the device which decode rows are prompt tokens; in nearly every step none is and nothing is copied.
+        It must know, not this host code alone: a step of such rows may replay a graph of decode steps.
         """
         whole, prefilling = self.workspace.plan.whole, step.common.is_prefilling
         found = prefilling is not None and bool(prefilling[: step.num_decodes].any())
@@ -130,15 +133,19 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
     def _decode_rows(self, step: Step) -> DecodeRows:
         """The workspace's buffers, cut to the step's decode rows."""
         workspace, block_table = self.workspace, step.common.block_table_tensor[: step.num_decodes]
-        plan = self.plan.rows(step.num_decodes)
-        table = workspace.table.rows(step.num_decodes * workspace.kv_heads)
+        queries = ONE
+        if step.has_drafts:
+            queries = QueryTokens(workspace.query_tokens, step.common.query_start_loc[: step.num_decodes + 1])
+        plan = self.plan.rows(step.num_decodes, queries)
+        table = workspace.table.rows(step.num_decodes * workspace.kv_heads, queries)
         table.routes, table.block_table = plan.score_offsets, block_table
-        return DecodeRows(block_table, plan, table, workspace.scores, workspace.monitor)
+        scores = workspace.scores.first(workspace.q_heads * queries.asked)
+        return DecodeRows(block_table, plan, table, scores, workspace.monitor)
 
     def _plan_decodes(self, step: Step, rows: DecodeRows, fast_build: bool) -> Any:
         """Route decode rows on the device; return metadata of the dense backend where it runs beside the table."""
         common, config = step.common, self.config
-        short_rows_dense, dense_beside = self.rows.dense_decodes(step.num_decodes)
+        short_rows_dense, dense_beside = self.rows.dense_decodes(step)
         kernels.for_device(self.device).plan_decode(
             common.seq_lens[: step.num_decodes], rows.plan, rows.table, self.selection,
             NEVER if config.decode_policy == "dense" else config.min_context_tokens,
@@ -167,7 +174,8 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
             self.monitor.advance()
 
     def _count_drafts(self, step: Step) -> None:
-        """Count rows of several tokens that are no prompt: drafts to verify."""
+        """Count drafts that are verified densely: rows that are no prompt and yet lie behind one, where vLLM has
+        not put decode rows first."""
         common, first = step.common, step.num_decodes
         prefilling, lens = common.is_prefilling, common.seq_lens_cpu_upper_bound
         if prefilling is None or lens is None:

@@ -17,6 +17,7 @@ def check_engine(vllm_config: Any) -> None:
         ConfigError: they cannot be served.
     """
     from vllm.platforms import current_platform
+    from vllm.v1.attention.backend import max_decode_query_len
 
     if not current_platform.is_cpu():
         try:
@@ -47,6 +48,8 @@ def check_engine(vllm_config: Any) -> None:
         config.check_page_size(cache.block_size)
     config = SparseConfig.from_vllm(vllm_config)
     support.check_options(vllm_config, config)
+    if config.decode_policy != "dense":
+        config.check_drafts(max_decode_query_len(vllm_config))
     if config.offload is not None:
         found = offload.check(vllm_config, config)
         carry(vllm_config, config, found, "offload")

@@ -320,9 +320,11 @@ def check_scales(worker: Any) -> None:
 
 def report(worker: Any) -> None:
     """One line about what runs how; a warning where nothing is sparse."""
+    from vllm.v1.attention.backend import max_decode_query_len
+
     decisions = [decision_of(layer) for layer in layers_of(worker).values()]
     config = SparseConfig.from_vllm(worker.vllm_config)
-    drafts = worker.vllm_config.speculative_config is not None
+    drafts = max_decode_query_len(worker.vllm_config) - 1
     notes = support.notes(config, drafts, compat.kv_dtype(worker.vllm_config))
     line, any_sparse = support.summary_line(decisions, config, notes)
     if any_sparse or worker.vllm_config.parallel_config.pipeline_parallel_size > 1:  # other stages have others

@@ -313,7 +313,7 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
             else:
                 self.dense.attend(layer, query[rows], key[rows], value[rows], pages, run.dense, output[rows])
         if md.num_decodes:
-            rows = slice(0, md.num_decodes)
+            rows = slice(0, md.num_decode_tokens)
             queries, out = query[rows], output[rows]
             if md.dense_short is not None:
                 self.pages.attend_short(

@@ -13,20 +13,27 @@ from vllm_sparse.prefill.runs import PrefillRun
 
 @dataclass(frozen=True)
 class Step:
-    """vLLM's metadata of a step, split: decode rows of one token first, prefill rows after them."""
+    """vLLM's metadata of a step, split: decode rows first, a request each with its last token and the drafts after
+    it, prefill rows after them."""
 
     common: Any
     num_decodes: int
     num_prefills: int
     num_decode_tokens: int
 
+    @property
+    def has_drafts(self) -> bool:
+        """Whether decode rows have more than one token."""
+        return self.num_decode_tokens > self.num_decodes
+
 
 @dataclass
 class SparseMetadata:
-    """One step. Decode rows (one query token each) come first, prefill rows after them."""
+    """One step. Decode rows come first, prefill rows after them."""
 
     num_actual_tokens: int
     num_decodes: int
+    num_decode_tokens: int
     query_start_loc: torch.Tensor
     """int32 [num_reqs + 1]."""
     seq_lens: torch.Tensor

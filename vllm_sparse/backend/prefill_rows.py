@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from vllm_sparse.backend import compat, dense
+from vllm_sparse.backend.metadata import Step
 from vllm_sparse.config import SparseConfig
 from vllm_sparse.offload.contexts import ContextRun
 from vllm_sparse.pages.query_blocks import QueryBlocks
@@ -61,8 +62,7 @@ class _Context:
 
 
 def context_runs(
-    common,
-    num_decodes: int,
+    step: Step,
     config: SparseConfig,
     page_size: int,
     max_pages: int,
@@ -73,10 +73,11 @@ def context_runs(
 
     Dense rows read all old pages, chunks those that ``sparse``, which attends them, may attend to.
 
-    vLLM's bound on a length is exact, as there are no drafts. Dummy runs carry none, and may wait for the
+    vLLM's bound on a length is exact for all rows of prefill. Dummy runs carry none, and may wait for the
     device. Staging pages are counted as :mod:`vllm_sparse.kernels.plan_writes` does: one per decode row,
-    then those that each chunk touches.
+    then those that each chunk touches; how many more the drafts of decode rows touch the device alone knows.
     """
+    common, num_decodes = step.common, step.num_decodes
     lens = common.seq_lens_cpu_upper_bound
     lens = (common.seq_lens if lens is None else lens)[: common.num_reqs].tolist()
     starts = common.query_start_loc_cpu.tolist()
@@ -123,21 +124,34 @@ def context_runs(
             runs.append(run)
             together.clear()
     add_dense_run()
+    if step.has_drafts:
+        more = _pages_begun(common.slot_mapping[: step.num_decode_tokens], page_size) - num_decodes
+        for run in runs:
+            run.new_pages += more
     if runs and num_decodes + len(every) > 1:  # else nothing is hit that others write
-        written = _written_blocks(common, num_decodes, every, page_size)
+        written = _written_blocks(step, every, page_size)
         for run in runs:
             nearest = torch.searchsorted(written, run.old_blocks).clamp_(max=len(written) - 1)
             run.late_places = torch.where(written[nearest] == run.old_blocks, run.old_places, -1)
     return runs
 
 
-def _written_blocks(common, num_decodes: int, contexts: list[_Context], page_size: int) -> torch.Tensor:
+def _pages_begun(slots: torch.Tensor, page_size: int) -> torch.Tensor:
+    """int32 [], on the device: staging pages of tokens that go to ``slots``."""
+    blocks = torch.where(slots >= 0, slots // page_size, -1)
+    begins = blocks >= 0
+    begins[1:] &= blocks[1:] != blocks[:-1]
+    return begins.sum(dtype=torch.int32)
+
+
+def _written_blocks(step: Step, contexts: list[_Context], page_size: int) -> torch.Tensor:
     """int32 [pages], ascending: the blocks that this step's tokens go to."""
+    common = step.common
     rows = [context.request for context in contexts for _ in range(context.old_pages, context.num_pages)]
     pages = [page for context in contexts for page in range(context.old_pages, context.num_pages)]
     both = torch.tensor([rows, pages], dtype=torch.int32, device="cpu")
     rows, pages = _to_device(both, common.block_table_tensor.device).long()
-    decodes = common.slot_mapping[:num_decodes] // page_size
+    decodes = common.slot_mapping[: step.num_decode_tokens] // page_size
     return torch.cat([common.block_table_tensor[rows, pages], decodes.int()]).sort().values
 
 

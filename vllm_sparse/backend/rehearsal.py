@@ -22,6 +22,7 @@ from vllm_sparse.offload.store import MOST_IN_PLACE
 from vllm_sparse.pages.geometry import Geometry
 from vllm_sparse.pages.page_table import PageTable
 from vllm_sparse.pages.query_blocks import BLOCK_TOKENS
+from vllm_sparse.pages.query_tokens import ONE, QueryTokens
 
 
 @dataclass
@@ -43,30 +44,37 @@ class Rehearsal:
             query, output: [num_tokens, q_heads, head_dim] of a step as large as any.
         """
         if self.config.decode_policy != "dense":
+            tokens = {1, self.workspace.query_tokens}
             for rows in _sizes(min(len(query), len(self.workspace.plan.table_seq_lens))):
-                self.decode(query[:rows], output[:rows])
+                for most in tokens:
+                    self.decode(query, output, min(rows, len(query) // most), most)
         buffers = self.workspace.prefill
         if buffers is not None:
             for blocks in _sizes(min(buffers.max_blocks, -(-len(query) // BLOCK_TOKENS))):
                 tokens = min(len(query), blocks * BLOCK_TOKENS)
                 self.attend_blocks(query[:tokens], output[:tokens], blocks)
 
-    def decode(self, query: torch.Tensor, output: torch.Tensor) -> None:
-        """Select and attend for rows of no context."""
-        workspace = self.workspace
-        table = workspace.table.rows(len(query) * workspace.kv_heads)
-        plan = workspace.plan.rows(len(query))
+    def decode(self, query: torch.Tensor, output: torch.Tensor, rows: int, most: int) -> None:
+        """Select and attend for ``rows`` rows of no context with up to ``most`` query tokens each."""
+        workspace, queries = self.workspace, ONE
+        if most > 1:
+            starts = torch.zeros(rows + 1, dtype=torch.int32, device=query.device)
+            queries = QueryTokens(most, starts)
+        query, output = query[: rows * most], output[: rows * most]
+        table = workspace.table.rows(rows * workspace.kv_heads, queries)
+        plan = workspace.plan.rows(rows, queries)
+        scores = workspace.scores.first(workspace.q_heads * queries.asked)
         for of_last_step in (table.lengths, plan.table_seq_lens, plan.totals):
             of_last_step.zero_()
-        block_table = self._block_table(len(query))
+        block_table = self._block_table(rows)
         table.routes, table.block_table = plan.score_offsets, block_table
         kernels.for_device(query.device).select_pages(
-            workspace.scores, block_table, plan, self.kv, self.config.selection(self.geometry.page_size), table
+            scores, block_table, plan, self.kv, self.config.selection(self.geometry.page_size), table
         )
-        self.attention.attend(query, self.kv, table, self.geometry, output)
+        self.attention.attend_rows(query, self.kv, table, self.geometry, output)
         coded = self.config.offload is not None and self.config.offload.host_dtype == "fp8"
         if coded and self.kv.dtype is not torch.float8_e4m3fn:
-            torch.empty(min(MOST_IN_PLACE, workspace.kv_heads * len(query) * workspace.max_pages),
+            torch.empty(min(MOST_IN_PLACE, workspace.kv_heads * rows * workspace.max_pages),
                         dtype=torch.int32, device=query.device)  # fmt: skip
 
     def attend_blocks(self, query: torch.Tensor, output: torch.Tensor, blocks: int) -> None:

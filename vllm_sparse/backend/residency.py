@@ -134,7 +134,7 @@ class ResidentPages(LayerPages):
         return cache
 
     def attend_chosen(self, attention, query, cache, md, output):
-        attention.attend(query, cache, md.decodes.table, self.geometry, output)
+        attention.attend_rows(query, cache, md.decodes.table, self.geometry, output)
 
     def attend_short(self, attention, backend, layer, query, key, value, cache, md, output):
         backend.attend(layer, query, key, value, cache, md.dense_short, output)
@@ -178,9 +178,7 @@ class OffloadedPages(LayerPages):
             backend.attend(layer, query, key, value, self.offloaded.host, md.dense_short, output)
         else:  # no dense backend reads codes
             rows = md.decodes
-            self.offloaded.attend_whole(
-                attention, query, rows.block_table, rows.plan.dense_seq_lens, self.geometry, output
-            )
+            self.offloaded.attend_whole(attention, query, rows.block_table, rows.plan, self.geometry, output)
 
 
 @dataclass
@@ -202,7 +200,7 @@ class StepRows(ABC):
         """All prefill rows of the step, in the order in which they are attended."""
 
     @abstractmethod
-    def dense_decodes(self, num_decodes: int) -> tuple[bool, bool]:
+    def dense_decodes(self, step: Step) -> tuple[bool, bool]:
         """Whether rows of short contexts run dense, and whether the dense backend runs beside the page table.
 
         That backend also takes rows that cannot be scored, and prompt tokens where the attention kernel does not.
@@ -222,15 +220,16 @@ class ResidentRows(StepRows):
         if len(chunks) < step.num_prefills:
             rows = dense.prefill_rows(common, decodes, step.num_decode_tokens) if decodes else common
             metadata = self.dense.build("prefill", prefill_rows.dense_rows(rows, chunks, decodes), fast_build)
-            tokens = slice(decodes, common.num_actual_tokens)
+            tokens = slice(step.num_decode_tokens, common.num_actual_tokens)
             runs.append(PrefillRun(tokens=tokens, block_table=table[decodes:], dense=metadata))
         # After the dense rows: a dense backend may write zeros for rows of length 0.
         runs += [PrefillRun(tokens=chunk.tokens(), block_table=table, chunk=chunk) for chunk in chunks]
         return runs
 
-    def dense_decodes(self, num_decodes):
-        from_table = self.config.decode_policy != "dense" and self.layer.attention.reads_unlisted_rows
-        beside = num_decodes >= SHORT_ROWS_DENSE_FROM or not from_table
+    def dense_decodes(self, step):
+        reads_all = step.has_drafts or self.layer.attention.reads_unlisted_rows
+        from_table = self.config.decode_policy != "dense" and reads_all
+        beside = step.num_decodes >= SHORT_ROWS_DENSE_FROM or not from_table
         return beside, beside
 
 
@@ -243,10 +242,9 @@ class OffloadedRows(StepRows):
 
     def prefill(self, step, fast_build):
         return prefill_rows.context_runs(
-            step.common, step.num_decodes, self.config, self.workspace.page_size, self.workspace.max_pages,
-            self.dense, self.layer.prefill,
+            step, self.config, self.workspace.page_size, self.workspace.max_pages, self.dense, self.layer.prefill,
         )  # fmt: skip
 
-    def dense_decodes(self, num_decodes):
+    def dense_decodes(self, step):
         # Dense rows would read all of their contexts from the host: only those that cannot be scored.
-        return False, num_decodes * self.workspace.max_pages > self.workspace.scores.capacity_pages
+        return False, step.num_decodes * self.workspace.max_pages > self.workspace.scores.capacity_pages

@@ -18,7 +18,7 @@ from vllm_sparse.policies.base import DecodePolicy
 
 @dataclass
 class DecodeRows:
-    """Decode rows of a step, one query token each; planned once, chosen for by every layer in turn."""
+    """Decode rows of a step, a request each; planned once, chosen for by every layer in turn."""
 
     block_table: torch.Tensor
     """int32 [num_decodes, max_pages]."""
@@ -43,7 +43,7 @@ class SparseDecode:
         """Write the pages to attend to ``rows.table``, as head pages of ``listed``.
 
         Args:
-            q: [num_decodes, q_heads, head_dim].
+            q: [num_tokens, q_heads, head_dim], those of ``rows.plan.queries``.
             scored: [num_blocks, kv_heads, page_size + summary slots, 2 * head_dim], what policies read.
             listed: [num_blocks, kv_heads, page_size or more, 2 * head_dim], the cache that holds K and V.
             rows: of the step.

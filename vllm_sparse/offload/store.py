@@ -11,6 +11,7 @@ from vllm_sparse.attention.base import AttentionKernel
 from vllm_sparse.offload.contexts import ContextReader, ContextRun
 from vllm_sparse.offload.pool import HostPool
 from vllm_sparse.offload.sizing import CacheShape, Split, StepLimits
+from vllm_sparse.pages.decode_plan import DecodePlan
 from vllm_sparse.pages.geometry import Geometry
 from vllm_sparse.pages.hot_set import HotSet, Lookups
 from vllm_sparse.pages.page_table import PageTable
@@ -129,32 +130,35 @@ class OffloadedLayer:
         """Attend over ``table``, whose head pages are in the hot store, or ``~head_page`` of the host.
 
         Args:
-            q, out: [num_reqs, q_heads, head_dim].
+            q, out: [num_tokens, q_heads, head_dim], those of ``table.queries``.
         """
-        attention.attend(q, self.hot, table, geometry, out, self.host, self.exponents)
+        attention.attend_rows(q, self.hot, table, geometry, out, self.host, self.exponents)
 
     def attend_whole(
         self,
         attention: AttentionKernel,
         q: torch.Tensor,
         block_table: torch.Tensor,
-        seq_lens: torch.Tensor,
+        plan: DecodePlan,
         geometry: Geometry,
         out: torch.Tensor,
     ) -> None:
         """Attend over every page of a context, on the host in place.
 
         Args:
-            q, out: [num_reqs, q_heads, head_dim].
+            q, out: [num_tokens, q_heads, head_dim], those of ``plan.queries``.
             block_table: int32 [num_reqs, max_pages].
-            seq_lens: int32 [num_reqs]; rows of length 0 leave ``out`` untouched.
+            plan: of the step; rows whose ``dense_seq_lens`` are 0 leave ``out`` untouched.
         """
         kv_heads = geometry.kv_heads
         heads = torch.arange(kv_heads, dtype=torch.int32, device=q.device)
         requests = max(1, MOST_IN_PLACE // (kv_heads * block_table.shape[1]))
-        for rows in (slice(at, at + requests) for at in range(0, len(q), requests)):
+        num_reqs, one_each = len(block_table), plan.queries.starts is None
+        for rows in (slice(at, min(at + requests, num_reqs)) for at in range(0, num_reqs, requests)):
             # ~(block * kv_heads + head), without a copy of it.
             head_pages = block_table[rows, None, :] * -kv_heads + ~heads[:, None]
-            lengths = seq_lens[rows, None].expand(-1, kv_heads)
-            table = PageTable(head_pages.flatten(0, 1), lengths.flatten())
-            self.attend(attention, q[rows], table, geometry, out[rows])
+            lengths = plan.dense_seq_lens[rows, None].expand(-1, kv_heads)
+            queries = plan.queries.of_requests(rows)
+            table = PageTable(head_pages.flatten(0, 1), lengths.flatten(), queries=queries)
+            tokens = rows if one_each else slice(None)  # by their starts kernels find those of the part
+            self.attend(attention, q[tokens], table, geometry, out[tokens])

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm_sparse.errors import ConfigError
+from vllm_sparse.pages.query_tokens import ONE, QueryTokens
 
 NOT_LISTED = 2**31 - 1
 EVERY_PAGE, WHOLE = -1, -2
@@ -72,10 +73,12 @@ class DecodePlan:
     totals: torch.Tensor
     """int32 [4]: scored rows, rows of the page table, chunks of all rows, segments of all rows."""
     counters: torch.Tensor
-    """int64 [2], running totals over steps: tokens attended, context tokens (one layer, one head), of all rows but
-    prompt tokens."""
+    """int64 [2], running totals over steps: tokens attended, context tokens (one layer, one head), by all query
+    tokens but those of prompts."""
     segment_pages: int
     """Pages of a segment."""
+    queries: QueryTokens = ONE
+    """Of the step."""
 
     @property
     def alone_pages(self) -> int:
@@ -98,8 +101,8 @@ class DecodePlan:
             segment_pages=segment_pages,
         )
 
-    def rows(self, num_reqs: int) -> DecodePlan:
-        """The first ``num_reqs`` rows, without a copy."""
+    def rows(self, num_reqs: int, queries: QueryTokens = ONE) -> DecodePlan:
+        """The first ``num_reqs`` rows, without a copy, for a step of ``queries``."""
         return DecodePlan(
             self.table_seq_lens[:num_reqs],
             self.dense_seq_lens[:num_reqs],
@@ -109,4 +112,5 @@ class DecodePlan:
             self.totals,
             self.counters,
             self.segment_pages,
+            queries,
         )

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_sparse.pages.query_tokens import ONE, QueryTokens
+
 
 @dataclass
 class PageTable:
@@ -26,12 +28,15 @@ class PageTable:
     """int32 [num_reqs * kv_heads]: tokens attended. 0: the row is not attended through this table."""
     starts: torch.Tensor | None = None
     """int32 [rows + 1], of query blocks alone: the first query of each row, and after them the number of all,
-    where queries lie by head. None in decode, where a row is one token."""
+    where queries lie by head. None in decode."""
     routes: torch.Tensor | None = None
     """int32 [num_reqs]: ``WHOLE`` of :mod:`vllm_sparse.pages.decode_plan` where a request's rows are not listed in
     ``head_pages`` and are all pages of ``block_table``; None: there are no such rows."""
     block_table: torch.Tensor | None = None
     """int32 [num_reqs, max_pages], beside ``routes``."""
+    queries: QueryTokens = ONE
+    """Of a decode step. Where a request has n tokens, token i of them attends to all but the last ``n - 1 - i``
+    tokens of a row: a row ends with the request's last tokens, these n among them."""
 
     @classmethod
     def empty(cls, num_reqs: int, kv_heads: int, max_pages: int, device: torch.device) -> PageTable:
@@ -41,6 +46,6 @@ class PageTable:
             lengths=torch.zeros(rows, dtype=torch.int32, device=device),
         )
 
-    def rows(self, num_rows: int) -> PageTable:
-        """The first ``num_rows`` rows, without a copy."""
-        return PageTable(self.head_pages[:num_rows], self.lengths[:num_rows])
+    def rows(self, num_rows: int, queries: QueryTokens = ONE) -> PageTable:
+        """The first ``num_rows`` rows, without a copy, for a decode step of ``queries``."""
+        return PageTable(self.head_pages[:num_rows], self.lengths[:num_rows], queries=queries)

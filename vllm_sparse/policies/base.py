@@ -41,7 +41,7 @@ class DecodePolicy(ABC):
         """Write the score of every page to be scored: higher means attend, in units of log-mass.
 
         Args:
-            q: [num_reqs, q_heads, head_dim], one query token per request.
+            q: [num_tokens, q_heads, head_dim], those of ``plan.queries``.
             kv: [num_blocks, kv_heads, page_size + summary slots, 2 * head_dim].
             block_table: int32 [num_reqs, max_pages].
             plan: of the step; rows with ``score_offsets >= 0`` are to be scored, from that column on.

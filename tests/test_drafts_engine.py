@@ -1,0 +1,175 @@
+"""Speculative decoding: steps that verify drafts choose pages, whatever the drafts are worth."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections import Counter
+from types import ModuleType
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from test_cache_summary import EngineWrites
+from tiny_engine import attention_layers, outputs, prompts, tokens
+
+from vllm_sparse.backend.builder import SparseMetadataBuilder
+
+pytestmark = pytest.mark.engine
+
+PROMPTS, NUM_TOKENS = prompts((3, 40, 300, 700, 333)), 24
+EVERYTHING = {"budget_tokens": 1024}
+FEW = {"budget_tokens": 128}
+
+
+def ngrams(drafts: int) -> dict:
+    return {"method": "ngram", "num_speculative_tokens": drafts, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
+
+
+class Proposer:
+    """Proposes what is known to come, some of it spoilt, and of some requests nothing.
+
+    In place of the module of vLLM's own n-grams, which brings Numba, after which no engine starts in a process
+    without Triton: vLLM looks through all that was imported, and finds an object that it cannot look into.
+    """
+
+    def __init__(self, monkeypatch, wrong: float = 0.3, seed: int = 0):
+        self.answers: list[list[int]] = []
+        self.wrong, self.random = wrong, random.Random(seed)
+        self.lengths = Counter()
+        """Query tokens of rows that verified drafts, and how many such rows."""
+        module = ModuleType("vllm.v1.spec_decode.ngram_proposer")
+        module.NgramProposer = type("NgramProposer", (), {
+            "__init__": lambda stub, config: None, "load_model": lambda stub, *_, **__: None,
+            "propose": lambda stub, *args, **more: self.propose(*args, **more),
+        })  # fmt: skip
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        build = SparseMetadataBuilder.build
+
+        def watched(builder, *args, **kwargs):
+            metadata = build(builder, *args, **kwargs)
+            starts = metadata.query_start_loc[: metadata.num_decodes + 1]
+            self.lengths.update((starts[1:] - starts[:-1]).tolist())
+            return metadata
+
+        monkeypatch.setattr(SparseMetadataBuilder, "build", watched)
+
+    def propose(self, most: int, sampled, num_tokens, token_ids, **_) -> list[list[int]]:
+        found = []
+        for row, new in enumerate(sampled):
+            so_far = token_ids[row, : num_tokens[row]].tolist()
+            whole = next((answer for answer in self.answers if answer[: len(so_far)] == so_far), so_far)
+            drafts = whole[len(so_far) : len(so_far) + self.random.randint(0, most)] if len(new) else []
+            found.append([
+                token if self.random.random() > self.wrong else self.random.randrange(1, 500) for token in drafts
+            ])  # fmt: skip
+        return found
+
+
+@pytest.fixture
+def proposer(monkeypatch):
+    return Proposer(monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "sparse",
+    [{}, {"decode_policy": "sketch2"}, {"decode_policy": "twilight"}, {"decode_policy": "oracle"},
+     {"decode_policy": "streaming"}, {"offload": {"host_gib": 0.05}}],
+    ids=["midbound", "sketch2", "twilight", "oracle", "streaming", "offload"],
+)  # fmt: skip
+def test_a_budget_of_the_context_answers_as_stock_does(tiny, proposer, sparse):
+    """Rows of none to three drafts in one batch, prompts that arrive beside them, rejected drafts."""
+    expected = tiny.stock(PROMPTS, NUM_TOKENS)
+    proposer.answers = [prompt + answer for prompt, answer in zip(PROMPTS, expected, strict=True)]
+    with tiny.start(sparse={**EVERYTHING, **sparse}, speculative_config=ngrams(3)) as llm:
+        assert tokens(llm, PROMPTS, NUM_TOKENS) == expected
+        (counts,) = llm.collective_rpc("sparse_metrics")
+    assert {1, 2, 3, 4} <= set(proposer.lengths), proposer.lengths
+    assert counts["dense_verification_steps"] == 0
+    assert counts["attended_tokens"] == counts["context_tokens"] > 0
+
+
+@pytest.mark.parametrize(
+    "sparse",
+    [{}, {"decode_policy": "sketch"}, {"decode_policy": "twilight"}, {"recall_monitor_every_steps": 2}],
+    ids=["midbound", "sketch", "twilight", "monitor"],
+)  # fmt: skip
+def test_pages_are_chosen_and_summaries_stay_right(tiny, proposer, sparse, monkeypatch):
+    """What rejected drafts have left in a page is in its summary until it is written again, as are their keys."""
+    writes = EngineWrites(monkeypatch)
+    expected = tiny.stock(PROMPTS, NUM_TOKENS)
+    proposer.answers = [prompt + answer for prompt, answer in zip(PROMPTS, expected, strict=True)]
+    with tiny.start(sparse={**FEW, **sparse}, speculative_config=ngrams(3), block_size=16) as llm:
+        found = tokens(llm, PROMPTS, NUM_TOKENS)
+        (counts,) = llm.collective_rpc("sparse_metrics")
+        assert writes.check(llm)[16] > 40
+    assert [len(answer) for answer in found] == [NUM_TOKENS] * len(PROMPTS) and found[:2] == expected[:2]
+    assert counts["dense_verification_steps"] == 0 and set(proposer.lengths) == {1, 2, 3, 4}
+    assert counts["attended_tokens"] < 0.5 * counts["context_tokens"]
+    if "recall_monitor_every_steps" in sparse:
+        assert all(0 < share <= 1 for layers in counts["recall_by_layer"] for share in layers)
+
+
+RESIDENT, CODES = None, {"host_dtype": "fp8"}
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [({}, RESIDENT), ({"hot_fraction": 0}, RESIDENT), ({**CODES, "hot_fraction": 0}, CODES)],
+    ids=["slots", "in_place", "fp8"],
+)
+def test_offload_answers_as_resident_pages_do(tiny, proposer, pair):
+    """A draft step writes to several pages of a request, which it attends to where they are staged."""
+    expected = tiny.stock(PROMPTS, NUM_TOKENS)
+    proposer.answers = [prompt + answer for prompt, answer in zip(PROMPTS, expected, strict=True)]
+    answers = []
+    for offload in pair:
+        sparse = FEW if offload is RESIDENT else {**FEW, "offload": {"host_gib": 0.05, **offload}}
+        proposer.random.seed(1)
+        with tiny.start(sparse=sparse, speculative_config=ngrams(7), block_size=16) as llm:
+            answers.append(tokens(llm, PROMPTS, NUM_TOKENS))
+    assert max(proposer.lengths) == 8
+    assert answers[1] == answers[0]
+
+
+def test_sixteen_drafts_that_are_all_right(tiny, proposer):
+    expected = tiny.stock(PROMPTS, 60)
+    proposer.answers = [prompt + answer for prompt, answer in zip(PROMPTS, expected, strict=True)]
+    proposer.wrong = 0.0
+    with tiny.start(sparse=EVERYTHING, speculative_config=ngrams(16)) as llm:
+        assert tokens(llm, PROMPTS, 60) == expected
+    assert max(proposer.lengths) == 17
+
+
+def test_a_prompt_is_never_taken_for_drafts(tiny, proposer):
+    """Chunks and prefix hits that leave one to four tokens of a prompt: prefill, which attends to all of it."""
+    answers = []
+    for chunk in (256, 64, 83):
+        prompt = prompts((64 * 5 + 3,), seed=9)
+        with tiny.start(
+            sparse=FEW, speculative_config=ngrams(3), max_num_batched_tokens=chunk, block_size=16
+        ) as llm:
+            cold, warm = outputs(llm, prompt, 1), outputs(llm, prompt, 1)
+            (counts,) = llm.collective_rpc("sparse_metrics")
+        assert warm[0].num_cached_tokens == 320
+        answers += [list(result[0].outputs[0].token_ids) for result in (cold, warm)]
+        assert counts["context_tokens"] == 0, "prompt tokens are no decode steps"
+    assert answers == [tiny.stock(prompt, 1)[0]] * 6
+
+
+def test_drafts_of_a_step_must_fit_the_window(tiny):
+    with (
+        pytest.raises(ValueError, match=r"sparse\.window_tokens: 4 tokens.*4 drafts.*allowed: 5 or more"),
+        tiny.start(sparse={"window_tokens": 4}, speculative_config=ngrams(4)),
+    ):
+        pass
+
+
+def test_dense_decode_verifies_drafts_densely(tiny, proposer):
+    expected = tiny.stock(PROMPTS, NUM_TOKENS)
+    proposer.answers = [prompt + answer for prompt, answer in zip(PROMPTS, expected, strict=True)]
+    sparse = {"decode_policy": "dense", "prefill_policy": "a_shape", "min_prefill_tokens": 2048}
+    with tiny.start(sparse=sparse, speculative_config=ngrams(3)) as llm:
+        assert tokens(llm, PROMPTS, NUM_TOKENS) == expected
+        assert all(layer.impl.decode is None for layer in attention_layers(llm).values())
