@@ -11,8 +11,8 @@ Without ``--model``, random weights in the shape of a Llama 3.1. TPOT is the med
 output tokens of all running requests; TTFT the time to the first token of the batch. With drafts, of n-grams, it
 is that of a step which verifies them, and all of them are rejected: how many are right is the text's affair, the
 same for both sides. Each KV cache dtype and number of drafts is measured in a stock engine and in a sparse one for
-each ``--sparse``; rows are written after each sparse engine, so that a command cut short leaves those of the engines
-before, and the table comes last.
+each ``--sparse``; rows are written after each sparse engine, so that a command cut short leaves those of the
+engines before, and the table comes last.
 """
 
 from __future__ import annotations

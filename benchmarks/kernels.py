@@ -129,7 +129,7 @@ def bench(spec: str, policy_name: str, kv_dtype: torch.dtype, args) -> list[dict
     launchers.plan_decode(
         seq_lens, plan, table, selection, args.min_context, sum(pages), short_rows_dense
     )  # fmt: skip
-    scores = PageScores.empty(q_heads * queries.asked, sum(pages), len(lens), device)
+    scores = PageScores.empty(q_heads, sum(pages), len(lens), device)
     layers = []
     for _ in range(count):
         kv = torch.empty(sum(pages), heads, page_slots, 2 * dim, dtype=kv_dtype, device=device)
@@ -156,7 +156,7 @@ def bench(spec: str, policy_name: str, kv_dtype: torch.dtype, args) -> list[dict
     write_bytes = stock_write_bytes + heads * (older * token_bytes // 2 + len(lens) * page_summary_bytes)
     timed = [
         ("score", score, summary_bytes),
-        ("select", select, q_heads * queries.asked * scored * 4),
+        ("select", select, q_heads * scored * 4),
     ]
     for name in args.kernels:
         timed.append((f"attend_{name}", _attend(kernel_class(name)(), page, scale), attend_bytes))

@@ -41,9 +41,9 @@ def _index_score(
 
 
 def _launch(block_table, plan, page_size, scores, random):
-    rows, num_reqs = scores.rows, plan.table_seq_lens.shape[0]
-    splits = page_splits(num_reqs * rows, block_table.shape[1], CHUNK_PAGES, block_table.device)
-    _index_score[(splits, rows, num_reqs)](
+    q_heads, num_reqs = scores.q_heads, plan.table_seq_lens.shape[0]
+    splits = page_splits(num_reqs * q_heads, block_table.shape[1], CHUNK_PAGES, block_table.device)
+    _index_score[(splits, q_heads, num_reqs)](
         plan.table_seq_lens, plan.score_offsets, scores.values, scores.chunk_lse,
         scores.values.stride(0), scores.chunk_lse.stride(0),
         PAGE=page_size, RANDOM=random, num_warps=1,

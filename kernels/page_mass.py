@@ -14,7 +14,7 @@ import triton.language as tl
 from vllm_sparse.kernels.constants import CHUNK, PRECISION
 from vllm_sparse.kernels.e4m3 import elements_of, stored
 from vllm_sparse.kernels.launch import page_splits
-from vllm_sparse.kernels.query_tokens import asked_queries
+from vllm_sparse.kernels.query_tokens import mean_query
 from vllm_sparse.kernels.store_scores import store_chunk, store_scores
 from vllm_sparse.pages.decode_plan import DecodePlan
 from vllm_sparse.pages.geometry import Geometry
@@ -26,10 +26,9 @@ def _page_mass(
     q_ptr, starts_ptr, kv_ptr, block_table_ptr, seq_lens_ptr, score_offsets_ptr, values_ptr, chunk_lse_ptr,
     q_stride_token, q_stride_h, kv_stride_b, kv_stride_h, kv_stride_slot, table_stride, score_stride,
     chunk_stride, scale,
-    HEADS: tl.constexpr, ASKED: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
+    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    PAGE: tl.constexpr,
 ):  # fmt: skip
-    GROUP: tl.constexpr = HEADS * ASKED
     split, head, request = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     offset = tl.load(score_offsets_ptr + request)
     seq_len = tl.load(seq_lens_ptr + request)
@@ -41,8 +40,9 @@ def _page_mass(
     rows = tl.arange(0, PAGE)
     q_mask = (group < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
     heads = head * GROUP + group
-    queries = q_ptr + asked_queries(starts_ptr, request, head, group, q_stride_token, q_stride_h, HEADS, ASKED)
-    query = tl.load(queries[:, None] + dims[None, :], mask=q_mask, other=0.0)
+    cells = q_ptr + heads[:, None] * q_stride_h + dims[None, :]
+    query, _ = mean_query(cells, starts_ptr, request, q_stride_token, q_mask)
+    query = query.to(q_ptr.dtype.element_ty)
     keys = kv_ptr + head.to(tl.int64) * kv_stride_h + rows[None, :] * kv_stride_slot + dims[:, None]
     one = tl.arange(0, 1)
     for chunk in range(split, (num_pages + CHUNK - 1) // CHUNK, tl.num_programs(0)):
@@ -72,15 +72,15 @@ def page_mass(
 ) -> None:
     """Exact page masses; arguments as in :meth:`vllm_sparse.policies.base.DecodePolicy.score`."""
     page_size, scale = geometry.page_size, geometry.scale
-    (q_heads, head_dim), num_reqs, asked = q.shape[1:], block_table.shape[0], plan.queries.asked
+    (q_heads, head_dim), num_reqs = q.shape[1:], len(block_table)
     kv_heads = kv.shape[1]
-    heads = q_heads // kv_heads
-    assert q.stride(2) == kv.stride(3) == 1 and scores.rows == q_heads * asked
+    group = q_heads // kv_heads
+    assert q.stride(2) == kv.stride(3) == 1
     splits = page_splits(num_reqs * kv_heads, block_table.shape[1], CHUNK_PAGES, q.device)
     _page_mass[(splits, kv_heads, num_reqs)](
         q, plan.queries.starts, elements_of(kv), block_table, plan.table_seq_lens, plan.score_offsets,
         scores.values, scores.chunk_lse, q.stride(0), q.stride(1), kv.stride(0), kv.stride(1), kv.stride(2),
         block_table.stride(0), scores.values.stride(0), scores.chunk_lse.stride(0), scale,
-        HEADS=heads, ASKED=asked, GROUP_PAD=max(16, triton.next_power_of_2(heads * asked)),
+        GROUP=group, GROUP_PAD=max(16, triton.next_power_of_2(group)),
         HEAD_DIM=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), PAGE=page_size,
     )  # fmt: skip

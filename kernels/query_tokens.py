@@ -1,6 +1,4 @@
-"""Where the query tokens of a request are, for kernels of steps that verify drafts: the device code of
-:class:`vllm_sparse.pages.query_tokens.QueryTokens`.
-"""
+"""The query tokens of a request (:mod:`vllm_sparse.pages.query_tokens`), as kernels find them."""
 
 from __future__ import annotations
 
@@ -11,22 +9,27 @@ import triton.language as tl
 @triton.jit
 def span_of(starts_ptr, request):
     """First token of a request and how many it has."""
-    if starts_ptr is None:
-        return request, 1
-    first = tl.load(starts_ptr + request)
-    return first, tl.load(starts_ptr + request + 1) - first
+    first, end = request, request + 1
+    if starts_ptr is not None:
+        first, end = tl.load(starts_ptr + request), tl.load(starts_ptr + request + 1)
+    return first, end - first
 
 
 @triton.jit
-def asked_queries(
-    starts_ptr, request, head, rows, stride_token, stride_h, HEADS: tl.constexpr, ASKED: tl.constexpr
-):
-    """Where the queries lie by which a KV head's pages are chosen: elements into ``q``, int64 like ``rows``.
+def mean_query(cells_ptr, starts_ptr, request, stride_token, mask):
+    """Means over the tokens of a request of its queries and of their absolute values, float32.
 
-    Row ``token * HEADS + h`` is of query head h of the KV head, and of one of the ``ASKED`` tokens.
+    ``cells_ptr`` says where the queries would lie if they were those of token 0.
     """
     first, count = span_of(starts_ptr, request)
-    token = first
-    if ASKED > 1:
-        token = first + (rows // HEADS * (count - 1) + (ASKED - 1) // 2) // (ASKED - 1)
-    return token.to(tl.int64) * stride_token + (head * HEADS + rows % HEADS) * stride_h
+    cells = cells_ptr + first.to(tl.int64) * stride_token
+    mean = tl.load(cells, mask=mask, other=0.0).to(tl.float32)
+    size = tl.abs(mean)
+    if starts_ptr is not None:
+        for token in range(1, count):
+            query = tl.load(cells + token * stride_token, mask=mask, other=0.0).to(tl.float32)
+            mean += query
+            size += tl.abs(query)
+        mean /= count
+        size /= count
+    return mean, size

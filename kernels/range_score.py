@@ -17,7 +17,7 @@ import triton.language as tl
 
 from vllm_sparse.kernels.constants import CHUNK
 from vllm_sparse.kernels.launch import num_multiprocessors
-from vllm_sparse.kernels.query_tokens import asked_queries
+from vllm_sparse.kernels.query_tokens import mean_query
 from vllm_sparse.kernels.store_scores import store_chunk, store_scores
 from vllm_sparse.kernels.two_digits import two_digits
 from vllm_sparse.kernels.work_list import CHUNK_ENDS, COLUMNS, begin_of, chunks_of, entry_of, first_ends, row_of
@@ -58,10 +58,9 @@ def _range_score(
     q_ptr, starts_ptr, kv_bytes_ptr, kv_words_ptr, block_table_ptr, work_ptr, totals_ptr, values_ptr,
     chunk_lse_ptr, q_stride_token, q_stride_h, kv_stride_b, kv_stride_h, kv_stride_slot, table_stride,
     score_stride, chunk_stride, num_reqs, scale, slack,
-    HEADS: tl.constexpr, ASKED: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr, PAGE: tl.constexpr, ITEM_BYTES: tl.constexpr,
+    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    PAGE: tl.constexpr, ITEM_BYTES: tl.constexpr,
 ):  # fmt: skip
-    GROUP: tl.constexpr = HEADS * ASKED
     program, head = tl.program_id(0), tl.program_id(1)
     ends = first_ends(work_ptr, num_reqs, CHUNK_ENDS)
     chunk, last_chunk = chunks_of(program, totals_ptr)
@@ -81,9 +80,10 @@ def _range_score(
         begin = begin_of(work_ptr, row, CHUNK_ENDS)
         end = tl.minimum(tl.load(work_ptr + row * COLUMNS + CHUNK_ENDS), last_chunk)
         num_pages = (seq_len + PAGE - 1) // PAGE
-        queries = q_ptr + asked_queries(starts_ptr, request, head, group, q_stride_token, q_stride_h, HEADS, ASKED)
-        query = tl.load(queries[None, :] + dims[:, None],
-                        mask=(group < GROUP)[None, :] & (dims < HEAD_DIM)[:, None], other=0.0)  # fmt: skip
+        query, size = mean_query(
+            q_ptr + heads[None, :] * q_stride_h + dims[:, None], starts_ptr, request, q_stride_token,
+            (group < GROUP)[None, :] & (dims < HEAD_DIM)[:, None],
+        )  # fmt: skip
         signed = tl.zeros([BLOCK_D, 2 * GROUP_PAD], tl.int8)
         sizes, steps = signed, tl.zeros([GROUP_PAD], tl.float32)
         block_row = block_table_ptr + request.to(tl.int64) * table_stride
@@ -93,10 +93,8 @@ def _range_score(
         for of_row in range(chunk - begin, last):
             if of_row == chunk - begin:
                 # Here, where the first loads of the loop are on their way.
-                floats = query.to(tl.float32)
-                steps = tl.maximum(tl.max(tl.abs(floats), axis=0) / 127, 1e-30)
-                floats /= steps[None, :]
-                signed, sizes = two_digits(floats), two_digits(tl.abs(floats))
+                steps = tl.maximum(tl.max(size, axis=0) / 127, 1e-30)
+                signed, sizes = two_digits(query / steps[None, :]), two_digits(size / steps[None, :])
                 steps *= scale
             pages = of_row * CHUNK + lanes
             live = pages < num_pages
@@ -136,10 +134,10 @@ def range_score(
     Reads ``2 * head_dim`` bytes per page and KV head.
     """
     page_size, scale = geometry.page_size, geometry.scale
-    (q_heads, head_dim), num_reqs, asked = q.shape[1:], block_table.shape[0], plan.queries.asked
+    (q_heads, head_dim), num_reqs = q.shape[1:], len(block_table)
     kv_heads = kv.shape[1]
-    heads = q_heads // kv_heads
-    assert q.stride(2) == kv.stride(3) == 1 and scores.rows == q_heads * asked
+    group = q_heads // kv_heads
+    assert q.stride(2) == kv.stride(3) == 1
     assert kv.shape[2] > page_size, "the pages of this cache hold no summary"
     chunks = num_reqs * triton.cdiv(block_table.shape[1], CHUNK_PAGES)
     programs = min(chunks, triton.cdiv(TUNING["waves"] * num_multiprocessors(q.device), kv_heads))
@@ -148,7 +146,7 @@ def range_score(
         scores.values, scores.chunk_lse,
         q.stride(0), q.stride(1), kv.stride(0), kv.stride(1), kv.stride(2), block_table.stride(0),
         scores.values.stride(0), scores.chunk_lse.stride(0), num_reqs, scale, slack,
-        HEADS=heads, ASKED=asked, GROUP_PAD=max(4, triton.next_power_of_2(heads * asked)),
+        GROUP=group, GROUP_PAD=max(4, triton.next_power_of_2(group)),
         HEAD_DIM=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), PAGE=page_size,
         ITEM_BYTES=kv.element_size(),
         num_warps=TUNING["num_warps"], num_stages=TUNING["num_stages"],

@@ -1,6 +1,6 @@
 """select_pages: scores of query heads to exactly ``budget`` pages per KV head.
 
-    mass[p]  = sum_{g in group, asked tokens} softmax_p(score[g, p])
+    mass[p]  = sum_{g in group} softmax_p(score[g, p])
     chosen   = sinks, window and current page first, then the largest masses; ties to lower pages
 
 Each head's scores are normalised over the pages of the request before the group is summed, so no
@@ -75,15 +75,19 @@ def window_start(seq_len, window_tokens, PAGE: tl.constexpr):
 
 
 @triton.jit
-def _mass_of_group(
-    values_ptr, chunk_lse_ptr, score_stride, chunk_stride, offset, request, number, pages, live, num_pages,
+def _page_keys(
+    values_ptr, chunk_lse_ptr, score_stride, chunk_stride, offset, request, head, pages, live, num_pages,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
 ):  # fmt: skip
-    """float32 masses of ``pages`` by the ``number``-th group of rows of scores, each row normalised."""
+    """uint32 keys of ``pages``, ordered as their masses; 0 for those that are not ``live``.
+
+    A mass is not negative, so its bits order as it does. Every segment of a row normalises in the
+    same order, so equal masses stay equal.
+    """
     group = tl.arange(0, GROUP_PAD)
     member = group < GROUP
-    rows = (number * GROUP + group).to(tl.int64)
-    chunk_row = chunk_lse_ptr + rows[:, None] * chunk_stride + offset // CHUNK + request
+    heads = (head * GROUP + group).to(tl.int64)
+    chunk_row = chunk_lse_ptr + heads[:, None] * chunk_stride + offset // CHUNK + request
     num_chunks = (num_pages + CHUNK - 1) // CHUNK
     top = tl.full([GROUP_PAD], float("-inf"), tl.float32)
     total = tl.zeros([GROUP_PAD], tl.float32)
@@ -94,31 +98,9 @@ def _mass_of_group(
         total = total * tl.exp(top - new_top) + tl.sum(tl.exp(part - new_top[:, None]), axis=1)
         top = new_top
     norm = tl.where(member, top + tl.log(total), 0.0)
-    x = tl.load(values_ptr + rows[:, None] * score_stride + offset + pages[None, :],
+    x = tl.load(values_ptr + heads[:, None] * score_stride + offset + pages[None, :],
                 mask=member[:, None] & live[None, :], other=float("-inf"))  # fmt: skip
-    return tl.sum(tl.exp(x - norm[:, None]), axis=0)
-
-
-@triton.jit
-def _page_keys(
-    values_ptr, chunk_lse_ptr, score_stride, chunk_stride, offset, request, head, pages, live, num_pages,
-    ASKED: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
-):  # fmt: skip
-    """uint32 keys of ``pages``, ordered as their masses; 0 for those that are not ``live``.
-
-    A mass is not negative, so its bits order as it does. Every segment of a row normalises in the
-    same order, so equal masses stay equal.
-    """
-    mass = _mass_of_group(
-        values_ptr, chunk_lse_ptr, score_stride, chunk_stride, offset, request, head * ASKED, pages, live,
-        num_pages, GROUP, GROUP_PAD,
-    )  # fmt: skip
-    # One token's group after the other, as what is held of all at once would not fit the registers.
-    for token in tl.static_range(1, ASKED):
-        mass += _mass_of_group(
-            values_ptr, chunk_lse_ptr, score_stride, chunk_stride, offset, request, head * ASKED + token, pages,
-            live, num_pages, GROUP, GROUP_PAD,
-        )  # fmt: skip
+    mass = tl.sum(tl.exp(x - norm[:, None]), axis=0)
     # A mass that is no number counts as infinite.
     keys = tl.minimum(mass.to(tl.uint32, bitcast=True), 0x7F800000) + 1
     return tl.where(live, keys, 0).to(tl.uint32)
@@ -128,7 +110,7 @@ def _page_keys(
 def _choose(
     values_ptr, chunk_lse_ptr, block_row_ptr, score_stride, chunk_stride, offset, request, head, first, end,
     num_pages, per_block, head_start, quota,
-    ASKED: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, WIDTH: tl.constexpr,
+    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Keys of ``WIDTH`` pages from ``first`` on, which are kept, places among those kept, and head pages."""
     pages = first + tl.arange(0, WIDTH)
@@ -136,7 +118,7 @@ def _choose(
     blocks = tl.load(block_row_ptr + pages, mask=live, other=0)
     keys = _page_keys(
         values_ptr, chunk_lse_ptr, score_stride, chunk_stride, offset, request, head, pages, live, num_pages,
-        ASKED, GROUP, GROUP_PAD,
+        GROUP, GROUP_PAD,
     )  # fmt: skip
     keep = _keep_largest(keys, quota)
     return keys, keep, tl.cumsum(keep.to(tl.int32), axis=0) - 1, blocks * per_block + head_start
@@ -154,13 +136,12 @@ def _store_chosen(head_pages_ptr, keys_ptr, place, head_page, key, keep, KEEP_KE
 def _choose_alone(
     values_ptr, chunk_lse_ptr, block_row_ptr, score_stride, chunk_stride, offset, request, head, first, end,
     num_pages, per_block, head_start, quota, chosen_head_pages_ptr, chosen_keys_ptr,
-    ASKED: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, WIDTH: tl.constexpr,
-    KEEP_KEYS: tl.constexpr,
+    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, WIDTH: tl.constexpr, KEEP_KEYS: tl.constexpr,
 ):  # fmt: skip
     """Choose among all ranked pages of a row, at most ``WIDTH``."""
     keys, keep, place, head_page = _choose(
         values_ptr, chunk_lse_ptr, block_row_ptr, score_stride, chunk_stride, offset, request, head, first, end,
-        num_pages, per_block, head_start, quota, ASKED, GROUP, GROUP_PAD, WIDTH,
+        num_pages, per_block, head_start, quota, GROUP, GROUP_PAD, WIDTH,
     )  # fmt: skip
     _store_chosen(chosen_head_pages_ptr, chosen_keys_ptr, place, head_page, keys, keep, KEEP_KEYS)
 
@@ -205,8 +186,8 @@ def _select_pages(
     candidate_keys_ptr, candidate_head_pages_ptr, head_budget_pages_ptr, lengths_ptr, score_stride,
     chunk_stride, table_stride, table_stride_row, per_block, per_head, budget, sink_pages, window_tokens,
     segments, num_reqs,
-    ASKED: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, KV_HEADS: tl.constexpr,
-    PAGE: tl.constexpr, SEGMENT: tl.constexpr, SMALL: tl.constexpr, ALONE: tl.constexpr, FORCED_PAD: tl.constexpr,
+    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, KV_HEADS: tl.constexpr, PAGE: tl.constexpr,
+    SEGMENT: tl.constexpr, SMALL: tl.constexpr, ALONE: tl.constexpr, FORCED_PAD: tl.constexpr,
     BUDGET_PAD: tl.constexpr, CANDIDATES: tl.constexpr, KEEP_KEYS: tl.constexpr,
 ):  # fmt: skip
     item = tl.program_id(0)
@@ -240,19 +221,19 @@ def _select_pages(
                 _choose_alone(
                     values_ptr, chunk_lse_ptr, block_row, score_stride, chunk_stride, offset, request, head,
                     sink_pages, end, num_pages, per_block, head_start, quota, chosen_head_pages, chosen_keys,
-                    ASKED, GROUP, GROUP_PAD, SMALL, KEEP_KEYS,
+                    GROUP, GROUP_PAD, SMALL, KEEP_KEYS,
                 )  # fmt: skip
             elif (ranked > SEGMENT) & (ranked <= ALONE):
                 _choose_alone(
                     values_ptr, chunk_lse_ptr, block_row, score_stride, chunk_stride, offset, request, head,
                     sink_pages, end, num_pages, per_block, head_start, quota, chosen_head_pages, chosen_keys,
-                    ASKED, GROUP, GROUP_PAD, ALONE, KEEP_KEYS,
+                    GROUP, GROUP_PAD, ALONE, KEEP_KEYS,
                 )  # fmt: skip
             else:
                 keys, keep, place, head_page = _choose(
                     values_ptr, chunk_lse_ptr, block_row, score_stride, chunk_stride, offset, request, head,
                     sink_pages + segment * SEGMENT, end, num_pages, per_block, head_start, quota,
-                    ASKED, GROUP, GROUP_PAD, SEGMENT,
+                    GROUP, GROUP_PAD, SEGMENT,
                 )  # fmt: skip
                 if ranked <= SEGMENT:
                     _store_chosen(chosen_head_pages, chosen_keys, place, head_page, keys, keep, KEEP_KEYS)
@@ -276,7 +257,7 @@ def _select_pages(
                 tl.store(lengths_ptr + row, seq_len - (num_pages - pages_of_head) * PAGE, mask=segment == 0)
             if KEEP_KEYS:
                 keys = _page_keys(values_ptr, chunk_lse_ptr, score_stride, chunk_stride, offset, request, head,
-                                  forced, is_forced, num_pages, ASKED, GROUP, GROUP_PAD)  # fmt: skip
+                                  forced, is_forced, num_pages, GROUP, GROUP_PAD)  # fmt: skip
                 tl.store(key_row + place, keys | FORCED, mask=is_forced)
         item += tl.num_programs(0)
 
@@ -303,8 +284,7 @@ def select_pages(
     num_reqs, max_pages = block_table.shape
     kv_heads = kv.shape[1]
     rows = num_reqs * kv_heads
-    asked = plan.queries.asked
-    group = scores.rows // (kv_heads * asked)
+    group = scores.q_heads // kv_heads
     # Rows within a budget are not scored, so one past the widest row is as good as any larger.
     budget_pages, page_size = min(selection.most_pages, max_pages), selection.page_size
     segment, segments = plan.segment_pages, triton.cdiv(max_pages, plan.segment_pages)
@@ -327,7 +307,7 @@ def select_pages(
         scores.values.stride(0), scores.chunk_lse.stride(0), block_table.stride(0), table.head_pages.stride(0),
         grid.per_block, grid.per_head, budget_pages, selection.sink_pages, selection.window_tokens,
         segments, num_reqs,
-        ASKED=asked, GROUP=group, GROUP_PAD=triton.next_power_of_2(group), KV_HEADS=kv_heads, PAGE=page_size,
+        GROUP=group, GROUP_PAD=triton.next_power_of_2(group), KV_HEADS=kv_heads, PAGE=page_size,
         SEGMENT=segment, SMALL=min(segment, SMALL_PAGES), ALONE=plan.alone_pages,
         FORCED_PAD=triton.next_power_of_2(
             selection.sink_pages + triton.cdiv(selection.window_tokens, page_size) + 1
@@ -338,4 +318,4 @@ def select_pages(
         num_warps=min(16, max(1, segment // TUNING["pages_per_warp"])),
     )  # fmt: skip
     if keep_keys:
-        stop_at_top_p(chosen_keys, plan, kv_heads, group * asked, selection, budget_pages, table)
+        stop_at_top_p(chosen_keys, plan, kv_heads, group, selection, budget_pages, table)

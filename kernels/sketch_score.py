@@ -20,7 +20,7 @@ import triton.language as tl
 from vllm_sparse.kernels.constants import TILE
 from vllm_sparse.kernels.hadamard import hadamard
 from vllm_sparse.kernels.launch import num_multiprocessors
-from vllm_sparse.kernels.query_tokens import asked_queries
+from vllm_sparse.kernels.query_tokens import mean_query
 from vllm_sparse.kernels.store_scores import store_chunk, store_scores
 from vllm_sparse.kernels.two_digits import two_digits
 from vllm_sparse.kernels.work_list import CHUNK_ENDS, COLUMNS, begin_of, chunks_of, entry_of, first_ends, row_of
@@ -75,18 +75,21 @@ def _weights(packed, digits, steps, offsets, gains, scale_bits, FIELD: tl.conste
 
 
 @triton.jit
-def _rotated_query(source, dims, member, scale, noise, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr,
-                   WIDTH: tl.constexpr):  # fmt: skip
+def _rotated_query(
+    source_ptr, starts_ptr, request, stride_token, dims, member, scale, noise,
+    GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
     """A request's query as sketches meet it: digits int8 [dims, 2 * group], and float32 [group] of its heads.
 
     Those are steps of the digits, offsets that all keys add, and gains of the noise that codes have.
     """
-    query = tl.load(source[:, None] + dims[None, :], mask=member[:, None] & (dims < HEAD_DIM)[None, :],
-                    other=0.0)  # fmt: skip
-    query = query.to(tl.float32)
+    query, _ = mean_query(
+        source_ptr[:, None] + dims[None, :], starts_ptr, request, stride_token,
+        member[:, None] & (dims < HEAD_DIM)[None, :],
+    )  # fmt: skip
     # A rotated query adds up to its first channel before, times the root of the width; no channel of it is
     # larger than its length.
-    first = tl.load(source, mask=member, other=0.0).to(tl.float32)
+    first, _ = mean_query(source_ptr, starts_ptr, request, stride_token, member)
     square = tl.sum(query * query, axis=1)
     steps = tl.maximum(tl.sqrt(square) / 127, 1e-30)
     digits = two_digits(tl.trans(hadamard(query * (WIDTH**-0.5 / steps)[:, None], GROUP_PAD, WIDTH)))
@@ -128,11 +131,10 @@ def _sketch_score(
     q_ptr, starts_ptr, kv_bytes_ptr, kv_words_ptr, block_table_ptr, work_ptr, totals_ptr, values_ptr,
     chunk_lse_ptr, q_stride_token, q_stride_h, byte_stride_b, byte_stride_h, byte_stride_slot, table_stride,
     score_stride, chunk_stride, num_reqs, scale, noise,
-    HEADS: tl.constexpr, ASKED: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr,
-    WIDTH: tl.constexpr, BITS: tl.constexpr, TILE_BYTES: tl.constexpr, PAGE: tl.constexpr, PAGES: tl.constexpr,
-    TILES: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr,
+    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
+    BITS: tl.constexpr, TILE_BYTES: tl.constexpr, PAGE: tl.constexpr, PAGES: tl.constexpr, TILES: tl.constexpr,
+    STEPS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    GROUP: tl.constexpr = HEADS * ASKED
     PLANES: tl.constexpr = TILE * BITS // 8
     program, head = tl.program_id(0), tl.program_id(1)
     ends = first_ends(work_ptr, num_reqs, CHUNK_ENDS)
@@ -149,10 +151,10 @@ def _sketch_score(
         begin = begin_of(work_ptr, row, CHUNK_ENDS)
         end = tl.minimum(tl.load(work_ptr + row * COLUMNS + CHUNK_ENDS), last_chunk)
         num_pages = (seq_len + PAGE - 1) // PAGE
-        source = q_ptr + asked_queries(starts_ptr, request, head, group, q_stride_token, q_stride_h, HEADS, ASKED)
         digits, steps, offsets, gains = _rotated_query(
-            source, dims, group < GROUP, scale, noise, GROUP_PAD, HEAD_DIM, WIDTH
-        )
+            q_ptr + heads * q_stride_h, starts_ptr, request, q_stride_token, dims, group < GROUP, scale, noise,
+            GROUP_PAD, HEAD_DIM, WIDTH,
+        )  # fmt: skip
         block_row = block_table_ptr + request.to(tl.int64) * table_stride
         page_top = tl.full([PAGES, GROUP_PAD], float("-inf"), tl.float32)
         page_sum = tl.zeros([PAGES, GROUP_PAD], tl.float32)
@@ -208,12 +210,12 @@ def sketch_score(
     power of two ``width``.
     """
     page_size, scale = geometry.page_size, geometry.scale
-    (q_heads, head_dim), num_reqs, asked = q.shape[1:], block_table.shape[0], plan.queries.asked
+    (q_heads, head_dim), num_reqs = q.shape[1:], len(block_table)
     kv_heads, item_bytes = kv.shape[1], kv.element_size()
-    heads = q_heads // kv_heads
+    group = q_heads // kv_heads
     layout = SketchLayout.of(summary, head_dim)
     tiles = page_size // TILE_TOKENS
-    assert q.stride(2) == kv.stride(3) == 1 and scores.rows == q_heads * asked
+    assert q.stride(2) == kv.stride(3) == 1
     assert (kv.shape[2] - page_size) * 2 * head_dim * item_bytes >= tiles * layout.tile_bytes, (
         f"the pages of this cache have no room for {summary}"
     )
@@ -226,8 +228,7 @@ def sketch_score(
         scores.values, scores.chunk_lse, q.stride(0), q.stride(1),
         *(stride * item_bytes for stride in kv.stride()[:3]), block_table.stride(0),
         scores.values.stride(0), scores.chunk_lse.stride(0), num_reqs, scale, layout.noise,
-        HEADS=heads, ASKED=asked, GROUP_PAD=max(4, triton.next_power_of_2(heads * asked)),
-        HEAD_DIM=head_dim, WIDTH=layout.width,
+        GROUP=group, GROUP_PAD=max(4, triton.next_power_of_2(group)), HEAD_DIM=head_dim, WIDTH=layout.width,
         BITS=layout.bits, TILE_BYTES=layout.tile_bytes, PAGE=page_size, PAGES=pages,
         TILES=tiles, STEPS=CHUNK_PAGES // pages * tiles,
         STAGES=TUNING["num_stages"],

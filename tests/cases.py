@@ -120,20 +120,20 @@ def make(
     reference.plan_decode(lens, plan, table, selection, min_context_tokens, capacity, False)
     return Case(
         q=q.to(device), kv=kv, block_table=block_table.to(device), seq_lens=lens, plan=plan,
-        scores=poisoned_scores(kv_heads * group * queries.asked, capacity, len(seq_lens), device),
+        scores=poisoned_scores(kv_heads * group, capacity, len(seq_lens), device),
         table=table, page_size=page_size, budget_pages=budget_pages, scale=head_dim**-0.5, kv_scales=kv_scales,
     )  # fmt: skip
 
 
-def poisoned_scores(rows: int, capacity: int, num_reqs: int, device: torch.device) -> PageScores:
-    scores = PageScores.empty(rows, capacity, num_reqs, device)
+def poisoned_scores(q_heads: int, capacity: int, num_reqs: int, device: torch.device) -> PageScores:
+    scores = PageScores.empty(q_heads, capacity, num_reqs, device)
     scores.values.fill_(float("nan"))
     scores.chunk_lse.fill_(float("nan"))
     return scores
 
 
 def set_scores(case: Case, values: torch.Tensor) -> None:
-    """Give every scored page its column of ``values`` [rows, capacity_pages]."""
+    """Give every scored page its column of ``values`` [q_heads, capacity_pages]."""
     for request, offset in enumerate(case.plan.score_offsets.tolist()):
         if offset >= 0:
             pages = -(-int(case.seq_lens[request]) // case.page_size)

@@ -54,18 +54,20 @@ class Layer:
     """Prefill kernels that only work for some heads: whether they are told which."""
     blocks: tuple[int, ...]
     """Query blocks of a chunk: ``antidiagonal_score`` holds up to 16 in a program."""
+    query_tokens: int
+    """Most query tokens of a request in steps that verify drafts."""
 
 
 USUAL = Layer(
     torch.bfloat16, 8, 4, 128, 16, ("key_range", "sketch1"), ((8200, {}), (70000, {})), True, (False, True),
-    (2, 16),
+    (2, 16), 4,
 )  # fmt: skip
 PADDED = Layer(
-    torch.float32, 2, 7, 96, 32, ("key_range", "sketch2"), ((8, {"top_p": 0.9}),), False, (True,), (2,)
+    torch.float32, 2, 7, 96, 32, ("key_range", "sketch2"), ((8, {"top_p": 0.9}),), False, (True,), (2,), 17
 )  # fmt: skip
 WIDEST = Layer(
     torch.float16, 1, 1, 256, 64, ("none", "sketch2"),
-    ((8, {"head_budget_pages": 96}), (8, {"top_p": 0.9})), False, (False,), (16,),
+    ((8, {"head_budget_pages": 96}), (8, {"top_p": 0.9})), False, (False,), (16,), 2,
 )  # fmt: skip
 NEWEST = 90
 
@@ -121,6 +123,7 @@ def compile_all(capability: int) -> None:
         pages = (case.q, case.kv, case.block_table, case.plan, case.geometry, case.scores)
         launchers.sketch_score(*pages, summary)
         compile_decode(layer, make([300, 5], *shape, 4, dtype=layer.dtype, device=torch.device("cpu")))
+        compile_drafts(layer)
         compile_prefill(layer, make_chunk(70, 200, *shape, layer.dtype))
 
 
@@ -186,6 +189,34 @@ def compile_decode(layer: Layer, case) -> None:
     blocks = torch.arange(4, dtype=torch.int32)
     out = torch.empty(store.host.shape, dtype=layer.dtype)
     launchers.read_pages(store.host, blocks, out, blocks, 32, exponents)
+
+
+def compile_drafts(layer: Layer) -> None:
+    """What reads queries by request, for steps in which requests have several."""
+    most, cpu = layer.query_tokens, torch.device("cpu")
+    shape = (layer.kv_heads, layer.group, layer.head_dim, layer.page_size)
+    drafts = {"dtype": layer.dtype, "device": cpu, "query_tokens": [most, 1], "most_tokens": most}
+    sketch = make([300, 50], *shape, 4, summary=layer.summaries[-1], **drafts)
+    case = make([300, 50], *shape, 4, **drafts)
+    for one, score in (
+        (sketch, launchers.sketch_score),
+        (case, launchers.range_score),
+        (case, launchers.page_mass),
+    ):
+        more = (layer.summaries[-1],) if score is launchers.sketch_score else ()
+        score(one.q, one.kv, one.block_table, one.plan, one.geometry, one.scores, *more)
+    case.table.routes, case.table.block_table = case.plan.score_offsets, case.block_table
+    launchers.plan_decode(case.seq_lens, case.plan, case.table, case.selection(), 64, 100, True)
+    launchers.select_pages(case.scores, case.block_table, case.plan, case.kv, case.selection(), case.table)
+    monitor = RecallMonitor.allocate(10, 1, layer.kv_heads * layer.group, layer.kv_heads, cpu)
+    launchers.recall_mass(
+        case.q, case.kv, case.block_table, case.plan, case.table, case.geometry, monitor, 0
+    )  # fmt: skip
+    launchers.sparse_decode(case.q, case.kv, case.table, case.geometry, case.q)
+    store = make_store(8, layer.kv_heads, layer.head_dim, layer.page_size, dtype=layer.dtype, fp8=layer.fp8)
+    launchers.find_hot_slots(
+        case.table, layer.kv_heads, layer.page_size, store.plan, 1, store.hot_set, store.lookups
+    )  # fmt: skip
 
 
 def compile_prefill(layer: Layer, case) -> None:

@@ -367,7 +367,7 @@ def pages_of(case, row, head_pages):
 def page_masses(case, row):
     """float64 masses of all pages of a table row's request and KV head."""
     request, head = divmod(row, case.kv_heads)
-    group = case.scores.rows // case.kv_heads
+    group = case.scores.q_heads // case.kv_heads
     offset, length = int(case.plan.score_offsets[request]), int(case.seq_lens[request])
     span = slice(offset, offset + -(-length // case.page_size))
     return case.scores.values[head * group : (head + 1) * group, span].double().softmax(-1).sum(0)

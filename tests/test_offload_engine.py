@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from test_models import model_of
@@ -163,7 +165,8 @@ def test_empty_rows_beside_decodes_change_nothing(tiny, resident, monkeypatch):
 
     steps, runs_of = [], prefill_rows.context_runs
 
-    def with_empty_rows(common, num_decodes, *args):
+    def with_empty_rows(step, *args):
+        common, num_decodes = step.common, step.num_decodes
         steps.append((num_decodes, common.num_reqs))
         for row in (common.num_reqs, num_decodes):
             table = common.block_table_tensor
@@ -173,7 +176,7 @@ def test_empty_rows_beside_decodes_change_nothing(tiny, resident, monkeypatch):
                 new = values[row : row + 1] if "start" in name else values.new_tensor([333])
                 changes[name] = torch.cat([values[:row], new, values[row:]])
             common = common.replace(num_reqs=common.num_reqs + 1, **changes)
-        return runs_of(common, num_decodes, *args)
+        return runs_of(replace(step, common=common), *args)
 
     sparse = {**SPARSE_PREFILL, "prefill_policy": "a_shape", "min_prefill_tokens": 400}
     expected = resident(sparse=sparse, block_size=16)
@@ -347,11 +350,6 @@ def refused_start(tiny, **settings) -> str:
         ({"sparse": {"offload": {"host_gib": 0.0001}}}, ["--max-model-len 1024", "0.000 GiB of host memory"]),
         ({"sparse": {"offload": OFFLOAD}, "kv_cache_memory_bytes": 1 << 18}, ["--max-model-len", "of GPU memory"]),
         (
-            {"sparse": {"offload": OFFLOAD}, "speculative_config": {
-                "method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}},
-            ["--speculative-config", "sparse.offload"],
-        ),
-        (
             {"sparse": {"offload": OFFLOAD}, "kv_transfer_config": {
                 "kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
             ["--kv-transfer-config", "sparse.offload"],
@@ -361,7 +359,7 @@ def refused_start(tiny, **settings) -> str:
             ["--num-gpu-blocks-override", "sparse.offload.host_gib"],
         ),
     ],
-    ids=["more_than_free", "too_little_host", "too_little_gpu", "drafts", "connector", "override"],
+    ids=["more_than_free", "too_little_host", "too_little_gpu", "connector", "override"],
 )  # fmt: skip
 def test_what_offload_cannot_serve_is_refused(tiny, settings, said):
     message = refused_start(tiny, **settings)

@@ -261,9 +261,9 @@ def test_rows_that_cannot_be_scored_attend_to_whole_contexts_in_place(tiny, coda
     monkeypatch.setattr(store, "MOST_IN_PLACE", 5 * 2 * 17)
     whole, attend = [], store.OffloadedLayer.attend_whole
 
-    def watched(self, attention, query, block_table, seq_lens, *rest):
-        whole.append(int((seq_lens > 0).sum()))
-        attend(self, attention, query, block_table, seq_lens, *rest)
+    def watched(self, attention, query, block_table, plan, *rest):
+        whole.append(int((plan.dense_seq_lens > 0).sum()))
+        attend(self, attention, query, block_table, plan, *rest)
 
     monkeypatch.setattr(store.OffloadedLayer, "attend_whole", watched)
     batch = prompts((230,) * 22, seed=6)

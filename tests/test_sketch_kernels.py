@@ -183,7 +183,7 @@ def test_offsets_past_int32():
     key, value = torch.randn(2, len(slots), heads, head_dim, device=DEVICE).bfloat16()
     launchers.page_write(key, value, kv, slots, page, summary)
     case = make([len(slots)], heads, 4, head_dim, page, 8, dtype=torch.bfloat16, summary=summary)
-    actual = poisoned_scores(case.scores.rows, case.scores.capacity_pages, 1, DEVICE)
+    actual = poisoned_scores(case.scores.q_heads, case.scores.capacity_pages, 1, DEVICE)
     args = (case.q, kv, far[None].int(), case.plan, case.geometry)
     launchers.sketch_score(*args, actual, summary)
     reference.sketch_score(*args, case.scores, summary)

@@ -118,10 +118,13 @@ def test_layers_that_nobody_asked_about_are_counted_with_a_reason():
 
 
 def test_notes_of_the_start_line():
-    assert notes(SparseConfig(), False, "bfloat16") == ["KV bfloat16"]
-    assert notes(OFFLOADED, True, "float16") == [
-        "verification of drafts attends densely", "K and V in CPU memory", "KV float16",
+    assert notes(SparseConfig(), 0, "bfloat16") == ["KV bfloat16"]
+    assert notes(OFFLOADED, 3, "float16") == [
+        "up to 3 drafts of a request verified sparsely", "K and V in CPU memory", "KV float16",
     ]  # fmt: skip
+    assert (
+        notes(SparseConfig(decode_policy="dense"), 1, "fp8")[0] == "up to 1 drafts of a request verified densely"
+    )
 
 
 def engine(cache_dtype: str = "auto", scheme: dict | None = None, **changes):
@@ -140,7 +143,6 @@ REFUSED_ENGINES = [
     (engine(scheme={"strategy": "attn_head"}), "'fp8' is not supported.*every KV head.*allowed: bfloat16, given"),
     (engine(parallel_config=SimpleNamespace(decode_context_parallel_size=2)), "2 is not supported.*allowed: 1"),
     (engine(parallel_config=SimpleNamespace(enable_dbo=True)), "micro-batches"),
-    (engine(speculative_config=object()), "with sparse.offload: drafts.*allowed with offload: none"),
     (engine(kv_transfer_config=object()), "with sparse.offload: a KV connector"),
     (engine(cache_config=SimpleNamespace(cache_dtype="auto", kv_offloading_size=4.0)), "it is a KV connector"),
     (engine(model_config=SimpleNamespace(dtype="bfloat16", enable_sleep_mode=True)), "hot head pages"),

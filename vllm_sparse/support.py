@@ -295,9 +295,8 @@ def notes(config: SparseConfig, drafts: int, kv_dtype: str) -> list[str]:
     """What an engine's start line says beside its layers; ``drafts``: the most that it verifies of a request."""
     found = []
     if drafts:
-        found.append(
-            f"up to {drafts} drafts verified {'densely' if config.decode_policy == 'dense' else 'sparsely'}"
-        )
+        way = "densely" if config.decode_policy == "dense" else "sparsely"
+        found.append(f"up to {drafts} drafts of a request verified {way}")
     if config.offload is not None:
         found.append("K and V in CPU memory")
     return [*found, f"KV {kv_dtype}"]

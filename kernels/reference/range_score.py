@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from vllm_sparse.kernels.reference.page_write import key_range
-from vllm_sparse.kernels.reference.query_tokens import asked_queries
+from vllm_sparse.kernels.reference.query_tokens import tokens_of
 from vllm_sparse.kernels.reference.store_scores import scored_requests, store_scores
 from vllm_sparse.pages.decode_plan import DecodePlan
 from vllm_sparse.pages.geometry import Geometry
@@ -25,6 +25,6 @@ def range_score(
     for request, blocks, offset, _ in scored_requests(block_table, plan, page_size):
         summaries = kv[:, :, page_size:][blocks]
         centre, half = (x.permute(1, 2, 0) for x in key_range(summaries, 0))
-        heads = asked_queries(q, plan, request, kv.shape[1]) * scale
-        bound = heads @ centre + slack * (heads.abs() @ half)
+        tokens = tokens_of(q, plan, request, kv.shape[1]) * scale
+        bound = tokens.mean(0) @ centre + slack * (tokens.abs().mean(0) @ half)
         store_scores(scores, request, offset, bound.flatten(0, 1))

@@ -21,7 +21,7 @@ def select_pages(
 ) -> None:
     page_size, window_tokens, top_p = selection.page_size, selection.window_tokens, selection.top_p
     kv_heads = kv.shape[1]
-    group = scores.rows // kv_heads
+    group = scores.q_heads // kv_heads
     heads = torch.arange(kv_heads, device=kv.device)[:, None]
     for request, seq_len in enumerate(plan.table_seq_lens.tolist()):
         if seq_len == 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from vllm_sparse.kernels.reference.hadamard import hadamard
-from vllm_sparse.kernels.reference.query_tokens import asked_queries
+from vllm_sparse.kernels.reference.query_tokens import mean_query
 from vllm_sparse.kernels.reference.sketch_write import sketched_keys
 from vllm_sparse.kernels.reference.store_scores import scored_requests, store_masses
 from vllm_sparse.pages.decode_plan import DecodePlan
@@ -34,7 +34,7 @@ def sketch_score(
     of_requests = places.split([len(blocks) for _, blocks, _, _ in requests])
     for (request, _, offset, seq_len), blocks in zip(requests, of_requests, strict=True):
         keys = decoded[:, blocks]
-        query = asked_queries(q, plan, request, kv.shape[1])
+        query = mean_query(q, plan, request, kv.shape[1])
         heads = hadamard(torch.nn.functional.pad(query, (0, keys.shape[-1] - q.shape[-1]))) * scale
         logits = heads @ keys.flatten(1, 2).transpose(1, 2)
         lost = layout.noise * scales[:, blocks].flatten(1).square()[:, None]

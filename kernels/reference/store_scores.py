@@ -20,14 +20,14 @@ def scored_requests(block_table: torch.Tensor, plan: DecodePlan, page_size: int)
 def store_masses(
     scores: PageScores, request: int, offset: int, logits: torch.Tensor, seq_len: int, page_size: int
 ) -> None:
-    """The log-mass of each page from ``logits`` [kv_heads, rows, tokens], a whole number of pages."""
+    """The log-mass of each page from ``logits`` [kv_heads, group, tokens], a whole number of pages."""
     logits[..., seq_len:] = float("-inf")
     mass = logits.unflatten(-1, (-1, page_size)).logsumexp(-1)
     store_scores(scores, request, offset, mass.flatten(0, 1))
 
 
 def store_scores(scores: PageScores, request: int, offset: int, values: torch.Tensor) -> None:
-    """``values`` [rows, pages] of one request and their log-sum-exp by chunks."""
+    """``values`` [q_heads, pages] of one request and their log-sum-exp by chunks."""
     scores.values[:, offset : offset + values.shape[1]] = values
     first = offset // CHUNK_PAGES + request
     for chunk, part in enumerate(values.split(CHUNK_PAGES, dim=1)):

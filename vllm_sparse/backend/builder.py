@@ -139,8 +139,7 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
         plan = self.plan.rows(step.num_decodes, queries)
         table = workspace.table.rows(step.num_decodes * workspace.kv_heads, queries)
         table.routes, table.block_table = plan.score_offsets, block_table
-        scores = workspace.scores.first(workspace.q_heads * queries.asked)
-        return DecodeRows(block_table, plan, table, scores, workspace.monitor)
+        return DecodeRows(block_table, plan, table, workspace.scores, workspace.monitor)
 
     def _plan_decodes(self, step: Step, rows: DecodeRows, fast_build: bool) -> Any:
         """Route decode rows on the device; return metadata of the dense backend where it runs beside the table."""

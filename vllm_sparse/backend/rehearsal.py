@@ -63,13 +63,12 @@ class Rehearsal:
         query, output = query[: rows * most], output[: rows * most]
         table = workspace.table.rows(rows * workspace.kv_heads, queries)
         plan = workspace.plan.rows(rows, queries)
-        scores = workspace.scores.first(workspace.q_heads * queries.asked)
         for of_last_step in (table.lengths, plan.table_seq_lens, plan.totals):
             of_last_step.zero_()
         block_table = self._block_table(rows)
         table.routes, table.block_table = plan.score_offsets, block_table
         kernels.for_device(query.device).select_pages(
-            scores, block_table, plan, self.kv, self.config.selection(self.geometry.page_size), table
+            workspace.scores, block_table, plan, self.kv, self.config.selection(self.geometry.page_size), table
         )
         self.attention.attend_rows(query, self.kv, table, self.geometry, output)
         coded = self.config.offload is not None and self.config.offload.host_dtype == "fp8"

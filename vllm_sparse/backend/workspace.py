@@ -17,7 +17,6 @@ from vllm_sparse.decode.recall_monitor import RecallMonitor
 from vllm_sparse.pages.decode_plan import DecodePlan, segment_pages
 from vllm_sparse.pages.page_scores import PageScores
 from vllm_sparse.pages.page_table import PageTable
-from vllm_sparse.pages.query_tokens import QueryTokens
 from vllm_sparse.prefill.buffers import PrefillBuffers
 
 logger = logging.getLogger("vllm.vllm_sparse")
@@ -37,7 +36,6 @@ class Workspace:
     page_size: int
     max_pages: int
     """Pages of the longest context, one spare."""
-    q_heads: int
     query_tokens: int = 1
     """Most query tokens of a decode row: one, and as many drafts as the engine verifies."""
     marked: bool = False
@@ -52,7 +50,7 @@ class Workspace:
 
     def fits(self, page_size: int, q_heads: int, kv_heads: int) -> bool:
         """Whether layers of this shape can share these buffers."""
-        return (self.page_size, self.q_heads, self.kv_heads) == (page_size, q_heads, kv_heads)
+        return (self.page_size, self.scores.q_heads, self.kv_heads) == (page_size, q_heads, kv_heads)
 
     @property
     def rehearsed_tokens(self) -> int:
@@ -79,9 +77,7 @@ class Workspace:
         # Batches are padded up to the sizes that CUDA graphs were captured for.
         max_num_reqs = max(max_num_reqs, vllm_config.compilation_config.max_cudagraph_capture_size or 0)
         max_pages = -(-vllm_config.model_config.max_model_len // page_size) + 1
-        query_tokens = max_decode_query_len(vllm_config)
-        score_rows = q_heads * QueryTokens(query_tokens).asked
-        capacity = max(16 * max_pages, SCORE_BYTES // (4 * score_rows))
+        capacity = max(16 * max_pages, SCORE_BYTES // (4 * q_heads))
         capacity = min(capacity, max_num_reqs * max_pages)
         # A budget of the whole context, and dense decode, choose from nothing.
         chosen = 1 if config.decode_policy == "dense" else config.largest_pages(page_size)
@@ -89,11 +85,10 @@ class Workspace:
         workspace = cls(
             plan=DecodePlan.empty(max_num_reqs, device, segment),
             table=PageTable.empty(max_num_reqs, kv_heads, min(config.table_pages(page_size), max_pages), device),
-            scores=PageScores.empty(score_rows, capacity, max_num_reqs, device),
+            scores=PageScores.empty(q_heads, capacity, max_num_reqs, device),
             page_size=page_size,
             max_pages=max_pages,
-            q_heads=q_heads,
-            query_tokens=query_tokens,
+            query_tokens=max_decode_query_len(vllm_config),
         )
         if config.prefill_policy != "dense":
             workspace.prefill = PrefillBuffers.allocate(

@@ -41,7 +41,8 @@ class DecodePolicy(ABC):
         """Write the score of every page to be scored: higher means attend, in units of log-mass.
 
         Args:
-            q: [num_tokens, q_heads, head_dim], those of ``plan.queries``.
+            q: [num_tokens, q_heads, head_dim], those of ``plan.queries``; a request's pages are scored by the mean
+                of its tokens' queries.
             kv: [num_blocks, kv_heads, page_size + summary slots, 2 * head_dim].
             block_table: int32 [num_reqs, max_pages].
             plan: of the step; rows with ``score_offsets >= 0`` are to be scored, from that column on.
