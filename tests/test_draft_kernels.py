@@ -64,7 +64,7 @@ def test_pages_are_scored_by_the_mean_query(shape, most, scorer):
     if name == "range_score":
         last = [[first + min(token, n - 1) for first, n in spans] for token in range(most)]
         alone = [scores_of(reference, case.q[tokens], one).values for tokens in last]
-        of_request = torch.zeros(capacity, dtype=torch.long)
+        of_request = torch.zeros(capacity, dtype=torch.long, device=DEVICE)
         for request, (_, n) in enumerate(spans):
             offset = int(case.plan.score_offsets[request])
             if offset >= 0:

@@ -17,6 +17,7 @@ from vllm_sparse import kernels
 from vllm_sparse.attention import fa3_attn
 from vllm_sparse.attention.torch_attn import TorchAttention
 from vllm_sparse.backend import prefill_rows
+from vllm_sparse.backend.metadata import Step
 from vllm_sparse.config import SparseConfig
 from vllm_sparse.kernels import reference
 from vllm_sparse.pages.geometry import Geometry
@@ -202,7 +203,7 @@ def test_tables_of_an_offloaded_prefill_are_bounded_and_hits_on_this_step_are_fo
         seq_lens_cpu_upper_bound=torch.tensor(contexts),
     )  # fmt: skip
     builder = SimpleNamespace(build=lambda rows, common, fast_build: rows)
-    runs = prefill_rows.context_runs(common, 0, settings(), PAGE, 4096, builder, None)
+    runs = prefill_rows.context_runs(Step(common, 0, len(contexts), 0), settings(), PAGE, 4096, builder, None)
     assert runs[0].tokens.start == 0 and runs[-1].tokens.stop == queries * len(contexts)
     assert all(a.tokens.stop == b.tokens.start for a, b in itertools.pairwise(runs))
     for run in runs:
