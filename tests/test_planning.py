@@ -60,7 +60,10 @@ def linear(page_bytes: int):
 
 
 STOCK = full(summary=None)
-# Models by the specs of their layers. A model with linear layers is left to stock.
+SEVERAL = SparseAttentionSpec.extend(
+    FullAttentionSpec(block_size=3 * PAGE, **SHAPE), 16, PageLayout("key_range", page_size=16)
+)
+# Models by the specs of their layers.
 MODELS = {
     "plain": [full() for _ in range(4)],
     "without_a_summary": [full(summary="none") for _ in range(3)],
@@ -74,6 +77,7 @@ MODELS = {
     "draft_of_half_the_heads": [full(4), full(4), full(2, None)],
     "sparse_draft_of_half_the_heads": [full(4), full(4), full(2)],
     "linear": [linear(STOCK.page_size_bytes), STOCK, linear(STOCK.page_size_bytes)],
+    "linear_beside_several_pages": [linear(SEVERAL.page_size_bytes), SEVERAL, linear(SEVERAL.page_size_bytes)],
 }
 
 

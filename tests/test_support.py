@@ -30,7 +30,6 @@ SPARSE, DENSE, STOCK, REFUSED = Treatment.SPARSE, Treatment.DENSE, Treatment.STO
 OFFLOADED = SparseConfig(offload=OffloadConfig())
 PLAIN = Layer(SparseConfig(), position=2, of=32)
 CASES = [
-    ({"linear": True}, STOCK, "linear-attention, Mamba or convolution"),
     ({"encoder_decoder": True}, STOCK, "encoder-decoder"),
     ({"shares_with": SPARSE, "soft_cap": True}, REFUSED, "in a way of its own"),
     ({"shares_with": SPARSE, "config": OFFLOADED}, REFUSED, "whole context from the host"),

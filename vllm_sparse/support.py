@@ -70,8 +70,6 @@ class Layer:
     """Where it attends to the cache of another layer: how that one runs."""
     draft: bool = False
     """Whether it is a draft model's or head's, for which sparse attention was not asked."""
-    linear: bool = False
-    """Whether its model also has linear-attention, Mamba or convolution layers."""
     encoder_decoder: bool = False
     """Whether its model is one."""
     non_causal: bool = False
@@ -115,9 +113,6 @@ def _has_its_own_way(layer: Layer) -> bool:
 
 
 ROWS: tuple[Row, ...] = (
-    Row("linear-attention, Mamba and convolution hybrids", STOCK,
-        "the model has linear-attention, Mamba or convolution layers, beside which a block of vLLM's is no page",
-        lambda layer: layer.linear),
     Row("encoder-decoder models", STOCK, "encoder-decoder models keep short contexts",
         lambda layer: layer.encoder_decoder),
     Row("layers that read the cache of a sparse layer, with windows, biases or sinks of their own", REFUSED,
@@ -193,9 +188,9 @@ def unasked(kind: str) -> Decision:
     return Decision(STOCK, f"layers of class {kind} choose a backend by themselves")
 
 
-def stock_model(config: SparseConfig, linear: bool, encoder_decoder: bool) -> Decision | None:
+def stock_model(config: SparseConfig, encoder_decoder: bool) -> Decision | None:
     """The decision about every layer of a model that is left to stock as a whole, else None."""
-    decision = decide(Layer(config, linear=linear, encoder_decoder=encoder_decoder))
+    decision = decide(Layer(config, encoder_decoder=encoder_decoder))
     return decision if decision.treatment is STOCK else None
 
 
@@ -277,6 +272,10 @@ def check_options(vllm_config: Any, config: SparseConfig) -> None:
         raise ConfigError(f"{option.name}: {refused}: {option.reason}; {served}: {allowed}")
 
 
+FULL_ATTENTION = ("full_attention", "attention", "hybrid")
+"""What models' configs call layers of full attention; the last of them have a Mamba part beside it."""
+
+
 def layer_number(name: str) -> int | None:
     """The number in a layer's name, ``model.layers.7.self_attn.attn``, None where there is none."""
     found = re.search(r"\.(\d+)\.", name)
@@ -285,10 +284,8 @@ def layer_number(name: str) -> int | None:
 
 def full_attention_layers(layer_types: Iterable[str] | None, num_layers: int) -> list[int]:
     """Numbers of a model's full-attention layers, by its config's ``layer_types`` where it has some."""
-    types = list(layer_types or ())
-    if "full_attention" not in types:
-        return list(range(num_layers))
-    return [number for number, kind in enumerate(types) if kind == "full_attention"]
+    found = [number for number, kind in enumerate(layer_types or ()) if kind in FULL_ATTENTION]
+    return found or list(range(num_layers))
 
 
 def notes(config: SparseConfig, drafts: int, kv_dtype: str) -> list[str]:

@@ -32,8 +32,8 @@ class SparseBackend(AttentionBackend):
     @cache
     def of(cls, layout: PageLayout) -> type[SparseBackend]:
         """The backend of layers whose pages have ``layout``: the same class for equal layouts."""
-        where = "host" if layout.on_host else "gpu"
-        return type(f"SparseBackend_{layout.summary}_{where}", (cls,), {"layout": layout})
+        where, pages = "host" if layout.on_host else "gpu", f"_{layout.page_size}" if layout.page_size else ""
+        return type(f"SparseBackend_{layout.summary}_{where}{pages}", (cls,), {"layout": layout})
 
     @staticmethod
     def get_name() -> str:
@@ -72,9 +72,11 @@ class SparseBackend(AttentionBackend):
                 f"sparse attention cannot store the cache of a layer that asks for a {type(spec).__name__}; use "
                 f"another --attention-backend for this model"
             )
-        config = get_current_vllm_config_or_none()
-        of_config = None if config is None else config.cache_config.block_size
-        return SparseAttentionSpec.extend(spec, page_size_of(spec.block_size, of_config), cls.layout)
+        page_size = cls.layout.page_size
+        if page_size is None:
+            config = get_current_vllm_config_or_none()
+            page_size = page_size_of(spec.block_size, None if config is None else config.cache_config.block_size)
+        return SparseAttentionSpec.extend(spec, page_size, cls.layout)
 
     @classmethod
     def supported_kv_cache_layouts(cls):

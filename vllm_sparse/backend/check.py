@@ -8,6 +8,7 @@ from vllm_sparse import support
 from vllm_sparse.backend import connectors, offload
 from vllm_sparse.config import TABLES, SparseConfig
 from vllm_sparse.errors import ConfigError
+from vllm_sparse.pages.layout import PAGE_SIZES
 
 
 def check_engine(vllm_config: Any) -> None:
@@ -27,7 +28,7 @@ def check_engine(vllm_config: Any) -> None:
                 f"--attention-backend sparse: its kernels need Triton, which cannot be imported here ({error})"
             ) from None
     config, model = SparseConfig.from_vllm(vllm_config), vllm_config.model_config
-    left = model and support.stock_model(config, model.is_hybrid, model.is_encoder_decoder)
+    left = model and support.stock_model(config, model.is_encoder_decoder)
     if left:
         if config.offload is not None:
             raise ConfigError(
@@ -40,11 +41,18 @@ def check_engine(vllm_config: Any) -> None:
     cache = vllm_config.cache_config
     if cache is None:
         return
-    if current_platform.is_cpu() and not getattr(cache, "user_specified_block_size", False):
+    if model is not None and model.is_hybrid:
+        if config.offload is not None:
+            raise ConfigError(
+                "sparse.offload: the model has linear-attention, Mamba or convolution layers, whose states lie in "
+                "vLLM's blocks as K and V do; allowed: null"
+            )
+        config.check_page_size(PAGE_SIZES[0])
+    elif current_platform.is_cpu() and not getattr(cache, "user_specified_block_size", False):
         # CPUs default to 128, at which a budget of a few hundred tokens holds no pages to choose; 32
         # is the least that vLLM's own CPU backend takes for layers that are left to it.
         cache.block_size = 32
-    if cache.block_size is not None:
+    if cache.block_size is not None and not (model is not None and model.is_hybrid):
         config.check_page_size(cache.block_size)
     config = SparseConfig.from_vllm(vllm_config)
     support.check_options(vllm_config, config)

@@ -16,6 +16,8 @@ import logging
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 from vllm_sparse import metrics, support
 from vllm_sparse.backend import compat, connectors
 from vllm_sparse.config import SparseConfig
@@ -124,9 +126,8 @@ def describe(layer: Any, arguments: dict, vllm_config: Any, config: SparseConfig
     numbers, position = [], None
     if model is not None and not of_draft:
         text = model.hf_text_config
-        numbers = support.full_attention_layers(
-            getattr(text, "layer_types", None), getattr(text, "num_hidden_layers", 0)
-        )
+        types = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None)
+        numbers = support.full_attention_layers(types, getattr(text, "num_hidden_layers", 0))
         number = support.layer_number(arguments["prefix"])
         position = numbers.index(number) if number in numbers else None
     head_size = arguments["head_size"]
@@ -146,7 +147,6 @@ def describe(layer: Any, arguments: dict, vllm_config: Any, config: SparseConfig
         arguments=tuple(sorted(key for key, value in extra.items() if not _is_absent(value))),
         shares_with=None if target is None else target.sparse_support.treatment,
         draft=of_draft and not asked_of_drafts,
-        linear=model is not None and model.is_hybrid,
         encoder_decoder=model is not None and model.is_encoder_decoder,
         non_causal=vllm_config.attention_config.use_non_causal or getattr(model, "is_diffusion", False),
         image_prefix=model is not None and model.is_mm_prefix_lm,
@@ -189,7 +189,8 @@ def _build_ours(original, layer, bound, vllm_config, config: SparseConfig, decis
     from vllm_sparse.backend.backend import SparseBackend
     from vllm_sparse.backend.spec import PageLayout
 
-    arguments, layout = bound.arguments, PageLayout.of(config, decision)
+    arguments, model = bound.arguments, vllm_config.model_config
+    layout = PageLayout.of(config, decision, linear=model is not None and model.is_hybrid)
     arguments["attn_backend"] = SparseBackend.of(layout)
     original(*bound.args, **bound.kwargs)
     stock = None
@@ -218,6 +219,7 @@ def _hook_workers(wrapper: type) -> None:
         if compat.asks_for_sparse(self.worker.vllm_config):
             offload.build_store(self.worker, kv_cache_configs[self.global_rank])
             check_caches(self.worker)
+            zero_whole_blocks(self.worker)
             report(self.worker)
         return result
 
@@ -294,6 +296,30 @@ def check_caches(worker: Any) -> None:
                 f"--attention-backend: sparse cannot serve layer {name}: vLLM gave it {reason}; use another "
                 f"--attention-backend for this model"
             )
+
+
+def zero_whole_blocks(worker: Any) -> None:
+    """Have vLLM's CPU runner zero the blocks that a request gets, where they hold several of our pages.
+
+    By itself it takes the number of a block for that of a page: it would wipe out a page of another block, which
+    may hold the state of a linear layer, and leave the block as it was. On a GPU vLLM counts pages.
+    """
+    runner = worker.model_runner
+    original = getattr(type(runner), "_zero_block_ids", None)
+    if original is None or worker.device.type != "cpu":
+        return
+
+    def zero_block_ids(block_ids: list[int]) -> None:
+        blocks = torch.tensor(block_ids, device="cpu")
+        for cache in caches:
+            pages = len(cache) // num_blocks
+            cache[(blocks[:, None] * pages + torch.arange(pages, device="cpu")).flatten()] = 0
+
+    num_blocks = runner.kv_cache_config.num_blocks
+    layers = layers_of(worker).values()
+    caches = [layer.kv_cache for layer in layers if isinstance(layer.kv_cache, torch.Tensor)]
+    if any(len(cache) > num_blocks for cache in caches):
+        runner._zero_block_ids = zero_block_ids
 
 
 def check_scales(worker: Any) -> None:

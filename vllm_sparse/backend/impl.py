@@ -26,7 +26,7 @@ from vllm_sparse.decode.budgets import BudgetTable
 from vllm_sparse.errors import ConfigError
 from vllm_sparse.pages.geometry import Geometry
 from vllm_sparse.pages.head_patterns import HeadPatterns
-from vllm_sparse.pages.layout import unreadable
+from vllm_sparse.pages.layout import PAGE_SIZES, unreadable
 from vllm_sparse.policies import DECODE_POLICIES
 from vllm_sparse.prefill.attend import SparsePrefill
 from vllm_sparse.prefill.patterns import PatternTable
@@ -114,7 +114,7 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
             self.device
         )
         # Pages of the default size are assumed where vLLM has not settled on one yet; ``bind`` asks again.
-        self._fit(vllm_config, vllm_config.cache_config.block_size or 16)
+        self._fit(vllm_config, layout.page_size or vllm_config.cache_config.block_size or PAGE_SIZES[0])
 
     def _fit(self, vllm_config, page_size: int) -> None:
         """Take what depends on the size of pages alone: buffers, another layer's if they fit."""

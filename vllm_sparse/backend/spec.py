@@ -31,12 +31,18 @@ class PageLayout:
     """What a page stores beside K and V: one of :data:`vllm_sparse.pages.summaries.SUMMARIES`."""
     on_host: bool = False
     """Offload: K and V are in CPU memory, and a block of vLLM's holds the summary slots alone."""
+    page_size: int | None = None
+    """Tokens of a page where a block holds several; None: a block is a page."""
 
     @classmethod
-    def of(cls, config: SparseConfig, decision: Decision) -> PageLayout:
-        """The layout of a layer's pages; where no layer chooses any they need no summary."""
+    def of(cls, config: SparseConfig, decision: Decision, linear: bool) -> PageLayout:
+        """The layout of a layer's pages; where no layer chooses any they need no summary.
+
+        Beside ``linear`` layers vLLM makes blocks as large as a state of theirs, of any multiple of 16 tokens:
+        these hold pages of the least size, which ranks best.
+        """
         summary = "none" if decision.all_dense else DECODE_POLICIES[config.decode_policy].summary
-        return cls(summary, config.offload is not None)
+        return cls(summary, config.offload is not None, PAGE_SIZES[0] if linear else None)
 
     def summary_slots(self, page_size: int, head_dim: int, item_bytes: int) -> int:
         """Summary slots of a page; at least one with offload, where vLLM's blocks hold nothing else."""
