@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import sys
 from collections import Counter
 from contextlib import suppress
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -244,3 +246,41 @@ def test_an_eagle_head(tiny, asked):
         assert [len(answer) for answer in tokens(llm, PROMPTS, NUM_TOKENS)] == [NUM_TOKENS] * len(PROMPTS)
         (counts,) = llm.collective_rpc("sparse_metrics")
     assert counts["attended_tokens"] < 0.7 * counts["context_tokens"]
+
+
+GLM = {
+    "first_k_dense_replace": 2, "n_routed_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 64,
+    "n_shared_experts": 1, "use_qk_norm": False, "num_nextn_predict_layers": 1,
+}  # fmt: skip
+
+
+def model_with_mtp_head(tiny) -> Path:
+    """A random GLM 4.5, whose last layer has become its head for multi-token prediction."""
+    from safetensors.torch import load_file, save_file
+
+    path, head = tiny.root / "mtp", "model.layers.3"
+    if not path.exists():
+        shutil.copytree(tiny.model("glm4_moe", **GLM, num_hidden_layers=4), path)
+        weights = load_file(path / "model.safetensors")
+        hidden = weights["model.norm.weight"].numel()
+        norms = {f"{head}.{name}.weight": torch.ones(hidden) for name in ("enorm", "hnorm", "shared_head.norm")}
+        weights |= norms | {
+            f"{head}.eh_proj.weight": torch.randn(hidden, 2 * hidden) * 0.1,
+            f"{head}.shared_head.head.weight": weights["lm_head.weight"].clone(),
+            f"{head}.embed_tokens.weight": weights["model.embed_tokens.weight"].clone(),
+        }
+        save_file(weights, path / "model.safetensors", {"format": "pt"})
+        config = json.loads((path / "config.json").read_text()) | {"num_hidden_layers": 3}
+        (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def test_a_head_for_multi_token_prediction(tiny):
+    model = model_with_mtp_head(tiny)
+    expected = tiny.stock(PROMPTS, NUM_TOKENS, model=model)
+    drafts = {"method": "mtp", "num_speculative_tokens": 2}
+    with tiny.start(model, EVERYTHING, speculative_config=drafts) as llm:
+        assert tokens(llm, PROMPTS, NUM_TOKENS) == expected
+        (counts,) = llm.collective_rpc("sparse_metrics")
+    assert (counts["sparse_layers"], counts["dense_verification_steps"]) == (3, 0)
+    assert counts["attended_tokens"] == counts["context_tokens"] > 0

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-vllm = pytest.importorskip("vllm")
+pytest.importorskip("vllm")
 
+import vllm
 from test_cache_summary import EngineWrites
 from tiny_engine import attention_layers, kv_cache, preemptions, prompts, tokens
 
+TOO_OLD = vllm.__version_tuple__ < (0, 32)
 pytestmark = [
     pytest.mark.engine,
-    pytest.mark.skipif(
-        vllm.__version_tuple__ < (0, 32), reason="vLLM 0.31 has no CPU kernels for these in float32"
-    ),
+    pytest.mark.skipif(TOO_OLD, reason="vLLM 0.31 has no kernels for these in float32 on a CPU"),
 ]
 
 PROMPTS, NUM_TOKENS = prompts((1, 5, 40, 300, 700)), 16

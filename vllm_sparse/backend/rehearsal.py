@@ -44,10 +44,9 @@ class Rehearsal:
             query, output: [num_tokens, q_heads, head_dim] of a step as large as any.
         """
         if self.config.decode_policy != "dense":
-            tokens = {1, self.workspace.query_tokens}
-            for rows in _sizes(min(len(query), len(self.workspace.plan.table_seq_lens))):
-                for most in tokens:
-                    self.decode(query, output, min(rows, len(query) // most), most)
+            for most in {1, self.workspace.query_tokens}:
+                for rows in _sizes(min(len(query) // most, len(self.workspace.plan.table_seq_lens))):
+                    self.decode(query, output, rows, most)
         buffers = self.workspace.prefill
         if buffers is not None:
             for blocks in _sizes(min(buffers.max_blocks, -(-len(query) // BLOCK_TOKENS))):
@@ -110,4 +109,5 @@ def _sizes(most: int) -> Iterator[int]:
     while size < most:
         yield size
         size *= 2
-    yield most
+    if most:
+        yield most
