@@ -276,7 +276,8 @@ def measure(args, side: Side) -> Iterator[dict]:
     llm = LLM(
         model, load_format=load_format, skip_tokenizer_init=True, attention_backend=side.backend,
         max_model_len=longest + 256, max_num_seqs=max_num_seqs(batches.values()),
-        gpu_memory_utilization=args.gpu_memory, enable_prefix_caching=False, disable_log_stats=True,
+        gpu_memory_utilization=args.gpu_memory, enable_prefix_caching=False,
+        disable_log_stats=not side.drafts,
         enforce_eager=args.eager, tensor_parallel_size=args.tp, kv_cache_dtype=side.kv_cache_dtype,
         quantization="fp8" if args.weights == "fp8" else None, distributed_executor_backend=args.executor,
         additional_config={"sparse": settings} if side.is_sparse else {},
@@ -294,7 +295,10 @@ def measure(args, side: Side) -> Iterator[dict]:
     pairs = prefill_pairs(llm) if side.is_sparse else (0, 0)
     for spec, batch in batches.items():
         params = SamplingParams(max_tokens=args.tokens, temperature=0, ignore_eos=True, detokenize=False)
+        before = drafted(llm)
         found = time_batch(llm.llm_engine, batch, params)
+        if side.drafts and "steps" in found and drafted(llm) - before < 0.9 * found["steps"] * len(batch):
+            found = {"reason": "steps without drafts: the proposer had none for every request"}
         if side.is_sparse and "reason" not in found:
             before, pairs = pairs, prefill_pairs(llm)
             attended, causal = pairs[0] - before[0], pairs[1] - before[1]
@@ -316,6 +320,14 @@ def speculative_config(drafts: int) -> dict | None:
         "method": "ngram", "num_speculative_tokens": drafts, "prompt_lookup_min": 1, "prompt_lookup_max": 2,
         "rejection_sample_method": "synthetic", "synthetic_acceptance_rates": [0.0] * drafts,
     }  # fmt: skip
+
+
+def drafted(llm) -> int:
+    """Times that a request had drafts to verify, so far."""
+    if llm.llm_engine.vllm_config.speculative_config is None:
+        return 0
+    counts = (metric for metric in llm.get_metrics() if metric.name == "vllm:spec_decode_num_drafts")
+    return sum(metric.value for metric in counts)
 
 
 def about(config: Any) -> dict:

@@ -14,6 +14,7 @@ import triton.language as tl
 from vllm_sparse.kernels.constants import CHUNK, PRECISION
 from vllm_sparse.kernels.e4m3 import elements_of, stored
 from vllm_sparse.kernels.launch import page_splits
+from vllm_sparse.kernels.logits import capped
 from vllm_sparse.kernels.query_tokens import mean_query
 from vllm_sparse.kernels.store_scores import store_chunk, store_scores
 from vllm_sparse.pages.decode_plan import DecodePlan
@@ -25,9 +26,9 @@ from vllm_sparse.pages.page_scores import CHUNK_PAGES, PageScores
 def _page_mass(
     q_ptr, starts_ptr, kv_ptr, block_table_ptr, seq_lens_ptr, score_offsets_ptr, values_ptr, chunk_lse_ptr,
     q_stride_token, q_stride_h, kv_stride_b, kv_stride_h, kv_stride_slot, table_stride, score_stride,
-    chunk_stride, scale,
+    chunk_stride, scale, soft_cap,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    PAGE: tl.constexpr,
+    PAGE: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
     split, head, request = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     offset = tl.load(score_offsets_ptr + request)
@@ -53,6 +54,8 @@ def _page_mass(
             live = page * PAGE + rows < seq_len
             k = tl.load(keys + block * kv_stride_b, mask=live[None, :] & (dims < HEAD_DIM)[:, None], other=0.0)
             logits = tl.dot(query, stored(k, query.dtype), input_precision=PRECISION) * scale
+            if CAPPED:
+                logits = capped(logits, soft_cap)
             logits = tl.where(live[None, :], logits, float("-inf"))
             peak = tl.max(logits, axis=1)
             mass = tl.log(tl.sum(tl.exp(logits - peak[:, None]), axis=1)) + peak
@@ -81,6 +84,8 @@ def page_mass(
         q, plan.queries.starts, elements_of(kv), block_table, plan.table_seq_lens, plan.score_offsets,
         scores.values, scores.chunk_lse, q.stride(0), q.stride(1), kv.stride(0), kv.stride(1), kv.stride(2),
         block_table.stride(0), scores.values.stride(0), scores.chunk_lse.stride(0), scale,
+        geometry.soft_cap,
         GROUP=group, GROUP_PAD=max(16, triton.next_power_of_2(group)),
         HEAD_DIM=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), PAGE=page_size,
+        CAPPED=geometry.soft_cap > 0,
     )  # fmt: skip

@@ -24,6 +24,7 @@ import triton.language as tl
 from vllm_sparse.kernels.constants import PRECISION, WHOLE
 from vllm_sparse.kernels.e4m3 import bytes_of, elements_of, from_e4m3, power_256_of, scaled_queries, stored
 from vllm_sparse.kernels.launch import num_multiprocessors
+from vllm_sparse.kernels.logits import capped, with_sinks
 from vllm_sparse.kernels.query_tokens import span_of
 from vllm_sparse.pages.geometry import Geometry
 from vllm_sparse.pages.layout import HeadPageGrid
@@ -54,13 +55,13 @@ def _absorb(top, total, acc, logits, v, CAUSAL: tl.constexpr):
 
 @triton.jit(do_not_specialize=["splits"])
 def _attend_split(
-    q_ptr, starts_ptr, kv_ptr, host_ptr, exponents_ptr, head_pages_ptr, lengths_ptr, routes_ptr, block_table_ptr,
-    out_ptr, part_out_ptr, part_lse_ptr, q_stride_token, q_stride_h, head_page_stride, kv_stride_slot,
-    host_head_page_stride, host_stride_slot, table_stride_row, table_stride, per_block, per_head,
-    out_stride_token, out_stride_h, scale_log2, v_scale, splits,
+    q_ptr, starts_ptr, sinks_ptr, kv_ptr, host_ptr, exponents_ptr, head_pages_ptr, lengths_ptr, routes_ptr,
+    block_table_ptr, out_ptr, part_out_ptr, part_lse_ptr, q_stride_token, q_stride_h, head_page_stride,
+    kv_stride_slot, host_head_page_stride, host_stride_slot, table_stride_row, table_stride, per_block, per_head,
+    out_stride_token, out_stride_h, scale_log2, cap_log2, v_scale, splits,
     KV_HEADS: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, ALONE: tl.constexpr,
-    ON_HOST: tl.constexpr, CODES: tl.constexpr,
+    ON_HOST: tl.constexpr, CODES: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
     row, split = tl.program_id(0), tl.program_id(1)
     request, head = row // KV_HEADS, row % KV_HEADS
@@ -119,6 +120,8 @@ def _attend_split(
                 power = power_256_of(tl.load(exponents_ptr + 2 * ~head_page, mask=coded, other=0))[None, :]
                 k = tl.where(coded[None, :], from_e4m3(code, power).to(k.dtype), k)
         logits = tl.dot(query, stored(k, query.dtype), input_precision=PRECISION) * scale_log2
+        if CAPPED:
+            logits = capped(logits, cap_log2)
         visible = at[None, :] < seen[:, None] if CAUSAL else live[None, :]
         logits = tl.where(visible, logits, float("-inf"))
         v = tl.load(cells[:, None] + HEAD_DIM + dims[None, :], mask=here[:, None] & in_head[None, :], other=0.0)
@@ -132,6 +135,10 @@ def _attend_split(
     if CODES:
         acc *= v_scale
     if ALONE:
+        if sinks_ptr is not None:
+            sinks = tl.load(sinks_ptr + heads, mask=member, other=0.0).to(tl.float32) * 1.4426950408889634
+            top, total, fade = with_sinks(top, total, sinks)
+            acc *= fade[:, None]
         target = out_ptr + (tokens * out_stride_token + heads * out_stride_h)[:, None] + dims[None, :]
         tl.store(target, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=q_mask)
     else:
@@ -145,7 +152,8 @@ def _attend_split(
 
 @triton.jit(do_not_specialize=["splits"])
 def _add_splits(
-    lengths_ptr, starts_ptr, part_out_ptr, part_lse_ptr, out_ptr, out_stride_token, out_stride_h, splits,
+    lengths_ptr, starts_ptr, sinks_ptr, part_out_ptr, part_lse_ptr, out_ptr, out_stride_token,
+    out_stride_h, splits,
     KV_HEADS: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, SPLITS_PAD: tl.constexpr,
 ):  # fmt: skip
@@ -161,11 +169,16 @@ def _add_splits(
     dims = tl.arange(0, BLOCK_D)
     part = (row.to(tl.int64) * splits + split) * GROUP + g
     lse = tl.load(part_lse_ptr + part, mask=split < splits, other=float("-inf"))
-    weights = tl.exp2(lse - tl.max(lse, axis=0))
+    top = tl.max(lse, axis=0)
+    weights = tl.exp2(lse - top)
+    total = tl.sum(weights, axis=0)
+    if sinks_ptr is not None:
+        top, total, fade = with_sinks(top, total, tl.load(sinks_ptr + head).to(tl.float32) * 1.4426950408889634)
+        weights *= fade
     # Parts of splits without tokens were never written, and a token that sees none of a split's wrote no number.
     filled = (weights > 0)[:, None]
     parts = tl.load(part_out_ptr + part[:, None] * BLOCK_D + dims[None, :], mask=filled, other=0.0)
-    result = tl.sum(parts * weights[:, None], axis=0) / tl.sum(weights, axis=0)
+    result = tl.sum(parts * weights[:, None], axis=0) / total
     target = out_ptr + token * out_stride_token + head * out_stride_h + dims
     tl.store(target, result.to(out_ptr.dtype.element_ty), mask=dims < HEAD_DIM)
 
@@ -212,20 +225,22 @@ def sparse_decode(
     block_table = table.head_pages if table.block_table is None else table.block_table
     assert second.stride(3) == 1
     _attend_split[(rows, splits, triton.cdiv(group, tile_rows))](
-        q, queries.starts, cache, second, exponents, table.head_pages, table.lengths, table.routes, block_table,
-        out, part_out, part_lse,
+        q, queries.starts, geometry.sink_logits, cache, second, exponents, table.head_pages, table.lengths,
+        table.routes, block_table, out, part_out, part_lse,
         q.stride(0), q.stride(1), HeadPageGrid.of(kv).stride, kv.stride(2), grid.stride, second.stride(2),
         table.head_pages.stride(0), block_table.stride(0), grid.per_block, grid.per_head,
-        out.stride(0), out.stride(1), scale * LOG2_E, geometry.v_scale, splits,
+        out.stride(0), out.stride(1), scale * LOG2_E, geometry.soft_cap * LOG2_E,
+        geometry.v_scale, splits,
         KV_HEADS=kv_heads, HEADS=heads, TOKENS=queries.most, ROWS=tile_rows, HEAD_DIM=head_dim,
         BLOCK_D=block_d, PAGE=page_size, BLOCK_N=block_n, ALONE=splits == 1,
         ON_HOST=host is not None, CODES=kv.dtype is torch.float8_e4m3fn,
-        num_warps=max(TUNING["num_warps"], tile_rows // 16),
+        CAPPED=geometry.soft_cap > 0, num_warps=max(TUNING["num_warps"], tile_rows // 16),
         num_stages=2 if exponents is not None else TUNING["num_stages"],
     )  # fmt: skip
     if splits > 1:
         _add_splits[(rows, group)](
-            table.lengths, queries.starts, part_out, part_lse, out, out.stride(0), out.stride(1), splits,
+            table.lengths, queries.starts, geometry.sink_logits, part_out, part_lse, out, out.stride(0),
+            out.stride(1), splits,
             KV_HEADS=kv_heads, HEADS=heads, TOKENS=queries.most, HEAD_DIM=head_dim, BLOCK_D=block_d,
             SPLITS_PAD=triton.next_power_of_2(splits),
             num_warps=TUNING["add_warps"],

@@ -15,6 +15,7 @@ import triton.language as tl
 
 from vllm_sparse.kernels.constants import BLOCK_TOKENS, PRECISION
 from vllm_sparse.kernels.e4m3 import elements_of, scaled_queries, stored
+from vllm_sparse.kernels.logits import capped, with_sinks
 from vllm_sparse.pages.geometry import Geometry
 from vllm_sparse.pages.layout import HeadPageGrid
 from vllm_sparse.pages.page_table import PageTable
@@ -26,9 +27,9 @@ TUNING = {"tile_bytes": 16384, "query_bytes": 32768, "num_warps": 8, "num_stages
 @triton.jit
 def _attend_tokens(
     query, kv_ptr, table_row_ptr, seen, begin, end, top, total, acc, head_page_stride, kv_stride_slot,
-    scale_log2,
+    scale_log2, cap_log2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
-    MASKED: tl.constexpr,
+    MASKED: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
     """Add tokens begin..end of a table row to a running softmax; ``seen`` [queries]: tokens each sees."""
     dims = tl.arange(0, BLOCK_D)
@@ -40,6 +41,8 @@ def _attend_tokens(
         cells = kv_ptr + head_page * head_page_stride + (tokens % PAGE) * kv_stride_slot
         k = tl.load(cells[None, :] + dims[:, None], mask=live[None, :] & in_head[:, None], other=0.0)
         logits = tl.dot(query, stored(k, query.dtype), input_precision=PRECISION) * scale_log2
+        if CAPPED:
+            logits = capped(logits, cap_log2)
         if MASKED:
             logits = tl.where(tokens[None, :] < seen[:, None], logits, float("-inf"))
         v = tl.load(cells[:, None] + HEAD_DIM + dims[None, :], mask=live[:, None] & in_head[None, :], other=0.0)
@@ -55,10 +58,11 @@ def _attend_tokens(
 
 @triton.jit(do_not_specialize=["table_stride_row", "num_tokens", "num_blocks"])
 def _sparse_prefill(
-    q_ptr, kv_ptr, head_pages_ptr, lengths_ptr, out_ptr, q_stride_t, q_stride_h, head_page_stride,
-    kv_stride_slot, table_stride_row, out_stride_t, out_stride_h, scale_log2, v_scale, num_tokens, num_blocks,
+    q_ptr, sinks_ptr, kv_ptr, head_pages_ptr, lengths_ptr, out_ptr, q_stride_t, q_stride_h, head_page_stride,
+    kv_stride_slot, table_stride_row, out_stride_t, out_stride_h, scale_log2, cap_log2, v_scale, num_tokens,
+    num_blocks,
     BLOCK_M: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
-    BLOCK_N: tl.constexpr, CODES: tl.constexpr,
+    BLOCK_N: tl.constexpr, CODES: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
     # The longest rows, those of the last blocks, first.
     row, part = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
@@ -85,13 +89,15 @@ def _sparse_prefill(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     top, total, acc = _attend_tokens(
         query, kv_ptr, table_row, seen, 0, common, top, total, acc, head_page_stride, kv_stride_slot, scale_log2,
-        HEAD_DIM, BLOCK_D, PAGE, BLOCK_N, False,
+        cap_log2, HEAD_DIM, BLOCK_D, PAGE, BLOCK_N, False, CAPPED,
     )  # fmt: skip
     top, total, acc = _attend_tokens(
         query, kv_ptr, table_row, seen, common, last, top, total, acc, head_page_stride, kv_stride_slot,
-        scale_log2,
-        HEAD_DIM, BLOCK_D, PAGE, BLOCK_N, True,
+        scale_log2, cap_log2, HEAD_DIM, BLOCK_D, PAGE, BLOCK_N, True, CAPPED,
     )  # fmt: skip
+    if sinks_ptr is not None:
+        top, total, fade = with_sinks(top, total, tl.load(sinks_ptr + head).to(tl.float32) * 1.4426950408889634)
+        acc *= fade[:, None]
     if CODES:
         acc *= v_scale
     target = out_ptr + token[:, None] * out_stride_t + head * out_stride_h + dims[None, :]
@@ -118,11 +124,11 @@ def sparse_prefill(
     block_m = max(16, min(BLOCK_TOKENS.value, TUNING["query_bytes"] // token_bytes))
     block_n = max(16, min(128, TUNING["tile_bytes"] // token_bytes))
     _sparse_prefill[(rows, BLOCK_TOKENS.value // block_m)](
-        q, elements_of(kv), table.head_pages, table.lengths, out, q.stride(0), q.stride(1),
+        q, geometry.sink_logits, elements_of(kv), table.head_pages, table.lengths, out, q.stride(0), q.stride(1),
         HeadPageGrid.of(kv).stride, kv.stride(2),
-        table.head_pages.stride(0), out.stride(0), out.stride(1), scale * LOG2_E, geometry.v_scale,
-        num_tokens, num_blocks,
+        table.head_pages.stride(0), out.stride(0), out.stride(1), scale * LOG2_E,
+        geometry.soft_cap * LOG2_E, geometry.v_scale, num_tokens, num_blocks,
         BLOCK_M=block_m, HEAD_DIM=head_dim, BLOCK_D=block_d, PAGE=page_size,
-        BLOCK_N=block_n, CODES=kv.dtype is torch.float8_e4m3fn,
+        BLOCK_N=block_n, CODES=kv.dtype is torch.float8_e4m3fn, CAPPED=geometry.soft_cap > 0,
         num_warps=TUNING["num_warps"], num_stages=TUNING["num_stages"],
     )  # fmt: skip

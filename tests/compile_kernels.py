@@ -27,6 +27,7 @@ from triton.runtime import JITFunction, driver
 from vllm_sparse.decode.recall_monitor import RecallMonitor
 from vllm_sparse.kernels import e4m3, launchers
 from vllm_sparse.pages.decode_plan import segment_pages
+from vllm_sparse.pages.geometry import Geometry
 from vllm_sparse.pages.head_patterns import HeadPattern, HeadPatterns
 from vllm_sparse.pages.position_pattern import PositionPattern
 from vllm_sparse.pages.selection import Selection
@@ -209,10 +210,10 @@ def compile_drafts(layer: Layer) -> None:
     launchers.plan_decode(case.seq_lens, case.plan, case.table, case.selection(), 64, 100, True)
     launchers.select_pages(case.scores, case.block_table, case.plan, case.kv, case.selection(), case.table)
     monitor = RecallMonitor.allocate(10, 1, layer.kv_heads * layer.group, layer.kv_heads, cpu)
-    launchers.recall_mass(
-        case.q, case.kv, case.block_table, case.plan, case.table, case.geometry, monitor, 0
-    )  # fmt: skip
-    launchers.sparse_decode(case.q, case.kv, case.table, case.geometry, case.q)
+    for geometry in (case.geometry, with_caps_and_sinks(case.geometry)):
+        launchers.recall_mass(case.q, case.kv, case.block_table, case.plan, case.table, geometry, monitor, 0)
+        launchers.sparse_decode(case.q, case.kv, case.table, geometry, case.q)
+    launchers.page_mass(case.q, case.kv, case.block_table, case.plan, geometry, case.scores)
     store = make_store(8, layer.kv_heads, layer.head_dim, layer.page_size, dtype=layer.dtype, fp8=layer.fp8)
     launchers.find_hot_slots(
         case.table, layer.kv_heads, layer.page_size, store.plan, 1, store.hot_set, store.lookups
@@ -252,7 +253,12 @@ def compile_prefill(layer: Layer, case) -> None:
     launchers.prefill_table(
         keep, case.block_table, blocks, case.kv, Selection(page_size, 1, 1, 20), buffers.counters, table
     )
-    launchers.sparse_prefill(case.q, case.kv, table, case.geometry, case.q)
+    for geometry in (case.geometry, with_caps_and_sinks(case.geometry)):
+        launchers.sparse_prefill(case.q, case.kv, table, geometry, case.q)
+
+
+def with_caps_and_sinks(geometry: Geometry) -> Geometry:
+    return replace(geometry, soft_cap=30.0, sink_logits=torch.zeros(geometry.q_heads, dtype=torch.bfloat16))
 
 
 if __name__ == "__main__":

@@ -248,6 +248,21 @@ def test_an_eagle_head(tiny, asked):
     assert counts["attended_tokens"] < 0.7 * counts["context_tokens"]
 
 
+@pytest.mark.parametrize("asked", [False, True], ids=["stock_head", "sparse_head"])
+def test_offload_is_refused_beside_layers_of_drafts(tiny, asked):
+    """Their steps write pages that the store has not planned."""
+    drafts = {"method": "eagle", "model": eagle_head(tiny), "num_speculative_tokens": 3}
+    if asked:
+        drafts["attention_backend"] = "SPARSE"
+    with (
+        pytest.raises(
+            ValueError, match=r"--speculative-config: not supported with sparse\.offload.*ngram, suffix"
+        ),
+        tiny.start(sparse={**FEW, "offload": {"host_gib": 0.05}}, speculative_config=drafts),
+    ):
+        pass
+
+
 GLM = {
     "first_k_dense_replace": 2, "n_routed_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 64,
     "n_shared_experts": 1, "use_qk_norm": False, "num_nextn_predict_layers": 1,

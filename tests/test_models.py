@@ -14,6 +14,10 @@ GEMMA = {"tie_word_embeddings": True, "embedding": 0.05, "sliding_window": 64}
 FULL = ["full_attention"] * 4
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 SOFT_CAPPED = {"query_pre_attn_scalar": 32, "attn_logit_softcapping": 5.0}
+SINKS = {
+    "num_local_experts": 4, "num_experts_per_tok": 2, "rope_scaling": None, "rope_parameters": None,
+    "intermediate_size": 64,
+}  # fmt: skip
 # Model type, settings, sparse layers, reason -> dense layers, reason -> stock layers.
 MODELS = {
     "qwen3": ("qwen3", {}, 3, {}, {}),
@@ -25,7 +29,8 @@ MODELS = {
         4, {}, {"sliding window": 1},
     ),
     "alibi": ("bloom", {"n_layer": 3, "n_head": 4, "tie_word_embeddings": True}, 0, {}, {"ALiBi": 3}),
-    "soft_cap": ("gemma2", {**GEMMA, **SOFT_CAPPED, "layer_types": FULL[:3]}, 0, {}, {"soft-capped": 3}),
+    "soft_cap": ("gemma2", {**GEMMA, **SOFT_CAPPED, "layer_types": FULL[:3]}, 3, {}, {}),
+    "sinks": ("gpt_oss", {**SINKS, "layer_types": MIXED, "sliding_window": 64}, 1, {}, {"sliding window": 2}),
     "kv_sharing": (
         "gemma3n_text",
         {
@@ -64,7 +69,7 @@ def test_each_kind_of_layer_runs_where_it_should(tiny, case):
     assert set(backends) <= {"SPARSE", "CPU_ATTN"}
 
 
-@pytest.mark.parametrize("case", ["hybrid", "hybrid_of_several_groups", "kv_sharing"])
+@pytest.mark.parametrize("case", ["hybrid", "hybrid_of_several_groups", "kv_sharing", "soft_cap", "sinks"])
 def test_small_budget_changes_the_sparse_layers_of_mixed_models(tiny, case):
     model = model_of(tiny, case)
     batch = PROMPTS[1:]  # a prompt of one token is counted as a decode step, or not, by where it comes in a batch

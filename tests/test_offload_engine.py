@@ -391,7 +391,6 @@ def test_memory_that_the_engine_took_is_not_looked_for_again(tiny, monkeypatch):
     [
         ("hybrid", "2 of 3 layers of this model do not run sparse"),
         ("sliding_window", "3 of 3 layers of this model do not run sparse"),
-        ("soft_cap", "3 of 3 layers of this model do not run sparse"),
     ],
 )
 def test_models_with_layers_that_are_not_sparse_are_refused(tiny, case, said):

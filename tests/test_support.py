@@ -44,8 +44,6 @@ CASES = [
     ({"image_prefix": True}, STOCK, "tokens of an image"),
     ({"reference_window": True}, STOCK, "reference sliding-window"),
     ({"alibi": True}, STOCK, "ALiBi"),
-    ({"soft_cap": True}, STOCK, "soft-capped"),
-    ({"sinks": True}, STOCK, "sinks"),
     ({"arguments": ("chunk_lookback",)}, STOCK, "chunk_lookback"),
     ({"head_size_v": 64}, STOCK, "128 of K and 64 of V"),
     ({"head_size": 512, "head_size_v": 512}, STOCK, "head size 512"),
@@ -137,11 +135,18 @@ def engine(cache_dtype: str = "auto", scheme: dict | None = None, **changes):
     return SimpleNamespace(**{**parts, **changes})
 
 
+HYBRID = SimpleNamespace(dtype="bfloat16", is_hybrid=True)
 REFUSED_ENGINES = [
     (engine("fp8_e5m2"), r"'fp8_e5m2' is not supported.*allowed: auto, bfloat16, fp8, fp8_e4m3"),
     (engine(scheme={"strategy": "attn_head"}), "'fp8' is not supported.*every KV head.*allowed: bfloat16, given"),
     (engine(parallel_config=SimpleNamespace(decode_context_parallel_size=2)), "2 is not supported.*allowed: 1"),
     (engine(parallel_config=SimpleNamespace(enable_dbo=True)), "micro-batches"),
+    (engine(speculative_config=SimpleNamespace(method="eagle")), "'eagle'|with sparse.offload.*ngram, suffix"),
+    (engine(model_config=HYBRID, kv_transfer_config=object()), "several pages beside states.*allowed: none"),
+    (
+        engine(model_config=HYBRID, cache_config=SimpleNamespace(cache_dtype="auto", kv_offloading_size=4.0)),
+        "4.0 is not supported.*several pages",
+    ),
     (engine(kv_transfer_config=object()), "with sparse.offload: a KV connector"),
     (engine(cache_config=SimpleNamespace(cache_dtype="auto", kv_offloading_size=4.0)), "it is a KV connector"),
     (engine(model_config=SimpleNamespace(dtype="bfloat16", enable_sleep_mode=True)), "hot head pages"),

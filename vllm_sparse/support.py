@@ -143,10 +143,6 @@ ROWS: tuple[Row, ...] = (
         lambda layer: layer.reference_window),
     Row("ALiBi", STOCK, "ALiBi biases depend on position, which page scores do not see",
         lambda layer: layer.alibi),
-    Row("soft-capped logits", STOCK, "soft-capped logits are not computed by the sparse kernels",
-        lambda layer: layer.soft_cap),
-    Row("attention sinks", STOCK, "attention sinks are not computed by the sparse kernels",
-        lambda layer: layer.sinks),
     Row("other arguments for the attention", STOCK, "arguments that sparse attention does not know: {arguments}",
         lambda layer: layer.arguments),
     Row("K and V of different head sizes", STOCK, "head sizes {head_size} of K and {head_size_v} of V differ",
@@ -214,6 +210,20 @@ def _dtype(config: Any) -> str:
     return str(getattr(config.model_config, "dtype", "")).removeprefix("torch.")
 
 
+LAYERLESS = ("ngram", "ngram_gpu", "suffix")
+"""Methods of drafts that have no layers."""
+
+
+def _drafting_layers(config: Any) -> str | None:
+    """The method of an engine's drafts where these come from layers."""
+    method = getattr(config.speculative_config, "method", None)
+    return None if method in LAYERLESS else method
+
+
+def _is_hybrid(config: Any) -> bool:
+    return bool(getattr(config.model_config, "is_hybrid", False))
+
+
 def _cache_dtype(config: Any) -> str | None:
     """The dtype of an engine's KV cache where that is not served."""
     if config.cache_config is None or config.model_config is None:
@@ -241,6 +251,15 @@ OPTIONS: tuple[Option, ...] = (
         lambda config: (size := getattr(config.parallel_config, "decode_context_parallel_size", 1)) > 1 and size),
     Option("--enable-dbo", "on", "micro-batches would share the buffers of one decode step", "off",
         lambda config: getattr(config.parallel_config, "enable_dbo", False)),
+    Option("--speculative-config", "methods whose drafts come from layers: all but `ngram` and `suffix`",
+        "layers of drafts write in steps of their own, which the host pool does not plan", "ngram, suffix",
+        lambda config: _drafting_layers(config), with_offload=True),
+    Option("--kv-transfer-config", "any, in models with linear-attention, Mamba or convolution layers",
+        "no KV connector was seen to copy blocks of several pages beside states", "none",
+        lambda config: _is_hybrid(config) and config.kv_transfer_config is not None),
+    Option("--kv-offloading-size", "any, in models with linear-attention, Mamba or convolution layers",
+        "no KV connector was seen to copy blocks of several pages beside states", "none",
+        lambda config: _is_hybrid(config) and getattr(config.cache_config, "kv_offloading_size", None)),
     Option("--kv-transfer-config", "any",
         "a KV connector sees the bytes on the GPU only, which are summaries",
         "none", lambda config: config.kv_transfer_config is not None, with_offload=True),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from vllm_sparse.kernels.reference.logits import capped, softmax
 from vllm_sparse.pages.geometry import Geometry
 
 
@@ -37,6 +38,12 @@ def dense_attention(
             later = positions[:, None] < torch.arange(seq_len, device=q.device)
             mask = torch.zeros(later.shape, dtype=q.dtype, device=q.device)
             mask.masked_fill_(later, float("-inf"))
+        if not geometry.plain:
+            logits = capped(query @ k.transpose(1, 2) * geometry.scale, geometry)
+            sinks = None if geometry.sink_logits is None else geometry.sink_logits[:, None]
+            result = softmax(logits if mask is None else logits + mask, sinks) @ v
+            out[start:end] = (result * geometry.v_scale).transpose(0, 1).to(out.dtype)
+            continue
         # With a batch dimension and an additive mask torch takes its fused kernel: 4 times faster.
         result = torch.nn.functional.scaled_dot_product_attention(
             query[None], k[None], v[None], attn_mask=mask, scale=geometry.scale

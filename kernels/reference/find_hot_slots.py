@@ -41,5 +41,6 @@ def find_hot_slots(
         lookups.counters[0] += old_pages
     if missing:
         missing = torch.cat(missing)
-        lookups.misses[: len(missing)] = missing.int()
-        plan.num_misses[layer] = len(missing)
+        first = int(plan.num_misses[layer])
+        lookups.misses[first : first + len(missing)] = missing.int()
+        plan.num_misses[layer] += len(missing)

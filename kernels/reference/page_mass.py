@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from vllm_sparse.kernels.reference.logits import capped
 from vllm_sparse.kernels.reference.query_tokens import mean_query
 from vllm_sparse.kernels.reference.store_scores import scored_requests, store_masses
 from vllm_sparse.pages.decode_plan import DecodePlan
@@ -23,4 +24,5 @@ def page_mass(
     for request, blocks, offset, seq_len in scored_requests(block_table, plan, page_size):
         keys = kv[blocks, :, :page_size, : q.shape[-1]].float().transpose(0, 1).flatten(1, 2)
         heads = mean_query(q, plan, request, kv.shape[1]) * scale
-        store_masses(scores, request, offset, heads @ keys.transpose(1, 2), seq_len, page_size)
+        logits = capped(heads @ keys.transpose(1, 2), geometry)
+        store_masses(scores, request, offset, logits, seq_len, page_size)

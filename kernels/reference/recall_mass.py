@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from vllm_sparse.kernels.reference.logits import capped
 from vllm_sparse.pages.decode_plan import DecodePlan
 from vllm_sparse.pages.geometry import Geometry
 from vllm_sparse.pages.layout import HeadPageGrid, single_head_pages
@@ -35,8 +36,11 @@ def recall_mass(
         length = int(table.lengths[row])
         chosen = table.head_pages[row, : -(-length // page_size)].long()
         some, everything = (
-            (query @ keys[head_pages].flatten(0, 2)[:tokens].float().T * scale).logsumexp(-1)
+            capped(query @ keys[head_pages].flatten(0, 2)[:tokens].float().T * scale, geometry).logsumexp(-1)
             for head_pages, tokens in ((chosen, length), (grid.head_pages(pages, head), seq_len))
         )
+        if geometry.sink_logits is not None:
+            sinks = geometry.sink_logits.float().view(kv_heads, -1)[head]
+            some, everything = (torch.logaddexp(mass, sinks) for mass in (some, everything))
         monitor.sums[layer, head, 0] += (some - everything).exp().mean().double()
         monitor.sums[layer, head, 1] += 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from vllm_sparse.kernels.reference.e4m3 import kept
+from vllm_sparse.kernels.reference.logits import capped, softmax
 from vllm_sparse.pages.decode_plan import WHOLE
 from vllm_sparse.pages.geometry import Geometry
 from vllm_sparse.pages.layout import HeadPageGrid, single_head_pages
@@ -46,5 +47,7 @@ def sparse_decode(
         tokens, heads = slice(first, first + count), slice(head * group, (head + 1) * group)
         logits = q[tokens, heads].float() @ k.T * scale
         later = torch.ones(count, length, dtype=torch.bool, device=q.device).triu(length - count + 1)
-        weights = logits.masked_fill(later[:, None], float("-inf")).softmax(-1)
+        logits = capped(logits, geometry).masked_fill(later[:, None], float("-inf"))
+        sinks = None if geometry.sink_logits is None else geometry.sink_logits[heads]
+        weights = softmax(logits, sinks)
         out[tokens, heads] = (weights @ v * geometry.v_scale).to(out.dtype)

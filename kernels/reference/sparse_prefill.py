@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from vllm_sparse.kernels.reference.logits import capped, softmax
 from vllm_sparse.pages.geometry import Geometry
 from vllm_sparse.pages.layout import single_head_pages
 from vllm_sparse.pages.page_table import PageTable
@@ -31,7 +32,9 @@ def sparse_prefill(
         query = q[tokens, head].to(_wide(q))
         seen = length - torch.arange(len(query) - 1, -1, -1, device=q.device)
         hidden = torch.arange(length, device=q.device) >= seen[:, None]
-        weights = (query @ k.T * scale).masked_fill(hidden, float("-inf")).softmax(-1)
+        logits = capped(query @ k.T * scale, geometry).masked_fill(hidden, float("-inf"))
+        sink = None if geometry.sink_logits is None else geometry.sink_logits[head]
+        weights = softmax(logits, sink)
         out[tokens, head] = (weights @ v * geometry.v_scale).to(out.dtype)
 
 

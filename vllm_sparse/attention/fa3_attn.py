@@ -56,6 +56,8 @@ class FA3Attention(AttentionKernel):
             return f"computes float16 and bfloat16, not {shape.dtype}"
         if shape.geometry.head_dim % 8 or shape.geometry.head_dim > 256:
             return f"head_dim {shape.geometry.head_dim} is not a multiple of 8 up to 256"
+        if not shape.geometry.plain:
+            return "is not called with soft caps or sink logits here"
         try:
             from vllm.vllm_flash_attn.flash_attn_interface import fa_version_unsupported_reason
         except ImportError as error:

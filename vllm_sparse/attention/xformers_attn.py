@@ -30,6 +30,8 @@ class XFormersAttention(AttentionKernel):
             return f"computes float16 and bfloat16, not {shape.dtype}"
         if shape.kv_dtype is torch.float8_e4m3fn:
             return "reads no fp8 KV cache"
+        if not shape.geometry.plain:
+            return "knows no soft caps and no sink logits"
         if shape.geometry.head_dim not in HEAD_DIMS:
             return f"head_dim {shape.geometry.head_dim} is none of {HEAD_DIMS}"
         if shape.geometry.page_size % MIN_TILE_TOKENS:

@@ -53,7 +53,9 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
             compilation, tokens = vllm_config.compilation_config, self.workspace.query_tokens
             full = compilation.cudagraph_mode.has_full_cudagraphs()
             captured = compilation.cudagraph_capture_sizes if full else []
-            captured = sorted({-(-size // tokens) for size in captured})
+            # vLLM rounds these up to whole rows of drafts, and leaves out what is then above the largest.
+            rows = {-(-size // tokens) for size in captured}
+            captured = sorted(count for count in rows if count * tokens <= max(captured))
             warn_of_batches_without_graphs(captured, vllm_config.scheduler_config.max_num_seqs)
         if self.selects and impls[0].prefill is not None and device.type != "cpu":
             impls[0].prefill.warm_up(impls[0].pages.prefill_slots, impls[0].dtype, impls[0].cache_dtype)

@@ -41,7 +41,8 @@ def check_engine(vllm_config: Any) -> None:
     cache = vllm_config.cache_config
     if cache is None:
         return
-    if model is not None and model.is_hybrid:
+    hybrid = model is not None and model.is_hybrid
+    if hybrid:
         if config.offload is not None:
             raise ConfigError(
                 "sparse.offload: the model has linear-attention, Mamba or convolution layers, whose states lie in "
@@ -52,7 +53,7 @@ def check_engine(vllm_config: Any) -> None:
         # CPUs default to 128, at which a budget of a few hundred tokens holds no pages to choose; 32
         # is the least that vLLM's own CPU backend takes for layers that are left to it.
         cache.block_size = 32
-    if cache.block_size is not None and not (model is not None and model.is_hybrid):
+    if cache.block_size is not None and not hybrid:
         config.check_page_size(cache.block_size)
     config = SparseConfig.from_vllm(vllm_config)
     support.check_options(vllm_config, config)

@@ -197,8 +197,9 @@ def _build_ours(original, layer, bound, vllm_config, config: SparseConfig, decis
     if not current_platform.is_cpu():  # dense rows run plain torch there
         with without_sparse(vllm_config):
             stock = get_attn_backend(
-                arguments["head_size"], layer.dtype, layer.kv_cache_dtype, num_heads=arguments["num_heads"]
-            )
+                arguments["head_size"], layer.dtype, layer.kv_cache_dtype, num_heads=arguments["num_heads"],
+                has_sink=dict(arguments["extra_impl_args"]).get("sinks") is not None,
+            )  # fmt: skip
     layer.impl.settle(vllm_config, arguments["prefix"], decision, layout, stock)
 
 

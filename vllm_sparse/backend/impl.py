@@ -79,6 +79,7 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
         """Arguments are vLLM's; ``support`` has found those that are not read here, ``optional`` too, absent."""
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
         self.head_size, self.scale, self.kv_cache_dtype = head_size, float(scale), kv_cache_dtype
+        self.soft_cap, self.sink_logits = float(logits_soft_cap or 0), optional.get("sinks")
         self.attn_type = attn_type
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         self.device = torch.device(current_platform.device_type)
@@ -107,7 +108,8 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
             self.stock_backend = dense.reader_of_pages(stock, self.dtype, self.head_size, self.kv_cache_dtype)
             self.stock_impl = self.stock_backend.get_impl_cls()(
                 self.num_heads, self.head_size, self.scale, self.num_kv_heads, None, None, self.kv_cache_dtype,
-                None, self.attn_type, self.kv_sharing_target_layer_name,
+                self.soft_cap or None, self.attn_type, self.kv_sharing_target_layer_name,
+                **({} if self.sink_logits is None else {"sinks": self.sink_logits}),
             )  # fmt: skip
         others = (getattr(impl, "counts", None) for impl in self._impls(vllm_config))
         self.counts = next((counts for counts in others if counts is not None), None) or metrics.EngineCounts(
@@ -128,7 +130,10 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
         )
         if self.is_sparse:
             self.counts.follow(self.workspace.prefill, self.workspace.monitor)
-        geometry = Geometry(self.num_heads, self.num_kv_heads, self.head_size, page_size, self.scale)
+        geometry = Geometry(
+            self.num_heads, self.num_kv_heads, self.head_size, page_size, self.scale,
+            soft_cap=self.soft_cap, sink_logits=self.sink_logits,
+        )  # fmt: skip
         self.geometry = geometry.quantised(*self.scales) if self.is_quantised else geometry
         kind = OffloadedPages if self.layout.on_host else ResidentPages
         self.pages: LayerPages = kind(self.layout, self.geometry, self.cache_dtype)

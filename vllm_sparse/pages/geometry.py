@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -23,6 +23,16 @@ class Geometry:
     """What K and V were divided by before they were stored in 8 bits; ``scale`` has that of K in it."""
     q_scale: float = 1.0
     """What queries are divided by where a kernel wants them in 8 bits, too; 1 of other caches, as all of these."""
+    soft_cap: float = 0.0
+    """Logits x are ``soft_cap * tanh(x / soft_cap)``; 0: they are x."""
+    sink_logits: torch.Tensor | None = field(default=None, compare=False)
+    """[q_heads], any float dtype: a logit that each query head has beside those of its keys, and no value with it.
+    The model's parameter itself, whose weights may come later."""
+
+    @property
+    def plain(self) -> bool:
+        """Whether softmax is of the logits alone, as they are."""
+        return not self.soft_cap and self.sink_logits is None
 
     @property
     def group(self) -> int:

@@ -17,7 +17,8 @@ from vllm_sparse.prefill.buffers import PrefillBuffers
 MIN_CHUNK_TOKENS = BLOCK_TOKENS
 """Queries up to which a chunk runs dense: to estimate its pages would cost what attending does.
 
-Drafts to verify are as short, so they run dense too; vLLM's CPU-side lengths only bound theirs."""
+Drafts that lie behind prompts in a step are as short, so they run dense too; vLLM's CPU-side lengths only bound
+theirs."""
 
 
 def plan_chunks(
