@@ -7,12 +7,12 @@
     python -m benchmarks.engine --weights fp8 --kv-cache-dtype fp8,auto --tokens 33 --sparse '{"prefill_policy":
         "vertical_slash", "prefill_top_p": 0, "slash_tokens": 512}' 1q1s128k
 
-Without ``--model``, random weights in the shape of a Llama 3.1. TPOT is the median time between
-output tokens of all running requests; TTFT the time to the first token of the batch. With drafts, of n-grams, it
-is that of a step which verifies them, and all of them are rejected: how many are right is the text's affair, the
-same for both sides. Each KV cache dtype and number of drafts is measured in a stock engine and in a sparse one for
-each ``--sparse``; rows are written after each sparse engine, so that a command cut short leaves those of the
-engines before, and the table comes last.
+Without ``--model``, random weights in the shape of ``--shape``. TPOT is the median time between output tokens of
+all running requests; TTFT the time to the first token of the batch. With drafts, of n-grams, it is that of a
+step which verifies them, and all of them are rejected: how many are right is the text's affair, the same for
+both sides. Each KV cache dtype and number of drafts is measured in a stock engine and in a sparse one for each
+``--sparse``; rows are written after each sparse engine, so that a command cut short leaves those of the engines
+before, and the table comes last.
 """
 
 from __future__ import annotations
@@ -47,7 +47,20 @@ LLAMA_8B = dict(
 LLAMA_70B = LLAMA_8B | dict(
     hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64
 )
-SHAPES = {"llama-8b": ("Llama-3.1-8B", LLAMA_8B), "llama-70b": ("Llama-3.1-70B", LLAMA_70B)}
+QWEN_30B_A3B = LLAMA_8B | dict(
+    architectures=["Qwen3MoeForCausalLM"], model_type="qwen3_moe", vocab_size=151936, hidden_size=2048,
+    intermediate_size=6144, moe_intermediate_size=768, num_hidden_layers=48, num_key_value_heads=4,
+    num_experts=128, num_experts_per_tok=8, norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[],
+)  # fmt: skip
+GPT_OSS_20B = LLAMA_8B | dict(
+    architectures=["GptOssForCausalLM"], model_type="gpt_oss", vocab_size=201088, hidden_size=2880,
+    intermediate_size=2880, num_hidden_layers=24, num_attention_heads=64, head_dim=64, sliding_window=128,
+    layer_types=["sliding_attention", "full_attention"] * 12, num_local_experts=32, num_experts_per_tok=4,
+)  # fmt: skip
+SHAPES = {
+    "llama-8b": ("Llama-3.1-8B", LLAMA_8B), "llama-70b": ("Llama-3.1-70B", LLAMA_70B),
+    "qwen3-30b-a3b": ("Qwen3-30B-A3B", QWEN_30B_A3B), "gpt-oss-20b": ("gpt-oss-20b", GPT_OSS_20B),
+}  # fmt: skip
 KV_CACHE_DTYPES = ("auto", "fp8")
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 """Dtypes of vLLM's as rows name them."""
@@ -215,7 +228,10 @@ def model_of(shape: str, layers: int | None) -> Path:
     """A directory with the config of a shape, always the same one: vLLM caches compiled kernels by its path."""
     folder = Path(tempfile.gettempdir(), "vllm-sparse-shapes", f"{shape}-{layers or 'all'}")
     folder.mkdir(parents=True, exist_ok=True)
-    config = SHAPES[shape][1] | ({"num_hidden_layers": layers} if layers else {})
+    config = dict(SHAPES[shape][1])
+    if layers:
+        kinds = {"layer_types": config["layer_types"][:layers]} if "layer_types" in config else {}
+        config |= {"num_hidden_layers": layers, **kinds}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 

@@ -26,7 +26,7 @@ class Geometry:
     soft_cap: float = 0.0
     """Logits x are ``soft_cap * tanh(x / soft_cap)``; 0: they are x."""
     sink_logits: torch.Tensor | None = field(default=None, compare=False)
-    """[q_heads], any float dtype: a logit that each query head has beside those of its keys, and no value with it.
+    """[q_heads], of any float dtype: a logit that each query head has beside those of its keys, without a value.
     The model's parameter itself, whose weights may come later."""
 
     @property
