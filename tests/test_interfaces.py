@@ -133,3 +133,20 @@ def test_the_newest_release_runs_model_runner_v2(tiny):
         runner = executor.driver_worker.worker.model_runner
     modules = {cls.__module__ for cls in type(runner).__mro__}
     assert ("vllm.v1.worker.gpu.model_runner" in modules) == (vllm.__version_tuple__[:2] >= (0, 33))
+
+
+@pytest.mark.parametrize(
+    ("settings", "taken"),
+    [({}, True), ({"language_model_only": True}, False), ({"limit_per_prompt": {"image": 0}}, True),
+     ({"limit_per_prompt": {"image": 0, "video": 0}}, False)],
+)  # fmt: skip
+def test_which_engines_take_images(settings, taken):
+    """One that takes none has no prefix whose tokens attend to later ones."""
+    from types import SimpleNamespace
+
+    from vllm.config.multimodal import MultiModalConfig
+
+    from vllm_sparse.backend.hooks import _takes_images
+
+    assert _takes_images(SimpleNamespace(multimodal_config=MultiModalConfig(**settings))) is taken
+    assert _takes_images(SimpleNamespace(multimodal_config=None))

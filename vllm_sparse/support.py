@@ -75,7 +75,7 @@ class Layer:
     non_causal: bool = False
     """Whether its engine was asked for attention that is not causal, or its model is a diffusion model."""
     image_prefix: bool = False
-    """Whether image tokens of its model attend to each other, the later ones too."""
+    """Whether image tokens of its model attend to each other, the later ones too, and its engine takes images."""
     reference_window: bool = False
     """Whether its model has reference sliding-window attention."""
     batch_invariant: bool = False
@@ -137,7 +137,8 @@ ROWS: tuple[Row, ...] = (
     Row("sliding windows", STOCK, "sliding window", lambda layer: layer.sliding_window is not None),
     Row("diffusion models, and engines asked for non-causal attention", STOCK, "attention that is not causal",
         lambda layer: layer.non_causal),
-    Row("multimodal prefixes", STOCK, "tokens of an image attend to each other, the later ones too",
+    Row("multimodal prefixes, unless the engine takes no images and videos", STOCK,
+        "tokens of an image attend to each other, the later ones too; --language-model-only makes layers sparse",
         lambda layer: layer.image_prefix),
     Row("reference sliding windows", STOCK, "reference sliding-window attention",
         lambda layer: layer.reference_window),

@@ -149,7 +149,7 @@ def describe(layer: Any, arguments: dict, vllm_config: Any, config: SparseConfig
         draft=of_draft and not asked_of_drafts,
         encoder_decoder=model is not None and model.is_encoder_decoder,
         non_causal=vllm_config.attention_config.use_non_causal or getattr(model, "is_diffusion", False),
-        image_prefix=model is not None and model.is_mm_prefix_lm,
+        image_prefix=model is not None and model.is_mm_prefix_lm and _takes_images(model),
         reference_window=model is not None and model.rswa_window is not None,
         batch_invariant=bool(envs.VLLM_BATCH_INVARIANT),
         prefill_parallel=vllm_config.parallel_config.prefill_context_parallel_size > 1,
@@ -157,6 +157,12 @@ def describe(layer: Any, arguments: dict, vllm_config: Any, config: SparseConfig
         position=position,
         of=len(numbers),
     )
+
+
+def _takes_images(model: Any) -> bool:
+    """Whether an engine of ``model`` was left to take images or videos in its prompts."""
+    limits = model.multimodal_config
+    return limits is None or any(limits.get_limit_per_prompt(kind) for kind in ("image", "video"))
 
 
 def _is_absent(value: Any) -> bool:
