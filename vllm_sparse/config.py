@@ -345,12 +345,11 @@ class SparseConfig:
             )
 
     def check_drafts(self, query_tokens: int) -> None:
-        """Raise :class:`ConfigError` where rows of ``query_tokens``, all but one of them drafts, would not
-        attend to all of these."""
+        """Raise :class:`ConfigError` where rows of ``query_tokens`` would not attend to all of them."""
         if self.window_tokens < query_tokens > 1:
             raise ConfigError(
                 f"sparse.window_tokens: {self.window_tokens} tokens do not hold the {query_tokens - 1} drafts of "
-                f"a request and the token before them, which are always attended; allowed: {query_tokens} or more"
+                f"a request and the token before them; allowed: {query_tokens} or more"
             )
 
 

@@ -64,26 +64,16 @@ class AttentionKernel(ABC):
             exponents: uint8 [num_blocks, kv_heads, 2], where ``host`` is e4m3.
         """
 
-    def attend_drafts(
-        self,
-        q: torch.Tensor,
-        kv: torch.Tensor,
-        table: PageTable,
-        geometry: Geometry,
-        out: torch.Tensor,
-        host: torch.Tensor | None = None,
-        exponents: torch.Tensor | None = None,
-    ) -> None:
-        """Write the attention of the query tokens in ``table.queries``, drafts among them, to ``out``.
-
-        As :meth:`attend`, with ``q`` and ``out`` [num_tokens, q_heads, head_dim]. Reads rows that ``table.routes``
-        leaves to the block table. Unless a kernel does it in its own way, kernels of this project do.
-        """
-        kernels.for_device(q.device).sparse_decode(q, kv, table, geometry, out, host, exponents)
-
     def attend_rows(self, q: torch.Tensor, kv: torch.Tensor, table: PageTable, *others) -> None:
-        """Attend the rows of a decode step, with drafts or without; arguments as in :meth:`attend`."""
-        attend = self.attend if table.queries.starts is None else self.attend_drafts
+        """Attend the rows of a decode step; arguments as in :meth:`attend`.
+
+        Where requests have several query tokens, ``q`` and ``out`` are [num_tokens, q_heads, head_dim], those of
+        ``table.queries``, and kernels of this project attend. They also read rows that ``table.routes`` leaves to
+        the block table.
+        """
+        attend = self.attend
+        if table.queries.starts is not None:
+            attend = kernels.for_device(q.device).sparse_decode
         attend(q, kv, table, *others)
 
     def attend_blocks(
