@@ -46,7 +46,7 @@ SCORERS = {
 }  # fmt: skip
 
 
-@drafts
+@pytest.mark.parametrize("most", [4, 17])
 @pytest.mark.parametrize("shape", SHAPES[::2], ids=shape_id)
 @pytest.mark.parametrize("scorer", SCORERS)
 def test_pages_are_scored_by_the_mean_query(shape, most, scorer):

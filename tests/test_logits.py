@@ -49,8 +49,9 @@ def context(case: Case, request: int, head: int) -> tuple[torch.Tensor, torch.Te
 
 @shapes
 @kinds
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
-@pytest.mark.parametrize("splits", [1, 64], ids=["alone", "split"])
+@pytest.mark.parametrize(
+    ("dtype", "splits"), [(torch.float32, 1), (DTYPES[-1], 64)], ids=["float32_alone", "half_split"]
+)
 def test_decode(shape, kind, dtype, splits, monkeypatch):
     monkeypatch.setitem(launchers.sparse_decode.__globals__, "MAX_SPLITS", splits)
     monkeypatch.setitem(launchers.sparse_decode.__globals__["TUNING"], "block_tokens", 16)
