@@ -254,7 +254,7 @@ OPTIONS: tuple[Option, ...] = (
         lambda config: getattr(config.parallel_config, "enable_dbo", False)),
     Option("--speculative-config", "methods whose drafts come from layers: all but `ngram` and `suffix`",
         "layers of drafts write in steps of their own, which the host pool does not plan", "ngram, suffix",
-        lambda config: _drafting_layers(config), with_offload=True),
+        _drafting_layers, with_offload=True),
     Option("--kv-transfer-config", "any, in models with linear-attention, Mamba or convolution layers",
         "no KV connector was seen to copy blocks of several pages beside states", "none",
         lambda config: _is_hybrid(config) and config.kv_transfer_config is not None),
