@@ -44,6 +44,11 @@ WRONG = {
         {"decode_policy": "qest"},
         ["sparse.decode_policy", "'qest'", "Did you mean 'quest'?", "random"],
     ),
+    "unknown_preset": (
+        {"preset": "fats"},
+        ["sparse.preset", "'fats'", "Did you mean 'fast'?", "balanced", "quality"],
+    ),
+    "number_for_preset": ({"preset": 1}, ["sparse.preset", "1"]),
     "unknown_engine": (
         {"attention_kernel": "tritn"},
         ["sparse.attention_kernel", "'tritn'", "Did you mean 'triton'?", "xformers"],
@@ -71,6 +76,18 @@ def test_wrong_settings_are_refused(case):
         of_engine({"sparse": settings})
     for words in said:
         assert words in str(refusal.value)
+
+
+def test_presets():
+    """A preset is other settings in one word, and keys that are given win."""
+    policies = {
+        name: of_engine({"sparse": {"preset": name}}).decode_policy for name in ("balanced", "quality", "fast")
+    }
+    assert policies == {"balanced": "sketch", "quality": "sketch2", "fast": "midbound"}
+    assert of_engine({}) == of_engine({"sparse": {"preset": "balanced"}})
+    assert of_engine({"sparse": {"preset": "fast", "decode_policy": "quest"}}).decode_policy == "quest"
+    for config in (of_engine({"sparse": {"preset": "fast"}}), of_engine({"sparse": {"decode_policy": "oracle"}})):
+        assert SparseConfig.from_mapping(config.to_mapping(), "a worker") == config
 
 
 def test_smallest_budget():

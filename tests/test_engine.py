@@ -197,7 +197,7 @@ def test_min_context_tokens(tiny):
 
 @pytest.mark.parametrize("dense_layers", [0, 1, 2, 3, 9])
 def test_dense_layers(tiny, dense_layers):
-    with tiny.start(sparse={"dense_layers": dense_layers}) as llm:
+    with tiny.start(sparse={"preset": "fast", "dense_layers": dense_layers}) as llm:
         got = tokens(llm, MIXED)
         layers = [layer.impl for layer in attention_layers(llm).values()]
         rows = {impl.pages.cache_slots for impl in layers}

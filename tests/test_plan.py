@@ -95,10 +95,10 @@ def test_cache_of_fp8_by_hand(tmp_path, capsys):
         )
     )
     assert coded == twice and "hold K and V in fp8" in coded
-    # A token takes 131,072 bytes in 16 bits, and a page 17 slots of either size.
+    # A token takes 131,072 bytes in 16 bits, and a sketch one slot of 16 bits per channel or two of 8.
     assert tokens_of(wide, "stock") == 40 << 13 == tokens_of(coded, "stock") // 2
     assert tokens_of(wide, "sparse, resident") == (40 << 30) // (17 * 131072) * 16
-    assert tokens_of(coded, "sparse, resident") == (40 << 30) // (17 * 65536) * 16
+    assert tokens_of(coded, "sparse, resident") == (40 << 30) // (18 * 65536) * 16
     assert tokens_of(wide, "sparse, offload") == 64 << 13 == tokens_of(coded, "sparse, offload") // 2
 
 

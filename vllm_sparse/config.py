@@ -27,13 +27,14 @@ from vllm_sparse.offload.config import OffloadConfig
 from vllm_sparse.pages.head_patterns import HeadPattern, HeadPatterns
 from vllm_sparse.pages.layout import PAGE_SIZES
 from vllm_sparse.pages.selection import Selection
-from vllm_sparse.policies import DECODE_POLICIES, PREFILL_POLICIES, PrefillPolicy, PrefillSizes
+from vllm_sparse.policies import DECODE_POLICIES, PREFILL_POLICIES, PRESETS, PrefillPolicy, PrefillSizes
 from vllm_sparse.prefill import patterns
 from vllm_sparse.prefill.patterns import LEAST_TOP_P, PatternTable
 from vllm_sparse.user_text import nearest, parse_json, read_file, shown
 
 logger = logging.getLogger("vllm.vllm_sparse")
 
+DEFAULT_PRESET = "balanced"
 PATTERN_POLICY = "vertical_slash"
 """The prefill policy that reads ``head_patterns``."""
 DENSE_LAYERS = 2
@@ -50,8 +51,11 @@ MOST = 2**31 - 1
 class SparseConfig:
     """All that a user can choose. Token counts are per request and KV head."""
 
-    decode_policy: str = "midbound"
-    """Choice of the pages that a decode step attends to: a name of :mod:`vllm_sparse.policies`."""
+    preset: str = DEFAULT_PRESET
+    """Settings in one word: a name of :data:`vllm_sparse.policies.registry.PRESETS`. Keys that are given win."""
+    decode_policy: str | None = None
+    """Choice of the pages that a decode step attends to: a name of :mod:`vllm_sparse.policies`. None: the
+    preset's."""
     budget_tokens: int = 2048
     """Tokens attended in a decode step, sinks and window included; rounded down to whole pages."""
     head_budgets: str | BudgetTable = "none"
@@ -90,14 +94,15 @@ class SparseConfig:
     """Keep K and V in CPU memory, and on the GPU their summaries and a hot set; None: all on the GPU."""
 
     def __post_init__(self) -> None:
-        if self.dense_layers is None:
-            object.__setattr__(self, "dense_layers", DENSE_LAYERS if self.offload is None else 0)
+        _require_choice("preset", self.preset, PRESETS)
+        defaults = {"dense_layers": DENSE_LAYERS if self.offload is None else 0, **PRESETS[self.preset]}
+        for key, value in defaults.items():
+            if getattr(self, key) is None:
+                object.__setattr__(self, key, value)
         for field in fields(self):
-            value, default = getattr(self, field.name), field.default
             if field.name == "offload":
                 continue
-            if field.name == "dense_layers":
-                default = DENSE_LAYERS
+            value, default = getattr(self, field.name), defaults.get(field.name, field.default)
             expected = type(default)
             if isinstance(value, TABLES.get(field.name, ())):
                 continue

@@ -1,4 +1,4 @@
-"""Presets: the names of ``SparseConfig.decode_policy`` and ``SparseConfig.prefill_policy``."""
+"""The names of ``SparseConfig.decode_policy`` and ``SparseConfig.prefill_policy``, and presets of them."""
 
 from __future__ import annotations
 
@@ -38,6 +38,13 @@ POSITIONS: dict[str, positions.Sized] = {
     "bigbird": positions.bigbird,
 }
 """Prefill policies that never look at a key."""
+
+PRESETS: dict[str, dict[str, str]] = {
+    "balanced": {"decode_policy": "sketch"},
+    "quality": {"decode_policy": "sketch2"},
+    "fast": {"decode_policy": "midbound"},
+}
+"""Values of ``SparseConfig.preset``: what each of them sets, where nothing else does."""
 
 PREFILL_POLICIES: dict[str, Callable[[PrefillSizes, int, HeadPatterns], PrefillPolicy]] = {
     "vertical_slash": VerticalSlash,
