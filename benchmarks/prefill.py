@@ -5,7 +5,13 @@
 
 A spec ``1q32ks128k`` prefills the last 32K of 128K tokens, in chunks. Data is random, so the density
 follows from the sizes that ``--sparse`` gives, and the row says what it was. Checks results first, prints
-milliseconds of estimate, table building and attention, and appends JSON lines.
+milliseconds of estimate, choice, table building and attention, and appends JSON lines.
+
+Policies that rank pages for each block keep as many of the random ones as they are told, which takes as long as a
+share of the attention that was measured to need so many:
+
+    python -m benchmarks.prefill 1q32ks32k 1q128ks128k 1q32ks512k --kernels fa3 --density 0.15 \\
+        --sparse '{"prefill_policy": "sampled_queries"}'
 
 Short chunks of long contexts are what FlashAttention-3 splits; how much that gains, ``--parts-mib`` tells:
 
@@ -71,6 +77,7 @@ def main() -> None:
     parser.add_argument("specs", nargs="*", default=["1q8ks8k", "1q32ks32k", "1q128ks128k"])
     parser.add_argument("--chunk", type=int, default=8192, help="query tokens of a step")
     parser.add_argument("--sparse", default="{}", help="sparse settings as JSON, over vertical_slash")
+    parser.add_argument("--density", type=float, help="share of causal pairs to keep, of policies that rank pages")
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--group", type=int, default=4)
     parser.add_argument("--head-dim", type=int, default=128)
@@ -85,14 +92,14 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     fa3_attn.PARTS_BYTES = args.parts_mib << 20
-    print(f"{'batch':>14} {'kernel':>8} {'density':>8} {'estimate':>9} {'table':>8} {'attend':>9} {'all':>9} "
-          f"{'dense FA3':>10} {'ratio':>6}")  # fmt: skip
+    print(f"{'batch':>14} {'kernel':>8} {'density':>8} {'estimate':>9} {'choose':>8} {'table':>8} {'attend':>9} "
+          f"{'all':>9} {'dense FA3':>10} {'ratio':>6}")  # fmt: skip
     rows = []
     for spec in args.specs:
         for row in bench(spec, args):
             print(
                 f"{spec:>14} {row['kernel']:>8} {row['density']:8.3f} {row['estimate_ms']:9.3f} "
-                f"{row['table_ms']:8.3f} {row['attend_ms']:9.3f} {row['sparse_ms']:9.3f} "
+                f"{row['choose_ms']:8.3f} {row['table_ms']:8.3f} {row['attend_ms']:9.3f} {row['sparse_ms']:9.3f} "
                 f"{row['baseline_ms']:10.3f} {row['speedup']:5.2f}x",
                 flush=True,
             )
@@ -104,6 +111,8 @@ def bench(spec: str, args) -> list[dict]:
     request = parse(spec)[0]
     context, page, heads, dim = request.context_tokens, args.page_size, args.kv_heads, args.head_dim
     settings = {**DEFAULT, **json.loads(args.sparse)}
+    if args.density:
+        settings |= {"slash_tokens": 0, "vertical_tokens": kept_tokens(request, args.density)}
     config = SparseConfig.from_mapping(settings, "--sparse")
     q_heads, scale, device = heads * args.group, dim**-0.5, torch.device("cuda")
     pages, kv_dtype = -(-context // page), CACHES[args.kv_cache_dtype]
@@ -133,11 +142,12 @@ def bench(spec: str, args) -> list[dict]:
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()
         estimate = Timed(sparse.policy, "estimate")
+        choose = Timed(sparse.policy, "choose")
         attend = Timed(sparse.attention, "attend_blocks")
         buffers.counters.zero_()
         whole_ms = median_ms(run, 1)
         attended, causal = buffers.counters.tolist()
-        estimate_ms, attend_ms = estimate.take_ms() / 2, attend.take_ms() / 2
+        estimate_ms, choose_ms, attend_ms = (part.take_ms() / 2 for part in (estimate, choose, attend))
         found.append(
             results.environment()
             | {
@@ -146,7 +156,8 @@ def bench(spec: str, args) -> list[dict]:
                 "policy": config.prefill_policy, "sparse": settings, "mode": "resident", "tp": 1,
                 "kv_dtype": NAMES[kv_dtype], "baseline_kv_dtype": NAMES[kv_dtype],
                 "density": round(attended / causal, 4), "estimate_ms": round(estimate_ms, 4),
-                "table_ms": round(whole_ms - estimate_ms - attend_ms, 4), "attend_ms": round(attend_ms, 4),
+                "choose_ms": round(choose_ms, 4), "attend_ms": round(attend_ms, 4),
+                "table_ms": round(whole_ms - estimate_ms - choose_ms - attend_ms, 4),
                 "sparse_ms": round(sparse_ms, 4), "baseline_ms": round(dense_ms, 4),
                 "speedup": round(dense_ms / sparse_ms, 3),
                 "overhead": round((whole_ms - attend_ms) / attend_ms, 4),
@@ -156,6 +167,18 @@ def bench(spec: str, args) -> list[dict]:
             }
         )  # fmt: skip
     return found
+
+
+def kept_tokens(request, density: float) -> int:
+    """Tokens that every query must keep to attend to ``density`` of the pairs of a request's queries."""
+    end, first = request.context_tokens, request.context_tokens - request.query_tokens
+    pairs = density * (end * end - first * first) / 2
+    # Queries up to this position keep all before them.
+    for tokens in range(128, end, 128):
+        whole = max(0, tokens - first)
+        if whole * (first + min(tokens, end)) / 2 + (end - first - whole) * tokens >= pairs:
+            return tokens
+    return end
 
 
 def median_ms(run, repeats: int) -> float:

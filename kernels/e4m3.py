@@ -109,6 +109,13 @@ def scaled_queries(query):
     return (wide / power[:, None]).to(tl.float16), power
 
 
+@triton.jit
+def coded_queries(query):
+    """``query`` [rows, head_dim] in e4m3, and the powers of two [rows] that it was divided by."""
+    scaled, power = scaled_queries(query)
+    return (scaled.to(tl.float32) * 128).to(tl.float8e4nv), power / 128
+
+
 def elements_of(kv: torch.Tensor) -> torch.Tensor:
     """``kv`` as kernels take it that call :func:`stored`: codes as bytes where a GPU cannot convert them."""
     return bytes_of(kv) if kv.dtype is torch.float8_e4m3fn and not converts_e4m3(kv.device) else kv

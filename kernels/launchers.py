@@ -17,6 +17,7 @@ from vllm_sparse.kernels.probe_mass import probe_mass
 from vllm_sparse.kernels.range_score import range_score
 from vllm_sparse.kernels.read_pages import read_pages
 from vllm_sparse.kernels.recall_mass import recall_mass
+from vllm_sparse.kernels.sample_mass import sample_mass
 from vllm_sparse.kernels.select_bands import select_bands
 from vllm_sparse.kernels.select_pages import select_pages
 from vllm_sparse.kernels.select_row_pages import select_row_pages
@@ -46,6 +47,7 @@ __all__ = [
     "read_pages",
     "recall_mass",
     "recency_score",
+    "sample_mass",
     "select_bands",
     "select_pages",
     "select_row_pages",

@@ -54,15 +54,18 @@ def _fold_bands(
 
 
 @triton.jit
-def _threshold(row_ptr, count, wanted, top_p, BLOCK: tl.constexpr):
-    """The largest key such that the masses from it on are enough; keys order masses as integers."""
+def _threshold(row_ptr, count, wanted, top_p, beside, BLOCK: tl.constexpr):
+    """The largest key such that the masses from it on are enough; keys order masses as integers.
+
+    ``beside``: mass that counts and is held in any case.
+    """
     lanes = tl.arange(0, BLOCK)
     totals, highs = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.int32)
     for start in range(0, count, BLOCK):
         values = tl.load(row_ptr + start + lanes, mask=start + lanes < count, other=0.0)
         totals += values
         highs = tl.maximum(highs, values.to(tl.int32, bitcast=True))
-    enough = tl.where(top_p > 0, top_p * tl.sum(totals, axis=0), wanted)
+    enough = tl.where(top_p > 0, top_p * (tl.sum(totals, axis=0) + beside) - beside, wanted)
     low, high = 1, tl.maximum(tl.max(highs, axis=0), 1) + 1
     # Invariant: what lies at or above ``low`` is enough, at or above ``high`` it is not.
     while high - low > 1:
@@ -178,7 +181,7 @@ def _select_bands(
             sink_pages, top_p, BANDS, BAND_SHIFT,
         ) + diagonal * BAND_SHIFT  # fmt: skip
     elif (wanted > 0) & (everything == 0):
-        threshold = _threshold(row, num_pages, wanted, 0.0, BLOCK)
+        threshold = _threshold(row, num_pages, wanted, 0.0, 0.0, BLOCK)
         ties = wanted - _count_from(row, num_pages, threshold + 1, BLOCK)
     if diagonal == 1:
         recent_bands = tl.load(sizes_ptr + 2 * q_heads + head)

@@ -3,8 +3,8 @@
     mass[r, p] = exp(score[r, p] - max_p score[r, p]),    p before the page of the block's first query
     keep[r]    = the ``wanted`` largest, or (``top_p`` > 0) the fewest that hold that share of it
 
-A block's own pages are attended anyway. Of equal masses at the threshold a number takes the first, a
-share all.
+A block's own pages are attended anyway; with ``own_pages`` what they hold counts, as mass and as held. Of equal
+masses at the threshold a number takes the first, a share all.
 """
 
 from __future__ import annotations
@@ -23,20 +23,21 @@ BLOCK: tl.constexpr = tl.constexpr(1024)
 
 @triton.jit(
     do_not_specialize=[
-        "score_stride", "keep_stride", "first_position", "num_pages", "num_blocks", "wanted",
+        "score_stride", "keep_stride", "first_position", "end_position", "num_pages", "num_blocks", "wanted",
         "top_p",
     ]
 )  # fmt: skip
 def _select_row_pages(
-    scores_ptr, keep_ptr, heads_ptr, score_stride, keep_stride, first_position, num_pages, num_blocks, wanted,
-    top_p,
-    PAGE: tl.constexpr,
+    scores_ptr, keep_ptr, heads_ptr, score_stride, keep_stride, first_position, end_position, num_pages,
+    num_blocks, wanted, top_p,
+    PAGE: tl.constexpr, OWN_PAGES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     asked = 1 if heads_ptr is None else tl.load(heads_ptr + row // num_blocks)
     if asked == 0:
         return
-    count = (first_position + row % num_blocks * BLOCK_TOKENS) // PAGE
+    start = first_position + row % num_blocks * BLOCK_TOKENS
+    count = start // PAGE
     score_row = scores_ptr + row.to(tl.int64) * score_stride
     lanes = tl.arange(0, BLOCK)
     tops = tl.full([BLOCK], float("-inf"), tl.float32)
@@ -48,11 +49,16 @@ def _select_row_pages(
         live = first + lanes < count
         values = tl.load(score_row + first + lanes, mask=live, other=float("-inf"))
         tl.store(score_row + first + lanes, tl.exp(values - top), mask=live)
+    beside = 0.0
+    if OWN_PAGES:
+        own = count + lanes
+        live = own * PAGE < tl.minimum(start + BLOCK_TOKENS, end_position)
+        beside = tl.sum(tl.exp(tl.load(score_row + own, mask=live, other=float("-inf")) - top), axis=0)
     # Another thread reads what this one wrote.
     tl.debug_barrier()
     threshold, ties, tied = 0, count, 0
     if ((wanted > 0) & (wanted < count)) | (top_p > 0):
-        threshold = _threshold(score_row, count, wanted, top_p, BLOCK)
+        threshold = _threshold(score_row, count, wanted, top_p, beside, BLOCK)
         if top_p == 0:
             ties = wanted - _count_from(score_row, count, threshold + 1, BLOCK)
     for first in range(0, num_pages, BLOCK):
@@ -70,6 +76,7 @@ def select_row_pages(
     top_p: float,
     keep: torch.Tensor,
     heads: torch.Tensor | None = None,
+    own_pages: bool = False,
 ) -> None:
     """Choose pages of query blocks by their scores.
 
@@ -81,6 +88,7 @@ def select_row_pages(
         top_p: share of a row's mass that its pages must hold; all from 1 on.
         keep: uint8 [q_heads * num_blocks, num_pages], overwritten.
         heads: uint8 [q_heads], above 0: heads to choose for; other rows are neither read nor written. None: all.
+        own_pages: whether scores of a block's own pages are masses of them, which count in ``top_p``.
     """
     rows, num_pages = scores.shape
     assert keep.shape == scores.shape and rows % blocks.num_blocks == 0
@@ -89,7 +97,7 @@ def select_row_pages(
     if top_p >= 1:
         wanted_pages, top_p = num_pages, 0.0
     _select_row_pages[(rows,)](
-        scores, keep, heads, scores.stride(0), keep.stride(0), blocks.first_position, num_pages,
-        blocks.num_blocks, wanted_pages, float(top_p),
-        PAGE=page_size, num_warps=4,
+        scores, keep, heads, scores.stride(0), keep.stride(0), blocks.first_position, blocks.end_position,
+        num_pages, blocks.num_blocks, wanted_pages, float(top_p),
+        PAGE=page_size, OWN_PAGES=own_pages, num_warps=4,
     )  # fmt: skip

@@ -153,6 +153,7 @@ def compile_codes(capability: int) -> None:
     launchers.probe_mass(*pages, buffers.probe_lse, room, mass)
     launchers.pooled_score(*pages, buffers.pooled, buffers.scores(chunk.blocks))
     launchers.antidiagonal_score(*pages, buffers.scores(chunk.blocks))
+    launchers.sample_mass(*pages, room, buffers.scores(chunk.blocks))
     launchers.sparse_prefill(chunk.q, chunk.kv, buffers.table(chunk.blocks), chunk.geometry, chunk.q)
 
 
@@ -241,6 +242,9 @@ def compile_prefill(layer: Layer, case) -> None:
             case.q, case.kv, case.block_table, blocks, case.geometry, buffers.pooled, scores, heads
         )
         launchers.select_row_pages(scores, blocks, page_size, 2, 0.0, keep, heads)
+    room = torch.empty(1 << 20, dtype=case.kv.dtype)
+    launchers.sample_mass(case.q, case.kv, case.block_table, blocks, case.geometry, room, scores)
+    launchers.select_row_pages(scores, blocks, page_size, 2, 0.9, keep, own_pages=True)
     for num_blocks in layer.blocks:
         chunk = make_chunk(
             0, 128 * num_blocks, layer.kv_heads, layer.group, layer.head_dim, page_size, layer.dtype

@@ -16,7 +16,7 @@ from vllm_sparse.policies import PREFILL_POLICIES
 from vllm_sparse.prefill.attend import SparsePrefill, plan_chunks
 
 CHOOSING = [name for name in PREFILL_POLICIES if name != "dense"]
-ESTIMATING = ["vertical_slash", "block_sparse", "xattention", "flex_prefill"]
+ESTIMATING = ["vertical_slash", "block_sparse", "xattention", "flex_prefill", "sampled_queries"]
 FIXED = {name: {"slash_tokens": 800} if name == "strided" else {} for name in CHOOSING if name not in ESTIMATING}
 """Policies by position alone, and sizes at which chunks of a few blocks leave pages out."""
 policies = pytest.mark.parametrize("policy", CHOOSING)

@@ -23,6 +23,7 @@ from vllm_sparse.kernels.reference.probe_mass import probe_mass
 from vllm_sparse.kernels.reference.range_score import range_score
 from vllm_sparse.kernels.reference.read_pages import read_pages
 from vllm_sparse.kernels.reference.recall_mass import recall_mass
+from vllm_sparse.kernels.reference.sample_mass import sample_mass
 from vllm_sparse.kernels.reference.select_bands import select_bands
 from vllm_sparse.kernels.reference.select_pages import select_pages
 from vllm_sparse.kernels.reference.select_row_pages import select_row_pages
@@ -55,6 +56,7 @@ __all__ = [
     "read_pages",
     "recall_mass",
     "recency_score",
+    "sample_mass",
     "select_bands",
     "select_pages",
     "select_row_pages",

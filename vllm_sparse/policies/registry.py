@@ -13,6 +13,7 @@ from vllm_sparse.policies.block_scores import BlockSparse, XAttention
 from vllm_sparse.policies.flex_prefill import FlexPrefill
 from vllm_sparse.policies.key_range import KeyRange
 from vllm_sparse.policies.positions import ByPosition
+from vllm_sparse.policies.sampled_queries import SampledQueries
 from vllm_sparse.policies.sketch import Sketch
 from vllm_sparse.policies.vertical_slash import VerticalSlash
 
@@ -51,6 +52,7 @@ PREFILL_POLICIES: dict[str, Callable[[PrefillSizes, int, HeadPatterns], PrefillP
     "block_sparse": BlockSparse,
     "xattention": XAttention,
     "flex_prefill": FlexPrefill,
+    "sampled_queries": SampledQueries,
     **{name: partial(ByPosition, pattern) for name, pattern in POSITIONS.items()},
     "dense": DensePrefill,
 }

@@ -1,0 +1,204 @@
+"""sample_mass: where a sample of a block's queries puts its attention, by the largest logit of each 16 keys.
+
+    top[h, t, s]   = scale * max_{j in s} q[h, t] . K[j],    j <= t
+    score[h, b, p] = log sum_{t in b} sum_{s in p} softmax_s(top[h, t, s])
+
+over stretches s of 16 keys, and the last of every 4 queries t. A sample of a quarter costs an eighth of
+attention's products; what a softmax over keys costs beside its products, exponentials above all, would double
+that. The largest logit of a stretch stands for its sum: it was measured to find pages as well (docs/prefill.md).
+
+Two kernels. The first one only multiplies and compares: nothing is added up over keys, so programs share a
+context as they like. Query heads that share keys, or blocks that follow each other, fill its rows together. The
+second takes the softmax of what it left, 16 bits for each asked query and stretch.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_sparse.kernels.constants import BLOCK_TOKENS, PRECISION, SAMPLE_EVERY, SAMPLE_ROWS, STRETCH, STRETCHES
+from vllm_sparse.kernels.e4m3 import coded_queries, elements_of, scaled_queries, stored
+from vllm_sparse.kernels.launch import num_multiprocessors
+from vllm_sparse.pages.geometry import Geometry
+from vllm_sparse.pages.query_blocks import QueryBlocks
+from vllm_sparse.pages.sample import sample_logits
+
+LOG2_E = 1.4426950408889634
+LARGEST: tl.constexpr = tl.constexpr(60000.0)
+"""Logits end here, inside float16."""
+TUNING = {"rows": 128, "query_bytes": 65536, "tile_bytes": 16384, "num_warps": 8, "num_stages": 3, "waves": 4}
+"""``rows``: asked queries of a program; ``waves``: programs for each multiprocessor, if tiles are enough."""
+FOLD_STRETCHES = 128
+"""Stretches that the second kernel takes at a time."""
+
+
+@triton.jit
+def _store_tops(
+    begin, end, query, scales, positions, live, kv_head_ptr, block_table_ptr, row_tops_ptr, end_position,
+    kv_stride_b, kv_stride_slot,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """Store the tops of tiles begin..end, to base 2; ``row_tops_ptr`` [rows]: where those of tile 0 lie."""
+    COLUMNS: tl.constexpr = BLOCK_N // STRETCH
+    dims, lane, column = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N), tl.arange(0, COLUMNS)
+    place = column // STRETCHES * (SAMPLE_ROWS * STRETCHES) + column % STRETCHES
+    for tile in range(begin, end):
+        tokens = tile * BLOCK_N + lane
+        known = tokens < end_position
+        block = tl.load(block_table_ptr + tokens // PAGE, mask=known, other=0).to(tl.int64)
+        keys = kv_head_ptr + block * kv_stride_b + (tokens % PAGE) * kv_stride_slot
+        k = tl.load(keys[None, :] + dims[:, None], mask=known[None, :] & (dims < HEAD_DIM)[:, None], other=0.0)
+        logits = tl.dot(query, stored(k, query.dtype), input_precision=PRECISION)
+        if MASKED:
+            logits = tl.where(tokens[None, :] <= positions[:, None], logits, float("-inf"))
+        tops = tl.max(tl.reshape(logits, [query.shape[0], COLUMNS, STRETCH]), axis=2) * scales[:, None]
+        seen = tops > float("-inf")
+        tops = tl.where(seen, tl.minimum(tl.maximum(tops, -LARGEST), LARGEST), tops)
+        target = row_tops_ptr[:, None] + tile * (COLUMNS * SAMPLE_ROWS) + place[None, :]
+        tl.store(target, tops.to(tl.float16), mask=live[:, None])
+
+
+@triton.jit(
+    do_not_specialize=["first_position", "num_tokens", "first_head", "first_block", "num_blocks", "splits"]
+)
+def _sample_tops(
+    q_ptr, kv_ptr, block_table_ptr, tops_ptr, q_stride_t, q_stride_h, kv_stride_b, kv_stride_h, kv_stride_slot,
+    tops_stride, scale_log2, first_position, num_tokens, first_head, first_block, num_blocks, splits,
+    GROUP: tl.constexpr, HEADS: tl.constexpr, BLOCKS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, CODES: tl.constexpr,
+):  # fmt: skip
+    # The longest rows, those of the last blocks, first.
+    bundle, blocks, split = tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1), tl.program_id(2)
+    line = tl.arange(0, HEADS * BLOCKS * SAMPLE_ROWS)
+    of_head, of_block = line // (BLOCKS * SAMPLE_ROWS), blocks * BLOCKS + line // SAMPLE_ROWS % BLOCKS
+    in_chunk = (first_block + of_block) * BLOCK_TOKENS + line % SAMPLE_ROWS * SAMPLE_EVERY + SAMPLE_EVERY
+    in_chunk = tl.minimum(in_chunk, num_tokens) - 1
+    positions = first_position + in_chunk
+    head, dims = first_head + bundle * HEADS, tl.arange(0, BLOCK_D)
+    rows = q_ptr + in_chunk.to(tl.int64) * q_stride_t + (head + of_head) * q_stride_h
+    query = tl.load(rows[:, None] + dims[None, :], mask=(dims < HEAD_DIM)[None, :], other=0.0)
+    scales = tl.full([HEADS * BLOCKS * SAMPLE_ROWS], 1.0, tl.float32) * scale_log2
+    if kv_ptr.dtype.element_ty == tl.float8e4nv:
+        query, power = coded_queries(query)
+        scales *= power
+    elif CODES and query.dtype == tl.bfloat16:
+        query, power = scaled_queries(query)
+        scales *= power
+    start = first_position + (first_block + blocks * BLOCKS) * BLOCK_TOKENS
+    end_position = tl.minimum(start + BLOCKS * BLOCK_TOKENS, first_position + num_tokens)
+    tiles = (end_position + BLOCK_N - 1) // BLOCK_N
+    per_split = (tiles + splits - 1) // splits
+    begin, end = split * per_split, tl.minimum((split + 1) * per_split, tiles)
+    # Tiles up to here hold no key that a query of the program does not see.
+    common = tl.minimum(tl.maximum(start // BLOCK_N, begin), end)
+    keys = kv_ptr + (head // GROUP).to(tl.int64) * kv_stride_h
+    row_tops = tops_ptr + ((bundle * HEADS + of_head) * num_blocks + of_block).to(tl.int64) * tops_stride
+    row_tops += line % SAMPLE_ROWS * STRETCHES
+    _store_tops(begin, common, query, scales, positions, of_block < num_blocks, keys, block_table_ptr, row_tops,
+                end_position, kv_stride_b, kv_stride_slot, HEAD_DIM, BLOCK_D, PAGE, BLOCK_N, False)  # fmt: skip
+    _store_tops(common, end, query, scales, positions, of_block < num_blocks, keys, block_table_ptr, row_tops,
+                end_position, kv_stride_b, kv_stride_slot, HEAD_DIM, BLOCK_D, PAGE, BLOCK_N, True)  # fmt: skip
+
+
+@triton.jit
+def _tops_of(tops_ptr, stretches, count, row, live):
+    """What asked queries ``row`` have of ``stretches``, float32 [rows, stretches], -inf where nothing is seen."""
+    place = stretches // STRETCHES * (SAMPLE_ROWS * STRETCHES) + stretches % STRETCHES
+    mask = live[:, None] & (stretches < count)[None, :]
+    tops = tl.load(tops_ptr + row[:, None] * STRETCHES + place[None, :], mask=mask, other=float("-inf"))
+    return tops.to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["score_stride", "first_position", "num_tokens", "first_head", "first_block",
+                               "num_blocks", "chunk_blocks"])  # fmt: skip
+def _fold_tops(
+    tops_ptr, scores_ptr, tops_stride, score_stride, first_position, num_tokens, first_head, first_block,
+    num_blocks, chunk_blocks,
+    PAGE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    A_PAGE: tl.constexpr = PAGE // STRETCH
+    PAGES: tl.constexpr = BLOCK // A_PAGE
+    pair = tl.program_id(0)
+    head, block = first_head + pair // num_blocks, first_block + pair % num_blocks
+    queries = tl.minimum(num_tokens - block * BLOCK_TOKENS, BLOCK_TOKENS)
+    end_position = first_position + block * BLOCK_TOKENS + queries
+    count, num_pages = (end_position + STRETCH - 1) // STRETCH, (end_position + PAGE - 1) // PAGE
+    row, stretch = tl.arange(0, SAMPLE_ROWS), tl.arange(0, BLOCK)
+    live = row * SAMPLE_EVERY < queries
+    tops_row = tops_ptr + pair.to(tl.int64) * tops_stride
+    # Queries that are not there weigh nothing.
+    top = tl.where(live, float("-inf"), 0.0)
+    total = tl.where(live, 0.0, 1.0)
+    for first in range(0, count, BLOCK):
+        tops = _tops_of(tops_row, first + stretch, count, row, live)
+        new_top = tl.maximum(top, tl.max(tops, axis=1))
+        total = total * tl.exp2(top - new_top) + tl.sum(tl.exp2(tops - new_top[:, None]), axis=1)
+        top = new_top
+    lse = top + tl.log2(total)
+    score_row = scores_ptr + (head * chunk_blocks + block).to(tl.int64) * score_stride
+    for first in range(0, count, BLOCK):
+        tops = _tops_of(tops_row, first + stretch, count, row, live)
+        mass = tl.sum(tl.exp2(tops - lse[:, None]), axis=0)
+        mass = tl.sum(tl.reshape(mass, [PAGES, A_PAGE]), axis=1)
+        pages = first // A_PAGE + tl.arange(0, PAGES)
+        tl.store(score_row + pages, tl.log(tl.maximum(mass, 1e-30)), mask=pages < num_pages)
+
+
+def sample_mass(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    block_table: torch.Tensor,
+    blocks: QueryBlocks,
+    geometry: Geometry,
+    tops: torch.Tensor,
+    scores: torch.Tensor,
+) -> None:
+    """Score pages for query blocks, in units of log-mass.
+
+    Args:
+        q: [num_tokens, q_heads, head_dim], the queries of ``blocks``.
+        kv: [num_blocks, kv_heads, rows, 2 * head_dim].
+        block_table: int32 [max_pages] of the request.
+        blocks: the query blocks.
+        geometry: of the layer.
+        tops: contiguous, of any dtype, overwritten: ``PrefillBuffers.scratch``, as many heads and blocks at
+            once as it holds; four (head, block) at least.
+        scores: float32 [q_heads * num_blocks, num_pages], overwritten up to the page of each block's last query.
+    """
+    page_size, num_tokens, q_heads, head_dim = geometry.page_size, *q.shape
+    assert scores.shape == (q_heads * blocks.num_blocks, blocks.num_pages(page_size))
+    assert q.stride(2) == kv.stride(3) == scores.stride(1) == block_table.stride(0) == 1
+    group, block_d, kv = q_heads // kv.shape[1], triton.next_power_of_2(head_dim), elements_of(kv)
+    # A bundle is heads of one group, so a power of two that divides it; blocks fill the rest of the rows.
+    rows = max(1, min(TUNING["rows"], TUNING["query_bytes"] // (block_d * q.element_size())) // SAMPLE_ROWS.value)
+    heads = min(rows, group & -group)
+    of_blocks = rows // heads
+    block_n = max(64, min(128, TUNING["tile_bytes"] // (block_d * kv.element_size())))
+    room, stride = tops.view(-1).view(torch.float16), sample_logits(blocks.end_position + 64)
+    pairs = len(room) // stride
+    blocks_at_once = min(blocks.num_blocks, max(of_blocks, pairs // q_heads // of_blocks * of_blocks))
+    heads_at_once = min(q_heads, pairs // blocks_at_once // heads * heads)
+    assert heads_at_once > 0, f"{len(room)} logits hold no {heads} heads and {blocks_at_once} blocks of {stride}"
+    for first_block in range(0, blocks.num_blocks, blocks_at_once):
+        num_blocks = min(blocks_at_once, blocks.num_blocks - first_block)
+        tiles = triton.cdiv(blocks.first_position + (first_block + num_blocks) * BLOCK_TOKENS.value, block_n)
+        for first_head in range(0, q_heads, heads_at_once):
+            num_heads = min(heads_at_once, q_heads - first_head)
+            grid = num_heads // heads, triton.cdiv(num_blocks, of_blocks)
+            wanted = triton.cdiv(TUNING["waves"] * num_multiprocessors(q.device), grid[0] * grid[1])
+            splits = max(1, min(wanted, tiles // 8))
+            _sample_tops[(*grid, splits)](
+                q, kv, block_table, room, q.stride(0), q.stride(1), kv.stride(0), kv.stride(1), kv.stride(2),
+                stride, geometry.scale * LOG2_E, blocks.first_position, num_tokens, first_head, first_block,
+                num_blocks, splits,
+                GROUP=group, HEADS=heads, BLOCKS=of_blocks, HEAD_DIM=head_dim, BLOCK_D=block_d, PAGE=page_size,
+                BLOCK_N=block_n, CODES=kv.element_size() == 1, num_warps=TUNING["num_warps"],
+                num_stages=TUNING["num_stages"],
+            )  # fmt: skip
+            _fold_tops[(num_heads * num_blocks,)](
+                room, scores, stride, scores.stride(0), blocks.first_position, num_tokens, first_head, first_block,
+                num_blocks, blocks.num_blocks, PAGE=page_size, BLOCK=FOLD_STRETCHES, num_warps=4,
+            )  # fmt: skip

@@ -1,0 +1,19 @@
+"""The sample of a block's queries that is asked which pages matter, and the stretches of keys that it looks at."""
+
+from __future__ import annotations
+
+from vllm_sparse.pages.query_blocks import BLOCK_TOKENS
+
+SAMPLE_EVERY = 4
+"""Of so many queries in turn the last one is asked."""
+SAMPLE_ROWS = BLOCK_TOKENS // SAMPLE_EVERY
+"""Asked queries of a block."""
+STRETCH_TOKENS = 16
+"""Keys of which an asked query's largest logit is taken: the smallest page, or a part of a larger one."""
+STRETCHES = 4
+"""Stretches whose logits lie together in memory."""
+
+
+def sample_logits(context_tokens: int) -> int:
+    """Logits of one query head and block over a context: one for each asked query and stretch."""
+    return SAMPLE_ROWS * STRETCHES * -(-context_tokens // (STRETCHES * STRETCH_TOKENS))
