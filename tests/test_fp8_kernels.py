@@ -213,7 +213,7 @@ def test_estimates_of_prefill(dtype):
     case = make_chunk(200, 150, 2, 3, 64, 16, dtype, kv_dtype=E4M3, kv_scales=SCALES)
     pages = (case.q, case.kv, case.block_table, case.blocks, case.geometry)
     seen = (200 + BLOCK_TOKENS - 1) // 16 + 1  # pages that the first block may attend to
-    found: dict[str, list] = {"probe_mass": [], "pooled_score": [], "antidiagonal_score": []}
+    found: dict[str, list] = {"probe_mass": [], "pooled_score": [], "antidiagonal_score": [], "sample_mass": []}
     for run in (launchers, reference):
         mass, scores = case.buffers.probe_masses(case.blocks), case.buffers.scores(case.blocks)
         run.probe_mass(*pages, case.buffers.probe_lse, torch.empty(1 << 20, dtype=dtype, device=DEVICE), mass)
@@ -222,6 +222,8 @@ def test_estimates_of_prefill(dtype):
         found["pooled_score"].append(scores.clone())
         run.antidiagonal_score(*pages, scores)
         found["antidiagonal_score"].append(scores.view(case.q_heads, 2, -1)[:, 0, :seen].exp())
+        run.sample_mass(*pages, case.buffers.scratch, scores)
+        found["sample_mass"].append(scores.view(case.q_heads, 2, -1)[:, 1].exp())
     for name, both in found.items():
         assert error(*both) < 3 * TOLERANCE[dtype], name
 

@@ -26,6 +26,7 @@ from vllm_sparse.pages.page_table import PageTable
 from vllm_sparse.pages.position_pattern import PositionPattern
 from vllm_sparse.pages.probe import probe_groups, probe_page, probe_parts, probe_queries, probe_start
 from vllm_sparse.pages.query_blocks import BLOCK_TOKENS, QueryBlocks
+from vllm_sparse.pages.sample import sample_logits
 from vllm_sparse.pages.selection import Selection
 
 pytest.importorskip("triton")
@@ -479,6 +480,75 @@ def test_antidiagonal_score_samples_the_attention_of_a_block(run):
     row, column = torch.arange(8, device=DEVICE)[:, None], torch.arange(10, device=DEVICE)
     weights = logits.masked_fill(column > row + 2, float("-inf")).softmax(-1)
     assert error(score(run, case, "antidiagonal_score").exp()[0, :2], weights.sum(0)[:2]) < 1e-4
+
+
+def sampled(run, case) -> torch.Tensor:
+    """float64 [q_heads, num_blocks, num_pages] of masses, -1 where nothing was written."""
+    scores = torch.full(random_keep(case).shape, float("nan"), dtype=torch.float32, device=DEVICE)
+    poison(case.buffers)
+    run.sample_mass(case.q, case.kv, case.block_table, case.blocks, case.geometry, case.buffers.scratch, scores)
+    return scores.double().exp().nan_to_num(-1).view(case.q_heads, case.blocks.num_blocks, -1)
+
+
+@pytest.mark.parametrize("chunk", [(300, 129), (637, 700), (0, 1), (90, 77)], ids=str)
+@shapes
+def test_sample_mass_matches_reference(shape, chunk, monkeypatch):
+    case = make_chunk(*chunk, *shape)
+    expected = sampled(reference, case)
+    assert error(sampled(launchers, case), expected) < 4e-3, "logits are kept in 16 bits"
+    # As little memory as the buffers of the longest context have: few heads and blocks at a time.
+    case.buffers.scratch = case.buffers.scratch.flatten()[: 4 * sample_logits(case.blocks.end_position + 64)]
+    case.buffers.scratch = case.buffers.scratch.to(torch.float16)
+    assert error(sampled(launchers, case), expected) < 4e-3
+
+
+@dtypes
+def test_sample_mass_matches_reference_in_other_dtypes(dtype):
+    case = make_chunk(300, 211, 2, 3, 64, 16, dtype=dtype, layers=2, later_tokens=50)
+    assert error(sampled(launchers, case), sampled(reference, case)) < TOLERANCE[dtype] + 4e-3
+
+
+@BOTH
+@pytest.mark.parametrize("chunk", [(200, 131), (0, 258)], ids=str)
+def test_sample_mass_asks_the_last_of_four_for_the_largest_of_sixteen(run, chunk):
+    case = make_chunk(*chunk, 1, 2, 32, 32)
+    keys, _ = keys_and_values(case)
+    logits = case.q.double().transpose(0, 1) @ keys.transpose(1, 2) * case.scale
+    logits.masked_fill_(~causal_mask(case), float("-inf"))
+    logits = torch.nn.functional.pad(logits, (0, -logits.shape[2] % 32), value=float("-inf"))
+    shares = logits.unflatten(2, (-1, 16)).amax(3).softmax(2).unflatten(2, (-1, 2)).sum(3)
+    masses = sampled(run, case)
+    for block, part in enumerate(case.blocks.split(1)):
+        start, count = block * BLOCK_TOKENS, part.num_pages(32)
+        asked = [*range(start + 3, start + part.num_tokens, 4)]
+        if part.num_tokens % 4:
+            asked.append(start + part.num_tokens - 1)
+        assert error(masses[:, block, :count], shares[:, asked, :count].sum(1)) < 4e-3
+        assert (masses[:, block, count:] == -1).all()
+
+
+def test_sample_mass_of_logits_past_16_bits():
+    case = make_chunk(300, 129, 1, 2, 32, 16)
+    case.q *= 1e5
+    masses = sampled(launchers, case)
+    assert torch.isfinite(masses).all() and (masses[:, 1].sum(-1) - 1).abs().max() < 1e-3
+
+
+@BOTH
+@pytest.mark.parametrize("chunk", [(333, 130), (0, 140)], ids=str)
+def test_own_pages_count_in_what_a_row_holds(run, chunk):
+    case = make_chunk(*chunk, 1, 2, 32, 16)
+    mass = torch.rand(random_keep(case).shape, device=DEVICE) ** 4 + 1e-3
+    keep = torch.full_like(random_keep(case), 77)
+    run.select_row_pages(mass.log(), case.blocks, 16, 0, 0.8, keep, own_pages=True)
+    for row, part in enumerate([*case.blocks.split(1)] * 2):
+        before, count = part.first_position // 16, part.num_pages(16)
+        kept = keep[row].bool()
+        kept[before:count] = True
+        held, total = mass[row][kept].sum(), mass[row, :count].sum()
+        least = mass[row, :before][kept[:before]].min() if kept[:before].any() else 0
+        assert held >= 0.8 * total - 1e-4
+        assert kept[:before].sum() <= 1 or held - least < 0.8 * total + 1e-4, "one page less would do"
 
 
 @pytest.mark.parametrize("sizes", [(3, 0.0), (0, 0.0), (ALL, 0.0), (1, 0.6), (1, 1)], ids=str)
