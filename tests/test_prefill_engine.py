@@ -8,6 +8,7 @@ from tiny_engine import cached_tokens, outputs, preemptions, prompts, tokens
 from vllm_sparse import metrics
 from vllm_sparse.policies import PREFILL_POLICIES
 from vllm_sparse.prefill import attend as prefill
+from vllm_sparse.prefill import gate
 
 pytestmark = pytest.mark.engine
 
@@ -38,6 +39,7 @@ def chunks(monkeypatch):
         attend(self, q, kv, block_table, chunk, out)
 
     monkeypatch.setattr(prefill, "MIN_CHUNK_TOKENS", 1)
+    monkeypatch.setattr(gate, "LEAST_PRODUCTS", 0)
     monkeypatch.setattr(prefill.SparsePrefill, "attend", spy)
     # An estimate looks at 64 positions of context.
     monkeypatch.setitem(EVERYTHING, "min_prefill_tokens", 64)

@@ -12,10 +12,13 @@ from vllm_sparse.attention.torch_attn import TorchAttention
 from vllm_sparse.config import SparseConfig
 from vllm_sparse.pages.head_patterns import HeadPatterns
 from vllm_sparse.pages.query_blocks import QueryBlocks
+from vllm_sparse.pages.sample import sample_logits
 from vllm_sparse.policies import PREFILL_POLICIES
+from vllm_sparse.prefill import gate as chunk_gate
 from vllm_sparse.prefill.attend import SparsePrefill, plan_chunks
+from vllm_sparse.prefill.gate import ChunkGate
 
-CHOOSING = [name for name in PREFILL_POLICIES if name != "dense"]
+CHOOSING = [name for name in PREFILL_POLICIES if name not in ("auto", "dense")]
 ESTIMATING = ["vertical_slash", "block_sparse", "xattention", "flex_prefill", "sampled_queries"]
 FIXED = {name: {"slash_tokens": 800} if name == "strided" else {} for name in CHOOSING if name not in ESTIMATING}
 """Policies by position alone, and sizes at which chunks of a few blocks leave pages out."""
@@ -285,6 +288,35 @@ def test_sparse_chunks_are_long():
     assert [chunk.request for chunk in plan_chunks(starts, lens, 400, 2)] == [2, 5]
 
 
+def test_gate_admits_chunks_by_their_length_and_the_density_of_those_before(monkeypatch):
+    case = make_chunk(300, 200, 1, 2, 32, 16)
+    counters, chunk = case.buffers.counters.zero_(), case.blocks
+    assert chunk.pairs == causal_mask(case).sum()
+    gate = ChunkGate(case.buffers)
+    assert gate.admits([chunk]) == [], "a tiny chunk costs its launches"
+    monkeypatch.setattr(chunk_gate, "LEAST_PRODUCTS", 2 * 32 * chunk.pairs - 1)
+    less = QueryBlocks(1, 0, 199, 300)
+    assert gate.admits([less, chunk]) == [chunk]
+    counters += torch.tensor([59, 100], device=DEVICE)
+    synchronize()
+    assert gate.admits([chunk]) == [chunk], "nothing was dense"
+    counters += torch.tensor([61, 100], device=DEVICE)
+    synchronize()
+    assert gate.admits([chunk]) == [chunk], "what was read is of the step before"
+    synchronize()
+    rests = [gate.admits([chunk]) == [] for _ in range(chunk_gate.REST_STEPS + 1)]
+    assert rests == [True] * chunk_gate.REST_STEPS + [False], "and then it looks again"
+    counters.zero_()  # as metrics do between runs
+    for _ in range(3):
+        synchronize()
+        assert gate.admits([chunk]) == [chunk]
+
+
+def synchronize() -> None:
+    if ON_GPU:
+        torch.cuda.synchronize()
+
+
 def test_buffers_stay_within_256_mib():
     """Buffers stay within 256 MiB at any context."""
     from vllm_sparse.prefill.buffers import PrefillBuffers
@@ -298,4 +330,5 @@ def test_buffers_stay_within_256_mib():
             chunk = QueryBlocks(0, 0, 8192, context - 8192)
             part = next(chunk.split(buffers.blocks_at_once(chunk)))
             assert buffers.table(part).head_pages.shape == buffers.keep_mask(part).shape
+            assert buffers.scratch.numel() >= 4 * sample_logits(context + 64), "no room for a program's logits"
             assert buffers.probe_masses(chunk).numel() > 0

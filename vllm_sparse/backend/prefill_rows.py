@@ -15,13 +15,16 @@ from vllm_sparse.config import SparseConfig
 from vllm_sparse.offload.contexts import ContextRun
 from vllm_sparse.pages.query_blocks import QueryBlocks
 from vllm_sparse.prefill.attend import SparsePrefill, plan_chunks
+from vllm_sparse.prefill.gate import AUTO, ChunkGate
 
 MOST_TABLE_ENTRIES = 1 << 20
 """Requests times pages of the longest, of those that a dense run takes together: its block table has 4 MiB."""
 
 
-def sparse_chunks(common, num_decodes: int, config: SparseConfig) -> list[QueryBlocks]:
+def sparse_chunks(common, num_decodes: int, config: SparseConfig, gate: ChunkGate | None) -> list[QueryBlocks]:
     """Chunks of vLLM's common metadata that choose pages; none in dummy runs, which carry no lengths.
+
+    ``gate``: of the workspace, which has one wherever some prefill is sparse.
 
     vLLM's bound on a length is the length itself for all rows but drafts to verify, which are too
     short for a chunk.
@@ -30,7 +33,8 @@ def sparse_chunks(common, num_decodes: int, config: SparseConfig) -> list[QueryB
     if config.prefill_policy == "dense" or lens is None:
         return []
     starts = common.query_start_loc_cpu.tolist()
-    return plan_chunks(starts, lens[: common.num_reqs].tolist(), config.min_prefill_tokens, num_decodes)
+    chunks = plan_chunks(starts, lens[: common.num_reqs].tolist(), config.min_prefill_tokens, num_decodes)
+    return gate.admits(chunks) if config.prefill_policy == AUTO else chunks
 
 
 def dense_rows(prefills, chunks: list[QueryBlocks], num_decodes: int):
@@ -68,6 +72,7 @@ def context_runs(
     max_pages: int,
     builder: dense.DenseBuilder,
     sparse: SparsePrefill | None,
+    gate: ChunkGate | None = None,
 ) -> list[ContextRun]:
     """Prefill rows of a step in offload mode, in parts whose contexts fit a buffer of ``max_pages``.
 
@@ -81,7 +86,7 @@ def context_runs(
     lens = common.seq_lens_cpu_upper_bound
     lens = (common.seq_lens if lens is None else lens)[: common.num_reqs].tolist()
     starts = common.query_start_loc_cpu.tolist()
-    chunks = {chunk.request: chunk for chunk in sparse_chunks(common, num_decodes, config)}
+    chunks = {chunk.request: chunk for chunk in sparse_chunks(common, num_decodes, config, gate)}
     runs: list[ContextRun] = []
     together: list[_Context] = []
     every: list[_Context] = []

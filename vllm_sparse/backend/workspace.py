@@ -18,6 +18,7 @@ from vllm_sparse.pages.decode_plan import DecodePlan, segment_pages
 from vllm_sparse.pages.page_scores import PageScores
 from vllm_sparse.pages.page_table import PageTable
 from vllm_sparse.prefill.buffers import PrefillBuffers
+from vllm_sparse.prefill.gate import ChunkGate
 
 logger = logging.getLogger("vllm.vllm_sparse")
 
@@ -42,6 +43,8 @@ class Workspace:
     """Whether the plan marks rows as prompt tokens, which the next step must wipe out."""
     prefill: PrefillBuffers | None = None
     """None where prefill is dense."""
+    gate: ChunkGate | None = None
+    """Beside ``prefill``."""
     monitor: RecallMonitor | None = None
     """None where ``recall_monitor_every_steps`` is 0."""
     rehearsed: dict[torch.dtype, int] = field(default_factory=dict)
@@ -95,6 +98,7 @@ class Workspace:
                 q_heads, head_dim, page_size, vllm_config.model_config.max_model_len,
                 vllm_config.scheduler_config.max_num_batched_tokens, vllm_config.model_config.dtype, device,
             )  # fmt: skip
+            workspace.gate = ChunkGate(workspace.prefill)
         if config.recall_monitor_every_steps:
             layers = vllm_config.model_config.hf_text_config.num_hidden_layers
             workspace.monitor = RecallMonitor.allocate(

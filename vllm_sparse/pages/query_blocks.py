@@ -34,6 +34,11 @@ class QueryBlocks:
     def num_blocks(self) -> int:
         return -(-self.num_tokens // BLOCK_TOKENS)
 
+    @property
+    def pairs(self) -> int:
+        """(query, key) pairs of a query and a key that is not after it."""
+        return self.num_tokens * (2 * self.first_position + self.num_tokens + 1) // 2
+
     def num_pages(self, page_size: int) -> int:
         """Pages up to the last query's."""
         return -(-self.end_position // page_size)

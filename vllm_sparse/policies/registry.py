@@ -53,7 +53,10 @@ PREFILL_POLICIES: dict[str, Callable[[PrefillSizes, int, HeadPatterns], PrefillP
     "xattention": XAttention,
     "flex_prefill": FlexPrefill,
     "sampled_queries": SampledQueries,
+    "auto": SampledQueries,
     **{name: partial(ByPosition, pattern) for name, pattern in POSITIONS.items()},
     "dense": DensePrefill,
 }
-"""Constructors, called for each layer with sizes, page size and the patterns of its query heads."""
+"""Constructors, called for each layer with sizes, page size and the patterns of its query heads.
+
+``auto`` chooses for those chunks for which that is faster (:mod:`vllm_sparse.prefill.gate`)."""

@@ -57,8 +57,8 @@ class PrefillBuffers:
     pooled: torch.Tensor
     """[max_blocks * q_heads, head_dim]: mean queries of blocks."""
     scratch: torch.Tensor
-    """[2, max_blocks * BLOCK_TOKENS * q_heads * head_dim or more]: an estimate's sums per query and page; then,
-    for attention kernels that want them so, queries and outputs by head. Empty on a CPU."""
+    """[2, max_blocks * BLOCK_TOKENS * q_heads * head_dim or more]: an estimate's sums, or logits, per query and
+    page; then, for attention kernels that want them so, queries and outputs by head. Empty on a CPU."""
     counters: torch.Tensor
     """int64 [2], running totals: (query, key) pairs attended, and causal ones; all layers and heads."""
 

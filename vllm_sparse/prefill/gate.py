@@ -1,0 +1,68 @@
+"""ChunkGate: which chunks ``prefill_policy: auto`` lets choose pages, without a wait for the device."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from vllm_sparse.pages.query_blocks import QueryBlocks
+from vllm_sparse.prefill.buffers import PrefillBuffers
+
+logger = logging.getLogger("vllm.vllm_sparse")
+
+AUTO = "auto"
+"""The value of ``prefill_policy`` that asks the gate."""
+LEAST_PRODUCTS = 1 << 35
+"""Products of a channel of a query and of a key in a layer of a chunk, over all heads, up to which it runs dense:
+0.2 ms of FlashAttention-3 on an H100, which is what the launches of a choice take, and what it saves."""
+MOST_DENSITY = 0.6
+"""Share of the causal pairs that a chunk may attend to before it is no faster than dense attention."""
+REST_STEPS = 32
+"""Steps that run dense after chunks that were too dense: one in so many looks again."""
+
+
+class ChunkGate:
+    """Lets chunks choose pages that are long enough, unless those before them kept too many.
+
+    What those kept is counted on the device: copied in one step, it is read in a later one, once it has arrived.
+    """
+
+    def __init__(self, buffers: PrefillBuffers):
+        self.counters = buffers.counters
+        self.channels = buffers.q_heads * buffers.pooled.shape[1]
+        on_gpu = self.counters.device.type != "cpu"
+        self._copied = torch.zeros(2, dtype=torch.int64, device="cpu", pin_memory=on_gpu)
+        self._arrival = torch.cuda.Event() if on_gpu else None
+        self._copying = False
+        self._read = [0, 0]
+        self._resting = 0
+
+    def admits(self, chunks: list[QueryBlocks]) -> list[QueryBlocks]:
+        """Those of a step's ``chunks`` that run sparse."""
+        chunks = [chunk for chunk in chunks if chunk.pairs * self.channels > LEAST_PRODUCTS]
+        if not chunks:
+            return []
+        self._look()
+        if self._resting:
+            self._resting -= 1
+            return []
+        return chunks
+
+    def _look(self) -> None:
+        """Read the counts of earlier steps if they are here, and have later ones copied."""
+        if self._copying:
+            if self._arrival is not None and not self._arrival.query():
+                return
+            before, self._read = self._read, self._copied.tolist()
+            attended, causal = (new - old for new, old in zip(self._read, before, strict=True))
+            if attended > MOST_DENSITY * causal > 0:
+                self._resting = REST_STEPS
+                logger.info(
+                    "sparse attention: prefill kept %.0f%% of all pairs, so the next %d steps of it are dense",
+                    100 * attended / causal, REST_STEPS,
+                )  # fmt: skip
+        self._copied.copy_(self.counters, non_blocking=True)
+        self._copying = True
+        if self._arrival is not None:
+            self._arrival.record()
