@@ -24,7 +24,7 @@ from benchmarks import results
 from benchmarks.batch_spec import parse
 from benchmarks.timer import graph_us
 from vllm_sparse.attention.registry import kernel_class
-from vllm_sparse.config import SparseConfig
+from vllm_sparse.config import RESIDENT, SparseConfig
 from vllm_sparse.kernels import launchers, reference
 from vllm_sparse.pages.decode_plan import DecodePlan, segment_pages
 from vllm_sparse.pages.geometry import Geometry
@@ -61,7 +61,12 @@ def main() -> None:
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--page-size", type=int, default=16)
     parser.add_argument("--budget", type=int, default=2048)
-    parser.add_argument("--min-context", type=int, default=4096, help="up to this many tokens a request is dense")
+    parser.add_argument(
+        "--min-context",
+        type=int,
+        default=RESIDENT["min_context_tokens"],
+        help="up to this many tokens a request is dense",
+    )
     parser.add_argument("--max-context", type=int, default=131328, help="longest context the engine would admit")
     parser.add_argument(
         "--policies", nargs="*", default=["quest"], choices=[name for name in DECODE_POLICIES if name != "dense"]

@@ -37,8 +37,11 @@ logger = logging.getLogger("vllm.vllm_sparse")
 DEFAULT_PRESET = "balanced"
 PATTERN_POLICY = "vertical_slash"
 """The prefill policy that reads ``head_patterns``."""
-DENSE_LAYERS = 2
-"""Default of ``dense_layers`` where all pages are on the GPU."""
+RESIDENT = {"dense_layers": 2, "min_context_tokens": 10240}
+"""Defaults where all pages are on the GPU. Up to that context a request that is alone reads all of its pages in
+less time than it takes to choose among them, in an fp8 cache."""
+OFFLOADED = {"dense_layers": 0, "min_context_tokens": 4096}
+"""Defaults with ``offload``, where what is attended densely is read from the host."""
 TABLES = {"head_patterns": PatternTable, "head_budgets": BudgetTable}
 """Keys that name a file, which the driver reads; workers get what it holds."""
 OFFLOAD_KERNELS = ("auto", *OFFLOAD_ORDER)
@@ -67,11 +70,11 @@ class SparseConfig:
     """First tokens of the context, always attended (rounded up to whole pages)."""
     window_tokens: int = 32
     """Most recent tokens, always attended (rounded up to whole pages)."""
-    min_context_tokens: int = 4096
-    """Up to this context length a request runs dense, which is exact."""
+    min_context_tokens: int | None = None
+    """Up to this context length a request runs dense, which is exact. None: 10,240, or 4,096 with ``offload``."""
     dense_layers: int | None = None
     """Attention layers that run dense, the first ones: their attention is spread too widely to select. None: 2,
-    or 0 with ``offload``, where a dense layer would read its whole context from the host."""
+    or 0 with ``offload``."""
     prefill_policy: str = "dense"
     """Choice of the pages that a prefill chunk attends to: a name of :mod:`vllm_sparse.policies`."""
     min_prefill_tokens: int = 8192
@@ -95,7 +98,7 @@ class SparseConfig:
 
     def __post_init__(self) -> None:
         _require_choice("preset", self.preset, PRESETS)
-        defaults = {"dense_layers": DENSE_LAYERS if self.offload is None else 0, **PRESETS[self.preset]}
+        defaults = (RESIDENT if self.offload is None else OFFLOADED) | PRESETS[self.preset]
         for key, value in defaults.items():
             if getattr(self, key) is None:
                 object.__setattr__(self, key, value)
