@@ -17,7 +17,7 @@ and a PageTable is all that passes between them.
 
 from pathlib import Path
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 ENV_CONFIG = "VLLM_SPARSE_CONFIG"
 """The variable that :mod:`vllm_sparse.config` reads; its name is here for who must not load that."""
 
