@@ -93,7 +93,8 @@ def test_a_plain_install_asks_for_nothing(metadata):
 
 def test_pip_would_install_the_wheel_alone(wheel):
     """Beside the torch and vLLM of this environment, and without an index to take others from."""
-    said = run("pip", "install", "--no-index", "--dry-run", "--ignore-installed", "--quiet", "--report", "-", wheel)
+    options = ("--no-index", "--dry-run", "--ignore-installed", "--quiet", "--report", "-")
+    said = run("pip", "install", *options, wheel)
     assert [found["metadata"]["name"] for found in json.loads(said)["install"]] == ["vllm-sparse"]
 
 
