@@ -1,4 +1,4 @@
-"""Draw docs/*.png from committed results: ``python -m benchmarks.plots``."""
+"""Draw docs/*.png and build/quality_*.html from committed results: ``python -m benchmarks.plots``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from benchmarks.results import RESULTS
+from benchmarks.tables import DTYPES, caption, decodes, fullest, read
 from vllm_sparse.config import SparseConfig
 from vllm_sparse.policies import DECODE_POLICIES, POSITIONS, PREFILL_POLICIES
 from vllm_sparse.tools.eval import report
@@ -19,45 +20,9 @@ from vllm_sparse.tools.eval.samples import TEXT
 from vllm_sparse.tools.eval.settings import Setting
 from vllm_sparse.tools.eval.summary import Summary
 
-DOCS = Path(__file__).parent.parent / "docs"
+ROOT = Path(__file__).parent.parent
+DOCS, PAGES = ROOT / "docs", ROOT / "build"
 STOCK, SPARSE = "#8a8f98", "#1f77b4"
-DTYPES = ("kv_dtype", "baseline_kv_dtype", "weights")
-"""Rows that differ in these are never compared; old ones have none and are of bf16."""
-
-
-def read(name: str, bench: str) -> list[dict]:
-    """All rows of ``bench``; rows with a note are of runs cut off."""
-    rows = [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text().splitlines()]
-    return [row for row in rows if row["bench"] == bench and "note" not in row]
-
-
-def fullest(rows: list[dict], same: tuple[str, ...], each: tuple[str, ...]) -> list[dict]:
-    """Of the groups of rows equal in ``same`` the one with most points, each as measured last.
-
-    Points differ in ``each``. Among equally large groups the one begun last is taken.
-    """
-
-    def key(row: dict, names: tuple[str, ...]) -> str:
-        return json.dumps([row.get(name) for name in names], sort_keys=True)
-
-    groups: dict[str, dict] = {}
-    for row in rows:
-        groups.setdefault(key(row, same), {})[key(row, each)] = row
-    return list(max(reversed(groups.values()), key=len).values())
-
-
-def decodes() -> list[dict]:
-    """The fullest run of one GPU, of the kind measured last; of those with caches in fp8 where there are some."""
-    rows = [row for row in read("engine", "tpot") if row.get("tp", 1) == 1]
-    rows = [row for row in rows if row.get("kv_dtype") == row.get("baseline_kv_dtype") == "fp8"] or rows
-    rows = [row for row in rows if row["gpu"] == rows[-1]["gpu"]]
-    rows = fullest(rows, ("commit", "sparse", *DTYPES), ("batch_spec",))
-    return sorted(rows, key=lambda row: (row["batch"], row["context"]))
-
-
-def caption(row: dict) -> str:
-    device = "CPU" if row["gpu"] == "none" else row["gpu"]
-    return f"{device}, vLLM {row['vllm']}, commit {row['commit']}, {row['date']}"
 
 
 def joint_caption(rows: list[dict]) -> str:
@@ -66,18 +31,12 @@ def joint_caption(rows: list[dict]) -> str:
 
 
 def decode_speed() -> None:
-    """Time per output token of the real engine, stock against sparse; prints the README's table of it, too."""
+    """Time per output token of the real engine, stock against sparse."""
     rows = decodes()
-    kv, weights = (rows[0].get(name) or "bf16" for name in ("kv_dtype", "weights"))
-    print(f"{caption(rows[0])}, KV {kv}, weights {weights}:\n")
-    print("| requests × context | stock | sparse | |\n|---|---|---|---|")
-    for row in rows:
-        times = f"{row['baseline_ms']:.2f} ms | {row['sparse_ms']:.2f} ms | **{row['speedup']:.2f}×**"
-        print(f"| {row['batch']} × {row['context']:,} | {times} |")
     figure, axes = plt.subplots(figsize=(8, 3.6), layout="constrained")
     for offset, key, color, name in (
         (-0.2, "baseline_ms", STOCK, "stock vLLM (FLASH_ATTN)"),
-        (0.2, "sparse_ms", SPARSE, f"vllm-sparse, budget {rows[0]['budget']:,} tokens"),
+        (0.2, "sparse_ms", SPARSE, f"vllm-sparse, {rows[0]['policy']}, budget {rows[0]['budget']:,} tokens"),
     ):
         bars = axes.bar(
             [i + offset for i in range(len(rows))], [row[key] for row in rows], 0.38, color=color, label=name
@@ -86,7 +45,8 @@ def decode_speed() -> None:
     names = [f"{row['batch']} × {row['context']:,}\n{row['speedup']:.2f}×" for row in rows]
     axes.set_xticks(range(len(rows)), names)
     axes.set_ylabel("ms per output token")
-    axes.set_title(f"Decode of the {rows[0]['shape']} shape, KV cache in {kv}, requests × context", fontsize=10)
+    about = f"Decode of the {rows[0]['shape']} shape, KV cache in {rows[0]['kv_dtype']}"
+    axes.set_title(f"{about}, requests × context", fontsize=10)
     axes.set_xlabel(caption(rows[0]), fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
@@ -340,10 +300,11 @@ def decode_quality() -> None:
 
 
 def quality_pages() -> None:
-    """The page of ``vllm-sparse eval`` for each model."""
+    """The page of ``vllm-sparse eval`` for each model, which is too large to be committed."""
     rows = evaluation()
+    PAGES.mkdir(exist_ok=True)
     for model in dict.fromkeys(row["model"] for row in rows):
-        report.write(DOCS / f"quality_{model}.html", Summary([row for row in rows if row["model"] == model]))
+        report.write(PAGES / f"quality_{model}.html", Summary([row for row in rows if row["model"] == model]))
 
 
 def evaluation() -> list[dict]:

@@ -45,25 +45,26 @@ def page() -> str:
         "A layer takes the first row that holds for it, and runs sparse where none does. `dense` layers attend to",
         "every page of our layout, `stock` layers are vLLM's own, and `refused` ones stop the start.",
         "",
-        *_table(("layers", "run", "why"), layers),
+        *table(("layers", "run", "why"), layers),
         "",
         "## Options of vLLM",
         "",
         f"`--block-size` must be a page size: {sizes}. These options are refused:",
         "",
-        *_table(("option", "refused values", "why", "allowed"), options),
+        *table(("option", "refused values", "why", "allowed"), options),
         "",
         "## KV connectors",
         "",
         "A page ends in its summary: connectors that copy whole blocks carry it, those that copy K and V by",
         "token slot lose it. Connectors that are not listed are refused; a `MultiConnector` is what is inside it.",
         "",
-        *_table(("connector", "allowed", "what it does", "what keeps other engines' pages out"), connectors),
+        *table(("connector", "allowed", "what it does", "what keeps other engines' pages out"), connectors),
         "",
     ])  # fmt: skip
 
 
-def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
+def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
+    """The lines of a table in Markdown."""
     cells = [head, ("---",) * len(head), *rows]
     return ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells]
 
