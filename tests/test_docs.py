@@ -14,7 +14,7 @@ import pytest
 from benchmarks import tables
 from vllm_sparse.attention.registry import ATTENTION_KERNELS
 from vllm_sparse.policies import DECODE_POLICIES, PREFILL_POLICIES
-from vllm_sparse.tools import settings_page
+from vllm_sparse.tools import settings_page, site_links
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -40,6 +40,19 @@ def test_the_site_builds_without_a_warning(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "site" / "quickstart" / "index.html").is_file()
+
+
+def test_files_beside_the_pages_are_named_on_the_site():
+    def shown(text: str) -> str:
+        return site_links.named(text, DOCS / "benchmarks", DOCS)
+
+    assert (
+        shown("see [engine.jsonl](../../benchmarks/results/engine.jsonl)")
+        == "see `benchmarks/results/engine.jsonl`"
+    )
+    assert shown("[its licence](../../LICENSE#x).") == "its licence (`LICENSE`)."
+    for kept in ("[a page](../settings.md)", "[gone](../../nowhere.md)", "![plot](../offload.png)"):
+        assert shown(kept) == kept
 
 
 @pytest.mark.parametrize(
