@@ -100,6 +100,14 @@ def test_pip_would_install_the_wheel_alone(wheel):
 
 def test_an_installed_wheel_runs_and_names_its_plugin(wheel, tmp_path):
     run("pip", "install", "--no-index", "--no-deps", "--quiet", "--target", tmp_path, wheel)
-    assert "plan" in run("vllm_sparse.tools.cli", "--help", cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
     points = next(tmp_path.glob("*.dist-info")) / "entry_points.txt"
     assert "sparse = vllm_sparse.plugin_entrypoints:register" in points.read_text()
+    code = """
+import vllm_sparse.kernels, vllm_sparse.kernels.reference, vllm_sparse.plugin_entrypoints
+from vllm_sparse.tools import cli
+print(vllm_sparse.kernels.__file__)
+cli.main(["--help"])
+"""
+    (tmp_path / "as_installed.py").write_text(code)
+    said = run("as_installed", cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
+    assert said.startswith(f"{tmp_path}/vllm_sparse/kernels/__init__.py") and "plan" in said
