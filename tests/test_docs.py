@@ -13,7 +13,8 @@ import pytest
 
 from benchmarks import tables
 from vllm_sparse.attention.registry import ATTENTION_KERNELS
-from vllm_sparse.policies import DECODE_POLICIES, PREFILL_POLICIES
+from vllm_sparse.config import DEFAULT_PRESET
+from vllm_sparse.policies import DECODE_POLICIES, PREFILL_POLICIES, PRESETS
 from vllm_sparse.tools import settings_page, site_links
 
 ROOT = Path(__file__).parent.parent
@@ -90,6 +91,14 @@ def test_every_method_has_a_row():
     page = (DOCS / "methods.md").read_text(encoding="utf-8")
     names = [*DECODE_POLICIES, *PREFILL_POLICIES, *ATTENTION_KERNELS]
     assert [name for name in names if f"\n| `{name}` |" not in page] == []
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/presets.md"])
+def test_presets_are_what_the_pages_say(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)`( \(default\))? \| `(\w+)` \|", text, re.MULTILINE)
+    assert {name: {"decode_policy": policy} for name, _, policy in rows} == PRESETS
+    assert [name for name, default, _ in rows if default] == [DEFAULT_PRESET]
 
 
 def messages() -> Iterator[str]:

@@ -15,12 +15,13 @@ from pathlib import Path
 from vllm_sparse.attention.registry import ATTENTION_KERNELS
 from vllm_sparse.config import TABLES, SparseConfig
 from vllm_sparse.offload.config import HOST_DTYPES, OffloadConfig
-from vllm_sparse.policies import DECODE_POLICIES, PREFILL_POLICIES
+from vllm_sparse.policies import DECODE_POLICIES, PREFILL_POLICIES, PRESETS
 from vllm_sparse.tools.support_page import table
 
 PATH = Path("docs/settings.md")
 COMMAND = "python -m vllm_sparse.tools.settings_page"
 NAMES: dict[str, Collection[str]] = {
+    "preset": PRESETS,
     "decode_policy": DECODE_POLICIES,
     "prefill_policy": PREFILL_POLICIES,
     "attention_kernel": ("auto", *ATTENTION_KERNELS),
@@ -35,6 +36,7 @@ KINDS = {
 }
 """What else they may be, by the type of the field."""
 PAGES = {
+    "vllm_sparse.policies.registry.PRESETS": "[the presets](presets.md)",
     "vllm_sparse.policies": "[the methods](methods.md)",
     "vllm_sparse.attention.registry": "[the attention kernels](methods.md#attention-kernels)",
     "vllm_sparse.decode.recall_monitor": "[is it working?](working.md#recall)",
