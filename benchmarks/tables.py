@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmarks.results import RESULTS
 from vllm_sparse.config import SparseConfig
-from vllm_sparse.tools.support_page import table
+from vllm_sparse.tools.markdown import table
 
 ROOT = Path(__file__).parent.parent
 README, SPEED = ROOT / "README.md", ROOT / "docs" / "benchmarks" / "speed.md"

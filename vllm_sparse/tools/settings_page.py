@@ -16,7 +16,7 @@ from vllm_sparse.attention.registry import ATTENTION_KERNELS
 from vllm_sparse.config import TABLES, SparseConfig
 from vllm_sparse.offload.config import HOST_DTYPES, OffloadConfig
 from vllm_sparse.policies import DECODE_POLICIES, PREFILL_POLICIES, PRESETS
-from vllm_sparse.tools.support_page import table
+from vllm_sparse.tools.markdown import table
 
 PATH = Path("docs/settings.md")
 COMMAND = "python -m vllm_sparse.tools.settings_page"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 from vllm_sparse.backend.connectors import BLOCKS, CONNECTORS, NEITHER, SLOTS
 from vllm_sparse.pages.layout import PAGE_SIZES
 from vllm_sparse.support import OPTIONS, ROWS
+from vllm_sparse.tools.markdown import table as _table
 
 PATH = Path("docs/support.md")
 COMMAND = "python -m vllm_sparse.tools.support_page"
@@ -45,28 +45,22 @@ def page() -> str:
         "A layer takes the first row that holds for it, and runs sparse where none does. `dense` layers attend to",
         "every page of our layout, `stock` layers are vLLM's own, and `refused` ones stop the start.",
         "",
-        *table(("layers", "run", "why"), layers),
+        *_table(("layers", "run", "why"), layers),
         "",
         "## Options of vLLM",
         "",
         f"`--block-size` must be a page size: {sizes}. These options are refused:",
         "",
-        *table(("option", "refused values", "why", "allowed"), options),
+        *_table(("option", "refused values", "why", "allowed"), options),
         "",
         "## KV connectors",
         "",
         "A page ends in its summary: connectors that copy whole blocks carry it, those that copy K and V by",
         "token slot lose it. Connectors that are not listed are refused; a `MultiConnector` is what is inside it.",
         "",
-        *table(("connector", "allowed", "what it does", "what keeps other engines' pages out"), connectors),
+        *_table(("connector", "allowed", "what it does", "what keeps other engines' pages out"), connectors),
         "",
     ])  # fmt: skip
-
-
-def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
-    """The lines of a table in Markdown."""
-    cells = [head, ("---",) * len(head), *rows]
-    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells]
 
 
 def _filled(reason: str) -> str:
