@@ -87,11 +87,15 @@ def page() -> str:
 
 
 def _rows(kind: type) -> list[tuple[str, str, str, str]]:
-    said = meanings(kind)
+    said, defaults = meanings(kind), kind()
     return [
-        (f"`{one.name}`", f"`{json.dumps(one.default)}`".replace('"', ""), _allowed(one), said[one.name])
+        (f"`{one.name}`", f"`{_default(getattr(defaults, one.name))}`", _allowed(one), said[one.name])
         for one in fields(kind)
     ]
+
+
+def _default(value) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _allowed(field) -> str:
