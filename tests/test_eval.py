@@ -1,4 +1,4 @@
-"""`vllm-sparse eval`: prompts, scores, what a rerun keeps, the page, and the command on a tiny model."""
+"""`vllm-sparse eval`: samples, what a rerun keeps, the page, and the command on a tiny model."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from cases import make, select_reference
+from eval_cases import Letters, row, running_text, some_rows, text_row
 from test_models import model_of
 
 from vllm_sparse.errors import ConfigError
@@ -20,107 +21,14 @@ from vllm_sparse.kernels import reference
 from vllm_sparse.pages.layout import HeadPageGrid
 from vllm_sparse.policies.registry import DECODE_POLICIES
 from vllm_sparse.tools import cli, commands
-from vllm_sparse.tools.eval import ruler
 from vllm_sparse.tools.eval.recall import RecallProbe
 from vllm_sparse.tools.eval.rows import Rows, commit
-from vllm_sparse.tools.eval.samples import TEXT, Samples, spread
-from vllm_sparse.tools.eval.settings import Setting, by_summary, grid
+from vllm_sparse.tools.eval.samples import Samples, spread
+from vllm_sparse.tools.eval.settings import Setting, by_engine, grid
 from vllm_sparse.tools.eval.summary import Summary, table
+from vllm_sparse.tools.eval.tasks import TEXT
 
 DOCUMENT = Path(__file__).parent.parent / "README.md"
-NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-
-
-class Letters:
-    """A tokenizer of one token per character."""
-
-    chat_template = None
-
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        return [ord(letter) for letter in text]
-
-
-def words(count: int) -> list[str]:
-    return ["".join(chr(97 + int(digit)) for digit in f"{number:05}") for number in range(count)]
-
-
-def running_text(sentences: int = 3000) -> str:
-    """Different sentences of different words."""
-    names = words(4 * sentences)
-    return "".join(f"The {' '.join(names[i : i + 4])} was there. " for i in range(0, 4 * sentences, 4))
-
-
-SOURCE = ruler.Source.of(running_text())
-
-
-def problem(task: str, limit: int = 6000, seed: str = "a", depth: float | None = None) -> ruler.Problem:
-    return ruler.fitted(task, SOURCE, limit, seed, depth, lambda p: len(p.text + p.answer_start))
-
-
-@pytest.mark.parametrize("task", ruler.TASKS)
-def test_problems(task):
-    """Problems hold their answers, fill their length and depend on the seed alone."""
-    found = problem(task)
-    assert found == problem(task) and found != problem(task, seed="b")
-    counts = {"niah_single": 1, "niah_multikey": 1, "niah_multivalue": 4, "niah_multiquery": 4, "vt": 5, "cwe": 10}
-    assert len(set(found.answers)) == len(found.answers) == counts.get(task, 3)
-    assert all(answer in found.text for answer in found.answers)
-    assert not any(answer in found.answer_start for answer in found.answers)
-    assert 0.93 * 6000 < len(found.text + found.answer_start) <= 6000
-    assert ruler.score(" ".join(found.answers).upper(), found.answers) == 1
-
-
-def test_needle_lies_at_its_depth():
-    """A needle lies at its depth and its key is asked for."""
-    for depth in (0.0, 0.25, 0.5, 1.0):
-        found = problem("niah_single", 20000, depth=depth)
-        begin, end = found.text.index("\n"), found.text.rindex("\n")
-        assert (found.text.index("One of the special") - begin) / (end - begin) == pytest.approx(depth, abs=0.02)
-    for task, asked in (("niah_multikey", 1), ("niah_multiquery", 4), ("niah_multivalue", 1)):
-        found = problem(task)
-        lines = [s for s in found.text.split("One of ")[1:]]
-        assert len(lines) == 4
-        question = found.text[found.text.rindex("\n") :]
-        keys = {line.split(" for ")[1].split(" is: ")[0] for line in lines}
-        assert sum(key in question for key in keys) == asked == len(keys & {k for k in keys if k in question})
-        for line in lines:
-            key, number = line.split(" for ")[1].split(" is: ")
-            assert (key in question) == (number.split(".")[0] in found.answers)
-
-
-def test_chains_and_word_counts():
-    """Chains are in order, and words are as frequent as RULER's."""
-    found = problem("vt")
-    body = found.text.rpartition("Memorize and track")[2]
-    places = [body.index(f"VAR {name} = ") for name in found.answers]
-    assert places == sorted(places)
-    body = problem("cwe", 20000)
-    listed = body.text.rpartition("Below is a numbered list")[2].split()
-    counts = {word: listed.count(word) for word in set(listed) if word.islower() and len(word) == 5}
-    assert {word for word, count in counts.items() if count == ruler.COMMON_TIMES} == set(body.answers)
-    assert set(counts.values()) <= {ruler.COMMON_TIMES, ruler.OTHER_TIMES, 1, 2}
-    body = problem("fwe")
-    coded = [word for word in body.text.split() if word != "...."]
-    ranked = sorted(set(coded), key=coded.count, reverse=True)
-    assert ranked[:3] == list(body.answers)
-
-
-def test_score_is_the_share_found():
-    """The score is the share of answers found."""
-    assert ruler.score("They are ABC and 12.", ("abc", "12", "7", "34")) == 0.5
-    assert ruler.score("", ("1",)) == 0
-
-
-def test_unsuitable_texts_are_refused():
-    """Texts too poor or too long are refused."""
-    with pytest.raises(ConfigError, match=r"--lengths: 100 .* vt; allowed: from about"):
-        problem("vt", 100)
-    with pytest.raises(ConfigError, match="--text: too few sentences"):
-        ruler.fitted("niah_single", ruler.Source.of("Two words."), 900, "a", None, lambda p: 1)
-    with pytest.raises(ConfigError, match="--text: too few different words for cwe"):
-        problem("cwe", 10**7)
-    with pytest.raises(ConfigError, match="half for --split dev are too few for 2 passages of 900"):
-        Samples(Letters(), "a" * 1000, "dev", 2, 16).make(TEXT, 900, 0)
 
 
 def test_halves_are_apart():
@@ -129,7 +37,7 @@ def test_halves_are_apart():
     found = {
         split: [
             Samples(Letters(), text, split, 3, 20).make(task, 5000, seed)
-            for task in (TEXT, "niah_single", "niah_multikey")
+            for task in (TEXT, "niah_single_2", "niah_multikey_1")
             for seed in range(3)
         ]
         for split in ("dev", "report")
@@ -227,13 +135,16 @@ def test_grid_of_settings():
     assert Setting("quest", 256) in settings and Setting("dense", None, "vertical_slash", 0.9) in settings
     assert Setting("quest", 512, "a_shape") in settings, "sizes of a fixed pattern are no share"
     everything = grid(list(DECODE_POLICIES), [256], ["dense"], [0.9], {})
-    groups = by_summary(everything)
-    assert "none" not in groups and {s for group in groups.values() for s in group} == set(everything)
-    assert all(group[0].is_dense for group in groups.values())
-    for kind, group in groups.items():
-        assert {DECODE_POLICIES[s.policy].summary for s in group} <= {kind, "none"}
+    groups = by_engine(everything, {})
+    assert {setting for group in groups for setting in group.settings} == set(everything)
+    assert all(group.settings[0].is_dense for group in groups)
+    kinds = [DECODE_POLICIES[group.start.policy].summary for group in groups]
+    assert "none" not in kinds and len(set(kinds)) == len(kinds)
+    for kind, group in zip(kinds, groups, strict=True):
+        assert {DECODE_POLICIES[s.policy].summary for s in group.settings} <= {kind, "none"}
     assert len(grid(["quest", "quest"], [256, 256], ["dense"], [], {})) == 2
-    assert by_summary(grid(["oracle"], [256], ["dense"], [], {}))["none"][1].policy == "oracle"
+    (alone,) = by_engine(grid(["oracle"], [256, 512], ["dense"], [], {}), {})
+    assert alone.start == Setting("oracle", 512)
     offloaded = grid(["quest"], [256], ["dense", "a_shape"], [], {"offload": {"host_gib": 1}})
     assert offloaded == [Setting("quest", 256), Setting("quest", 256, "a_shape")]
 
@@ -272,35 +183,6 @@ def test_recall_weighs_exact_mass(policy):
     assert torch.allclose(torch.tensor(found["best"]).float(), 2 * best, rtol=1e-4)
     close = torch.allclose(torch.tensor(found["chosen"]), torch.tensor(found["best"]), rtol=1e-6)
     assert close == (policy == "oracle")
-
-
-def row(policy: str = "quest", budget: int | None = 256, task: str = TEXT, length: int = 4096, **values) -> dict:
-    own = {
-        "vllm": "1", "torch": "2", "model": "m<1>", "device": "cpu", "dtype": "float32", "kv_dtype": "float32",
-        "page_size": 16, "split": "dev", "score_tokens": 8, "task": task, "length": length, "seed": 0,
-        "policy": policy, "budget": budget, "prefill_policy": "dense", "top_p": None, "attended": 0.5,
-    }  # fmt: skip
-    return own | values
-
-
-def text_row(policy: str, budget: int | None, length: int, kl: float) -> dict:
-    recall = None if policy == "dense" else [[0.5, 0.7], [0.9, 0.8], [0.6, 1.0]]
-    return row(policy, budget, length=length, loss=2 + kl, dense_loss=2.0, kl=kl, same_top=0.9, recall=recall,
-               mass=recall, layers=[2, 3, 4])  # fmt: skip
-
-
-def some_rows() -> list[dict]:
-    rows = [text_row("dense", None, length, 0.0) for length in (4096, 8192)]
-    for policy, scale in (("quest", 3.0), ("streaming", 30.0)):
-        rows += [
-            text_row(policy, budget, length, scale * length**0.5 / budget)
-            for length in (4096, 8192)
-            for budget in (256, 512, 1024)
-        ]
-    for depth in (0.0, 1.0):
-        rows.append(row("dense", None, "niah_single", depth=depth, score=1.0))
-        rows.append(row(task="niah_single", depth=depth, score=depth))
-    return rows
 
 
 def test_fit_finds_exponents():
@@ -384,22 +266,22 @@ def test_cut_line_is_measured_again(tmp_path, capsys):
 
 def test_foreign_results_are_not_continued(monkeypatch, tmp_path):
     """Another version may make a sample of the same number differently."""
-    from vllm_sparse.tools.eval import command
+    from vllm_sparse.tools.eval import run as module
 
     engine = SimpleNamespace(tokenizer=Letters(), run=lambda *args: pytest.fail("other samples were measured"))
-    monkeypatch.setattr(command.EvalEngine, "start", lambda *args: nullcontext(engine))
+    monkeypatch.setattr(module.EvalEngine, "start", lambda *args: nullcontext(engine))
     args = SimpleNamespace(
         model="m", dtype="float32", kv_dtype="float32", tensor_parallel_size=1, block_size=16, chunk=256,
-        score_tokens=8, sparse={},
-        split="dev", tasks=["niah_single"], lengths=[3000], needles=2, passages=1, batch=2, recall_every=0,
+        score_tokens=8, sparse={}, questions={},
+        split="dev", tasks=["niah_single_2"], lengths=[3000], needles=2, passages=1, batch=2, recall_every=0,
         out=tmp_path / "rows.jsonl",
     )  # fmt: skip
     settings = grid(["quest"], [256, 512], ["dense"], [], {})
-    run = command.Run(args, settings, running_text(), Rows(args.out))
-    key = run._key("niah_single", 3000, 1, settings[0])
+    run = module.Run(args, settings, running_text(), Rows(args.out))
+    key = run._key("niah_single_2", 3000, 1, settings[0])
     run.rows.add([{"vllm": "1", **key, "depth": 0.25, "prompt_tokens": 2900, "score": 1.0}])
-    with pytest.raises(ConfigError, match=r"--out: .*rows.jsonl holds .* niah_single .* 3000 .* a new file"):
-        run._group("key_range", settings, print)
+    with pytest.raises(ConfigError, match=r"--out: .*rows.jsonl holds .* niah_single_2 .* 3000 .* a new file"):
+        run._group(by_engine(settings, {})[0], None, None)
 
 
 @pytest.mark.seam
@@ -433,7 +315,15 @@ WRONG = {
     "score": (["--score-tokens", "0"], ["--score-tokens: 0", "1 or more"]),
     "sparse": (["--sparse", '{"sink": 1}'], ["unknown key 'sink'", "sink_tokens"]),
     "compared": (["--sparse", '{"budget_tokens": 512}'], ["--sparse: budget_tokens is what is compared"]),
-    "offload": (["--sparse", '{"offload": {}}'], ["--tasks: text", "offload refuses", "niah_single"]),
+    "offload": (["--sparse", '{"offload": {}}'], ["--tasks: text", "offload refuses", "niah_single_2"]),
+    "file": (["--tasks", "qa_1"], ["--tasks: qa_1", "--squad FILE"]),
+    "no file": (["--tasks", "qa_2", "--hotpotqa", "/nowhere"], ["--hotpotqa: '/nowhere'", "HotpotQA"]),
+    "compared policy": (["--compare", "dense", "quset:512"], ["'quset'", "Did you mean 'quest'?"]),
+    "compared budget": (["--compare", "dense", "quest:0"], ["--compare: 0", "1 or more"]),
+    "compared twice": (["--compare", "quest:512", "quest:512"], ["--compare: quest 512 twice", "that differ"]),
+    "compared and listed": (["--compare", "dense", "quest:512", "--budgets", "256"], ["--budgets", "--compare"]),
+    "compared offload": (["--compare", "dense", '{"offload": {}}'], ["--tasks: text", "offload refuses"]),
+    "compared key": (["--compare", "dense", '{"sink": 1}'], ["--compare: unknown key 'sink'", "sink_tokens"]),
     "no memory": (["--gpu-memory-utilization", "0"], ["--gpu-memory-utilization: 0", "up to 1"]),
     "page of results": (["--out", "eval.html"], ["--out: eval.html", "the page", ".jsonl"]),
     "folder": (["--out", str(DOCUMENT.parent)], ["--out: ", "the path of a file"]),
@@ -463,7 +353,7 @@ def test_eval_equals_the_model(tiny, monkeypatch, capfd, tmp_path):
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     from transformers import AutoModelForCausalLM
 
-    from vllm_sparse.tools.eval import command
+    from vllm_sparse.tools.eval.run import Run
 
     text = tmp_path / "text.txt"
     text.write_text(running_text(400))
@@ -504,7 +394,7 @@ def test_eval_equals_the_model(tiny, monkeypatch, capfd, tmp_path):
     assert "holds 8 of 42 results: continuing there" in said and "quest 128, prefill a_shape" in said
     assert (tmp_path / "eval.html").read_text().count("<img") == 4
 
-    monkeypatch.setattr(command.Run, "_group", lambda *args: pytest.fail("everything was measured before"))
+    monkeypatch.setattr(Run, "_group", lambda *args: pytest.fail("everything was measured before"))
     assert cli.main([*options, "--out", str(out)]) == 0
 
     def of(task: str = TEXT, seed: int = 0, **which) -> dict:
@@ -540,7 +430,7 @@ def test_eval_equals_the_model(tiny, monkeypatch, capfd, tmp_path):
     sparse_prefill = of(prefill_policy="a_shape")
     assert 0.1 < sparse_prefill["prefill_density"] < 0.9
     assert sparse_prefill["attended"] == 1 and sparse_prefill["kl"] > 0.001
-    task = of(task="niah_single", policy="quest", budget=128)
+    task = of(task="niah_single_2", policy="quest", budget=128)
     assert task["score"] in (0, 1) and task["expected"][0].isdigit() and task["depth"] == 0
 
 

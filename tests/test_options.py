@@ -182,6 +182,7 @@ OPTIONS = {
         "--tasks": ("", ",", "needle"), "--lengths": ("", "0", "-1", "nan", "4096,x", "10000000000"),
         "--passages": ("0", "10001", *WHOLE), "--score-tokens": ("0", *WHOLE), "--needles": ("0", "10001", *WHOLE),
         "--recall-every": WHOLE, "--chunk": ("0", *WHOLE), "--batch": ("0", "1025", *WHOLE),
+        "--squad": ("/nowhere", "/", "", "a\x00b", "x" * 5000), "--hotpotqa": ("/nowhere", "/", "", "a\x00b"),
         "--gpu-memory-utilization": ("0", "1.5", "-1", "nan", "inf", "x", "", LONG),
         "--sparse": ("", "{", "[]", "null", '{"a": ' * 9000, '{"sink_tokens": 1, "sink_tokens": 2}'),
         "--block-size": ("0", *WHOLE), "--tensor-parallel-size": ("0", *WHOLE),

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import gc
 import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from vllm_sparse.errors import ConfigError
-from vllm_sparse.policies.registry import DECODE_POLICIES
 from vllm_sparse.tools import commands
-from vllm_sparse.tools.eval.samples import TEXT, Sample
-from vllm_sparse.tools.eval.settings import Setting
+from vllm_sparse.tools.eval.estimate import STEPS, Speed
+from vllm_sparse.tools.eval.samples import Sample
+from vllm_sparse.tools.eval.settings import Group, Setting
+from vllm_sparse.tools.eval.tasks import TEXT
 
 TOP_TOKENS = 64
 """Log-probabilities kept of each step; the rest of the vocabulary is one more outcome."""
@@ -26,9 +28,14 @@ Distribution = dict[int, float]
 class Answer:
     """Results of a sample's decode steps under a setting."""
 
-    text: str
+    texts: list[str]
+    """What was said in each turn; nothing of a sample of :data:`TEXT`."""
     steps: list[Distribution]
     """The steps that are scored, of a sample of :data:`TEXT`."""
+    generated: int
+    """Tokens said in all turns."""
+    reused: int = 0
+    """Of those, tokens whose K and V later turns found in the prefix cache, as sparse steps had written them."""
 
 
 @dataclass
@@ -56,8 +63,8 @@ class EvalEngine:
 
     @classmethod
     @contextmanager
-    def start(cls, args, settings: list[Setting], summary: str, common: dict) -> Iterator[EvalEngine]:
-        """Start an engine. ``settings``: all that will run; the largest budget sizes the buffers."""
+    def start(cls, args, group: Group, common: dict) -> Iterator[EvalEngine]:
+        """Start an engine that can run all settings of ``group``."""
         import torch
 
         from vllm_sparse import metrics
@@ -68,7 +75,7 @@ class EvalEngine:
             torch.cuda.empty_cache()
         metrics.reset()
         llm = commands.start_engine(
-            args, additional_config={"sparse": _widest(settings, summary).mapping(common)},
+            args, additional_config={"sparse": group.start.mapping(common)},
             max_model_len=max(args.lengths), max_num_batched_tokens=args.chunk, max_num_seqs=args.batch,
             enable_prefix_caching=True, enforce_eager=True, async_scheduling=False,
             max_logprobs=TOP_TOKENS, logits_processors=["vllm_sparse.tools.eval.force:ForcedTokens"],
@@ -96,38 +103,79 @@ class EvalEngine:
                 f"full-attention layers, dense_layers below their number"
             )
 
+    def speed(self, sample: Sample, batch: int) -> Speed:
+        """The speed of this engine on a prompt like that of ``sample``, and on ``batch`` of it at a time."""
+        from vllm import SamplingParams
+
+        def seconds(tokens: list[int], count: int, steps: int, salt: str = "speed") -> float:
+            params = SamplingParams(max_tokens=steps, temperature=0, ignore_eos=True, detokenize=False)
+            start = time.perf_counter()
+            self._generate([tokens] * count, [salt] * count, params)
+            return time.perf_counter() - start
+
+        # What is compiled at first use is no speed.
+        seconds(sample.tokens[: len(sample.tokens) // 8], batch, 2, "compiling")
+        prefill = seconds(sample.tokens, 1, 1)
+        # From the cache, but for the prompt's last page.
+        decode = seconds(sample.tokens, batch, STEPS) - seconds(sample.tokens, batch, 1)
+        return Speed(len(sample.tokens) / prefill, max(decode, 0.0) / (STEPS - 1), batch)
+
     def run(self, setting: Setting, samples: list[Sample], recall_every: int) -> Found:
         """Answers to ``samples``, all of one task and length."""
+        self.llm.collective_rpc("eval_switch", args=(setting.mapping(self.common), 0))
+        self._warm_up(setting, samples)
+        watched = recall_every if samples[0].task == TEXT and setting.policy != "dense" else 0
+        self.llm.collective_rpc("eval_switch", args=(setting.mapping(self.common), watched))
+        before = self._counts()
+        answers = self._answers(setting, samples)
+        workers = self.llm.collective_rpc("eval_recall") if watched else []
+        attended = self._attended(setting, samples, before, self._counts())
+        return Found(answers, attended, self._prefill_density, *self._recall(workers))
+
+    def _answers(self, setting: Setting, samples: list[Sample]) -> list[Answer]:
         from vllm import SamplingParams
 
         from vllm_sparse.tools.eval.force import FORCED
 
-        self.llm.collective_rpc("eval_switch", args=(setting.mapping(self.common), 0))
-        self._warm_up(setting, samples)
         scored = samples[0].task == TEXT
-        watched = recall_every if scored and setting.policy != "dense" else 0
-        self.llm.collective_rpc("eval_switch", args=(setting.mapping(self.common), watched))
-        before = self._counts()
-        params = [
-            SamplingParams(
-                max_tokens=sample.max_tokens, temperature=0, ignore_eos=scored, detokenize=False,
-                logprobs=TOP_TOKENS if scored else None,
-                extra_args={FORCED: sample.forced} if sample.forced else None,
-            )
-            for sample in samples
-        ]  # fmt: skip
-        outputs = self._generate(samples, [_salt(setting, sample) for sample in samples], params)
-        workers = self.llm.collective_rpc("eval_recall") if watched else []
-        attended = self._attended(setting, samples, before, self._counts())
-        answers = [self._answer(output, sample) for output, sample in zip(outputs, samples, strict=True)]
-        return Found(answers, attended, self._prefill_density, *self._recall(workers))
+        salts = [_salt(setting, sample) for sample in samples]
+        prompts = [sample.tokens for sample in samples]
+        answers = [Answer([], [], 0) for _ in samples]
+        # Of each prompt's last answer: where it begins, and its tokens.
+        begins, lengths = [0] * len(samples), [0] * len(samples)
+        for turn in range(1 + len(samples[0].turns)):
+            params = [
+                SamplingParams(
+                    max_tokens=sample.turns[turn - 1].max_tokens if turn else sample.max_tokens, temperature=0,
+                    ignore_eos=scored, stop_token_ids=list(sample.end), detokenize=False,
+                    logprobs=TOP_TOKENS if scored else None,
+                    extra_args={FORCED: sample.forced} if sample.forced else None,
+                )
+                for sample in samples
+            ]  # fmt: skip
+            outputs = self._generate(prompts, salts, params)
+            for index, (output, sample, answer) in enumerate(zip(outputs, samples, answers, strict=True)):
+                said = list(output.outputs[0].token_ids)
+                answer.generated += len(said)
+                if turn:
+                    answer.reused += max(0, min(output.num_cached_tokens - begins[index], lengths[index]))
+                if scored:
+                    answer.steps = self._steps(output, sample)
+                    continue
+                answer.texts.append(self.tokenizer.decode(said, skip_special_tokens=True))
+                if turn < len(sample.turns):
+                    # A template writes the end of an answer itself.
+                    ended = said[-1] in (self.tokenizer.eos_token_id, *sample.end)
+                    kept = said[:-1] if ended else said
+                    begins[index], lengths[index] = len(prompts[index]), len(kept)
+                    prompts[index] = [*prompts[index], *kept, *sample.turns[turn].tokens]
+        return answers
 
-    def _generate(self, samples: list[Sample], salts: list[str], params) -> list:
-        prompts = [
-            {"prompt_token_ids": sample.tokens, "cache_salt": salt}
-            for sample, salt in zip(samples, salts, strict=True)
+    def _generate(self, prompts: list[list[int]], salts: list[str], params) -> list:
+        requests = [
+            {"prompt_token_ids": tokens, "cache_salt": salt} for tokens, salt in zip(prompts, salts, strict=True)
         ]
-        return self.llm.generate(prompts, params, use_tqdm=False)
+        return self.llm.generate(requests, params, use_tqdm=False)
 
     def _warm_up(self, setting: Setting, samples: list[Sample]) -> None:
         """Have the prompts in the prefix cache, so that each setting finds the same there."""
@@ -137,7 +185,8 @@ class EvalEngine:
         if salts == self._warm:
             return
         before = self._counts()
-        self._generate(samples, salts, SamplingParams(max_tokens=1, temperature=0, detokenize=False))
+        once = SamplingParams(max_tokens=1, temperature=0, detokenize=False)
+        self._generate([sample.tokens for sample in samples], salts, once)
         after = self._counts()
         attended, causal = (
             after[name] - before[name] for name in ("prefill_attended_pairs", "prefill_causal_pairs")
@@ -149,15 +198,11 @@ class EvalEngine:
             )
         self._warm, self._prefill_density = salts, attended / causal if causal else None
 
-    def _answer(self, output, sample: Sample) -> Answer:
+    def _steps(self, output, sample: Sample) -> list[Distribution]:
         completion = output.outputs[0]
-        if sample.task != TEXT:
-            return Answer(self.tokenizer.decode(completion.token_ids, skip_special_tokens=True), [])
         if list(completion.token_ids) != sample.forced:
             raise RuntimeError("the decode steps were not fed the text: this vLLM ignored the logits processor")
-        return Answer(
-            "", [{token: entry.logprob for token, entry in step.items()} for step in completion.logprobs[1:]]
-        )
+        return [{token: entry.logprob for token, entry in step.items()} for step in completion.logprobs[1:]]
 
     def _attended(self, setting: Setting, samples: list[Sample], before: dict, after: dict) -> float | None:
         attended, context = (after[name] - before[name] for name in ("attended_tokens", "context_tokens"))
@@ -187,22 +232,11 @@ class EvalEngine:
         return recall, mass, layers
 
 
-def _widest(settings: list[Setting], summary: str) -> Setting:
-    """Settings to start an engine with, so that it has room for all ``settings``."""
-    decode = [s for s in settings if s.policy != "dense"]
-    # Of those whose pages hold most: without a summary slot there would be no place for one.
-    fitting = [s for s in decode if DECODE_POLICIES[s.policy].summary == summary] or decode
-    widest = next(iter(fitting), Setting())
-    prefill = next((s for s in settings if s.prefill_policy != "dense"), Setting())
-    return Setting(
-        widest.policy, max((s.budget for s in decode), default=None),
-        prefill.prefill_policy, prefill.top_p,
-    )  # fmt: skip
-
-
 def _salt(setting: Setting, sample: Sample) -> str:
-    """A salt that keeps out of a prompt's cache what decode steps and other prefill policies wrote."""
-    return f"{setting.prefill_policy} {setting.top_p} {sample.task} {sample.length} {sample.seed}"
+    """A salt that keeps out of a prompt's cache what decode steps and other prefill policies wrote; where a task's
+    later turns are to find what decode steps wrote, those of other settings."""
+    own = f" {setting.describe()}" if sample.turns else ""
+    return f"{setting.prefill_policy} {setting.top_p} {sample.task} {sample.length} {sample.seed}{own}"
 
 
 def loss(steps: list[Distribution], forced: list[int]) -> float:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from matplotlib.figure import Figure
 
-from vllm_sparse.tools.eval.samples import TEXT
 from vllm_sparse.tools.eval.settings import Setting
 from vllm_sparse.tools.eval.summary import Summary
+from vllm_sparse.tools.eval.tasks import TEXT
 
 COLORS = (
     "#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2", "#bcbd22", "#000000",
@@ -30,7 +30,7 @@ def _families(summary: Summary) -> dict[tuple, list[Setting]]:
     families: dict[tuple, list[Setting]] = {}
     for setting in summary.settings:
         if setting.budget is not None:
-            key = (setting.policy, setting.prefill_policy, setting.top_p)
+            key = (setting.policy, setting.prefill_policy, setting.top_p, setting.more)
             families.setdefault(key, []).append(setting)
     return families
 
@@ -95,7 +95,7 @@ def needles(summary: Summary) -> Figure | None:
     cells: dict[Setting, dict[tuple, list[float]]] = {}
     for row in summary.rows:
         if row.get("depth") is not None:
-            setting = Setting(row["policy"], row["budget"], row["prefill_policy"], row["top_p"])
+            setting = Setting.of_row(row)
             place = round(8 * row["depth"]) / 8, row["length"]
             cells.setdefault(setting, {}).setdefault(place, []).append(row["score"])
     if not cells:
@@ -121,7 +121,7 @@ def recall_by_head(summary: Summary) -> Figure | None:
     layers: list[int] = []
     for row in summary.rows:
         if row.get("recall") and row["prefill_policy"] == "dense":
-            tables.setdefault(Setting(row["policy"], row["budget"]), []).append(row["recall"])
+            tables.setdefault(Setting.of_row(row), []).append(row["recall"])
             layers = row["layers"]
     if not tables:
         return None

@@ -7,13 +7,17 @@ import io
 from html import escape
 from pathlib import Path
 
-from vllm_sparse.tools.eval import plots
-from vllm_sparse.tools.eval.summary import Summary, cells_of, columns, setting_of
+from vllm_sparse.tools.eval import pairs, plots
+from vllm_sparse.tools.eval.summary import Summary, cells_of, columns
 
 STYLE = """body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem }
 table { border-collapse: collapse; margin: 1rem 0 } th, td { padding: .2rem .7rem; text-align: right }
 th:first-child, td:first-child { text-align: left } tr:nth-child(even) { background: #f4f5f7 }
 th { border-bottom: 1px solid #999 } img { max-width: 100% } small { color: #555 }"""
+INTERVALS = (
+    "Intervals of 95 %: Wilson's for scores; Newcombe's of pairs for differences from dense on the same samples; "
+    "for losses of text the bootstrap over passages, from five on. Lost, won: samples worse, better than dense."
+)
 PLOTS = (
     (
         "Text under decode sparsity",
@@ -22,7 +26,7 @@ PLOTS = (
         "from dense: tokens among the likeliest of both are told apart, all others count as one. Recall is the "
         "exact attention mass of the chosen pages relative to that of the best pages, of the same number.",
     ),
-    ("RULER tasks", plots.tasks_by_budget, "Share of the right answers in the greedy output, over all lengths."),
+    ("Tasks", plots.tasks_by_budget, "Mean score of the greedy output, over all lengths."),
     ("A needle over depth and length", plots.needles, "Share found; red is none."),
     ("Attention recall by layer and head", plots.recall_by_head, "At the smallest budget, over all texts."),
     ("Fit", plots.fits, "log KL = a + b log(length) + c log(budget), least squares for each decode policy."),
@@ -43,7 +47,8 @@ def page(summary: Summary) -> str:
         f"the text and seeds: {first['split']}; last {first['score_tokens']} tokens of a text scored; {versions}"
     )
     parts = [f"<h1>What a budget costs: {escape(first['model'])}</h1>", f"<p><small>{escape(where)}</small></p>"]
-    parts += [_table(summary), _lengths(summary)]
+    parts += [_table(summary), _lengths(summary), f"<h2>With intervals</h2><p>{escape(INTERVALS)}</p>"]
+    parts.append(_rows(pairs.HEADINGS, list(pairs.lines(summary))))
     for title, draw, note in PLOTS:
         figure = draw(summary)
         if figure is not None:
@@ -60,7 +65,7 @@ def _table(summary: Summary) -> str:
 
 
 def _lengths(summary: Summary) -> str:
-    tasks = [row["task"] for row in summary.rows if setting_of(row) == summary.settings[0]]
+    tasks = [row["task"] for row in summary.of(summary.settings[0])]
     counts = ", ".join(f"{task}: {tasks.count(task)}" for task in summary.tasks)
     lengths = ", ".join(f"{length:,}" for length in summary.lengths)
     return f"<p><small>Means over {lengths} tokens; samples of each setting: {counts}.</small></p>"

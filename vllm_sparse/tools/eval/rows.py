@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from vllm_sparse.errors import ConfigError
+from vllm_sparse.tools.eval.tasks import RENAMED
 
 KEY = (
     "model", "device", "dtype", "kv_dtype", "tp", "page_size", "chunk", "text", "score_tokens", "sparse", "split",
     "task", "length", "seed", "policy", "budget", "prefill_policy", "top_p",
+    "more",
 )  # fmt: skip
 """Names of all that a measurement depends on; a row with the same values is not measured again."""
 BEGINNING = '{"vllm": "'
@@ -56,6 +58,11 @@ def environment() -> dict[str, Any]:
     }
 
 
+def current(row: dict[str, Any]) -> dict[str, Any]:
+    """``row`` as one of today: older ones have old names, and lack the cache's dtype, of when there was one."""
+    return {"kv_dtype": row.get("dtype"), **row, "task": RENAMED.get(row["task"], row["task"])}
+
+
 def key_of(row: dict[str, Any]) -> str:
     return json.dumps([row.get(name) for name in KEY], sort_keys=True)
 
@@ -73,10 +80,10 @@ class Rows:
         for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)
-                row["task"], row["policy"]
+                row["policy"]
+                row = current(row)
             except (ValueError, KeyError, TypeError, RecursionError):
                 raise self._refusal(number) from None
-            row.setdefault("kv_dtype", row.get("dtype"))  # rows of when there was no other
             self.rows.append(row)
         if last:
             if not last.startswith(BEGINNING[: len(last)]):

@@ -1,98 +1,96 @@
-"""RULER's synthetic tasks, made offline from any text, and their score.
+"""RULER's synthetic tasks, made offline from any text.
 
 Hsieh et al., "RULER: What's the Real Context Size of Your Long-Context Language Models?", COLM 2024,
 arXiv 2404.06654: tasks, prompts and sizes follow the paper and its code; needles' keys and the words to
-count are drawn from the given text, where RULER has word lists.
+count are drawn from the given text, where RULER has word lists. Its two tasks of questions are in
+:mod:`vllm_sparse.tools.eval.qa`.
 """
 
 from __future__ import annotations
 
-import re
 import string
+import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
 from random import Random
 
-from vllm_sparse.errors import ConfigError
+from vllm_sparse.tools.eval.problems import Problem, Source, Task, all_of, hide
 
-SENTENCE = re.compile(r"[^.!?]+[.!?]+[\"')\]]*\s+")
-WORD = re.compile(r"\b[a-z]{4,10}\b")
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 NEEDLES, CHAIN_HOPS = 4, 4
 COMMON_WORDS, COMMON_TIMES, OTHER_TIMES = 10, 30, 3
 FREQUENT_WORDS, ZIPF_EXPONENT = 3, 2.0
-LEAST_SIZE = {"fwe": 300}
-"""Least words of a haystack of ``fwe``: fewer would not have three that are most frequent. Elsewhere 4."""
+LEAST_CODED_WORDS = 300
+"""Fewer words of ``fwe`` would not have three that are most frequent."""
 
 
-@dataclass(frozen=True)
-class Source:
-    """Sentences and words that prompts are made of."""
-
-    sentences: tuple[str, ...]
-    words: tuple[str, ...]
-    """Different words of the text, in alphabetical order."""
-
-    @classmethod
-    def of(cls, text: str) -> Source:
-        sentences = tuple(" ".join(sentence.split()) for sentence in SENTENCE.findall(text))
-        return cls(sentences, tuple(sorted(set(WORD.findall(text)))))
+def _key(source: Source, rng: Random) -> str:
+    return "-".join(rng.sample(source.words, 2))
 
 
-@dataclass(frozen=True)
-class Problem:
-    text: str
-    """The user's message."""
-    answer_start: str
-    """The first words of the answer, which the model continues."""
-    answers: tuple[str, ...]
-    """Strings that are all to be found in the answer."""
+def _number(source: Source, rng: Random) -> str:
+    return str(rng.randrange(1_000_000, 10_000_000))
 
 
-def score(output: str, answers: tuple[str, ...]) -> float:
-    """RULER's ``string_match_all``: the share of ``answers`` that ``output`` holds, in any case."""
-    return sum(answer.lower() in output.lower() for answer in answers) / len(answers)
+def _uuid(source: Source, rng: Random) -> str:
+    return str(uuid.UUID(int=rng.getrandbits(128), version=4))
 
 
-def _haystack(source: Source, size: int, needles: list[tuple[float, str]], rng: Random) -> str:
-    """``size`` sentences from a random one on, and each needle at its depth among them."""
-    start = rng.randrange(len(source.sentences))
-    lines = [source.sentences[(start + i) % len(source.sentences)] for i in range(size)]
-    for depth, needle in sorted(needles, reverse=True):
-        lines.insert(round(depth * size), needle)
-    return " ".join(lines)
+def needle(key: str, value: str, what: str = "number") -> str:
+    return f"One of the special magic {what}s for {key} is: {value}."
 
 
-def _niah(keys: int, values: int, queries: int) -> Callable:
-    def make(source: Source, size: int, rng: Random, depth: float | None) -> Problem:
-        names = ["-".join(rng.sample(source.words, 2)) for _ in range(keys)]
-        numbers = [[str(rng.randrange(1_000_000, 10_000_000)) for _ in range(values)] for _ in names]
-        texts = [
-            f"One of the special magic numbers for {name} is: {number}."
-            for name, row in zip(names, numbers, strict=True)
-            for number in row
-        ]
+def question(keys: list[str], values: int, what: str = "number") -> tuple[str, str]:
+    """Question and first words of the answer for ``values`` values of ``keys``."""
+    asked = ", ".join(keys[:-1]) + f", and {keys[-1]}" if len(keys) > 1 else keys[0]
+    what, verb = (f"{what}s", "are") if values > 1 else (what, "is")
+    return (
+        f"What {verb}{' all' if values > 1 else ''} the special magic {what} for {asked} mentioned in the "
+        f"provided text?",
+        f"The special magic {what} for {asked} mentioned in the provided text {verb}",
+    )
+
+
+def hidden(what: str, many: bool, asked_many: bool) -> str:
+    """The sentences before a haystack."""
+    begin = f"Some special magic {what}s are" if many else f"A special magic {what} is"
+    return (
+        f"{begin} hidden within the following text. Make sure to memorize it. I will quiz you about the "
+        f"{what}{'s' if asked_many else ''} afterwards."
+    )
+
+
+def _niah(
+    keys: int, values: int, queries: int, among: str = "text", key: Callable = _key, value: Callable = _number
+):
+    """Needles among sentences of the ``text``, ``noise`` (one line, repeated) or other ``needles``."""
+    what = "uuid" if value is _uuid else "number"
+
+    def make(source: Source, size: int, rng: Random, place: float) -> Problem:
+        names = [key(source, rng) for _ in range(keys)]
+        rows = [[value(source, rng) for _ in range(values)] for _ in names]
+        texts = [needle(name, one, what) for name, row in zip(names, rows, strict=True) for one in row]
         depths = [rng.random() for _ in texts]
-        if depth is not None:
-            depths[0] = depth
-        asked = names[:queries]
-        query = ", ".join(asked[:-1]) + f", and {asked[-1]}" if queries > 1 else asked[0]
-        answers = tuple(number for row in numbers[:queries] for number in row)
-        what, verb = ("numbers", "are") if len(answers) > 1 else ("number", "is")
-        hidden = "Some special magic numbers are" if len(texts) > 1 else "A special magic number is"
-        return Problem(
-            f"{hidden} hidden within the following text. Make sure to memorize it. I will quiz you about the "
-            f"{what} afterwards.\n{_haystack(source, size, list(zip(depths, texts, strict=True)), rng)}\n"
-            f"What {verb}{' all' if len(answers) > 1 else ''} the special magic {what} for {query} mentioned in "
-            f"the provided text?",
-            f"The special magic {what} for {query} mentioned in the provided text {verb}",
-            answers,
-        )
+        single = len(texts) == 1 and among != "needles"
+        if single:
+            depths[0] = place
+        placed = list(zip(depths, texts, strict=True))
+        if among == "text":
+            context = source.haystack(size, placed, rng)
+        elif among == "noise":
+            context = hide([NOISE] * size, placed, "\n")
+        else:
+            others = (key(source, rng) for _ in range(size))
+            lines = [needle(name, value(source, rng), what) for name in others if name not in names]
+            context = hide(lines, placed, "\n")
+        answers = tuple(one for row in rows[:queries] for one in row)
+        asked, start = question(names[:queries], len(answers), what)
+        begin = hidden(what, not single, len(answers) > 1)
+        return Problem(f"{begin}\n{context}\n{asked}", start, answers, depth=place if single else None)
 
     return make
 
 
-def _variable_tracking(source: Source, size: int, rng: Random, depth: float | None) -> Problem:
+def _variable_tracking(source: Source, size: int, rng: Random, place: float) -> Problem:
     def chain(noise: int) -> tuple[str, str, list[str]]:
         names = ["".join(rng.choices(string.ascii_uppercase, k=5)) for _ in range(CHAIN_HOPS + 1)]
         value = str(rng.randrange(10_000, 100_000))
@@ -119,7 +117,7 @@ def _variable_tracking(source: Source, size: int, rng: Random, depth: float | No
     return Problem(f"{shown}\n\n{text}", start, tuple(names))
 
 
-def _common_words(source: Source, size: int, rng: Random, depth: float | None) -> Problem:
+def _common_words(source: Source, size: int, rng: Random, place: float) -> Problem:
     def ask(common: list[str], others: list[str], common_times: int, other_times: int) -> tuple[str, str]:
         words = common * common_times + others * other_times
         rng.shuffle(words)
@@ -142,7 +140,7 @@ def _common_words(source: Source, size: int, rng: Random, depth: float | None) -
     return Problem(f"{example}\n\n{text}", start, tuple(common))
 
 
-def _frequent_words(source: Source, size: int, rng: Random, depth: float | None) -> Problem:
+def _frequent_words(source: Source, size: int, rng: Random, place: float) -> Problem:
     # The most frequent word is noise, as in RULER; counts follow Zipf's law.
     total = sum(rank**-ZIPF_EXPONENT for rank in range(1, 1001))
     counts = [round(size * rank**-ZIPF_EXPONENT / total) for rank in range(1, 1001)]
@@ -158,44 +156,20 @@ def _frequent_words(source: Source, size: int, rng: Random, depth: float | None)
     )
 
 
-TASKS: dict[str, Callable[[Source, int, Random, float | None], Problem]] = {
-    "niah_single": _niah(1, 1, 1),
-    "niah_multikey": _niah(NEEDLES, 1, 1),
-    "niah_multivalue": _niah(1, NEEDLES, 1),
-    "niah_multiquery": _niah(NEEDLES, 1, NEEDLES),
-    "vt": _variable_tracking,
-    "cwe": _common_words,
-    "fwe": _frequent_words,
+def _task(about: str, make: Callable, **more) -> Task:
+    return Task(make, all_of, about, **more)
+
+
+TASKS = {
+    "niah_single_1": _task("a number in one repeated line", _niah(1, 1, 1, "noise")),
+    "niah_single_2": _task("a number in running text", _niah(1, 1, 1)),
+    "niah_single_3": _task("a UUID in running text", _niah(1, 1, 1, value=_uuid)),
+    "niah_multikey_1": _task("a number, beside those of three other keys", _niah(NEEDLES, 1, 1)),
+    "niah_multikey_2": _task("a number among needles of other keys alone", _niah(1, 1, 1, "needles")),
+    "niah_multikey_3": _task("a UUID of a UUID among such needles", _niah(1, 1, 1, "needles", _uuid, _uuid)),
+    "niah_multivalue": _task("four numbers of one key", _niah(1, NEEDLES, 1)),
+    "niah_multiquery": _task("numbers of four keys", _niah(NEEDLES, 1, NEEDLES)),
+    "vt": _task("five names that a chain of assignments gives one value", _variable_tracking),
+    "cwe": _task("the ten words that a list has most often", _common_words, most=lambda source: len(source.words)),
+    "fwe": _task("the three most frequent words of a coded text", _frequent_words, least=LEAST_CODED_WORDS),
 }
-"""Name -> (source, amount of haystack, random numbers, depth of the first needle or None) -> problem."""
-
-
-def fitted(
-    task: str, source: Source, limit: int, seed: str, depth: float | None, count: Callable[[Problem], int]
-) -> Problem:
-    """The longest problem of ``task`` that ``count`` finds no longer than ``limit`` tokens.
-
-    Raises:
-        ConfigError: the text is too poor, or no problem is so short.
-    """
-    if not source.sentences or len(source.words) < 100:
-        raise ConfigError("--text: too few sentences or words for RULER's tasks; allowed: running text, 100 words")
-
-    def make(size: int) -> Problem:
-        return TASKS[task](source, size, Random(seed), depth)
-
-    least = LEAST_SIZE.get(task, 4)
-    if count(make(least)) > limit:
-        raise ConfigError(
-            f"--lengths: {limit} tokens are too few for a prompt of {task}; allowed: from about "
-            f"{count(make(least))} on"
-        )
-    most = 2 * least
-    while most < 1 << 22 and count(make(most)) <= limit:
-        if task == "cwe" and most >= len(source.words):
-            raise ConfigError(f"--text: too few different words for {task} at {limit} tokens; allowed: more text")
-        least, most = most, 2 * most
-    while most - least > max(1, least // 200):
-        middle = (least + most) // 2
-        least, most = (middle, most) if count(make(middle)) <= limit else (least, middle)
-    return make(least)

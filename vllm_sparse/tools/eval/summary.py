@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from vllm_sparse.tools.eval.samples import TASKS, TEXT
+from vllm_sparse.tools.eval.rows import current
 from vllm_sparse.tools.eval.settings import Setting
+from vllm_sparse.tools.eval.tasks import RENAMED, TASKS, TEXT
 
 
 @dataclass
@@ -41,20 +42,36 @@ class Fit:
 
 class Summary:
     def __init__(self, rows: list[dict[str, Any]]):
-        self.rows = rows
-        self.settings = sorted({setting_of(row) for row in rows}, key=_order)
+        self.rows = rows = [current(row) for row in rows]
+        self.settings = sorted(self._of, key=_order)
         self.tasks = [task for task in TASKS if any(row["task"] == task for row in rows)]
         self.lengths = sorted({row["length"] for row in rows})
+
+    @cached_property
+    def _of(self) -> dict[Setting, dict[tuple, dict]]:
+        """Rows by setting, and by task, length and seed."""
+        found: dict[Setting, dict[tuple, dict]] = {}
+        for row in self.rows:
+            found.setdefault(Setting.of_row(row), {})[row["task"], row["length"], row["seed"]] = row
+        return found
+
+    def of(self, setting: Setting) -> list[dict[str, Any]]:
+        """The rows of a setting, the last of each sample."""
+        return list(self._of.get(setting, {}).values())
+
+    def row(self, setting: Setting, task: str, length: int, seed: int) -> dict[str, Any]:
+        return self._of[setting][task, length, seed]
 
     @cached_property
     def cells(self) -> dict[tuple[Setting, str, int], Cell]:
         groups: dict[tuple, list[dict]] = {}
         for row in self.rows:
-            groups.setdefault((setting_of(row), row["task"], row["length"]), []).append(row)
+            groups.setdefault((Setting.of_row(row), row["task"], row["length"]), []).append(row)
         return {key: Cell(len(rows), _means(rows)) for key, rows in groups.items()}
 
     def mean(self, setting: Setting, task: str, name: str, length: int | None = None) -> float | None:
         """Mean of a value over lengths, or at one; None where it was not measured."""
+        task = RENAMED.get(task, task)
         lengths = self.lengths if length is None else [length]
         found = [self.cells.get((setting, task, n)) for n in lengths]
         values = [cell.values[name] for cell in found if cell is not None and name in cell.values]
@@ -71,7 +88,7 @@ class Summary:
             (length, setting.budget, cell.values["kl"])
             for (setting, task, length), cell in self.cells.items()
             if task == TEXT and setting.policy == policy and setting.prefill_policy == "dense"
-            and setting.budget is not None and cell.values["kl"] > 0
+            and setting.budget is not None and setting.more is None and cell.values["kl"] > 0
             and cell.values.get("attended", 0) < 1
         ]  # fmt: skip
         columns = [lambda length, budget: 1.0, lambda length, budget: math.log(budget)]
@@ -88,14 +105,11 @@ class Summary:
                    [(*point, value) for point, value in zip(points, fitted, strict=True)])  # fmt: skip
 
 
-def setting_of(row: dict[str, Any]) -> Setting:
-    return Setting(row["policy"], row["budget"], row["prefill_policy"], row["top_p"])
-
-
 def _order(setting: Setting) -> tuple:
     return (
         setting.prefill_policy != "dense", setting.prefill_policy, setting.top_p or 0,
         setting.policy != "dense", setting.policy, setting.budget or 0,
+        setting.more or "",
     )  # fmt: skip
 
 
@@ -152,9 +166,14 @@ def table(summary: Summary) -> str:
     headings = [heading for heading, *_ in columns(summary)]
     lines = [("setting", *headings)]
     lines += [(setting.describe(), *cells_of(summary, setting)) for setting in summary.settings]
+    return aligned(lines)
+
+
+def aligned(lines: list[tuple[str, ...]], left: int = 1) -> str:
+    """Lines of cells in columns, the ``left`` first ones flush left."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join(
-        "  ".join(text.ljust(width) if i == 0 else text.rjust(width)
+        "  ".join(text.ljust(width) if i < left else text.rjust(width)
                   for i, (text, width) in enumerate(zip(line, widths, strict=True)))
         for line in lines
     )  # fmt: skip

@@ -1,0 +1,66 @@
+"""`vllm-sparse eval` through the engine: turns over the prefix cache, and two settings compared by the command."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from eval_cases import running_text
+
+from vllm_sparse.tools import cli
+
+
+@pytest.fixture
+def evaluate(tiny, monkeypatch, tmp_path):
+    """Run the command on a tiny model that answers nonsense; returns its rows."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")  # which the command sets, here for all later tests
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    text, out = tmp_path / "text.txt", tmp_path / "eval.jsonl"
+    text.write_text(running_text(400))
+
+    def call(*options: str) -> list[dict]:
+        fixed = ["--text", str(text), "--out", str(out), "--dtype", "float32", "--block-size", "16"]
+        assert cli.main(["eval", str(tiny.model(seed=1)), *fixed, *options]) == 0
+        return [json.loads(line) for line in out.read_text().splitlines()]
+
+    return call
+
+
+@pytest.mark.seam
+@pytest.mark.engine
+def test_compare_new_tasks(evaluate, capfd):
+    """Turns find sparse answers in the cache, and the time is told before."""
+    rows = evaluate(
+        "--sparse", '{"dense_layers": 0}', "--compare", "dense", "oracle:256", "--lengths", "3400",
+        "--needles", "2", "--tasks", "many_turns,mrcr_2", "--batch", "2",
+    )  # fmt: skip
+    assert [row["policy"] for row in rows] == 2 * (["dense"] * 2 + ["oracle"] * 2)
+    for row in rows:
+        assert 0 <= row["score"] <= 1 and row["more"] is None
+        assert row["attended"] == 1 if row["policy"] == "dense" else 0.05 < row["attended"] < 0.2
+        if row["task"] == "many_turns":
+            assert len(row["turns"]) == 5 and len(row["expected"]) == 20
+            # Whole pages of an answer: more than most of four answers' tokens.
+            assert 0.5 < row["reused"] / (row["generated"] * 4 / 5) <= 1
+        else:
+            assert "turns" not in row
+    said = capfd.readouterr().out
+    assert "8 results: " in said and " tokens to prefill, at most " in said
+    assert "tokens/s of prefill" in said and "a decode step of 2 requests" in said
+    assert (
+        said.index("a decode step") < said.index("less dense") < said.index("oracle 256 less dense, on the same")
+    )
+
+
+@pytest.mark.engine
+def test_compare_offload_in_fp8(evaluate, capfd):
+    """Offload beside dense attention on the GPU, over caches in fp8; rows say which setting offloads."""
+    offload = {"decode_policy": "midbound", "budget_tokens": 128, "offload": {"host_gib": 0.25}}
+    options = ["--lengths", "700", "--needles", "2", "--tasks", "niah_single_2", "--kv-cache-dtype", "fp8"]
+    rows = evaluate(*options, "--compare", "dense", json.dumps(offload))
+    assert [(row["policy"], row["kv_dtype"]) for row in rows] == [("dense", "fp8")] * 2 + [("midbound", "fp8")] * 2
+    assert [row["more"] for row in rows] == [None] * 2 + [{"offload": {"host_gib": 0.25}}] * 2
+    assert rows[0]["attended"] == 1 and rows[2]["attended"] < 0.3
+    said = capfd.readouterr().out
+    assert 'midbound 128, offload={"host_gib": 0.25} less dense' in said
