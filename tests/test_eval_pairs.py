@@ -111,6 +111,10 @@ def test_settings_to_compare():
     assert one.describe() == "quest 2048, window_tokens=64"
     assert one.columns()["more"] == {"window_tokens": 64} and other.columns()["more"] is None
     assert Setting.of_row(one.columns()) == one
+    quality = Setting.of(parse("quality:512"), {})
+    assert (
+        quality == Setting("sketch2", 512) == Setting.of(parse('{"preset": "quality", "budget_tokens": 512}'), {})
+    )
     # Keys of its own are an engine of its own; dense attention runs in both.
     groups = by_engine([Setting(), one, other], {})
     assert [group.settings for group in groups] == [(Setting(), one), (Setting(), other)]

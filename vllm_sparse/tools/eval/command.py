@@ -54,8 +54,8 @@ def add_command(subparsers) -> None:
     option("--top-p", "of prefill policies that estimate; default: 0.98", several(real()))
     parser.add_argument(
         "--compare", nargs=2, metavar=("A", "B"), type=settings.parse,
-        help="instead: two settings on the same samples, each `dense`, POLICY:BUDGET, or a JSON object as for "
-        "--sparse, such as a preset; prints what B lost",
+        help="instead: two settings on the same samples, each `dense`, a preset or a policy with or without "
+        ":BUDGET, or a JSON object as for --sparse; prints what B lost",
     )  # fmt: skip
     known = ",".join((*tasks.TASKS, *tasks.GROUPS))
     option(

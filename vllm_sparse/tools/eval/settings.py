@@ -8,7 +8,7 @@ from typing import Any
 
 from vllm_sparse.config import SparseConfig
 from vllm_sparse.errors import ConfigError
-from vllm_sparse.policies import DECODE_POLICIES, POSITIONS, PREFILL_POLICIES
+from vllm_sparse.policies import DECODE_POLICIES, POSITIONS, PREFILL_POLICIES, PRESETS
 from vllm_sparse.tools import commands
 
 COMMON = {"min_context_tokens": 0, "min_prefill_tokens": 1024, "head_patterns": "none"}
@@ -27,16 +27,20 @@ class Setting:
     top_p: float | None = None
     """Share of the estimated attention that prefill keeps; None where its policy has none."""
     more: str | None = None
-    """Further keys of this setting alone, such as a preset, as a JSON object with sorted keys."""
+    """Further keys of this setting alone, such as ``offload``, as a JSON object with sorted keys."""
 
     @classmethod
     def of(cls, mapping: dict[str, Any], common: dict[str, Any]) -> Setting:
-        """The setting that a mapping of sparse settings describes, beside those that all have in ``common``."""
+        """The setting that a mapping of sparse settings describes, beside those that all have in ``common``.
+
+        A preset is what it sets: rows say what ran, whatever its name means later.
+        """
         config = SparseConfig.from_mapping({**COMMON, **common, **mapping}, "--compare")
         decode, prefill = config.decode_policy, config.prefill_policy
         if decode == prefill == "dense":
             return cls()
-        more = {key: value for key, value in mapping.items() if key not in OWN}
+        given = {**PRESETS.get(mapping.get("preset"), {}), **mapping}
+        more = {key: value for key, value in given.items() if key not in (*OWN, "preset")}
         return cls(
             decode, None if decode == "dense" else config.budget_tokens,
             prefill, None if prefill == "dense" or prefill in POSITIONS else config.prefill_top_p,
@@ -80,15 +84,16 @@ class Setting:
 
 
 def parse(text: str) -> dict[str, Any]:
-    """The type of ``--compare``: ``dense``, ``POLICY:BUDGET``, or a JSON object of sparse settings.
+    """The type of ``--compare``: ``dense``, a preset, ``POLICY:BUDGET``, or a JSON object of sparse settings.
 
     Returns:
         The mapping, whose values are not checked yet.
     """
     if text.lstrip().startswith("{"):
         return commands.json_object(text)
-    policy, _, budget = text.partition(":")
-    return {"decode_policy": policy, **({"budget_tokens": commands.whole(1)(budget)} if budget else {})}
+    name, _, budget = text.partition(":")
+    key = "preset" if name in PRESETS else "decode_policy"
+    return {key: name, **({"budget_tokens": commands.whole(1)(budget)} if budget else {})}
 
 
 def pair(mappings: list[dict[str, Any]], common: dict[str, Any]) -> list[Setting]:
