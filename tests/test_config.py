@@ -49,6 +49,7 @@ WRONG = {
         ["sparse.preset", "'fats'", "Did you mean 'fast'?", "balanced", "quality"],
     ),
     "number_for_preset": ({"preset": 1}, ["sparse.preset", "1"]),
+    "list_for_preset": ({"preset": ["fast"]}, ["sparse.preset", "balanced", "quality"]),
     "unknown_engine": (
         {"attention_kernel": "tritn"},
         ["sparse.attention_kernel", "'tritn'", "Did you mean 'triton'?", "xformers"],

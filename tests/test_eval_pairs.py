@@ -125,6 +125,9 @@ def test_settings_to_compare():
     assert groups[0].start == Setting("quest", 2048) and groups[1].start == offload
     prefill = parse('{"decode_policy": "dense", "prefill_policy": "a_shape"}')
     assert pair([prefill, parse("dense")], {})[0] == Setting("dense", None, "a_shape")
+    for wrong in ('{"preset": []}', '{"preset": "balanct"}'):
+        with pytest.raises(ConfigError, match="preset"):
+            Setting.of(parse(wrong), {})
     with pytest.raises(ConfigError, match="--sparse: budget_tokens is what is compared"):
         pair([parse("dense"), parse("quest:512")], {"budget_tokens": 512})
 

@@ -384,7 +384,7 @@ def _stale(key: str, asked: str, path: Path, error: TableError, command: str) ->
 
 
 def _require_choice(name: str, value: str, allowed) -> None:
-    if value not in allowed:
+    if value not in tuple(allowed):  # a list or an object could not be looked up in a dict
         raise ConfigError(f"sparse.{name}: unknown value {shown(value)}.{nearest(value, list(allowed))}")
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_sparse.errors import ConfigError
+from vllm_sparse.prefill.gate import AUTO
 from vllm_sparse.tools import commands
 from vllm_sparse.tools.eval.estimate import STEPS, Speed
 from vllm_sparse.tools.eval.samples import Sample
@@ -191,7 +192,8 @@ class EvalEngine:
         attended, causal = (
             after[name] - before[name] for name in ("prefill_attended_pairs", "prefill_causal_pairs")
         )
-        if setting.prefill_policy != "dense" and not causal:
+        # AUTO may find that dense chunks are faster.
+        if setting.prefill_policy not in ("dense", AUTO) and not causal:
             raise ConfigError(
                 f"{setting.describe()}: no chunk of prefill ran sparse; the log says why. Allowed: --lengths past "
                 f"min_prefill_tokens (see --sparse), models with full-attention layers"

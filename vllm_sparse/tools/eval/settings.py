@@ -36,10 +36,13 @@ class Setting:
         A preset is what it sets: rows say what ran, whatever its name means later.
         """
         config = SparseConfig.from_mapping({**COMMON, **common, **mapping}, "--compare")
+        # As in a grid, prefill is dense unless it is asked for.
+        preset = PRESETS[config.preset] if "preset" in mapping else {}
+        given = {"prefill_policy": "dense", **preset, **mapping}
+        config = SparseConfig.from_mapping({**COMMON, **common, **given}, "--compare")
         decode, prefill = config.decode_policy, config.prefill_policy
         if decode == prefill == "dense":
             return cls()
-        given = {**PRESETS.get(mapping.get("preset"), {}), **mapping}
         more = {key: value for key, value in given.items() if key not in (*OWN, "preset")}
         return cls(
             decode, None if decode == "dense" else config.budget_tokens,
