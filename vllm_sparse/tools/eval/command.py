@@ -134,13 +134,13 @@ def _checked(args: argparse.Namespace) -> list[Setting]:
     args.questions = {name: qa.read(path, name, args.split) for name, path in files.items()}
     if args.out.suffix == ".html":
         raise ConfigError(f"--out: {args.out} is where the page would go; allowed: another ending, such as .jsonl")
-    found = _settings(args)
-    if TEXT in args.tasks and any(setting.offloads(args.sparse) for setting in found):
+    offloads = [mapping.get("offload") is not None for mapping in (args.sparse, *(args.compare or ()))]
+    if TEXT in args.tasks and any(offloads):
         raise ConfigError(
             f"--tasks: {TEXT} is compared with dense decode, which offload refuses; allowed with offload: "
             f"{', '.join(task for task in tasks.TASKS if task != TEXT)}"
         )
-    return found
+    return _settings(args)
 
 
 def _settings(args: argparse.Namespace) -> list[Setting]:
