@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 
 from vllm_sparse.tools.eval import intervals
 from vllm_sparse.tools.eval.intervals import Interval
@@ -71,9 +72,8 @@ def values(summary: Summary, setting: Setting, task: str, length: int | None = N
 
 
 def pair(summary: Summary, first: Setting, second: Setting, task: str, length: int | None = None) -> Pair:
-    return Pair(
-        values(summary, first, task, length), values(summary, second, task, length), bounded=task != TEXT
-    )  # fmt: skip
+    before, after = (values(summary, setting, task, length) for setting in (first, second))
+    return Pair(before, after, bounded=task != TEXT)
 
 
 def mean_interval(found: dict[Place, float], bounded: bool) -> Interval | None:
@@ -116,21 +116,21 @@ def table(summary: Summary) -> str:
 def comparison(summary: Summary, first: Setting, second: Setting) -> str:
     """For a terminal: the second setting less the first by task and length, and the samples that it lost."""
     headings = ("task", "tokens", first.describe(), second.describe(), "difference", *HEADINGS[5:])
+    lengths = [*summary.lengths, None] if len(summary.lengths) > 1 else summary.lengths
     found, lost = [headings], []
-    for task in (*summary.tasks, SCORES):
-        for length in (*summary.lengths, *([None] if len(summary.lengths) > 1 or task == SCORES else [])):
-            both = pair(summary, first, second, task, length)
-            differences = both.differences
-            if not differences or (task == SCORES and length is not None):
-                continue
-            means = (mean({place: side[place] for place in differences}) for side in (both.first, both.second))
-            found.append((
-                task, "all" if length is None else f"{length:,}", *(f"{value:.3f}" for value in means),
-                f"{mean(differences):+.3f}", _shown(both.interval, "+"), str(len(both.lost)), str(both.won),
-                str(len(differences)),
-            ))  # fmt: skip
-            if length is not None and both.bounded:
-                lost += _lost(summary, both, first, second)
+    for task, length in (*product(summary.tasks, lengths), (SCORES, None)):
+        both = pair(summary, first, second, task, length)
+        differences = both.differences
+        if not differences:
+            continue
+        means = (mean({place: side[place] for place in differences}) for side in (both.first, both.second))
+        found.append((
+            task, "all" if length is None else f"{length:,}", *(f"{value:.3f}" for value in means),
+            f"{mean(differences):+.3f}", _shown(both.interval, "+"), str(len(both.lost)), str(both.won),
+            str(len(differences)),
+        ))  # fmt: skip
+        if length is not None and both.bounded:
+            lost += _lost(summary, both, first, second)
     title = f"{second.describe()} less {first.describe()}, on the same samples:"
     return "\n".join([title, "", aligned(found), *(["", "Lost samples:", *lost] if lost else [])])
 
