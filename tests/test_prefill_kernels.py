@@ -107,7 +107,7 @@ def test_sparse_prefill_is_attention_under_the_mask(run, shape, chunk, dtype):
 
 
 @BOTH
-@pytest.mark.parametrize("head_dim", [32, 256])
+@pytest.mark.parametrize("head_dim", [32, 256, 512])
 def test_sparse_prefill_with_every_page_is_dense_attention(run, head_dim):
     case = make_chunk(70, 150, 1, 2, head_dim, 16)
     table = build(reference, case, torch.ones_like(random_keep(case)))
