@@ -89,6 +89,11 @@ def test_head_sizes_that_kernels_take(size):
     assert decide(replace(PLAIN, head_size=size, head_size_v=size)).treatment is SPARSE
 
 
+def test_prefixes_of_images_keep_only_drafts_from_being_sparse():
+    assert decide(replace(PLAIN, image_prefix=True)).treatment is SPARSE
+    assert decide(replace(PLAIN, drafts=True)).treatment is SPARSE
+
+
 def test_dense_layers_count_full_attention_layers():
     types = (["sliding_attention"] * 5 + ["full_attention"]) * 2
     assert full_attention_layers(types, 12) == [5, 11]
@@ -203,5 +208,4 @@ def test_the_tests_of_families_are_there(test):
     """A test that is renamed, or a case that is dropped, leaves no row of the page without its proof."""
     name, case = re.fullmatch(r"(\w+)\[(\w+)\]", test).groups()
     source = (Path(__file__).parent / f"{name}.py").read_text(encoding="utf-8")
-    source += (Path(__file__).parent / "tiny_images.py").read_text(encoding="utf-8")
     assert re.search(rf'"{case}"[:,)\]]', source), f"{name}.py has no case {case}"
