@@ -508,6 +508,12 @@ def test_sample_mass_matches_reference_in_other_dtypes(dtype):
     assert error(sampled(launchers, case), sampled(reference, case)) < TOLERANCE[dtype] + 4e-3
 
 
+def test_sample_mass_of_wide_heads():
+    """They leave room for one head's queries beside a tile."""
+    case = make_chunk(90, 77, 1, 2, 512, 16)
+    assert error(sampled(launchers, case), sampled(reference, case)) < 4e-3
+
+
 @BOTH
 @pytest.mark.parametrize("chunk", [(200, 131), (0, 258)], ids=str)
 def test_sample_mass_asks_the_last_of_four_for_the_largest_of_sixteen(run, chunk):
