@@ -21,29 +21,33 @@ from vllm_sparse.config import SparseConfig
 from vllm_sparse.prefill.runs import PrefillRun
 
 IMAGES = {"limit_mm_per_prompt": {"image": 1, "video": 0}}
-LAYERS = {"qwen2_5_vl": (3, 0), "qwen3_vl": (3, 0), "gemma3": (1, 2)}
+LAYERS = {"qwen2_5_vl": (3, 0), "qwen3_vl": (3, 0), "qwen3_5": (1, 0), "gemma3": (1, 2)}
 """Sparse and stock ones."""
+OPTIONS = {"qwen3_5": {"enable_prefix_caching": False, "dtype": "bfloat16"}}
+# Stock vLLM 0.33 on the compiled modules of 0.32 gives no numbers for the other one.
+CASES = [pytest.param(case, marks=() if case in OPTIONS else pytest.mark.seam) for case in tiny_images.MODELS]
 
 
 @pytest.mark.engine
 @pytest.mark.skipif(vllm.__version_tuple__ < (0, 32), reason="seen on vLLM 0.32 and later")
-@pytest.mark.parametrize("case", tiny_images.MODELS)
+@pytest.mark.parametrize("case", CASES)
 def test_a_model_answers_about_an_image_as_stock_does(tiny, case):
     path = tiny_images.make(tiny.root / case, case)
-    texts = prompts((5, 300))
+    texts, options = prompts((5, 300)), {**IMAGES, **OPTIONS.get(case, {})}
+    noise = 0.1 if "dtype" in options else 0.0
     batch = [tiny_images.prompt(case, text, seed) for seed, text in enumerate(texts)]
     others = [tiny_images.prompt(case, text, seed + 2) for seed, text in enumerate(texts)]
-    with tiny.start(path, backend="CPU_ATTN", **IMAGES) as llm:
+    with tiny.start(path, backend="CPU_ATTN", **options) as llm:
         expected = answers(llm, batch)
         assert answers(llm, others) != expected, "this model does not see images"
-    with tiny.start(path, EVERYTHING, **IMAGES) as llm:
-        assert_same(answers(llm, batch), expected, noise=0)
+    with tiny.start(path, EVERYTHING, **options) as llm:
+        assert_same(answers(llm, batch), expected, noise)
         (counts,) = llm.collective_rpc("sparse_metrics")
     assert (counts["sparse_layers"], sum(counts["stock_layers"].values())) == LAYERS[case]
-    with tiny.start(path, FEW, **IMAGES) as llm:
+    with tiny.start(path, FEW, **options) as llm:
         found = answers(llm, batch)
         (counts,) = llm.collective_rpc("sparse_metrics")
-    assert_same(found[:1], expected[:1], noise=0)  # a context within the budget
+    assert_same(found[:1], expected[:1], noise)  # a context within the budget
     assert all(math.isfinite(likely) for answer in found for _, likely, _ in answer)
     assert counts["attended_tokens"] < 0.6 * counts["context_tokens"]
 

@@ -54,6 +54,24 @@ MODELS = {
         QWEN_MARKS, {}, {**QWEN_IMAGES, "patch_size": 16, "processor_class": "Qwen3VLProcessor"},
         [FIRST_MARK + 2, FIRST_MARK, FIRST_MARK + 3],
     ),
+    "qwen3_5": (
+        "qwen3_5",
+        {
+            **QWEN_TOKENS,
+            "text_config": {
+                **TEXT, "num_hidden_layers": 4, "head_dim": 64, "initializer_range": 0.1,
+                "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 64,
+                "linear_value_head_dim": 64,
+                "rope_parameters": {
+                    **QWEN_ROPE, "mrope_section": [2, 3, 3], "mrope_interleaved": True,
+                    "partial_rotary_factor": 0.25,
+                },
+            },
+            "vision_config": {**QWEN_VISION, "patch_size": 16, "num_position_embeddings": 16},
+        },
+        QWEN_MARKS, {}, {**QWEN_IMAGES, "patch_size": 16, "processor_class": "Qwen3VLProcessor"},
+        [FIRST_MARK + 2, FIRST_MARK, FIRST_MARK + 3],
+    ),
     "gemma3": (
         "gemma3",
         {
