@@ -26,9 +26,9 @@ def _halve(x, ROWS: tl.constexpr, WIDTH: tl.constexpr, NEAR: tl.constexpr):
 @triton.jit
 def hadamard(x, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """Transform float32 ``x`` [ROWS, WIDTH] along its rows, without the factor; WIDTH is a power of two."""
-    tl.static_assert(WIDTH <= 256)
+    tl.static_assert(WIDTH <= 512)
     # Eight at a time, which one thread can hold: threads exchange numbers in between only.
-    for i in tl.static_range(0, 8, 3):
+    for i in tl.static_range(0, 9, 3):
         if WIDTH >> i > 1:
             x = _halve(x, ROWS, WIDTH, min(8, WIDTH >> i))
     return x

@@ -17,9 +17,8 @@ from vllm_sparse.kernels.e4m3 import elements_of, stored
 from vllm_sparse.pages.geometry import Geometry
 from vllm_sparse.pages.query_blocks import QueryBlocks
 
-PAGES_N: tl.constexpr = tl.constexpr(32)
-ROWS: tl.constexpr = tl.constexpr(32)
-"""Pages, and query blocks of the heads of a group, that a matrix product takes."""
+TUNING = {"rows": 32, "tile_bytes": 16384, "num_warps": 4}
+"""``rows``: pages, and query blocks of the heads of a group, that a matrix product takes; fewer of wide heads."""
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_blocks"])
@@ -47,7 +46,7 @@ def _pooled_score(
     pooled_ptr, kv_ptr, block_table_ptr, scores_ptr, heads_ptr, pooled_stride, kv_stride_b, kv_stride_h,
     kv_stride_slot, score_stride, scale, end_position, num_pages, num_blocks,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
-    GROUP_PAD: tl.constexpr,
+    GROUP_PAD: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     tile, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     if heads_ptr is not None:
@@ -55,12 +54,12 @@ def _pooled_score(
         wanted = tl.load(heads_ptr + head * GROUP + members, mask=members < GROUP, other=0)
         if tl.max(wanted.to(tl.int32), axis=0) == 0:
             return
-    pages = tile * PAGES_N + tl.arange(0, PAGES_N)
+    pages = tile * ROWS + tl.arange(0, ROWS)
     dims = tl.arange(0, BLOCK_D)
     in_head = dims < HEAD_DIM
     block = tl.load(block_table_ptr + pages, mask=pages < num_pages, other=0).to(tl.int64)
     cells = kv_ptr + block * kv_stride_b + head * kv_stride_h
-    total = tl.zeros([BLOCK_D, PAGES_N], tl.float32)
+    total = tl.zeros([BLOCK_D, ROWS], tl.float32)
     known = tl.minimum(end_position - pages * PAGE, PAGE)
     for row in range(PAGE):
         key = tl.load(cells[None, :] + row * kv_stride_slot + dims[:, None],
@@ -117,9 +116,11 @@ def pooled_score(
         q, pooled, heads, q.stride(0), q.stride(1), pooled.stride(0), num_tokens, blocks.num_blocks,
         **dims, num_warps=4,
     )  # fmt: skip
-    _pooled_score[(triton.cdiv(num_pages, PAGES_N.value), kv_heads)](
+    token_bytes = dims["BLOCK_D"] * q.element_size()
+    tile = max(16, min(TUNING["rows"], TUNING["tile_bytes"] // token_bytes))
+    _pooled_score[(triton.cdiv(num_pages, tile), kv_heads)](
         pooled, elements_of(kv), block_table, scores, heads, pooled.stride(0), kv.stride(0), kv.stride(1),
         kv.stride(2), scores.stride(0), scale, blocks.end_position, num_pages, blocks.num_blocks,
-        GROUP=group, **dims, PAGE=page_size, GROUP_PAD=triton.next_power_of_2(group),
-        num_warps=4,
+        GROUP=group, **dims, PAGE=page_size, GROUP_PAD=triton.next_power_of_2(group), ROWS=tile,
+        num_warps=TUNING["num_warps"], num_stages=3 if tile * token_bytes <= TUNING["tile_bytes"] else 2,
     )  # fmt: skip

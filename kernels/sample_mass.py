@@ -172,11 +172,14 @@ def sample_mass(
     assert scores.shape == (q_heads * blocks.num_blocks, blocks.num_pages(page_size))
     assert q.stride(2) == kv.stride(3) == scores.stride(1) == block_table.stride(0) == 1
     group, block_d, kv = q_heads // kv.shape[1], triton.next_power_of_2(head_dim), elements_of(kv)
+    block_n = max(64, min(128, TUNING["tile_bytes"] // (block_d * kv.element_size())))
+    # A tile of heads of 512 is twice as large as others: half of the queries beside one tile fit every GPU.
+    wide = block_d > 256
+    query_bytes = TUNING["query_bytes"] // (2 if wide else 1)
     # A bundle is heads of one group, so a power of two that divides it; blocks fill the rest of the rows.
-    rows = max(1, min(TUNING["rows"], TUNING["query_bytes"] // (block_d * q.element_size())) // SAMPLE_ROWS.value)
+    rows = max(1, min(TUNING["rows"], query_bytes // (block_d * q.element_size())) // SAMPLE_ROWS.value)
     heads = min(rows, group & -group)
     of_blocks = rows // heads
-    block_n = max(64, min(128, TUNING["tile_bytes"] // (block_d * kv.element_size())))
     room, stride = tops.view(-1).view(torch.float16), sample_logits(blocks.end_position + 64)
     pairs = len(room) // stride
     blocks_at_once = min(blocks.num_blocks, max(of_blocks, pairs // q_heads // of_blocks * of_blocks))
@@ -196,7 +199,7 @@ def sample_mass(
                 num_blocks, splits,
                 GROUP=group, HEADS=heads, BLOCKS=of_blocks, HEAD_DIM=head_dim, BLOCK_D=block_d, PAGE=page_size,
                 BLOCK_N=block_n, CODES=kv.element_size() == 1, num_warps=TUNING["num_warps"],
-                num_stages=TUNING["num_stages"],
+                num_stages=1 if wide else TUNING["num_stages"],
             )  # fmt: skip
             _fold_tops[(num_heads * num_blocks,)](
                 room, scores, stride, scores.stride(0), blocks.first_position, num_tokens, first_head, first_block,

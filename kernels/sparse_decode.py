@@ -35,6 +35,8 @@ TILE_BYTES = 32768
 MAX_SPLITS = 64
 MOST_ROWS = 64
 """Query rows of a program; where a KV head has more, several programs read its pages."""
+WARP_CHANNELS = 128
+"""Channels of an output for each warp: with 256 of a head of 512 its threads keep them outside of registers."""
 TUNING = {"block_tokens": 64, "waves": 4, "num_warps": 2, "num_stages": 3, "add_warps": 1}
 """Chosen on one H200 for batches of 1 to 8; 32 requests of 8,192 tokens took 3 % longer than with tiles of 128."""
 
@@ -234,7 +236,8 @@ def sparse_decode(
         KV_HEADS=kv_heads, HEADS=heads, TOKENS=queries.most, ROWS=tile_rows, HEAD_DIM=head_dim,
         BLOCK_D=block_d, PAGE=page_size, BLOCK_N=block_n, ALONE=splits == 1,
         ON_HOST=host is not None, CODES=kv.dtype is torch.float8_e4m3fn,
-        CAPPED=geometry.soft_cap > 0, num_warps=max(TUNING["num_warps"], tile_rows // 16),
+        CAPPED=geometry.soft_cap > 0,
+        num_warps=max(TUNING["num_warps"], tile_rows // 16, block_d // WARP_CHANNELS),
         num_stages=2 if exponents is not None else TUNING["num_stages"],
     )  # fmt: skip
     if splits > 1:

@@ -1,14 +1,14 @@
-"""Compile every Triton kernel for real GPUs on a machine without one: ``compile_kernels.py 80 90``.
+"""Compile every Triton kernel for real GPUs on a machine without one: ``compile_kernels.py 80 89``.
 
 Run by ``test_compile.py`` in a process of its own, since Triton's interpreter, which the other tests use on a CPU,
 is chosen when Triton is imported.
 
 Three layers cover what code depends on: each dtype, and groups, head sizes and page sizes of each kind (a power
 of two, one that is padded, the least, the widest). Variants of a kernel (summaries, sizes of a segment, offload,
-fp8, heads that ask) take turns over the layers, so each is compiled at least once, not with everything else. GPUs
-older than the newest leave out the layer in float32, whose products are the same instructions on all of them. The
-widest layer shows that tiles fit the shared memory of each GPU: they are cut by bytes, and products of 16-bit
-numbers stage more of them than those of float32.
+fp8, heads that ask) take turns over the layers, so each is compiled at least once, not with everything else. The
+layer in float32, whose products are the same instructions on all GPUs, is left to the newest. The widest layer
+shows that tiles fit the shared memory of each GPU, of which those of capability 8.9 have least: they are cut by
+bytes, and products of 16-bit numbers stage more of them than those of float32.
 """
 
 from __future__ import annotations
@@ -67,10 +67,11 @@ PADDED = Layer(
     torch.float32, 2, 7, 96, 32, ("key_range", "sketch2"), ((8, {"top_p": 0.9}),), False, (True,), (2,), 17
 )  # fmt: skip
 WIDEST = Layer(
-    torch.float16, 1, 1, 256, 64, ("none", "sketch2"),
+    torch.float16, 1, 8, 512, 64, ("none", "sketch2"),
     ((8, {"head_budget_pages": 96}), (8, {"top_p": 0.9})), False, (False,), (16,), 2,
 )  # fmt: skip
-NEWEST = 90
+LAYERS = {80: (USUAL, WIDEST), 89: (WIDEST,), 90: (USUAL, PADDED, WIDEST)}
+"""By compute capability."""
 
 
 class FakeDriver:
@@ -112,7 +113,7 @@ def compile_only(run):
 
 def compile_all(capability: int) -> None:
     driver.set_active(FakeDriver(capability))
-    for layer in (USUAL, PADDED, WIDEST) if capability >= NEWEST else (USUAL, WIDEST):
+    for layer in LAYERS[capability]:
         print(f"sm_{capability} {layer}")
         shape = (layer.kv_heads, layer.group, layer.head_dim, layer.page_size)
         for summary in layer.summaries:

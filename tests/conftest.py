@@ -3,9 +3,11 @@
 import os
 import random
 import secrets
+import sys
 import zlib
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 
 CPU_ENGINE = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -19,6 +21,7 @@ CPU_ENGINE = {
 for _name, _value in CPU_ENGINE.items():
     os.environ.setdefault(_name, _value)
 os.environ.pop("VLLM_SPARSE_CONFIG", None)
+sys.path.append(str(Path(__file__).parent / "stand_ins"))  # last: what is installed comes first
 
 import torch  # noqa: E402
 

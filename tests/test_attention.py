@@ -14,7 +14,7 @@ from vllm_sparse.kernels import reference
 from vllm_sparse.pages.geometry import Geometry
 from vllm_sparse.pages.selection import Selection
 
-SHAPES = [(8, 4, 128, 16), (3, 3, 64, 16), (2, 7, 128, 32), (1, 1, 256, 64), (4, 8, 96, 16)]
+SHAPES = [(8, 4, 128, 16), (3, 3, 64, 16), (2, 7, 128, 32), (1, 1, 256, 64), (1, 2, 512, 16), (4, 8, 96, 16)]
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 LENGTHS = [1, 0, 16, 17, 700, 389, 2111]
 

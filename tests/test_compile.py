@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
-CAPABILITIES = ("80", "90")
+CAPABILITIES = ("80", "89", "90")
 
 
 def start(arguments: list[str], **environment: str) -> subprocess.Popen:

@@ -308,7 +308,7 @@ def test_the_nearest_reader_reads_the_cache(monkeypatch):
         monkeypatch.setattr(
             FlashAttentionBackend, "supports_kv_cache_dtype", lambda dtype, reads=reads: reads or dtype == "auto"
         )
-        names = [_nearest_reader(torch.bfloat16, 128, dtype).get_name() for dtype in ("auto", "fp8")]
+        names = [_nearest_reader(torch.bfloat16, 128, dtype, flash=True).get_name() for dtype in ("auto", "fp8")]
         assert names == ["FLASH_ATTN", "FLASH_ATTN" if reads else "TRITON_ATTN"]
 
 

@@ -41,8 +41,8 @@ class Answer(list):
     """Lines of this package that made the host wait in another batch."""
 
 
-def answers_of(model: Path):
-    """A function from settings of an engine to its :class:`Answer`; one engine for each."""
+def answers_of(model: Path, prompts: list[dict] | None = None):
+    """A function from settings of an engine to its :class:`Answer` to ``prompts``; one engine for each."""
     import gc
 
     import tiny_engine
@@ -73,7 +73,7 @@ def answers_of(model: Path):
             params = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True, logprobs=4)
             if forced:
                 params.allowed_token_ids = [7]
-            batch = [{"prompt_token_ids": tokens} for tokens in tiny_engine.prompts(LENGTHS)]
+            batch = prompts or [{"prompt_token_ids": tokens} for tokens in tiny_engine.prompts(LENGTHS)]
             found = Answer(output.outputs[0] for output in llm.generate(batch, params, use_tqdm=False))
             found.runner = type(llm.llm_engine.model_executor.driver_worker.worker.model_runner).__module__
             found.counts = metrics.snapshot()

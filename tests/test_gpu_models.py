@@ -1,31 +1,54 @@
-"""Kinds of models on a GPU, with CUDA graphs: blocks of several pages, soft caps and sink logits."""
+"""Kinds of models on a GPU, with CUDA graphs: blocks of several pages, soft caps, sink logits, heads of 512, and
+images whose tokens attend to later ones."""
 
 from __future__ import annotations
 
 import pytest
 from cases import ON_GPU
-from test_gpu_engine import GRAPHS, SPARSE, answers_of, assert_same
+from test_gpu_engine import GRAPHS, LENGTHS, SPARSE, answers_of, assert_same
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not ON_GPU, reason="needs a CUDA GPU")]
 
 EVERYTHING = {**SPARSE, "budget_tokens": 4096, "dense_layers": 0}
 FEW = {**SPARSE, "dense_layers": 0, "recall_monitor_every_steps": 4}
-CASES = {"gpt_oss": "sinks", "gemma2": "soft_cap", "granite4": "hybrid", "lfm2": "hybrid"}
+STATES = {"enable_prefix_caching": False}
+JAMBA = {
+    "num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
+    "expert_layer_offset": 1, "num_experts": 2, "num_experts_per_tok": 1, "mamba_d_state": 16, "mamba_dt_rank": 8,
+    "use_mamba_kernels": False,
+}  # fmt: skip
+CASES = ("sinks", "soft_cap", "granite4", "lfm2", "jamba", "gemma4", "gemma3")
 
 
 @pytest.fixture(scope="module", params=CASES)
 def answer(request, tmp_path_factory):
     pytest.importorskip("vllm")
+    import test_families
     import test_hybrids
     import test_models
+    import tiny_engine
+    import tiny_images
     import tiny_model
 
-    if CASES[request.param] == "hybrid":
-        model_type, settings, *_ = test_hybrids.MODELS[request.param]
+    case, path = request.param, tmp_path_factory.mktemp("models") / request.param
+    prompts, options = None, {}
+    if case == "gemma3":
+        tiny_images.make(path, case)
+        texts = enumerate(tiny_engine.prompts(LENGTHS))
+        prompts = [tiny_images.prompt(case, text, seed) for seed, text in texts]
+        options = {"limit_mm_per_prompt": {"image": 1}}
+    elif case == "jamba":
+        tiny_model.make(path, case, **JAMBA)
+        options = STATES
+    elif case in test_families.MODELS:
+        model = test_families.MODELS[case]
+        tiny_model.make(path, model.model_type, **model.settings)
+        options = model.options
     else:
-        model_type, settings, *_ = test_models.MODELS[CASES[request.param]]
-    run = answers_of(tiny_model.make(tmp_path_factory.mktemp("models") / model_type, model_type, **settings))
-    options = {"enable_prefix_caching": False} if CASES[request.param] == "hybrid" else {}
+        options = STATES if case in test_hybrids.MODELS else {}
+        model_type, settings, *_ = {**test_models.MODELS, **test_hybrids.MODELS}[case]
+        tiny_model.make(path, model_type, **settings)
+    run = answers_of(path, prompts)
     return lambda *args, **more: run(*args, **{**options, **more})
 
 

@@ -31,7 +31,7 @@ CONV = {
 }  # fmt: skip
 GATED_DELTA = {
     "head_dim": 64, "num_hidden_layers": 4, "linear_num_value_heads": 4, "linear_num_key_heads": 2,
-    "linear_key_head_dim": 64, "linear_value_head_dim": 64,
+    "linear_key_head_dim": 64, "linear_value_head_dim": 64, "initializer_range": 0.1,  # less to be lost in 16 bits
 }  # fmt: skip
 EXPERTS = {
     "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64,

@@ -31,7 +31,7 @@ pytest.importorskip("triton")
 from vllm_sparse.kernels import launchers, select_pages
 
 # (kv_heads, group, head_dim, page_size): group 1/3/4/7/8, odd head sizes, every page size.
-SHAPES = [(2, 3, 64, 16), (1, 1, 128, 16), (3, 4, 96, 32), (1, 7, 256, 16), (2, 8, 32, 64)]
+SHAPES = [(2, 3, 64, 16), (1, 1, 128, 16), (3, 4, 96, 32), (1, 7, 256, 16), (1, 2, 512, 16), (2, 8, 32, 64)]
 LENGTHS = [1, 0, 15, 16, 17, 33, 200, 389]
 
 

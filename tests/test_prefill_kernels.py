@@ -107,7 +107,7 @@ def test_sparse_prefill_is_attention_under_the_mask(run, shape, chunk, dtype):
 
 
 @BOTH
-@pytest.mark.parametrize("head_dim", [32, 256])
+@pytest.mark.parametrize("head_dim", [32, 256, 512])
 def test_sparse_prefill_with_every_page_is_dense_attention(run, head_dim):
     case = make_chunk(70, 150, 1, 2, head_dim, 16)
     table = build(reference, case, torch.ones_like(random_keep(case)))
@@ -506,6 +506,12 @@ def test_sample_mass_matches_reference(shape, chunk, monkeypatch):
 def test_sample_mass_matches_reference_in_other_dtypes(dtype):
     case = make_chunk(300, 211, 2, 3, 64, 16, dtype=dtype, layers=2, later_tokens=50)
     assert error(sampled(launchers, case), sampled(reference, case)) < TOLERANCE[dtype] + 4e-3
+
+
+def test_sample_mass_of_wide_heads():
+    """They leave room for one head's queries beside a tile."""
+    case = make_chunk(90, 77, 1, 2, 512, 16)
+    assert error(sampled(launchers, case), sampled(reference, case)) < 4e-3
 
 
 @BOTH

@@ -178,6 +178,7 @@ class Scheduled:
     num_actual_tokens: int = 0
     max_query_len: int = 1
     seq_lens_cpu_upper_bound: torch.Tensor | None = None
+    mm_req_doc_ranges: dict | None = None
 
     def __post_init__(self):
         self.query_start_loc_cpu = self.query_start_loc

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +26,7 @@ from vllm_sparse.support import (
     unasked,
 )
 from vllm_sparse.tools import support_page
+from vllm_sparse.tools.families import FAMILIES
 
 SPARSE, DENSE, STOCK, REFUSED = Treatment.SPARSE, Treatment.DENSE, Treatment.STOCK, Treatment.REFUSED
 OFFLOADED = SparseConfig(offload=OffloadConfig())
@@ -38,15 +40,16 @@ CASES = [
     ({"draft": True}, STOCK, '{"attention_backend": "sparse"}'),
     ({"kind": "ChunkedLocalAttention"}, STOCK, "class ChunkedLocalAttention"),
     ({"named_backend": "FLASH_ATTN_DIFFKV"}, STOCK, "asks for FLASH_ATTN_DIFFKV"),
+    ({"model_type": "flint"}, STOCK, "pages of FlashInfer by itself"),
     ({"attn_type": "encoder_only"}, STOCK, "type encoder_only"),
     ({"sliding_window": 512}, STOCK, "sliding window"),
     ({"non_causal": True}, STOCK, "not causal"),
-    ({"image_prefix": True}, STOCK, "tokens of an image"),
+    ({"image_prefix": True, "drafts": True}, STOCK, "tokens of an image"),
     ({"reference_window": True}, STOCK, "reference sliding-window"),
     ({"alibi": True}, STOCK, "ALiBi"),
     ({"arguments": ("chunk_lookback",)}, STOCK, "chunk_lookback"),
     ({"head_size_v": 64}, STOCK, "128 of K and 64 of V"),
-    ({"head_size": 512, "head_size_v": 512}, STOCK, "head size 512"),
+    ({"head_size": 528, "head_size_v": 528}, STOCK, "head size 528"),
     ({"head_size": 24, "head_size_v": 24}, STOCK, "head size 24"),
     ({"dtype": "float64"}, STOCK, "dtype float64"),
     ({"batch_invariant": True}, STOCK, "batch-invariant"),
@@ -81,9 +84,14 @@ def test_a_row_without_a_case_is_noticed():
     assert unwalked((*ROWS, new)) == ["rotary layers"]
 
 
-@pytest.mark.parametrize("size", [32, 48, 64, 80, 96, 112, 128, 192, 256])
+@pytest.mark.parametrize("size", [32, 48, 64, 80, 96, 112, 128, 192, 256, 320, 512])
 def test_head_sizes_that_kernels_take(size):
     assert decide(replace(PLAIN, head_size=size, head_size_v=size)).treatment is SPARSE
+
+
+def test_prefixes_of_images_keep_only_drafts_from_being_sparse():
+    assert decide(replace(PLAIN, image_prefix=True)).treatment is SPARSE
+    assert decide(replace(PLAIN, drafts=True)).treatment is SPARSE
 
 
 def test_dense_layers_count_full_attention_layers():
@@ -193,3 +201,11 @@ def test_the_support_page_is_what_the_tables_say():
     written = (Path(__file__).parent.parent / support_page.PATH).read_text(encoding="utf-8")
     assert written == support_page.page(), f"run `{support_page.COMMAND}`"
     assert "{" not in written.replace('{"attention_backend": "sparse"}', "")
+
+
+@pytest.mark.parametrize("test", [test for family in FAMILIES for test in family.tests])
+def test_the_tests_of_families_are_there(test):
+    """A test that is renamed, or a case that is dropped, leaves no row of the page without its proof."""
+    name, case = re.fullmatch(r"(\w+)\[(\w+)\]", test).groups()
+    source = (Path(__file__).parent / f"{name}.py").read_text(encoding="utf-8")
+    assert re.search(rf'"{case}"[:,)\]]', source), f"{name}.py has no case {case}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -54,8 +55,8 @@ def make(
     return path
 
 
-def write_tokenizer(path: Path) -> None:
-    """A byte-level tokenizer of 256 bytes and a chat template."""
+def write_tokenizer(path: Path, marks: Sequence[str] = (), **more) -> None:
+    """A byte-level tokenizer of 256 bytes and a chat template; ``marks`` get the tokens from 257 on."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -63,6 +64,7 @@ def write_tokenizer(path: Path) -> None:
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(marks))
     tokenizer.save(str(path / "tokenizer.json"))
     template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     settings = {
@@ -70,5 +72,6 @@ def write_tokenizer(path: Path) -> None:
         "eos_token": "<|end|>",
         "chat_template": template,
         "model_max_length": 4096,
+        **more,
     }
     (path / "tokenizer_config.json").write_text(json.dumps(settings))

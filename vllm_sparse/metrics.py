@@ -133,7 +133,7 @@ def _layers_of(worker: Any) -> list:
 
 
 def _counts_of(layers: list) -> list[EngineCounts]:
-    counts = (getattr(layer.impl, "counts", None) for layer in layers)
+    counts = (getattr(getattr(layer, "impl", None), "counts", None) for layer in layers)
     return list({id(one): one for one in counts if one is not None}.values())
 
 

@@ -25,7 +25,7 @@ from vllm_sparse.backend import compat
 from vllm_sparse.config import SparseConfig
 from vllm_sparse.errors import ConfigError
 
-HEAD_SIZES = range(32, 257, 16)
+HEAD_SIZES = range(32, 513, 16)
 DTYPES = ("float16", "bfloat16", "float32")
 QUANTISED_CACHES = ("fp8", "fp8_e4m3")
 """Values of ``--kv-cache-dtype`` that are served beside the model's own dtype: two names of one."""
@@ -56,6 +56,8 @@ class Layer:
     """Name of its class."""
     named_backend: str = ""
     """A backend that the model's code asks for by itself."""
+    model_type: str = ""
+    """Of its model's config."""
     attn_type: str = "decoder"
     head_size: int = 128
     head_size_v: int = 128
@@ -76,6 +78,8 @@ class Layer:
     """Whether its engine was asked for attention that is not causal, or its model is a diffusion model."""
     image_prefix: bool = False
     """Whether image tokens of its model attend to each other, the later ones too, and its engine takes images."""
+    drafts: bool = False
+    """Whether its engine verifies drafts."""
     reference_window: bool = False
     """Whether its model has reference sliding-window attention."""
     batch_invariant: bool = False
@@ -133,13 +137,15 @@ ROWS: tuple[Row, ...] = (
         "layers of class {kind} are not plain causal decoder attention", lambda layer: layer.kind != "Attention"),
     Row("layers for which the model's code names a backend", STOCK, "the model asks for {named_backend} by itself",
         lambda layer: layer.named_backend),
+    Row("Flint", STOCK, "the model's code writes and reads the pages of FlashInfer by itself",
+        lambda layer: layer.model_type == "flint"),
     Row("encoder layers", STOCK, "attention type {attn_type}", lambda layer: layer.attn_type != "decoder"),
     Row("sliding windows", STOCK, "sliding window", lambda layer: layer.sliding_window is not None),
     Row("diffusion models, and engines asked for non-causal attention", STOCK, "attention that is not causal",
         lambda layer: layer.non_causal),
-    Row("multimodal prefixes, unless the engine takes no images and videos", STOCK,
-        "tokens of an image attend to each other, the later ones too; --language-model-only makes layers sparse",
-        lambda layer: layer.image_prefix),
+    Row("multimodal prefixes in engines with drafts, unless they take no images and videos", STOCK,
+        "tokens of an image attend to each other, the later ones too, which a step of drafts cannot; "
+        "--language-model-only makes layers sparse", lambda layer: layer.image_prefix and layer.drafts),
     Row("reference sliding windows", STOCK, "reference sliding-window attention",
         lambda layer: layer.reference_window),
     Row("ALiBi", STOCK, "ALiBi biases depend on position, which page scores do not see",
@@ -148,8 +154,8 @@ ROWS: tuple[Row, ...] = (
         lambda layer: layer.arguments),
     Row("K and V of different head sizes", STOCK, "head sizes {head_size} of K and {head_size_v} of V differ",
         lambda layer: layer.head_size != layer.head_size_v),
-    Row("head sizes other than 32 to 256 in steps of 16", STOCK,
-        "head size {head_size}, where sparse attention has 32 to 256 in steps of 16",
+    Row("head sizes other than 32 to 512 in steps of 16", STOCK,
+        "head size {head_size}, where sparse attention has 32 to 512 in steps of 16",
         lambda layer: layer.head_size not in HEAD_SIZES),
     Row("dtypes other than float16, bfloat16 and float32", STOCK, "dtype {dtype}",
         lambda layer: layer.dtype not in DTYPES),

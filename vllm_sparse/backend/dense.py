@@ -20,18 +20,23 @@ from vllm_sparse.pages.geometry import Geometry
 
 logger = logging.getLogger("vllm.vllm_sparse")
 
-READERS = ("FLASH_ATTN", "TRITON_ATTN")
-"""Backends of vLLM that were seen to read pages with summaries."""
+FLASH_HEAD_SIZE = 256
+"""Widest head of FlashAttention 2 and 3. Version 4 alone takes wider ones, and prefixes of images; it was not seen
+to read pages with summaries."""
 
 
-def reader_of_pages(stock: type, dtype: torch.dtype, head_size: int, kv_cache_dtype: str) -> type:
+def reader_of_pages(
+    stock: type, dtype: torch.dtype, head_size: int, kv_cache_dtype: str, image_prefix: bool
+) -> type:
     """``stock``, vLLM's own choice for a layer, or the nearest backend that can read pages with summaries.
 
     Where it is another one a line says so: dense rows then cost what they do in that one.
+    ``image_prefix``: tokens of an image attend to each other, the later ones too.
     """
-    if stock.get_name() in READERS:
+    flash = head_size <= FLASH_HEAD_SIZE and not image_prefix
+    if stock.get_name() == "TRITON_ATTN" or (flash and stock.get_name() == "FLASH_ATTN"):
         return stock
-    reader = _nearest_reader(dtype, head_size, kv_cache_dtype)
+    reader = _nearest_reader(dtype, head_size, kv_cache_dtype, flash)
     _say_once(reader.get_name(), stock.get_name())
     return reader
 
@@ -44,10 +49,10 @@ def _say_once(reader: str, stock: str) -> None:
     )  # fmt: skip
 
 
-def _nearest_reader(dtype: torch.dtype, head_size: int, kv_cache_dtype: str) -> type:
+def _nearest_reader(dtype: torch.dtype, head_size: int, kv_cache_dtype: str, flash: bool) -> type:
     from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
 
-    if dtype not in (torch.float16, torch.bfloat16):
+    if not flash or dtype not in (torch.float16, torch.bfloat16):
         return TritonAttentionBackend
     try:
         from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
@@ -86,7 +91,10 @@ class StockDense:
 
 
 class TorchDense:
-    """Dense attention in plain torch; its metadata is vLLM's common one."""
+    """Dense attention in plain torch; its metadata is vLLM's common one.
+
+    It is causal among the tokens of an image, too, as vLLM's own backend for CPUs is.
+    """
 
     def __init__(self, geometry: Geometry):
         self.geometry = geometry
@@ -138,6 +146,12 @@ class DenseBuilder:
         return common if builder is None else builder.build(0, common, fast_build)
 
 
+def _image_ranges(common, first: int, last: int) -> dict[int, list[tuple[int, int]]] | None:
+    """First and last positions of images by row, counted from row ``first`` on, of the rows before ``last``."""
+    ranges = common.mm_req_doc_ranges
+    return ranges and {row - first: spans for row, spans in ranges.items() if first <= row < last}
+
+
 def prefill_rows(common, num_decodes: int, num_decode_tokens: int):
     """``common`` without its first ``num_decodes`` rows."""
     starts, starts_cpu = common.query_start_loc[num_decodes:], common.query_start_loc_cpu[num_decodes:]
@@ -150,6 +164,7 @@ def prefill_rows(common, num_decodes: int, num_decode_tokens: int):
         num_actual_tokens=common.num_actual_tokens - num_decode_tokens,
         block_table_tensor=common.block_table_tensor[num_decodes:],
         slot_mapping=common.slot_mapping[num_decode_tokens:],
+        mm_req_doc_ranges=_image_ranges(common, num_decodes, common.num_reqs),
     )
 
 
@@ -166,12 +181,13 @@ def rows_between(common, first: int, last: int, block_table: torch.Tensor):
         num_actual_tokens=tokens.stop - tokens.start,
         block_table_tensor=block_table,
         slot_mapping=common.slot_mapping[tokens],
+        mm_req_doc_ranges=_image_ranges(common, first, last),
     )
 
 
 def short_rows(common, dense_seq_lens: torch.Tensor):
-    """``common`` with the lengths of rows that go dense; 0 for the others."""
-    return compat.replace_rows(common, seq_lens=dense_seq_lens)
+    """``common`` with the lengths of rows that go dense; 0 for the others. No query of theirs is in an image."""
+    return compat.replace_rows(common, seq_lens=dense_seq_lens, mm_req_doc_ranges=None)
 
 
 def decode_rows(common, num_decodes: int, num_decode_tokens: int):

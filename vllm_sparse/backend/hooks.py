@@ -136,6 +136,7 @@ def describe(layer: Any, arguments: dict, vllm_config: Any, config: SparseConfig
         config=config,
         kind="Attention" if type(layer) is Attention else type(layer).__name__,
         named_backend="" if backend is None else backend.get_name(),
+        model_type="" if model is None else model.hf_config.model_type,
         attn_type=arguments["attn_type"],
         head_size=head_size,
         head_size_v=arguments["head_size_v"] or head_size,
@@ -150,6 +151,7 @@ def describe(layer: Any, arguments: dict, vllm_config: Any, config: SparseConfig
         encoder_decoder=model is not None and model.is_encoder_decoder,
         non_causal=vllm_config.attention_config.use_non_causal or getattr(model, "is_diffusion", False),
         image_prefix=model is not None and model.is_mm_prefix_lm and _takes_images(model),
+        drafts=speculative is not None,
         reference_window=model is not None and model.rswa_window is not None,
         batch_invariant=bool(envs.VLLM_BATCH_INVARIANT),
         prefill_parallel=vllm_config.parallel_config.prefill_context_parallel_size > 1,
@@ -205,6 +207,7 @@ def _build_ours(original, layer, bound, vllm_config, config: SparseConfig, decis
             stock = get_attn_backend(
                 arguments["head_size"], layer.dtype, layer.kv_cache_dtype, num_heads=arguments["num_heads"],
                 has_sink=dict(arguments["extra_impl_args"]).get("sinks") is not None,
+                use_mm_prefix=layer.use_mm_prefix,
             )  # fmt: skip
     layer.impl.settle(vllm_config, arguments["prefix"], decision, layout, stock)
 
@@ -355,7 +358,10 @@ def report(worker: Any) -> None:
     """One line about what runs how; a warning where nothing is sparse."""
     from vllm.v1.attention.backend import max_decode_query_len
 
-    decisions = [decision_of(layer) for layer in layers_of(worker).values()]
+    for layer in layers_of(worker).values():
+        layer.sparse_support = decision_of(layer)
+        metrics.decided.add(layer)  # those that never asked are counted, too
+    decisions = [layer.sparse_support for layer in layers_of(worker).values()]
     config = SparseConfig.from_vllm(worker.vllm_config)
     drafts = max_decode_query_len(worker.vllm_config) - 1
     notes = support.notes(config, drafts, compat.kv_dtype(worker.vllm_config))

@@ -105,7 +105,9 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
         self.layer_index = layer_number(name)
         self.stock_impl = self.stock_backend = None
         if stock is not None:
-            self.stock_backend = dense.reader_of_pages(stock, self.dtype, self.head_size, self.kv_cache_dtype)
+            self.stock_backend = dense.reader_of_pages(
+                stock, self.dtype, self.head_size, self.kv_cache_dtype, vllm_config.model_config.is_mm_prefix_lm
+            )
             self.stock_impl = self.stock_backend.get_impl_cls()(
                 self.num_heads, self.head_size, self.scale, self.num_kv_heads, None, None, self.kv_cache_dtype,
                 self.soft_cap or None, self.attn_type, self.kv_sharing_target_layer_name,

@@ -51,3 +51,19 @@ class SparseMetadata:
     """All prefill rows, in the order in which sparse layers attend them."""
     dense_all: Any = None
     """Metadata of the dense backend for every row: what dense layers run. None with offload, which has none."""
+
+    @property
+    def mm_prefix_range(self) -> None:
+        """Where vLLM's backends keep the ranges of images, whose tokens attend to later ones.
+
+        Gemma 4 sets it to None in the metadata of its full layers, which are causal there, too: so they become in
+        what the dense backend has.
+        """
+        return None
+
+    @mm_prefix_range.setter
+    def mm_prefix_range(self, ranges: None) -> None:
+        for rows in (self.dense_all, *(run.dense for run in self.prefill)):
+            for name in ("mm_prefix_range", "mm_prefix_range_tensor", "mm_prefix_query_range_tensor"):
+                if hasattr(rows, name):
+                    setattr(rows, name, ranges)

@@ -26,15 +26,22 @@ def sparse_chunks(common, num_decodes: int, config: SparseConfig, gate: ChunkGat
 
     ``gate``: of the workspace, which has one wherever some prefill is sparse.
 
-    vLLM's bound on a length is the length itself for all rows but drafts to verify, which are too
-    short for a chunk.
+    Chunks with tokens of an image that attend to later ones choose none. vLLM's bound on a length is the length
+    itself for all rows but drafts to verify, which are too short for a chunk.
     """
     lens = common.seq_lens_cpu_upper_bound
     if config.prefill_policy == "dense" or lens is None:
         return []
     starts = common.query_start_loc_cpu.tolist()
     chunks = plan_chunks(starts, lens[: common.num_reqs].tolist(), config.min_prefill_tokens, num_decodes)
+    images = common.mm_req_doc_ranges or {}
+    chunks = [each for each in chunks if not any(_meets(each, *span) for span in images.get(each.request, ()))]
     return gate.admits(chunks) if config.prefill_policy == AUTO else chunks
+
+
+def _meets(chunk: QueryBlocks, first: int, last: int) -> bool:
+    """Whether an image at positions ``first`` to ``last`` has tokens in a chunk."""
+    return first < chunk.end_position and last >= chunk.first_position
 
 
 def dense_rows(prefills, chunks: list[QueryBlocks], num_decodes: int):

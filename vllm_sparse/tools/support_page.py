@@ -9,6 +9,7 @@ from pathlib import Path
 from vllm_sparse.backend.connectors import BLOCKS, CONNECTORS, NEITHER, SLOTS
 from vllm_sparse.pages.layout import PAGE_SIZES
 from vllm_sparse.support import OPTIONS, ROWS
+from vllm_sparse.tools.families import FAMILIES
 from vllm_sparse.tools.markdown import table as _table
 
 PATH = Path("docs/support.md")
@@ -19,6 +20,10 @@ CARRIED = {BLOCKS: "yes", SLOTS: "with `dense` policies only", NEITHER: "no"}
 def page() -> str:
     """The page, as Markdown."""
     layers = ((row.what, row.treatment.value, _filled(row.reason)) for row in ROWS)
+    families = (
+        (family.what, family.models, family.sparse, ", ".join(f"`{test}`" for test in family.tests) or "none")
+        for family in FAMILIES
+    )
     options = (
         (
             f"`{option.name}`",
@@ -46,6 +51,14 @@ def page() -> str:
         "every page of our layout, `stock` layers are vLLM's own, and `refused` ones stop the start.",
         "",
         *_table(("layers", "run", "why"), layers),
+        "",
+        "## Families of models",
+        "",
+        "Tests start a tiny random model in stock vLLM and sparse: the same answers where everything is attended,",
+        "fewer tokens read at a small budget. Those named `test_gpu_*` need a GPU: what they add runs on no CPU.",
+        "Families without a test were not started; their rows say what their code asks for.",
+        "",
+        *_table(("family", "models", "sparse", "tests"), families),
         "",
         "## Options of vLLM",
         "",

@@ -1,0 +1,3 @@
+"""The functions of both versions."""
+
+from torchvision.transforms.functional import *  # noqa: F403
