@@ -1,11 +1,12 @@
-"""sample_mass: where a sample of a block's queries puts its attention, by the largest logit of each 16 keys.
+"""sample_mass: where a sample of queries puts its attention, by the largest logit of each 16 keys.
 
     top[h, t, s]   = scale * max_{j in s} q[h, t] . K[j],    j <= t
-    score[h, b, p] = log sum_{t in b} sum_{s in p} softmax_s(top[h, t, s])
+    score[h, b, p] = log sum_{t in b or its neighbour} sum_{s in p} softmax_s(top[h, t, s])
 
-over stretches s of 16 keys, and the last of every 4 queries t. A sample of a quarter costs an eighth of
-attention's products; what a softmax over keys costs beside its products, exponentials above all, would double
-that. The largest logit of a stretch stands for its sum: it was measured to find pages as well (docs/prefill.md).
+over stretches s of 16 keys, and the last of every 8 queries t of two blocks, which share what they say. An eighth
+of the queries costs a sixteenth of attention's products; what a softmax over keys costs beside its products,
+exponentials above all, would double that. The largest logit of a stretch stands for its sum: it was measured to
+find pages better (docs/prefill.md).
 
 Two kernels. The first one only multiplies and compares: nothing is added up over keys, so programs share a
 context as they like. Query heads that share keys, or blocks that follow each other, fill its rows together. The
@@ -18,7 +19,15 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_sparse.kernels.constants import BLOCK_TOKENS, PRECISION, SAMPLE_EVERY, SAMPLE_ROWS, STRETCH, STRETCHES
+from vllm_sparse.kernels.constants import (
+    BLOCK_TOKENS,
+    PRECISION,
+    SAMPLE_BLOCKS,
+    SAMPLE_EVERY,
+    SAMPLE_ROWS,
+    STRETCH,
+    STRETCHES,
+)
 from vllm_sparse.kernels.e4m3 import coded_queries, elements_of, scaled_queries, stored
 from vllm_sparse.kernels.launch import num_multiprocessors
 from vllm_sparse.pages.geometry import Geometry
@@ -30,8 +39,8 @@ LARGEST: tl.constexpr = tl.constexpr(60000.0)
 """Logits end here, inside float16."""
 TUNING = {"rows": 128, "query_bytes": 65536, "tile_bytes": 16384, "num_warps": 8, "num_stages": 3, "waves": 4}
 """``rows``: asked queries of a program; ``waves``: programs for each multiprocessor, if tiles are enough."""
-FOLD_STRETCHES = 128
-"""Stretches that the second kernel takes at a time."""
+FOLD_TUNING = {"stretches": 256, "num_warps": 8, "num_stages": 3}
+"""Of the second kernel, which takes ``stretches`` at a time."""
 
 
 @triton.jit
@@ -104,12 +113,11 @@ def _sample_tops(
 
 
 @triton.jit
-def _tops_of(tops_ptr, stretches, count, row, live):
-    """What asked queries ``row`` have of ``stretches``, float32 [rows, stretches], -inf where nothing is seen."""
+def _tops_of(row_tops_ptr, stretches, counts):
+    """What asked queries have of ``stretches``: float32 [rows, stretches], -inf from ``counts`` [rows] on."""
     place = stretches // STRETCHES * (SAMPLE_ROWS * STRETCHES) + stretches % STRETCHES
-    mask = live[:, None] & (stretches < count)[None, :]
-    tops = tl.load(tops_ptr + row[:, None] * STRETCHES + place[None, :], mask=mask, other=float("-inf"))
-    return tops.to(tl.float32)
+    mask = stretches[None, :] < counts[:, None]
+    return tl.load(row_tops_ptr[:, None] + place[None, :], mask=mask, other=float("-inf")).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["score_stride", "first_position", "num_tokens", "first_head", "first_block",
@@ -117,34 +125,45 @@ def _tops_of(tops_ptr, stretches, count, row, live):
 def _fold_tops(
     tops_ptr, scores_ptr, tops_stride, score_stride, first_position, num_tokens, first_head, first_block,
     num_blocks, chunk_blocks,
-    PAGE: tl.constexpr, BLOCK: tl.constexpr,
+    PAGE: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     A_PAGE: tl.constexpr = PAGE // STRETCH
     PAGES: tl.constexpr = BLOCK // A_PAGE
-    pair = tl.program_id(0)
-    head, block = first_head + pair // num_blocks, first_block + pair % num_blocks
-    queries = tl.minimum(num_tokens - block * BLOCK_TOKENS, BLOCK_TOKENS)
-    end_position = first_position + block * BLOCK_TOKENS + queries
-    count, num_pages = (end_position + STRETCH - 1) // STRETCH, (end_position + PAGE - 1) // PAGE
-    row, stretch = tl.arange(0, SAMPLE_ROWS), tl.arange(0, BLOCK)
-    live = row * SAMPLE_EVERY < queries
-    tops_row = tops_ptr + pair.to(tl.int64) * tops_stride
+    head, first = tl.program_id(0), tl.program_id(1) * SAMPLE_BLOCKS
+    line, of_block, stretch = (
+        tl.arange(0, SAMPLE_BLOCKS * SAMPLE_ROWS),
+        tl.arange(0, SAMPLE_BLOCKS),
+        tl.arange(0, BLOCK),
+    )
+    row, block = line % SAMPLE_ROWS, first + line // SAMPLE_ROWS
+    start = (first_block + block) * BLOCK_TOKENS
+    live = start + row * SAMPLE_EVERY < num_tokens
+    counts = (first_position + tl.minimum(start + BLOCK_TOKENS, num_tokens) + STRETCH - 1) // STRETCH
+    counts = tl.where(live, counts, 0)
+    row_tops = tops_ptr + (head * num_blocks + block).to(tl.int64) * tops_stride + row * STRETCHES
     # Queries that are not there weigh nothing.
     top = tl.where(live, float("-inf"), 0.0)
     total = tl.where(live, 0.0, 1.0)
-    for first in range(0, count, BLOCK):
-        tops = _tops_of(tops_row, first + stretch, count, row, live)
+    count = tl.max(counts, axis=0)
+    # Stages asked for here count for loads that feed no matrix product too.
+    for begin in tl.range(0, count, BLOCK, num_stages=STAGES):
+        tops = _tops_of(row_tops, begin + stretch, counts)
         new_top = tl.maximum(top, tl.max(tops, axis=1))
         total = total * tl.exp2(top - new_top) + tl.sum(tl.exp2(tops - new_top[:, None]), axis=1)
         top = new_top
     lse = top + tl.log2(total)
-    score_row = scores_ptr + (head * chunk_blocks + block).to(tl.int64) * score_stride
-    for first in range(0, count, BLOCK):
-        tops = _tops_of(tops_row, first + stretch, count, row, live)
+    ends = first_position + tl.minimum((first_block + first + of_block + 1) * BLOCK_TOKENS, num_tokens)
+    num_pages = tl.where(first + of_block < num_blocks, (ends + PAGE - 1) // PAGE, 0)
+    score_rows = (first_head + head) * chunk_blocks + first_block + first + of_block
+    score_rows = scores_ptr + score_rows.to(tl.int64) * score_stride
+    for begin in tl.range(0, count, BLOCK, num_stages=STAGES):
+        tops = _tops_of(row_tops, begin + stretch, counts)
         mass = tl.sum(tl.exp2(tops - lse[:, None]), axis=0)
-        mass = tl.sum(tl.reshape(mass, [PAGES, A_PAGE]), axis=1)
-        pages = first // A_PAGE + tl.arange(0, PAGES)
-        tl.store(score_row + pages, tl.log(tl.maximum(mass, 1e-30)), mask=pages < num_pages)
+        score = tl.log(tl.maximum(tl.sum(tl.reshape(mass, [PAGES, A_PAGE]), axis=1), 1e-30))
+        pages = begin // A_PAGE + tl.arange(0, PAGES)
+        target = score_rows[:, None] + pages[None, :]
+        mask = pages[None, :] < num_pages[:, None]
+        tl.store(target, tl.broadcast_to(score[None, :], [SAMPLE_BLOCKS, PAGES]), mask=mask)
 
 
 def sample_mass(
@@ -165,7 +184,7 @@ def sample_mass(
         blocks: the query blocks.
         geometry: of the layer.
         tops: contiguous, of any dtype, overwritten: ``PrefillBuffers.scratch``, as many heads and blocks at
-            once as it holds; four (head, block) at least.
+            once as it holds; eight (head, block) at least.
         scores: float32 [q_heads * num_blocks, num_pages], overwritten up to the page of each block's last query.
     """
     page_size, num_tokens, q_heads, head_dim = geometry.page_size, *q.shape
@@ -182,7 +201,8 @@ def sample_mass(
     of_blocks = rows // heads
     room, stride = tops.view(-1).view(torch.float16), sample_logits(blocks.end_position + 64)
     pairs = len(room) // stride
-    blocks_at_once = min(blocks.num_blocks, max(of_blocks, pairs // q_heads // of_blocks * of_blocks))
+    least = max(of_blocks, SAMPLE_BLOCKS.value)
+    blocks_at_once = min(blocks.num_blocks, max(least, pairs // q_heads // least * least))
     heads_at_once = min(q_heads, pairs // blocks_at_once // heads * heads)
     assert heads_at_once > 0, f"{len(room)} logits hold no {heads} heads and {blocks_at_once} blocks of {stride}"
     for first_block in range(0, blocks.num_blocks, blocks_at_once):
@@ -201,7 +221,8 @@ def sample_mass(
                 BLOCK_N=block_n, CODES=kv.element_size() == 1, num_warps=TUNING["num_warps"],
                 num_stages=1 if wide else TUNING["num_stages"],
             )  # fmt: skip
-            _fold_tops[(num_heads * num_blocks,)](
+            _fold_tops[(num_heads, triton.cdiv(num_blocks, SAMPLE_BLOCKS.value))](
                 room, scores, stride, scores.stride(0), blocks.first_position, num_tokens, first_head, first_block,
-                num_blocks, blocks.num_blocks, PAGE=page_size, BLOCK=FOLD_STRETCHES, num_warps=4,
+                num_blocks, blocks.num_blocks, PAGE=page_size, BLOCK=FOLD_TUNING["stretches"],
+                STAGES=FOLD_TUNING["num_stages"], num_warps=FOLD_TUNING["num_warps"],
             )  # fmt: skip

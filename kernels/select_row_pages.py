@@ -53,7 +53,8 @@ def _select_row_pages(
     if OWN_PAGES:
         own = count + lanes
         live = own * PAGE < tl.minimum(start + BLOCK_TOKENS, end_position)
-        beside = tl.sum(tl.exp(tl.load(score_row + own, mask=live, other=float("-inf")) - top), axis=0)
+        peak = tl.where(top == float("-inf"), 0.0, top)  # of a block that begins a context
+        beside = tl.sum(tl.exp(tl.load(score_row + own, mask=live, other=float("-inf")) - peak), axis=0)
     # Another thread reads what this one wrote.
     tl.debug_barrier()
     threshold, ties, tied = 0, count, 0

@@ -135,14 +135,14 @@ def test_dense_layers_prefill_densely(tiny, chunks):
 
 @pytest.mark.parametrize("policy", [name for name in PREFILL_POLICIES if name != "dense"])
 def test_policies_prefill_in_parts(tiny, policy, chunks, monkeypatch):
-    """A table that holds one block at a time gives the tokens of one that holds the chunk."""
+    """A table that holds two blocks at a time gives the tokens of one that holds the chunk."""
     from vllm_sparse.prefill import buffers
 
     sparse = {**LITTLE, "prefill_policy": policy}
     settings = {"max_num_batched_tokens": 512, "enable_prefix_caching": False}
     with tiny.start(sparse=sparse, **settings) as llm:
         expected = tokens(llm, MIXED)
-    monkeypatch.setattr(buffers.PrefillBuffers, "blocks_at_once", lambda self, chunk: 1)
+    monkeypatch.setattr(buffers.PrefillBuffers, "blocks_at_once", lambda self, chunk: 2)
     with tiny.start(sparse=sparse, **settings) as llm:
         assert tokens(llm, MIXED) == expected
     assert chunks

@@ -490,14 +490,14 @@ def sampled(run, case) -> torch.Tensor:
     return scores.double().exp().nan_to_num(-1).view(case.q_heads, case.blocks.num_blocks, -1)
 
 
-@pytest.mark.parametrize("chunk", [(300, 129), (637, 700), (0, 1), (90, 77)], ids=str)
+@pytest.mark.parametrize("chunk", [(300, 129), (90, 560), (0, 1)], ids=str)
 @shapes
 def test_sample_mass_matches_reference(shape, chunk, monkeypatch):
     case = make_chunk(*chunk, *shape)
     expected = sampled(reference, case)
     assert error(sampled(launchers, case), expected) < 4e-3, "logits are kept in 16 bits"
     # As little memory as the buffers of the longest context have: few heads and blocks at a time.
-    case.buffers.scratch = case.buffers.scratch.flatten()[: 4 * sample_logits(case.blocks.end_position + 64)]
+    case.buffers.scratch = case.buffers.scratch.flatten()[: 8 * sample_logits(case.blocks.end_position + 64)]
     case.buffers.scratch = case.buffers.scratch.to(torch.float16)
     assert error(sampled(launchers, case), expected) < 4e-3
 
@@ -515,8 +515,8 @@ def test_sample_mass_of_wide_heads():
 
 
 @BOTH
-@pytest.mark.parametrize("chunk", [(200, 131), (0, 258)], ids=str)
-def test_sample_mass_asks_the_last_of_four_for_the_largest_of_sixteen(run, chunk):
+@pytest.mark.parametrize("chunk", [(200, 131), (0, 260)], ids=str)
+def test_sample_mass_asks_the_last_of_eight_for_the_largest_of_sixteen(run, chunk):
     case = make_chunk(*chunk, 1, 2, 32, 32)
     keys, _ = keys_and_values(case)
     logits = case.q.double().transpose(0, 1) @ keys.transpose(1, 2) * case.scale
@@ -524,11 +524,12 @@ def test_sample_mass_asks_the_last_of_four_for_the_largest_of_sixteen(run, chunk
     logits = torch.nn.functional.pad(logits, (0, -logits.shape[2] % 32), value=float("-inf"))
     shares = logits.unflatten(2, (-1, 16)).amax(3).softmax(2).unflatten(2, (-1, 2)).sum(3)
     masses = sampled(run, case)
+    tokens = case.blocks.num_tokens
     for block, part in enumerate(case.blocks.split(1)):
-        start, count = block * BLOCK_TOKENS, part.num_pages(32)
-        asked = [*range(start + 3, start + part.num_tokens, 4)]
-        if part.num_tokens % 4:
-            asked.append(start + part.num_tokens - 1)
+        first, count = block // 2 * 2 * BLOCK_TOKENS, part.num_pages(32)
+        asked = [*range(first + 7, min(first + 256, tokens), 8)]
+        if tokens < first + 256 and tokens % 8:
+            asked.append(tokens - 1)
         assert error(masses[:, block, :count], shares[:, asked, :count].sum(1)) < 4e-3
         assert (masses[:, block, count:] == -1).all()
 
@@ -537,7 +538,7 @@ def test_sample_mass_of_logits_past_16_bits():
     case = make_chunk(300, 129, 1, 2, 32, 16)
     case.q *= 1e5
     masses = sampled(launchers, case)
-    assert torch.isfinite(masses).all() and (masses[:, 1].sum(-1) - 1).abs().max() < 1e-3
+    assert torch.isfinite(masses).all() and (masses[:, 1].sum(-1) - 17).abs().max() < 1e-2
 
 
 @BOTH
@@ -631,8 +632,10 @@ def test_random_pages_are_about_as_many_as_asked_for():
 def test_parts_of_a_chunk_cover_it_in_order():
     chunk = QueryBlocks(3, 40, 1000, 77)
     assert list(chunk.split(100)) == [chunk]
-    parts = list(chunk.split(3))
-    assert [part.num_blocks for part in parts] == [3, 3, 2]
+    assert [part.num_blocks for part in chunk.split(1)] == [1] * 8
+    assert [part.num_blocks for part in chunk.split(3)] == [2, 2, 2, 2]
+    parts = list(chunk.split(7))
+    assert [part.num_blocks for part in parts] == [4, 4]
     for before, after in itertools.pairwise(parts):
         assert (after.first_token, after.first_position) == (
             before.first_token + before.num_tokens, before.end_position,

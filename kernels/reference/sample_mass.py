@@ -7,7 +7,7 @@ import torch
 from vllm_sparse.kernels.reference.query_blocks import context_keys
 from vllm_sparse.pages.geometry import Geometry
 from vllm_sparse.pages.query_blocks import BLOCK_TOKENS, QueryBlocks
-from vllm_sparse.pages.sample import SAMPLE_EVERY, STRETCH_TOKENS
+from vllm_sparse.pages.sample import SAMPLE_BLOCKS, SAMPLE_EVERY, STRETCH_TOKENS
 
 
 def sample_mass(
@@ -21,13 +21,16 @@ def sample_mass(
 ) -> None:
     page_size, group = geometry.page_size, geometry.q_heads // geometry.kv_heads
     keys = context_keys(kv, block_table, blocks, page_size).flatten(1, 2)
-    for block, part in enumerate(blocks.split(1)):
-        asked = torch.arange(0, part.num_tokens, SAMPLE_EVERY, device=q.device)
-        asked = (asked + SAMPLE_EVERY).clamp(max=part.num_tokens) - 1
-        query = q[block * BLOCK_TOKENS + asked].float().transpose(0, 1).unflatten(0, (-1, group))
-        count = part.num_pages(page_size)
+    rows = scores.view(-1, blocks.num_blocks, scores.shape[1])
+    for first, pair in enumerate(blocks.split(SAMPLE_BLOCKS)):
+        asked = torch.arange(0, pair.num_tokens, SAMPLE_EVERY, device=q.device)
+        asked = (asked + SAMPLE_EVERY).clamp(max=pair.num_tokens) - 1
+        query = q[first * SAMPLE_BLOCKS * BLOCK_TOKENS + asked].float().transpose(0, 1).unflatten(0, (-1, group))
+        count = pair.num_pages(page_size)
         logits = query @ keys[:, None, : count * page_size].transpose(2, 3) * geometry.scale
-        unseen = torch.arange(count * page_size, device=q.device) > (part.first_position + asked)[:, None]
+        unseen = torch.arange(count * page_size, device=q.device) > (pair.first_position + asked)[:, None]
         stretches = logits.masked_fill(unseen, float("-inf")).unflatten(3, (-1, STRETCH_TOKENS)).amax(4)
         mass = stretches.softmax(3).sum(2).flatten(0, 1).unflatten(1, (count, -1)).sum(2)
-        scores.view(-1, blocks.num_blocks, scores.shape[1])[:, block, :count] = mass.clamp(min=1e-30).log()
+        for block, part in enumerate(pair.split(1), first * SAMPLE_BLOCKS):
+            seen = part.num_pages(page_size)
+            rows[:, block, :seen] = mass[:, :seen].clamp(min=1e-30).log()

@@ -48,9 +48,11 @@ class QueryBlocks:
         return slice(self.first_token, self.first_token + self.num_tokens)
 
     def split(self, max_blocks: int) -> Iterator[QueryBlocks]:
-        """Parts of about equal size, of at most ``max_blocks`` blocks."""
-        parts = -(-self.num_blocks // max_blocks)
-        step = -(-self.num_blocks // parts) * BLOCK_TOKENS
+        """Parts of about equal size, of at most ``max_blocks`` blocks; of whole pairs if that is not one, so that
+        parts pair the blocks that the whole does."""
+        unit = min(2, max_blocks)
+        parts = -(-self.num_blocks // (max_blocks // unit * unit))
+        step = -(-self.num_blocks // (parts * unit)) * unit * BLOCK_TOKENS
         for start in range(0, self.num_tokens, step):
             yield QueryBlocks(
                 self.request,

@@ -1,10 +1,12 @@
-"""The sample of a block's queries that is asked which pages matter, and the stretches of keys that it looks at."""
+"""The sample of queries that is asked which pages matter to two blocks, and the stretches of keys it looks at."""
 
 from __future__ import annotations
 
 from vllm_sparse.pages.query_blocks import BLOCK_TOKENS
 
-SAMPLE_EVERY = 4
+SAMPLE_BLOCKS = 2
+"""Blocks of queries that share their answers, counted from the first one of a part."""
+SAMPLE_EVERY = 8
 """Of so many queries in turn the last one is asked."""
 SAMPLE_ROWS = BLOCK_TOKENS // SAMPLE_EVERY
 """Asked queries of a block."""

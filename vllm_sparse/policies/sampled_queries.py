@@ -1,4 +1,4 @@
-"""Sampled queries: the pages that a quarter of a block's queries attend to most."""
+"""Sampled queries: the pages that an eighth of the queries attend to most."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from vllm_sparse.policies.base import PrefillPolicy
 
 
 class SampledQueries(PrefillPolicy):
-    """The fewest pages that hold ``prefill_top_p`` of a block's attention, as every fourth of its queries has it.
+    """The fewest pages that hold ``prefill_top_p`` of a block's attention, as every eighth query has it there and
+    in the block beside it.
 
     Each asked query is multiplied with every key before it, and a page's share of its attention is estimated from
     the largest logit of each 16 keys (:mod:`vllm_sparse.kernels.sample_mass`). A block's own pages count with what
