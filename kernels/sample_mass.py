@@ -113,11 +113,15 @@ def _sample_tops(
 
 
 @triton.jit
-def _tops_of(row_tops_ptr, stretches, counts):
-    """What asked queries have of ``stretches``: float32 [rows, stretches], -inf from ``counts`` [rows] on."""
-    place = stretches // STRETCHES * (SAMPLE_ROWS * STRETCHES) + stretches % STRETCHES
-    mask = stretches[None, :] < counts[:, None]
-    return tl.load(row_tops_ptr[:, None] + place[None, :], mask=mask, other=float("-inf")).to(tl.float32)
+def _tops_of(row_tops_ptr, begin, ends, BLOCK: tl.constexpr):
+    """What asked queries have of stretches from ``begin`` on, as they lie: float32 [groups, rows, STRETCHES].
+
+    -inf from groups ``ends`` [rows] on; what a query does not see of a group before is stored as that.
+    """
+    group, within = tl.arange(0, BLOCK // STRETCHES) + begin // STRETCHES, tl.arange(0, STRETCHES)
+    cells = row_tops_ptr[None, :] + group[:, None] * (SAMPLE_ROWS * STRETCHES)
+    mask = (group[:, None] < ends[None, :])[:, :, None]
+    return tl.load(cells[:, :, None] + within[None, None, :], mask=mask, other=float("-inf")).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["score_stride", "first_position", "num_tokens", "first_head", "first_block",
@@ -129,38 +133,36 @@ def _fold_tops(
 ):  # fmt: skip
     A_PAGE: tl.constexpr = PAGE // STRETCH
     PAGES: tl.constexpr = BLOCK // A_PAGE
+    GROUP_TOKENS: tl.constexpr = STRETCH * STRETCHES
     head, first = tl.program_id(0), tl.program_id(1) * SAMPLE_BLOCKS
-    line, of_block, stretch = (
-        tl.arange(0, SAMPLE_BLOCKS * SAMPLE_ROWS),
-        tl.arange(0, SAMPLE_BLOCKS),
-        tl.arange(0, BLOCK),
-    )
+    line, of_block = tl.arange(0, SAMPLE_BLOCKS * SAMPLE_ROWS), tl.arange(0, SAMPLE_BLOCKS)
     row, block = line % SAMPLE_ROWS, first + line // SAMPLE_ROWS
     start = (first_block + block) * BLOCK_TOKENS
     live = start + row * SAMPLE_EVERY < num_tokens
-    counts = (first_position + tl.minimum(start + BLOCK_TOKENS, num_tokens) + STRETCH - 1) // STRETCH
-    counts = tl.where(live, counts, 0)
+    ends = (first_position + tl.minimum(start + BLOCK_TOKENS, num_tokens) + GROUP_TOKENS - 1) // GROUP_TOKENS
+    ends = tl.where(live, ends, 0)
     row_tops = tops_ptr + (head * num_blocks + block).to(tl.int64) * tops_stride + row * STRETCHES
     # Queries that are not there weigh nothing.
     top = tl.where(live, float("-inf"), 0.0)
     total = tl.where(live, 0.0, 1.0)
-    count = tl.max(counts, axis=0)
+    count = tl.max(ends, axis=0) * STRETCHES
     # Stages asked for here count for loads that feed no matrix product too.
     for begin in tl.range(0, count, BLOCK, num_stages=STAGES):
-        tops = _tops_of(row_tops, begin + stretch, counts)
-        new_top = tl.maximum(top, tl.max(tops, axis=1))
-        total = total * tl.exp2(top - new_top) + tl.sum(tl.exp2(tops - new_top[:, None]), axis=1)
+        tops = _tops_of(row_tops, begin, ends, BLOCK)
+        new_top = tl.maximum(top, tl.max(tl.max(tops, axis=2), axis=0))
+        weights = tl.exp2(tops - new_top[None, :, None])
+        total = total * tl.exp2(top - new_top) + tl.sum(tl.sum(weights, axis=2), axis=0)
         top = new_top
     lse = top + tl.log2(total)
-    ends = first_position + tl.minimum((first_block + first + of_block + 1) * BLOCK_TOKENS, num_tokens)
-    num_pages = tl.where(first + of_block < num_blocks, (ends + PAGE - 1) // PAGE, 0)
+    tokens = first_position + tl.minimum((first_block + first + of_block + 1) * BLOCK_TOKENS, num_tokens)
+    num_pages = tl.where(first + of_block < num_blocks, (tokens + PAGE - 1) // PAGE, 0)
     score_rows = (first_head + head) * chunk_blocks + first_block + first + of_block
     score_rows = scores_ptr + score_rows.to(tl.int64) * score_stride
     for begin in tl.range(0, count, BLOCK, num_stages=STAGES):
-        tops = _tops_of(row_tops, begin + stretch, counts)
-        mass = tl.sum(tl.exp2(tops - lse[:, None]), axis=0)
+        tops = _tops_of(row_tops, begin, ends, BLOCK)
+        mass = tl.sum(tl.exp2(tops - lse[None, :, None]), axis=1)
         score = tl.log(tl.maximum(tl.sum(tl.reshape(mass, [PAGES, A_PAGE]), axis=1), 1e-30))
-        pages = begin // A_PAGE + tl.arange(0, PAGES)
+        pages = tl.arange(0, PAGES) + begin // A_PAGE
         target = score_rows[:, None] + pages[None, :]
         mask = pages[None, :] < num_pages[:, None]
         tl.store(target, tl.broadcast_to(score[None, :], [SAMPLE_BLOCKS, PAGES]), mask=mask)
