@@ -1,9 +1,10 @@
 """sample_mass: where a sample of queries puts its attention, by the largest logit of each 16 keys.
 
-    top[h, t, s]   = scale * max_{j in s} q[h, t] . K[j],    j <= t
+    top[h, t, s]   = cap(scale * max_{j in s} q[h, t] . K[j]),    j <= t
     score[h, b, p] = log sum_{t in b or its neighbour} sum_{s in p} softmax_s(top[h, t, s])
 
-over stretches s of 16 keys, and the last of every 8 queries t of two blocks, which share what they say. An eighth
+over stretches s of 16 keys, a sink logit among them where the model has one, and the last of every 8 queries t of
+two blocks, which share what they say. An eighth
 of the queries costs a sixteenth of attention's products; what a softmax over keys costs beside its products,
 exponentials above all, would double that. The largest logit of a stretch stands for its sum: it was measured to
 find pages better (docs/prefill.md).
@@ -30,6 +31,7 @@ from vllm_sparse.kernels.constants import (
 )
 from vllm_sparse.kernels.e4m3 import coded_queries, elements_of, scaled_queries, stored
 from vllm_sparse.kernels.launch import num_multiprocessors
+from vllm_sparse.kernels.logits import capped
 from vllm_sparse.pages.geometry import Geometry
 from vllm_sparse.pages.query_blocks import QueryBlocks
 from vllm_sparse.pages.sample import sample_logits
@@ -39,16 +41,16 @@ LARGEST: tl.constexpr = tl.constexpr(60000.0)
 """Logits end here, inside float16."""
 TUNING = {"rows": 128, "query_bytes": 65536, "tile_bytes": 16384, "num_warps": 8, "num_stages": 3, "waves": 4}
 """``rows``: asked queries of a program; ``waves``: programs for each multiprocessor, if tiles are enough."""
-FOLD_TUNING = {"stretches": 256, "num_warps": 8, "num_stages": 3}
-"""Of the second kernel, which takes ``stretches`` at a time."""
+FOLD_TUNING = {"BLOCK": 256, "STAGES": 3, "num_warps": 8}
+"""Of the second kernel, which takes ``BLOCK`` stretches at a time."""
 
 
 @triton.jit
 def _store_tops(
     begin, end, query, scales, positions, live, kv_head_ptr, block_table_ptr, row_tops_ptr, end_position,
-    kv_stride_b, kv_stride_slot,
+    kv_stride_b, kv_stride_slot, cap_log2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
-    MASKED: tl.constexpr,
+    MASKED: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
     """Store the tops of tiles begin..end, to base 2; ``row_tops_ptr`` [rows]: where those of tile 0 lie."""
     COLUMNS: tl.constexpr = BLOCK_N // STRETCH
@@ -65,7 +67,9 @@ def _store_tops(
             logits = tl.where(tokens[None, :] <= positions[:, None], logits, float("-inf"))
         tops = tl.max(tl.reshape(logits, [query.shape[0], COLUMNS, STRETCH]), axis=2) * scales[:, None]
         seen = tops > float("-inf")
-        tops = tl.where(seen, tl.minimum(tl.maximum(tops, -LARGEST), LARGEST), tops)
+        if CAPPED:
+            tops = capped(tops, cap_log2)
+        tops = tl.where(seen, tl.minimum(tl.maximum(tops, -LARGEST), LARGEST), float("-inf"))
         target = row_tops_ptr[:, None] + tile * (COLUMNS * SAMPLE_ROWS) + place[None, :]
         tl.store(target, tops.to(tl.float16), mask=live[:, None])
 
@@ -75,9 +79,10 @@ def _store_tops(
 )
 def _sample_tops(
     q_ptr, kv_ptr, block_table_ptr, tops_ptr, q_stride_t, q_stride_h, kv_stride_b, kv_stride_h, kv_stride_slot,
-    tops_stride, scale_log2, first_position, num_tokens, first_head, first_block, num_blocks, splits,
+    tops_stride, scale_log2, cap_log2, first_position, num_tokens, first_head, first_block, num_blocks, splits,
     GROUP: tl.constexpr, HEADS: tl.constexpr, BLOCKS: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, CODES: tl.constexpr,
+    CAPPED: tl.constexpr,
 ):  # fmt: skip
     # The longest rows, those of the last blocks, first.
     bundle, blocks, split = tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1), tl.program_id(2)
@@ -107,9 +112,11 @@ def _sample_tops(
     row_tops = tops_ptr + ((bundle * HEADS + of_head) * num_blocks + of_block).to(tl.int64) * tops_stride
     row_tops += line % SAMPLE_ROWS * STRETCHES
     _store_tops(begin, common, query, scales, positions, of_block < num_blocks, keys, block_table_ptr, row_tops,
-                end_position, kv_stride_b, kv_stride_slot, HEAD_DIM, BLOCK_D, PAGE, BLOCK_N, False)  # fmt: skip
+                end_position, kv_stride_b, kv_stride_slot, cap_log2, HEAD_DIM, BLOCK_D, PAGE, BLOCK_N, False,
+                CAPPED)  # fmt: skip
     _store_tops(common, end, query, scales, positions, of_block < num_blocks, keys, block_table_ptr, row_tops,
-                end_position, kv_stride_b, kv_stride_slot, HEAD_DIM, BLOCK_D, PAGE, BLOCK_N, True)  # fmt: skip
+                end_position, kv_stride_b, kv_stride_slot, cap_log2, HEAD_DIM, BLOCK_D, PAGE, BLOCK_N, True,
+                CAPPED)  # fmt: skip
 
 
 @triton.jit
@@ -127,8 +134,8 @@ def _tops_of(row_tops_ptr, begin, ends, BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize=["score_stride", "first_position", "num_tokens", "first_head", "first_block",
                                "num_blocks", "chunk_blocks"])  # fmt: skip
 def _fold_tops(
-    tops_ptr, scores_ptr, tops_stride, score_stride, first_position, num_tokens, first_head, first_block,
-    num_blocks, chunk_blocks,
+    tops_ptr, sinks_ptr, scores_ptr, tops_stride, score_stride, first_position, num_tokens, first_head,
+    first_block, num_blocks, chunk_blocks,
     PAGE: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     A_PAGE: tl.constexpr = PAGE // STRETCH
@@ -145,6 +152,9 @@ def _fold_tops(
     # Queries that are not there weigh nothing.
     top = tl.where(live, float("-inf"), 0.0)
     total = tl.where(live, 0.0, 1.0)
+    if sinks_ptr is not None:
+        sink = tl.load(sinks_ptr + first_head + head).to(tl.float32) * 1.4426950408889634
+        top, total = tl.where(live, sink, top), tl.where(live, 1.0, total)
     count = tl.max(ends, axis=0) * STRETCHES
     # Stages asked for here count for loads that feed no matrix product too.
     for begin in tl.range(0, count, BLOCK, num_stages=STAGES):
@@ -201,6 +211,8 @@ def sample_mass(
     rows = max(1, min(TUNING["rows"], query_bytes // (block_d * q.element_size())) // SAMPLE_ROWS.value)
     heads = min(rows, group & -group)
     of_blocks = rows // heads
+    tile_bytes = block_n * block_d * kv.element_size()
+    stages = 1 if wide else min(TUNING["num_stages"], 1 + TUNING["query_bytes"] // tile_bytes)
     room, stride = tops.view(-1).view(torch.float16), sample_logits(blocks.end_position + 64)
     pairs = len(room) // stride
     least = max(of_blocks, SAMPLE_BLOCKS.value)
@@ -217,14 +229,14 @@ def sample_mass(
             splits = max(1, min(wanted, tiles // 8))
             _sample_tops[(*grid, splits)](
                 q, kv, block_table, room, q.stride(0), q.stride(1), kv.stride(0), kv.stride(1), kv.stride(2),
-                stride, geometry.scale * LOG2_E, blocks.first_position, num_tokens, first_head, first_block,
-                num_blocks, splits,
+                stride, geometry.scale * LOG2_E, geometry.soft_cap * LOG2_E, blocks.first_position, num_tokens,
+                first_head, first_block, num_blocks, splits,
                 GROUP=group, HEADS=heads, BLOCKS=of_blocks, HEAD_DIM=head_dim, BLOCK_D=block_d, PAGE=page_size,
-                BLOCK_N=block_n, CODES=kv.element_size() == 1, num_warps=TUNING["num_warps"],
-                num_stages=1 if wide else TUNING["num_stages"],
+                BLOCK_N=block_n, CODES=kv.element_size() == 1, CAPPED=geometry.soft_cap > 0,
+                num_warps=TUNING["num_warps"], num_stages=stages,
             )  # fmt: skip
             _fold_tops[(num_heads, triton.cdiv(num_blocks, SAMPLE_BLOCKS.value))](
-                room, scores, stride, scores.stride(0), blocks.first_position, num_tokens, first_head, first_block,
-                num_blocks, blocks.num_blocks, PAGE=page_size, BLOCK=FOLD_TUNING["stretches"],
-                STAGES=FOLD_TUNING["num_stages"], num_warps=FOLD_TUNING["num_warps"],
+                room, geometry.sink_logits, scores, stride, scores.stride(0), blocks.first_position, num_tokens,
+                first_head, first_block, num_blocks, blocks.num_blocks,
+                PAGE=page_size, **FOLD_TUNING,
             )  # fmt: skip

@@ -243,8 +243,6 @@ def compile_prefill(layer: Layer, case) -> None:
             case.q, case.kv, case.block_table, blocks, case.geometry, buffers.pooled, scores, heads
         )
         launchers.select_row_pages(scores, blocks, page_size, 2, 0.0, keep, heads)
-    room = torch.empty(1 << 20, dtype=case.kv.dtype)
-    launchers.sample_mass(case.q, case.kv, case.block_table, blocks, case.geometry, room, scores)
     launchers.select_row_pages(scores, blocks, page_size, 2, 0.9, keep, own_pages=True)
     for num_blocks in layer.blocks:
         chunk = make_chunk(
@@ -258,7 +256,9 @@ def compile_prefill(layer: Layer, case) -> None:
     launchers.prefill_table(
         keep, case.block_table, blocks, case.kv, Selection(page_size, 1, 1, 20), buffers.counters, table
     )
+    room = torch.empty(1 << 20, dtype=case.kv.dtype)
     for geometry in (case.geometry, with_caps_and_sinks(case.geometry)):
+        launchers.sample_mass(case.q, case.kv, case.block_table, blocks, geometry, room, scores)
         launchers.sparse_prefill(case.q, case.kv, table, geometry, case.q)
 
 

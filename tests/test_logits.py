@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import DEVICE, DTYPES, TOLERANCE, Case, error, in_float64, make
-from prefill_cases import make_chunk
+from prefill_cases import keys_and_values, make_chunk
 from test_kernels import shape_id
 
 from vllm_sparse.kernels import reference
@@ -121,3 +121,23 @@ def test_masses_and_recall(shape, kind):
             plain.step.add_(1)
             launchers.recall_mass(*args[:4], case.table, case.geometry, plain, 0)
         assert (sums[0].sums[..., 0] > plain.sums[..., 0]).all(), "a sink is held whatever is chosen"
+
+
+@kinds
+@pytest.mark.parametrize("run", [reference, launchers], ids=["reference", "kernel"])
+def test_samples_of_prefill(run, kind):
+    """Shares of an asked query's attention, of its sink what is left, by the largest logit of each 16 keys."""
+    case = make_chunk(60, 8, 2, 3, 64, 16)
+    geometry = changed(case.geometry, kind)
+    scores = torch.full((case.q_heads, case.num_pages), float("nan"), device=DEVICE)
+    run.sample_mass(case.q, case.kv, case.block_table, case.blocks, geometry, case.buffers.scratch, scores)
+    keys, _ = keys_and_values(case)
+    logits = (keys @ case.q.double()[7, :, :, None])[..., 0] * geometry.scale
+    if geometry.soft_cap:
+        logits = geometry.soft_cap * torch.tanh(logits / geometry.soft_cap)
+    logits = torch.nn.functional.pad(logits, (0, -logits.shape[1] % 16), value=float("-inf"))
+    weights = logits.unflatten(1, (-1, 16)).amax(2).exp()
+    total = weights.sum(1, keepdim=True)
+    if geometry.sink_logits is not None:
+        total = total + geometry.sink_logits.double().exp()[:, None]
+    assert error(scores.exp(), weights / total) < 4e-3
