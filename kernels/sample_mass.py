@@ -4,10 +4,9 @@
     score[h, b, p] = log sum_{t in b or its neighbour} sum_{s in p} softmax_s(top[h, t, s])
 
 over stretches s of 16 keys, a sink logit among them where the model has one, and the last of every 8 queries t of
-two blocks, which share what they say. An eighth
-of the queries costs a sixteenth of attention's products; what a softmax over keys costs beside its products,
-exponentials above all, would double that. The largest logit of a stretch stands for its sum: it was measured to
-find pages better (docs/prefill.md).
+two blocks, which share what they say. An eighth of the queries costs a sixteenth of attention's products; what a
+softmax over keys costs beside its products, exponentials above all, would double that. The largest logit of a
+stretch stands for its sum: it was measured to find pages better (docs/prefill.md).
 
 Two kernels. The first one only multiplies and compares: nothing is added up over keys, so programs share a
 context as they like. Query heads that share keys, or blocks that follow each other, fill its rows together. The
@@ -196,7 +195,7 @@ def sample_mass(
         blocks: the query blocks.
         geometry: of the layer.
         tops: contiguous, of any dtype, overwritten: ``PrefillBuffers.scratch``, as many heads and blocks at
-            once as it holds; eight (head, block) at least.
+            once as it holds; sixteen (head, block) at least.
         scores: float32 [q_heads * num_blocks, num_pages], overwritten up to the page of each block's last query.
     """
     page_size, num_tokens, q_heads, head_dim = geometry.page_size, *q.shape

@@ -124,6 +124,13 @@ def test_short_chunks_are_dense(tiny, monkeypatch):
         assert tokens(llm, MIXED) == expected
 
 
+def test_auto_leaves_chunks_dense_that_cost_less_than_a_choice(tiny, monkeypatch):
+    monkeypatch.setattr(prefill.SparsePrefill, "attend", None)
+    expected = tiny.stock(MIXED)
+    with tiny.start(sparse={**LITTLE, "prefill_policy": "auto"}) as llm:
+        assert tokens(llm, MIXED) == expected
+
+
 @pytest.mark.seam
 def test_dense_layers_prefill_densely(tiny, chunks):
     with tiny.start(sparse={**LITTLE, "dense_layers": 1}) as llm:
