@@ -91,6 +91,17 @@ def _plan_decode(
     later = count * (count - 1) // 2
     tl.atomic_add(counters_ptr, tl.sum(count * attended - later, axis=0))
     tl.atomic_add(counters_ptr + 1, tl.sum(count * seq_len - later, axis=0))
+    # Three counts of rows share a sum, 21 bits each: all, short ones, those that the budget covers.
+    short = seq_len <= min_context
+    kinds = 1 + (short.to(tl.int64) << 21) + ((~short & ~wanted).to(tl.int64) << 42)
+    kinds = tl.sum(tl.where(count > 0, kinds, 0), axis=0)
+    num_rows = kinds & 0x1FFFFF
+    tl.atomic_add(counters_ptr + 2, num_rows)
+    tl.atomic_add(counters_ptr + 3, num_scored.to(tl.int64))
+    tl.atomic_add(counters_ptr + 4, (kinds >> 21) & 0x1FFFFF)
+    tl.atomic_add(counters_ptr + 5, kinds >> 42)
+    tl.atomic_add(counters_ptr + 6, (num_rows > 0).to(tl.int64))
+    tl.atomic_add(counters_ptr + 7, (num_scored > 0).to(tl.int64))
 
 
 def plan_decode(

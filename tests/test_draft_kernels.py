@@ -177,7 +177,7 @@ def test_steps_are_counted_by_query_token(most):
             kept = length - max(-(-length // 16) - case.budget_pages, 0) * 16
             for later in range(min(count, length) if request != 3 else 0):
                 attended, context = attended + kept - later, context + length - later
-        assert case.plan.counters.tolist() == [attended, context]
+        assert case.plan.counters[:2].tolist() == [attended, context]
 
 
 def test_recall_is_that_of_the_last_token():

@@ -22,7 +22,7 @@ from cases import (
 
 from vllm_sparse.errors import ConfigError
 from vllm_sparse.kernels import reference
-from vllm_sparse.pages.decode_plan import MAX_CANDIDATES, DecodePlan, segment_pages
+from vllm_sparse.pages.decode_plan import COUNTERS, MAX_CANDIDATES, DecodePlan, segment_pages
 from vllm_sparse.pages.layout import HeadPageGrid
 from vllm_sparse.pages.page_table import PageTable
 from vllm_sparse.pages.selection import Selection
@@ -154,6 +154,12 @@ def test_plan_decode_matches_reference(short_rows_dense, capacity, largest):
     total = actual.table_seq_lens + actual.dense_seq_lens
     assert torch.equal(total, seq_lens), "a row was lost or is attended twice"
     assert (actual.score_offsets[5] >= 0) == (capacity > 5 and largest is None), "7 pages"
+    counted = dict(zip(COUNTERS, actual.counters.tolist(), strict=True))
+    wanted = [97, 400, 129, 5000] if largest is None else [400, 129, 5000]
+    assert (counted["rows"], counted["short_rows"]) == (2 * 8, 2 * 4), "of 1 to 96 tokens"
+    assert counted["covered_rows"] == 2 * (4 - len(wanted)), "pages of 97 tokens fit the largest budget"
+    assert counted["sparse_rows"] == 2 * int(actual.totals[0]) <= 2 * len(wanted)
+    assert (counted["steps"], counted["sparse_steps"]) == (2, 2 * (counted["sparse_rows"] > 0))
 
 
 @shapes

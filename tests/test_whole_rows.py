@@ -56,7 +56,8 @@ def test_prompt_tokens_are_never_scored_and_not_counted(run):
     assert torch.equal(case.plan.table_seq_lens, case.seq_lens)
     assert (case.table.head_pages.view(-1, 2, BUDGET)[prompt] == 2**30).all(), "a row past its width was written"
     assert case.plan.totals.tolist()[:2] == [1, 6]
-    assert case.plan.counters.tolist() == [385 - (25 - BUDGET) * 16 + 16 + 47, 385 + 16 + 47]
+    assert case.plan.counters[:2].tolist() == [385 - (25 - BUDGET) * 16 + 16 + 47, 385 + 16 + 47]
+    assert case.plan.counters[2:].tolist() == [3, 1, 0, 2, 1, 1], "prompt tokens are no decode rows"
 
 
 def test_prompt_tokens_go_to_the_dense_backend_where_one_runs_beside(run):

@@ -91,6 +91,8 @@ class SparseConfig:
     recall_monitor_every_steps: int = 0
     """Decode steps between two in which a row's exact attention mass is measured, by the recall monitor
     (:mod:`vllm_sparse.decode.recall_monitor`); 0: never."""
+    recall_monitor_layers: int = 4
+    """Sparse layers of a rank that it measures, spread evenly; 0: all. Each costs every step a launch."""
     attention_kernel: str = "auto"
     """Attention kernel over chosen pages: ``auto`` or a name of :mod:`vllm_sparse.attention.registry`."""
     offload: OffloadConfig | None = None
@@ -120,6 +122,7 @@ class SparseConfig:
         for name in (
             "sink_tokens", "window_tokens", "min_context_tokens", "dense_layers",
             "min_prefill_tokens", "vertical_tokens", "slash_tokens", "recall_monitor_every_steps",
+            "recall_monitor_layers",
         ):  # fmt: skip
             if not 0 <= getattr(self, name) <= MOST:
                 raise ConfigError(f"sparse.{name}: {shown(getattr(self, name))}; allowed: 0 or more, up to {MOST}")

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from vllm_sparse.decode.recall_monitor import RecallMonitor
+from vllm_sparse.offload.store import OffloadStore
+from vllm_sparse.pages.decode_plan import COUNTERS
 from vllm_sparse.prefill.buffers import PrefillBuffers
 from vllm_sparse.reports import Totals
 from vllm_sparse.support import Treatment
@@ -23,14 +25,14 @@ twice."""
 
 
 class AttendedTokens(Totals):
-    """Tokens attended and tokens in the contexts; ``what`` names the steps in the log."""
+    """Tokens attended, tokens in the contexts, and what else these steps count; ``what`` names them in the log."""
 
     def __init__(self, counters: torch.Tensor, what: str = "decode steps"):
         super().__init__(counters)
         self.what = what
 
     def _log(self, copied):
-        attended, context = copied.tolist()
+        attended, context = copied[:2].tolist()
         if context <= self._logged:
             return
         self._logged = context
@@ -43,14 +45,20 @@ class AttendedTokens(Totals):
 class HotSetCounts(Totals):
     """Head pages that decode steps looked for, fetched into the hot set, and read on the host in place."""
 
-    def __init__(self, counters: torch.Tensor, head_page_bytes: int):
-        super().__init__(counters)
-        self.head_page_bytes = head_page_bytes
+    def __init__(self, store: OffloadStore):
+        super().__init__(store.lookups.counters)
+        self.head_page_bytes = store.shape.host_head_page_bytes
+        self.pool_bytes, self.contexts = store.pool.num_bytes, store.contexts
         self.reset()
 
     def reset(self) -> None:
         super().reset()
-        self.steps = 0
+        self.steps = self.contexts.pages_read = 0
+
+    @property
+    def context_bytes(self) -> int:
+        """What prefill has read back of contexts."""
+        return self.contexts.pages_read * self.contexts.hosts[0].shape[1] * self.head_page_bytes
 
     def step(self) -> None:
         self.steps += 1
@@ -73,12 +81,13 @@ class DraftSteps:
     """Steps with drafts that are verified densely, as they lie behind prompts: counted on the host."""
 
     def __init__(self) -> None:
-        self.steps = self.tokens = self.context_tokens = 0
+        self.reset()
 
-    def add(self, tokens: int, context_tokens: int) -> None:
+    def add(self, rows: int, tokens: int, context_tokens: int) -> None:
         """Count a step that verifies drafts.
 
         Args:
+            rows: requests with drafts.
             tokens: queries of the step, drafts and the token before them.
             context_tokens: in the contexts of these requests.
         """
@@ -88,23 +97,26 @@ class DraftSteps:
                 "behind prompts in a step"
             )
         self.steps += 1
+        self.rows += rows
         self.tokens += tokens
         self.context_tokens += context_tokens
 
     def reset(self) -> None:
-        self.steps = self.tokens = self.context_tokens = 0
+        self.steps = self.rows = self.tokens = self.context_tokens = 0
 
 
 class EngineCounts:
     """What one engine's steps add up to in this process; shared by its layers."""
 
     def __init__(self, device: torch.device):
-        self.decode = AttendedTokens(torch.zeros(2, dtype=torch.int64, device=device))
+        self.decode = AttendedTokens(torch.zeros(len(COUNTERS), dtype=torch.int64, device=device))
         self.prefill: list[AttendedTokens] = []
         """One for each shape of layers that has buffers for sparse prefill."""
         self.monitors: list[RecallMonitor] = []
         """One for each workspace, where ``recall_monitor_every_steps`` asks for them."""
         self.drafts = DraftSteps()
+        self.prefill_steps = self.sparse_prefill_steps = 0
+        """Steps with prefill chunks, and those of them with one that is attended sparsely."""
         self.hot: HotSetCounts | None = None
         """None without offload."""
 
@@ -120,6 +132,7 @@ class EngineCounts:
         """Forget everything counted so far."""
         for counts in (self.decode, *self.prefill, *self.monitors, self.drafts):
             counts.reset()
+        self.prefill_steps = self.sparse_prefill_steps = 0
         if self.hot is not None:
             self.hot.reset()
 
@@ -129,7 +142,8 @@ def _layers_of(worker: Any) -> list:
     if worker is None:
         return layers
     context = worker.vllm_config.compilation_config.static_forward_context
-    return [layer for layer in layers if any(layer is other for other in context.values())]
+    own = {id(layer) for layer in context.values()}
+    return [layer for layer in layers if id(layer) in own]
 
 
 def _counts_of(layers: list) -> list[EngineCounts]:
@@ -152,7 +166,7 @@ def snapshot(worker: Any = None) -> dict:
         )
         for treatment in Treatment
     }
-    decode = [engine.decode.read() for engine in engines]
+    decode = [engine.decode.read()[:2] for engine in engines]
     prefill = [tracker.read() for engine in engines for tracker in engine.prefill]
     drafts = [engine.drafts for engine in engines]
     return {
@@ -184,6 +198,62 @@ def _hot_set(hot_sets: list[HotSetCounts]) -> dict:
         "head_page_bytes": hot_sets[-1].head_page_bytes,
         "decode_steps": sum(hot.steps for hot in hot_sets),
     }
+
+
+def recent(worker: Any) -> list[tuple[str, list[str], float]]:
+    """Counts of a worker's engine as they were when this was last called; never waits for the device.
+
+    Returns:
+        Name, values of labels and value of each of :data:`vllm_sparse.backend.exposition.METRICS` that it counts.
+    """
+    if not getattr(worker, "sparse_asleep", None):  # else the counters' memory is gone
+        counted: Counter = Counter()
+        layers = _layers_of(worker)
+        parallel = worker.vllm_config.parallel_config
+        ranks_of_stage = parallel.world_size // parallel.pipeline_parallel_size
+        for layer in layers if worker.rank % ranks_of_stage == 0 else ():  # the stage's other ranks have the same
+            decision = layer.sparse_support
+            counted["attention_layers", decision.treatment.value, decision.reason] += 1
+        configs = [layer.impl.config for layer in layers if hasattr(layer.impl, "counts")]
+        chooses = any(config.decode_policy != "dense" for config in configs)
+        for engine in _counts_of(layers):
+            counted.update(_recent_of(engine, "short" if chooses else "policy"))
+        worker.sparse_counted = [(name, labels, value) for (name, *labels), value in counted.items()]
+    return getattr(worker, "sparse_counted", [])
+
+
+def _recent_of(engine: EngineCounts, why_short: str) -> dict[tuple[str, ...], float]:
+    """What :func:`recent` counts of an engine, by name and values of labels."""
+    decode = dict(zip(COUNTERS, engine.decode.recent(), strict=True))
+    no_room = decode["rows"] - decode["sparse_rows"] - decode["short_rows"] - decode["covered_rows"]
+    found = {
+        ("decode_attended_tokens",): decode["attended_tokens"],
+        ("decode_context_tokens",): decode["context_tokens"],
+        ("decode_rows",): decode["rows"] + engine.drafts.rows,
+        ("dense_decode_rows", why_short): decode["short_rows"],
+        ("dense_decode_rows", "budget"): decode["covered_rows"],
+        ("dense_decode_rows", "scores"): no_room,
+        ("dense_decode_rows", "draft"): engine.drafts.rows,
+        ("steps", "decode", "sparse"): decode["sparse_steps"],
+        ("steps", "decode", "dense"): decode["steps"] - decode["sparse_steps"],
+        ("steps", "prefill", "sparse"): engine.sparse_prefill_steps,
+        ("steps", "prefill", "dense"): engine.prefill_steps - engine.sparse_prefill_steps,
+    }
+    pairs = [tracker.recent() for tracker in engine.prefill]
+    if pairs:
+        found["prefill_attended_pairs",] = sum(attended for attended, _ in pairs)
+        found["prefill_context_pairs",] = sum(causal for _, causal in pairs)
+    for monitor in engine.monitors:
+        for layer, (share, samples) in monitor.recent().items():
+            found["recall_mass", str(layer)], found["recall_samples", str(layer)] = share, samples
+    if engine.hot is not None:
+        looked_up, fetched, in_place = engine.hot.recent()
+        found["hot_set_lookups",] = looked_up
+        found["hot_set_hits",] = looked_up - fetched - in_place
+        found["host_read_bytes", "decode"] = (fetched + in_place) * engine.hot.head_page_bytes
+        found["host_read_bytes", "prefill"] = engine.hot.context_bytes
+        found["host_pool_bytes",] = engine.hot.pool_bytes
+    return found
 
 
 def reset_counts(worker: Any) -> None:

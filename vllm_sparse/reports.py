@@ -1,4 +1,4 @@
-"""Running totals of the device, logged now and then without a wait."""
+"""Running totals of the device, logged and read without a wait."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ class Totals(ABC):
         self.totals = totals
         # vLLM builds its layers with the GPU as default device.
         on_gpu = totals.device.type != "cpu"
-        self._copied = torch.zeros(totals.shape, dtype=totals.dtype, device="cpu", pin_memory=on_gpu)
+        self._copied, self._asked = torch.zeros(
+            2, *totals.shape, dtype=totals.dtype, device="cpu", pin_memory=on_gpu
+        )  # for the log, and for those who ask
+        self._arrival = torch.cuda.Event() if on_gpu else None
         self._forget_reports()
 
     @abstractmethod
@@ -34,6 +37,7 @@ class Totals(ABC):
         self._steps = self._logged = 0
         self._copying = False
         self._next_report = 0.0
+        self._recent = self._asked.zero_().tolist()
 
     def reset(self) -> None:
         """Forget what was added up so far: warm-up and graph capture decode nothing real."""
@@ -43,6 +47,19 @@ class Totals(ABC):
     def read(self) -> list:
         """The totals so far, nested as they are; waits for the device."""
         return self.totals.tolist()
+
+    def recent(self) -> list:
+        """The totals as they were when this was last called, nested as they are; never waits.
+
+        Each call has them copied for the next one, unless the copy before is still under way.
+        """
+        if self._arrival is None:
+            return self.read()
+        if self._arrival.query():
+            self._recent = self._asked.tolist()
+            self._asked.copy_(self.totals, non_blocking=True)
+            self._arrival.record()
+        return self._recent
 
     def step(self) -> None:
         """Call once per step."""

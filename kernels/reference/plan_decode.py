@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from vllm_sparse.pages.decode_plan import EVERY_PAGE, NOT_LISTED, WHOLE, DecodePlan
+from vllm_sparse.pages.decode_plan import COUNTERS, EVERY_PAGE, NOT_LISTED, WHOLE, DecodePlan
 from vllm_sparse.pages.page_scores import CHUNK_PAGES
 from vllm_sparse.pages.page_table import PageTable
 from vllm_sparse.pages.selection import Selection
@@ -23,11 +23,11 @@ def plan_decode(
     lens = seq_lens.long()
     pages = -(-lens // page_size)
     prompt = plan.whole.bool()
-    scored = ~prompt & (lens > min_context_tokens) & (pages > selection.most_pages)
+    scored = wanted = ~prompt & (lens > min_context_tokens) & (pages > selection.most_pages)
     offsets = torch.cumsum(torch.where(scored, pages, 0), 0) - torch.where(scored, pages, 0)
     fits = offsets + pages <= capacity_pages
     dense = torch.where(scored, ~fits, torch.full_like(scored, short_rows_dense))
-    scored &= fits
+    scored = wanted & fits
     plan.table_seq_lens.copy_(torch.where(dense, 0, lens))
     plan.dense_seq_lens.copy_(torch.where(dense, lens, 0))
     plan.score_offsets.copy_(torch.where(scored, offsets, torch.where(prompt, WHOLE, EVERY_PAGE)))
@@ -51,4 +51,15 @@ def plan_decode(
     counts = torch.tensor([count for _, count in plan.queries.spans(len(lens))], device=lens.device)
     counts = torch.where(prompt, 0, counts).minimum(lens)
     later = counts * (counts - 1) // 2  # of each token those that come after it are not its context
-    plan.counters += torch.stack([(counts * attended - later).sum(), (counts * lens - later).sum()])
+    counted, below = counts > 0, lens <= min_context_tokens
+    numbers = {
+        "attended_tokens": (counts * attended - later).sum(),
+        "context_tokens": (counts * lens - later).sum(),
+        "rows": counted.sum(),
+        "sparse_rows": scored.sum(),
+        "short_rows": (counted & below).sum(),
+        "covered_rows": (counted & ~below & ~wanted).sum(),
+        "steps": counted.any(),
+        "sparse_steps": scored.any(),
+    }
+    plan.counters += torch.stack([numbers[name].long() for name in COUNTERS])

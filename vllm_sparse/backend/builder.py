@@ -76,6 +76,9 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
         workspace = self.workspace
         self.counts = layer.counts if SparseImpl.first(vllm_config) in sparse else None
         self.monitor = workspace.monitor if SparseImpl.first(vllm_config, workspace) in sparse else None
+        if workspace.monitor is not None:
+            layers = (impl.layer_index for impl in SparseImpl.sparse(vllm_config, workspace))
+            workspace.monitor.measure(layers, layer.config.recall_monitor_layers)
         counted = torch.zeros_like(workspace.plan.counters) if self.counts is None else self.counts.decode.totals
         self.plan = replace(workspace.plan, counters=counted)
         self.prefill_tracker = None
@@ -163,6 +166,9 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
         """Tell the counters what the step does; what they count of it the device adds up."""
         if self.prefill_tracker is not None and any(run.chunk is not None for run in metadata.prefill):
             self.prefill_tracker.step()
+        if self.counts is not None and step.num_prefills:
+            self.counts.prefill_steps += 1
+            self.counts.sparse_prefill_steps += any(run.chunk is not None for run in metadata.prefill)
         if self.counts is not None and step.num_prefills and self.vllm_config.speculative_config is not None:
             self._count_drafts(step)
         if not step.num_decodes or not self.selects:
@@ -186,7 +192,8 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
         tokens = torch.where(prefilling[first:], 0, tokens)
         if tokens.any():
             verified = tokens > 0
-            self.counts.drafts.add(int(tokens.sum()), int(lens[first : len(prefilling)][verified].sum()))
+            lens = lens[first : len(prefilling)]
+            self.counts.drafts.add(int(verified.sum()), int(tokens.sum()), int(lens[verified].sum()))
 
 
 def warn_of_batches_without_graphs(captured: list[int], max_num_seqs: int) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from vllm_sparse import support
-from vllm_sparse.backend import connectors, offload
+from vllm_sparse.backend import compat, connectors, offload
 from vllm_sparse.config import TABLES, SparseConfig
 from vllm_sparse.errors import ConfigError
 from vllm_sparse.pages.layout import PAGE_SIZES
@@ -17,6 +18,7 @@ def check_engine(vllm_config: Any) -> None:
     Raises:
         ConfigError: they cannot be served.
     """
+    import vllm.envs as envs
     from vllm.platforms import current_platform
     from vllm.v1.attention.backend import max_decode_query_len
 
@@ -64,6 +66,12 @@ def check_engine(vllm_config: Any) -> None:
         carry(vllm_config, config, found, "offload")
         vllm_config.additional_config[offload.ADMITTED] = found.offload.host_gib
     connectors.check(vllm_config, config)
+    if envs.VLLM_USE_RUST_FRONTEND:
+        compat.log_once(
+            logging.WARNING,
+            "vllm-sparse: VLLM_USE_RUST_FRONTEND: vLLM's frontend in Rust shows no metrics of plugins: no "
+            "vllm:sparse_* in its /metrics; the log still says what is attended",
+        )
 
 
 def with_tables(vllm_config: Any, config: SparseConfig) -> SparseConfig:

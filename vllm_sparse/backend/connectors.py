@@ -32,7 +32,7 @@ logger = logging.getLogger("vllm.vllm_sparse")
 
 FORMAT = 1
 """Version of what pages hold. Counts up with any change in what the bytes of a summary mean, or where they are."""
-NOT_IN_PAGES = ("attention_kernel", "recall_monitor_every_steps", "offload")
+NOT_IN_PAGES = ("attention_kernel", "recall_monitor_every_steps", "recall_monitor_layers", "offload")
 """Settings on which neither K and V nor summaries depend."""
 MARK = re.compile(r"-sparse\d+-[a-z0-9]+(?:_[a-z]+)?-\d+(?:-[a-z0-9]+)?")
 """What :func:`page_format` gives, anywhere in an engine id: vLLM appends the data-parallel rank."""

@@ -258,10 +258,15 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
         return [layer.impl for layer in layers if isinstance(getattr(layer, "impl", None), SparseImpl)]
 
     @classmethod
-    def first(cls, vllm_config, workspace: Workspace | None = None) -> SparseImpl | None:
-        """The first sparse layer of an engine, or of those that share ``workspace``; its builder counts steps."""
+    def sparse(cls, vllm_config, workspace: Workspace | None = None) -> list[SparseImpl]:
+        """The sparse layers of an engine, or those that share ``workspace``."""
         impls = (impl for impl in cls._impls(vllm_config) if impl.is_sparse)
-        return next((impl for impl in impls if workspace is None or impl.workspace is workspace), None)
+        return [impl for impl in impls if workspace is None or impl.workspace is workspace]
+
+    @classmethod
+    def first(cls, vllm_config, workspace: Workspace | None = None) -> SparseImpl | None:
+        """The first of them, whose builder counts steps."""
+        return next(iter(cls.sparse(vllm_config, workspace)), None)
 
     def unreadable(self, kv_cache: torch.Tensor) -> str | None:
         """Why this layer's kernels cannot work on the cache that vLLM has laid out, or None if they can."""

@@ -184,7 +184,7 @@ def build_store(worker: Any, kv_cache_config: Any) -> None:
     for name, offloaded in zip(specs, store.layers, strict=True):
         impl = layers[name].impl
         impl.pages.offloaded = offloaded
-    impl.counts.hot = metrics.HotSetCounts(store.lookups.counters, shape.host_head_page_bytes)
+    impl.counts.hot = metrics.HotSetCounts(store)
     slots = split.slots_per_layer * shape.layers
     logger.info(
         "sparse attention: offload: %.2f GiB of host memory%s for %d tokens of context, hot set of %.2f GiB "

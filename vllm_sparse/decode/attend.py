@@ -51,7 +51,7 @@ class SparseDecode:
         run, block_table = kernels.for_device(q.device), rows.block_table
         self.policy.score(q, scored, block_table, rows.plan, self.geometry, rows.scores)
         run.select_pages(rows.scores, block_table, rows.plan, listed, self.selection, rows.table)
-        if rows.monitor is not None and self.layer_index < len(rows.monitor.sums):
+        if rows.monitor is not None and self.layer_index in rows.monitor.measured:
             run.recall_mass(
                 q, scored, block_table, rows.plan, rows.table, self.geometry, rows.monitor, self.layer_index
             )

@@ -51,6 +51,8 @@ class ContextReader:
         self.kernels = kernels.for_device(hot.device)
         self.stream = torch.cuda.Stream(hot.device) if hot.is_cuda else None
         self.turn = 0
+        self.pages_read = 0
+        """Pages read from the host so far; those read again after the step's own writes count once."""
         self._ahead: tuple[int, ContextRun] | None = None
 
     def open(self, layer: int, runs: list[ContextRun], index: int) -> torch.Tensor:
@@ -84,6 +86,7 @@ class ContextReader:
         return self._ahead is not None and self._ahead[0] == layer and self._ahead[1] is run
 
     def _read_old(self, layer: int, run: ContextRun, buffer: torch.Tensor) -> None:
+        self.pages_read += len(run.old_blocks)
         self._read_from_host(layer, run, buffer, run.old_places)
 
     def _read_from_host(self, layer: int, run: ContextRun, buffer: torch.Tensor, places: torch.Tensor) -> None:

@@ -14,6 +14,17 @@ EVERY_PAGE, WHOLE = -1, -2
 """In place of a row's first column in the score buffer: its page table lists every page, or it has none and is
 read through the block table."""
 WORK_COLUMNS = 5
+COUNTERS = (
+    "attended_tokens", "context_tokens", "rows", "sparse_rows", "short_rows", "covered_rows", "steps",
+    "sparse_steps",
+)  # fmt: skip
+"""What :attr:`DecodePlan.counters` adds up over steps, of rows that are no prompt tokens:
+
+- tokens attended and tokens in the contexts, by all query tokens, in one layer and head;
+- rows; those with chosen pages; those up to the shortest sparse context; those beyond it whose context the budget
+  covers. What is left of them had no room for scores;
+- steps with rows, and those of them with a sparse row.
+"""
 SEGMENT_PAGES, USUAL_SEGMENT_PAGES, MAX_SEGMENT_PAGES = 2048, 4096, 32768
 MANY_SEGMENTS = 17
 MAX_CANDIDATES = 32768
@@ -73,8 +84,7 @@ class DecodePlan:
     totals: torch.Tensor
     """int32 [4]: scored rows, rows of the page table, chunks of all rows, segments of all rows."""
     counters: torch.Tensor
-    """int64 [2], running totals over steps: tokens attended, context tokens (one layer, one head), by all query
-    tokens but those of prompts."""
+    """int64 [len(COUNTERS)], running totals over steps."""
     segment_pages: int
     """Pages of a segment."""
     queries: QueryTokens = ONE
@@ -97,7 +107,7 @@ class DecodePlan:
             whole=torch.zeros(max_num_reqs, dtype=torch.uint8, device=device),
             work=zeros(max_num_reqs, WORK_COLUMNS),
             totals=zeros(4),
-            counters=torch.zeros(2, dtype=torch.int64, device=device),
+            counters=torch.zeros(len(COUNTERS), dtype=torch.int64, device=device),
             segment_pages=segment_pages,
         )
 
