@@ -190,7 +190,6 @@ def test_alerts_are_rules_that_fire_and_do_not_fire(tmp_path):
 
 
 @pytest.mark.engine
-@pytest.mark.seam
 def test_prometheus_scrapes_two_ranks_through_two_api_servers(tiny, tmp_path):
     """A real Prometheus, a real server: what is counted, once however many ranks and servers count it."""
     needs("prometheus")

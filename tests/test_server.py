@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import time
 import urllib.error
 
 import pytest
@@ -67,7 +69,20 @@ def test_log_says_what_ran_sparse(server):
     assert "attention layers sparse (" in log and "1 dense (dense_layers=1: 1)" in log
 
 
-def test_metrics_endpoint_counts_requests(server):
+def test_metrics_endpoint_counts_requests_and_what_was_sparse(server):
+    """What workers count is there soon after the answer; tests/test_monitoring.py has the rest."""
     server.choice("/v1/completions", prompt=PROMPTS[2])
-    with server.request("/metrics") as response:
-        assert "vllm:generation_tokens_total" in response.read().decode()
+    deadline, rows = time.monotonic() + 20, []
+    while not any(rows):
+        assert time.monotonic() < deadline, "no decode rows"
+        time.sleep(0.5)
+        with server.request("/metrics") as response:
+            text = response.read().decode()
+        rows = [float(value) for value in re.findall(r"^vllm:sparse_decode_rows_total{.*} (\S+)$", text, re.M)]
+    assert "vllm:generation_tokens_total" in text
+    layers = re.findall(r"^vllm:sparse_attention_layers{(.*)} (\S+)$", text, re.M)
+    assert {re.search(r'state="(\w+)"', labels)[1]: float(value) for labels, value in layers} == {
+        "sparse": 2.0,
+        "dense": 1.0,
+    }
+    assert all('engine="0"' in labels and 'model_name="tiny"' in labels for labels, _ in layers)
