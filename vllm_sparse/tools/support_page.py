@@ -55,7 +55,7 @@ def page() -> str:
         "## Families of models",
         "",
         "Tests start a tiny random model in stock vLLM and sparse: the same answers where everything is attended,",
-        "fewer tokens read at a small budget. Those named `test_gpu_*` need a GPU: on an H200 with vLLM 0.33 those of",
+        "fewer tokens read at a small budget. Those named `test_gpu_*` need a GPU: on an H200 with vLLM 0.33",
         "gpt-oss, Gemma 2, Granite 4 and LFM2 passed, with CUDA graphs; the others were not run yet.",
         "Families without a test were not started; their rows say what their code asks for.",
         "",
