@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from types import SimpleNamespace
 
 import pytest
@@ -94,7 +95,6 @@ def scheduled(new: dict, finished=()):
 class RunnerV1:
     def __init__(self):
         self.input_batch = SimpleNamespace(req_ids=[])
-        self.built = []
 
     def execute_model(self, output, intermediate=None):
         return self._build_attention_metadata(num_reqs=1, num_scheduled_tokens={"a": 1})
@@ -134,17 +134,14 @@ def test_rows_are_those_of_the_step(kind):
     assert budgets.of_rows() == [], "a builder of drafts, after the step"
     # A request that comes back, and another one of the same name.
     runner.input_batch.req_ids = ["d", "c"]
-    assert runner.execute_model(scheduled({"d": {"sparse": False}, "c": {"sparse_budget": 112}}, "c")) == [
-        EXACT,
-        112,
-    ]
-    assert runner.execute_model(scheduled({"d": {}}, "dc")) == []
+    again = scheduled({"d": {"sparse": False}, "c": {"sparse_budget": 112}}, finished="c")
+    assert runner.execute_model(again) == [EXACT, 112]
+    assert runner.execute_model(scheduled({"d": {}}, finished="dc")) == []
 
 
+@pytest.mark.seam
 def test_runners_of_this_vllm_build_metadata_there():
     """The names that are hooked exist, and take what is read of their arguments."""
-    import inspect
-
     from vllm.v1.worker.gpu.model_states.interface import ModelState
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
