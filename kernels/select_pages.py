@@ -9,6 +9,7 @@ over the masses' integer images finds the last that fits the budget, and a prefi
 ones in ascending order: selection is exact. Rows of more than one segment keep a budget of candidates
 per segment; the program that ends last merges them. With a ``top_p`` rows end before their budget:
 :mod:`vllm_sparse.kernels.stop_at_top_p`. With ``head_budget_pages`` each KV head has a budget of its own.
+Rows that ask for fewer pages get them, and their heads' budgets are as much smaller.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import triton.language as tl
 
 from vllm_sparse.kernels.constants import CHUNK, EVERY_PAGE
 from vllm_sparse.kernels.launch import num_multiprocessors
+from vllm_sparse.kernels.row_budget import row_budget, share_of
 from vllm_sparse.kernels.stop_at_top_p import FORCED, stop_at_top_p
 from vllm_sparse.kernels.work_list import SEGMENT_ENDS, begin_of, entry_of, first_ends, row_of
 from vllm_sparse.pages.decode_plan import MAX_CANDIDATES, DecodePlan
@@ -182,10 +184,10 @@ def _list_pages(table_row_ptr, block_row_ptr, num_pages, per_block, head_start, 
 
 @triton.jit(do_not_specialize=["num_reqs", "segments"])
 def _select_pages(
-    values_ptr, chunk_lse_ptr, block_table_ptr, work_ptr, totals_ptr, arrivals_ptr, head_pages_ptr, keys_ptr,
-    candidate_keys_ptr, candidate_head_pages_ptr, head_budget_pages_ptr, lengths_ptr, score_stride,
-    chunk_stride, table_stride, table_stride_row, per_block, per_head, budget, sink_pages, window_tokens,
-    segments, num_reqs,
+    values_ptr, chunk_lse_ptr, block_table_ptr, work_ptr, totals_ptr, budgets_ptr, arrivals_ptr, head_pages_ptr,
+    keys_ptr, candidate_keys_ptr, candidate_head_pages_ptr, head_budget_pages_ptr, lengths_ptr, score_stride,
+    chunk_stride, table_stride, table_stride_row, per_block, per_head, keys_stride, budget_pages, least_pages,
+    sink_pages, window_tokens, segments, num_reqs,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, KV_HEADS: tl.constexpr, PAGE: tl.constexpr,
     SEGMENT: tl.constexpr, SMALL: tl.constexpr, ALONE: tl.constexpr, FORCED_PAD: tl.constexpr,
     BUDGET_PAD: tl.constexpr, CANDIDATES: tl.constexpr, KEEP_KEYS: tl.constexpr,
@@ -201,7 +203,7 @@ def _select_pages(
         num_pages = (seq_len + PAGE - 1) // PAGE
         row, head_start = request * KV_HEADS + head, head * per_head
         table_row = head_pages_ptr + row.to(tl.int64) * table_stride_row
-        key_row = keys_ptr + row.to(tl.int64) * budget
+        key_row = keys_ptr + row.to(tl.int64) * keys_stride
         block_row = block_table_ptr + request.to(tl.int64) * table_stride
         if offset < 0:
             _list_pages(table_row, block_row, tl.where(offset == EVERY_PAGE, num_pages, 0), per_block, head_start,
@@ -210,7 +212,10 @@ def _select_pages(
             end = window_start(seq_len, window_tokens, PAGE)
             ranked = end - sink_pages
             chosen_head_pages, chosen_keys = table_row + sink_pages, key_row + sink_pages
-            pages_of_head = budget if head_budget_pages_ptr is None else tl.load(head_budget_pages_ptr + head)
+            budget = row_budget(tl.load(budgets_ptr + request), budget_pages)
+            pages_of_head = budget
+            if head_budget_pages_ptr is not None:
+                pages_of_head = share_of(tl.load(head_budget_pages_ptr + head), budget, budget_pages, least_pages)
             quota = pages_of_head - sink_pages - (num_pages - end)
             # The pages that are not ranked: loaded here and stored at the end, so that nothing waits for them.
             lane = tl.arange(0, FORCED_PAD)
@@ -275,7 +280,7 @@ def select_pages(
     Args:
         scores: what the policy wrote, ragged over requests (``plan.score_offsets``).
         block_table: int32 [num_reqs, max_pages].
-        plan: this step's routing.
+        plan: this step's routing, and the budgets that its rows ask for.
         kv: [num_blocks, kv_heads, rows, 2 * head_dim]; only its shape and strides are read.
         selection: pages to keep, sinks and window.
         table: [num_reqs * kv_heads] rows; ``plan_decode`` has filled its lengths. Rows that end at ``top_p``, and
@@ -301,12 +306,12 @@ def select_pages(
     grid = HeadPageGrid.of(kv)
     programs = PROGRAMS_PER_SM * num_multiprocessors(kv.device)
     _select_pages[(min(programs, rows * segments),)](
-        scores.values, scores.chunk_lse, block_table, plan.work, plan.totals, scores.arrivals,
+        scores.values, scores.chunk_lse, block_table, plan.work, plan.totals, plan.budgets, scores.arrivals,
         table.head_pages, chosen_keys, candidate_keys, candidate_head_pages,
         head_budget_pages, None if head_budget_pages is None else table.lengths,
         scores.values.stride(0), scores.chunk_lse.stride(0), block_table.stride(0), table.head_pages.stride(0),
-        grid.per_block, grid.per_head, budget_pages, selection.sink_pages, selection.window_tokens,
-        segments, num_reqs,
+        grid.per_block, grid.per_head, chosen_keys.stride(0), selection.budget_pages, selection.least_pages,
+        selection.sink_pages, selection.window_tokens, segments, num_reqs,
         GROUP=group, GROUP_PAD=triton.next_power_of_2(group), KV_HEADS=kv_heads, PAGE=page_size,
         SEGMENT=segment, SMALL=min(segment, SMALL_PAGES), ALONE=plan.alone_pages,
         FORCED_PAD=triton.next_power_of_2(

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_sparse.kernels.row_budget import row_budget
 from vllm_sparse.pages.decode_plan import DecodePlan
 from vllm_sparse.pages.page_table import PageTable
 from vllm_sparse.pages.selection import Selection
@@ -22,8 +23,8 @@ FORCED: tl.constexpr = tl.constexpr(0x80000000)
 
 @triton.jit
 def _stop_at_top_p(
-    chosen_keys_ptr, seq_lens_ptr, score_offsets_ptr, head_pages_ptr, lengths_ptr, keys_stride,
-    table_stride_row, budget, target,
+    chosen_keys_ptr, seq_lens_ptr, score_offsets_ptr, budgets_ptr, head_pages_ptr, lengths_ptr, keys_stride,
+    table_stride_row, budget_pages, target,
     KV_HEADS: tl.constexpr, PAGE: tl.constexpr, BUDGET_PAD: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
@@ -32,7 +33,7 @@ def _stop_at_top_p(
         return
     seq_len = tl.load(seq_lens_ptr + request)
     places = tl.arange(0, BUDGET_PAD)
-    mask = places < budget
+    mask = places < row_budget(tl.load(budgets_ptr + request), budget_pages)
     keys = tl.load(chosen_keys_ptr + row.to(tl.int64) * keys_stride + places, mask=mask, other=0).to(tl.uint32)
     head_page = tl.load(head_pages_ptr + row.to(tl.int64) * table_stride_row + places, mask=mask, other=0)
     forced = keys >= FORCED
@@ -72,17 +73,16 @@ def stop_at_top_p(
 
     Args:
         chosen_keys: uint32 [num_reqs * kv_heads, budget_pages or more], the keys of the chosen pages.
-        plan: this step's routing.
+        plan: this step's routing, and the budgets that its rows ask for.
         kv_heads, group: heads of the cache, and query heads that share one.
         selection: as in ``select_pages``; ``top_p`` above 0, at most 1.
-        budget_pages: pages chosen of each row.
+        budget_pages: pages chosen of rows that ask for nothing.
         table: its head pages are compacted in place, and its lengths written anew.
     """
     rows = plan.table_seq_lens.shape[0] * kv_heads
     _stop_at_top_p[(rows,)](
-        chosen_keys, plan.table_seq_lens, plan.score_offsets, table.head_pages, table.lengths,
-        chosen_keys.stride(0),
-        table.head_pages.stride(0), budget_pages, selection.top_p * group,
+        chosen_keys, plan.table_seq_lens, plan.score_offsets, plan.budgets, table.head_pages, table.lengths,
+        chosen_keys.stride(0), table.head_pages.stride(0), budget_pages, selection.top_p * group,
         KV_HEADS=kv_heads, PAGE=selection.page_size, BUDGET_PAD=triton.next_power_of_2(budget_pages),
         num_warps=4,
     )  # fmt: skip

@@ -8,6 +8,7 @@ from cases import DEVICE, DTYPES, ON_GPU, TOLERANCE, Case, error, in_float64, ma
 from test_kernels import shape_id
 
 from vllm_sparse.kernels import reference
+from vllm_sparse.pages.decode_plan import PROMPT
 from vllm_sparse.pages.query_tokens import ONE
 
 pytest.importorskip("triton")
@@ -144,7 +145,7 @@ def test_a_budget_of_the_context_is_dense_attention(shape, most):
 def test_prompt_tokens_beside_drafts_see_their_whole_context():
     """A prompt's last few tokens lie among rows with drafts; they are read through the block table."""
     case = case_of((2, 3, 64, 16), 4)
-    case.plan.whole[3:6] = 1
+    case.plan.budgets[3:6] = PROMPT
     args = (case.seq_lens, case.plan, case.table, case.selection(), 0, case.scores.capacity_pages, False)
     launchers.plan_decode(*args)
     case.table.routes, case.table.block_table = case.plan.score_offsets, case.block_table
@@ -165,7 +166,7 @@ def test_prompt_tokens_beside_drafts_see_their_whole_context():
 @drafts
 def test_steps_are_counted_by_query_token(most):
     case = case_of((2, 3, 64, 16), most)
-    case.plan.whole[3] = 1
+    case.plan.budgets[3] = PROMPT
     for kernels in (launchers, reference):
         case.plan.counters.zero_()
         kernels.plan_decode(

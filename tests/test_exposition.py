@@ -77,13 +77,16 @@ def test_few_layers_are_measured_spread_over_the_sparse_ones():
 
 def test_each_decode_row_is_sparse_or_dense_for_one_reason():
     counts = metrics.EngineCounts(torch.device("cpu"))
-    numbers = {"rows": 10, "sparse_rows": 4, "short_rows": 3, "covered_rows": 2, "steps": 8, "sparse_steps": 3}
+    numbers = {
+        "rows": 16, "sparse_rows": 4, "short_rows": 3, "covered_rows": 2, "exact_rows": 6, "steps": 8,
+        "sparse_steps": 3,
+    }  # fmt: skip
     for name, number in numbers.items():
         counts.decode.totals[COUNTERS.index(name)] = number
     counts.drafts.add(rows=5, tokens=15, context_tokens=999)
     found = metrics._recent_of(counts, "short")
     dense = {key[1]: number for key, number in found.items() if key[0] == "dense_decode_rows"}
-    assert dense == {"short": 3, "budget": 2, "scores": 1, "draft": 5}
+    assert dense == {"short": 3, "budget": 2, "request": 6, "scores": 1, "draft": 5}
     assert found["decode_rows",] == sum(dense.values()) + 4
     assert (found["steps", "decode", "sparse"], found["steps", "decode", "dense"]) == (3, 5)
     counts.reset()

@@ -86,3 +86,44 @@ def test_metrics_endpoint_counts_requests_and_what_was_sparse(server):
         "dense": 1.0,
     }
     assert all('engine="0"' in labels and 'model_name="tiny"' in labels for labels, _ in layers)
+
+
+def test_a_request_chooses_how_it_is_attended(server, tiny):
+    """Exact where it asks for it; sparse where its budget is small, in an engine whose own covers the context."""
+    ((prompt, expected),) = list(zip(PROMPTS, tiny.stock(PROMPTS, MAX_TOKENS), strict=True))[:1]
+    answers = {
+        name: server.choice("/v1/completions", prompt=prompt, vllm_xargs=asked)["token_ids"]
+        for name, asked in (
+            ("exact", {"sparse": False}),
+            ("own", {"sparse": True}),
+            ("small", {"sparse_budget": 128}),
+        )
+    }
+    assert answers["exact"] == answers["own"] == expected
+    assert answers["small"] != expected
+    chat = {"messages": [{"role": "user", "content": "x"}], "vllm_xargs": {"sparse": False}}
+    server.choice("/v1/chat/completions", **chat)
+
+
+REFUSED = [
+    ({"sparse_budget": 4096}, "sparse_budget: 4096; allowed: whole numbers of tokens from 128"),
+    ({"sparse_budget": 127}, "to 2048, the budget_tokens of this engine"),
+    ({"sparse_budget": "512"}, "sparse_budget: '512'; allowed: whole numbers of tokens"),
+    ({"sparse_budget": 512.5}, "sparse_budget: 512.5; allowed: whole numbers of tokens"),
+    ({"sparse": "false"}, "sparse: 'false'; allowed: true, false"),
+    ({"sparse": False, "sparse_budget": 512}, "sparse_budget: 512 with sparse=false"),
+    ({"sparse_budgets": 512}, "'sparse_budgets': unknown key. Did you mean 'sparse_budget'?"),
+]
+
+
+@pytest.mark.parametrize("asked, said", REFUSED, ids=[str(asked) for asked, _ in REFUSED])
+def test_wrong_values_of_a_request_are_refused(server, asked, said):
+    for path, body in (
+        ("/v1/completions", {"prompt": PROMPTS[2]}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}),
+    ):
+        with pytest.raises(urllib.error.HTTPError) as refusal:
+            server.choice(path, vllm_xargs=asked, **body)
+        assert refusal.value.code == 400
+        assert said in json.load(refusal.value)["error"]["message"]
+    server.choice("/v1/completions", prompt=PROMPTS[2])

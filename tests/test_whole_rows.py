@@ -1,4 +1,5 @@
-"""Prompt tokens that come alone, in steps that look like decode: attended whole, however long their context."""
+"""Rows that attend to their whole context, however long: prompt tokens that come alone, in steps that look like
+decode, and rows of requests that want exact attention."""
 
 from __future__ import annotations
 
@@ -6,14 +7,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import DEVICE, DTYPES, TOLERANCE, error, in_float64, make, random_scores
+from cases import DTYPES, TOLERANCE, error, in_float64, make, random_scores
 
 from vllm_sparse.kernels import reference
-from vllm_sparse.pages.decode_plan import EVERY_PAGE, WHOLE
+from vllm_sparse.pages.decode_plan import COUNTERS, EVERY_PAGE, EXACT, PROMPT, WHOLE
 from vllm_sparse.pages.selection import Selection
 
 LENGTHS = [1, 400, 0, 385, 16, 230, 47]
-PROMPT = [True, True, False, False, False, True, False]
+ASKED = [EXACT, PROMPT, 0, 0, 0, EXACT, 0]
+WHOLE_ROWS = [0, 1, 5]
 BUDGET = 6
 
 
@@ -29,7 +31,7 @@ def run(request):
 
 def planned(run, dtype=torch.float32, short_rows_dense=False):
     case = make(LENGTHS, 2, 3, 64, 16, BUDGET, dtype=dtype, seed=3)
-    case.plan.whole.copy_(torch.tensor(PROMPT))
+    case.plan.budgets.copy_(torch.tensor(ASKED))
     case.plan.counters.zero_()
     case.plan.score_offsets.fill_(77)
     run.plan_decode(
@@ -48,26 +50,30 @@ def planned(run, dtype=torch.float32, short_rows_dense=False):
     return case
 
 
-def test_prompt_tokens_are_never_scored_and_not_counted(run):
+def test_whole_rows_are_never_scored_and_prompts_not_counted(run):
     case = planned(run)
-    prompt = torch.tensor(PROMPT, device=DEVICE)
-    assert (case.plan.score_offsets[prompt] == WHOLE).all()
+    assert (case.plan.score_offsets[WHOLE_ROWS] == WHOLE).all()
     assert case.plan.score_offsets.tolist()[2:5] == [EVERY_PAGE, 0, EVERY_PAGE]
     assert torch.equal(case.plan.table_seq_lens, case.seq_lens)
-    assert (case.table.head_pages.view(-1, 2, BUDGET)[prompt] == 2**30).all(), "a row past its width was written"
+    assert (case.table.head_pages.view(-1, 2, BUDGET)[WHOLE_ROWS] == 2**30).all(), (
+        "a row past its width was written"
+    )
     assert case.plan.totals.tolist()[:2] == [1, 6]
-    assert case.plan.counters[:2].tolist() == [385 - (25 - BUDGET) * 16 + 16 + 47, 385 + 16 + 47]
-    assert case.plan.counters[2:].tolist() == [3, 1, 0, 2, 1, 1], "prompt tokens are no decode rows"
+    context = 1 + 230 + 385 + 16 + 47
+    assert case.plan.counters[:2].tolist() == [context - (25 - BUDGET) * 16, context]
+    counted = dict(zip(COUNTERS, case.plan.counters.tolist(), strict=True))
+    assert counted["rows"] == 5, "prompt tokens are no decode rows"
+    assert (counted["sparse_rows"], counted["covered_rows"], counted["exact_rows"]) == (1, 2, 2)
 
 
-def test_prompt_tokens_go_to_the_dense_backend_where_one_runs_beside(run):
+def test_whole_rows_go_to_the_dense_backend_where_one_runs_beside(run):
     case = planned(run, short_rows_dense=True)
     assert case.plan.dense_seq_lens.tolist() == [1, 400, 0, 0, 16, 230, 47]
     assert case.plan.table_seq_lens.tolist() == [0, 0, 0, 385, 0, 0, 0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
-def test_prompt_tokens_attend_to_every_page(run, dtype):
+def test_whole_rows_attend_to_every_page(run, dtype):
     case = planned(run, dtype)
     out = torch.full_like(case.q, 7.0)
     run.sparse_decode(case.q, case.kv, case.table, case.geometry, out)
@@ -76,20 +82,18 @@ def test_prompt_tokens_attend_to_every_page(run, dtype):
     reference.dense_attention(
         case.q.double(), in_float64(case.kv), case.block_table, starts, case.seq_lens, case.geometry, exact
     )
-    whole = [row for row, prompt in enumerate(PROMPT) if prompt]
-    assert error(out[whole], exact[whole]) < TOLERANCE[dtype]
+    assert error(out[WHOLE_ROWS], exact[WHOLE_ROWS]) < TOLERANCE[dtype]
     assert error(out[[4]], exact[[4]]) < TOLERANCE[dtype], "a short row changed"
     assert (out[2] == 7.0).all(), "padding was written"
     assert error(out[[3]], exact[[3]]) > 0.05, "the row of chosen pages attends to all of them"
 
 
-def test_prompt_tokens_are_read_on_the_host_in_place(run):
+def test_whole_rows_are_read_on_the_host_in_place(run):
     case = planned(run)
     host = case.kv[:, :, :16].clone(memory_format=torch.contiguous_format)
     hot = torch.full_like(host, float("nan"))
     out, expected = torch.full_like(case.q, 7.0), torch.full_like(case.q, 7.0)
     reference.sparse_decode(case.q, case.kv, case.table, case.geometry, expected)
-    case.table.lengths[torch.tensor([4, 6, 7, 12, 13, 8, 9])] = 0  # leave prompt tokens alone
+    case.table.lengths[torch.tensor([4, 6, 7, 12, 13, 8, 9])] = 0  # leave whole rows alone
     run.sparse_decode(case.q, hot, case.table, case.geometry, out, host)
-    whole = [row for row, prompt in enumerate(PROMPT) if prompt]
-    assert error(out[whole], expected[whole]) < TOLERANCE[torch.float32]
+    assert error(out[WHOLE_ROWS], expected[WHOLE_ROWS]) < TOLERANCE[torch.float32]

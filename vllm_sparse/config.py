@@ -328,9 +328,7 @@ class SparseConfig:
 
     def least_pages(self, page_size: int) -> int:
         """The smallest budget: sinks, window and one page to choose."""
-        # A window of w tokens can straddle one page border more than it fills.
-        window_pages = -(-self.window_tokens // page_size) + 1
-        return self.sink_pages(page_size) + window_pages + 1
+        return Selection(page_size, 0, self.sink_pages(page_size), self.window_tokens).least_pages
 
     def sink_pages(self, page_size: int) -> int:
         """``sink_tokens`` in whole pages, rounded up."""

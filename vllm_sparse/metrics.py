@@ -225,13 +225,15 @@ def recent(worker: Any) -> list[tuple[str, list[str], float]]:
 def _recent_of(engine: EngineCounts, why_short: str) -> dict[tuple[str, ...], float]:
     """What :func:`recent` counts of an engine, by name and values of labels."""
     decode = dict(zip(COUNTERS, engine.decode.recent(), strict=True))
-    no_room = decode["rows"] - decode["sparse_rows"] - decode["short_rows"] - decode["covered_rows"]
+    kinds = ("sparse_rows", "short_rows", "covered_rows", "exact_rows")
+    no_room = decode["rows"] - sum(decode[kind] for kind in kinds)
     found = {
         ("decode_attended_tokens",): decode["attended_tokens"],
         ("decode_context_tokens",): decode["context_tokens"],
         ("decode_rows",): decode["rows"] + engine.drafts.rows,
         ("dense_decode_rows", why_short): decode["short_rows"],
         ("dense_decode_rows", "budget"): decode["covered_rows"],
+        ("dense_decode_rows", "request"): decode["exact_rows"],
         ("dense_decode_rows", "scores"): no_room,
         ("dense_decode_rows", "draft"): engine.drafts.rows,
         ("steps", "decode", "sparse"): decode["sparse_steps"],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from vllm_sparse.pages.decode_plan import COUNTERS, EVERY_PAGE, NOT_LISTED, WHOLE, DecodePlan
+from vllm_sparse.pages.decode_plan import COUNTERS, EVERY_PAGE, EXACT, NOT_LISTED, PROMPT, WHOLE, DecodePlan
 from vllm_sparse.pages.page_scores import CHUNK_PAGES
 from vllm_sparse.pages.page_table import PageTable
 from vllm_sparse.pages.selection import Selection
@@ -19,19 +19,21 @@ def plan_decode(
     capacity_pages: int,
     short_rows_dense: bool,
 ) -> None:
-    page_size, budget_pages = selection.page_size, selection.budget_pages
+    page_size = selection.page_size
     lens = seq_lens.long()
     pages = -(-lens // page_size)
-    prompt = plan.whole.bool()
-    scored = wanted = ~prompt & (lens > min_context_tokens) & (pages > selection.most_pages)
+    whole, prompt = plan.budgets < 0, plan.budgets == PROMPT
+    budget = torch.where(plan.budgets > 0, plan.budgets, selection.budget_pages).long()
+    largest = budget.new_tensor([selection.most_pages_of(pages) for pages in budget.tolist()])
+    scored = wanted = ~whole & (lens > min_context_tokens) & (pages > largest)
     offsets = torch.cumsum(torch.where(scored, pages, 0), 0) - torch.where(scored, pages, 0)
     fits = offsets + pages <= capacity_pages
     dense = torch.where(scored, ~fits, torch.full_like(scored, short_rows_dense))
     scored = wanted & fits
     plan.table_seq_lens.copy_(torch.where(dense, 0, lens))
     plan.dense_seq_lens.copy_(torch.where(dense, lens, 0))
-    plan.score_offsets.copy_(torch.where(scored, offsets, torch.where(prompt, WHOLE, EVERY_PAGE)))
-    attended = torch.where(scored, lens - (pages - budget_pages) * page_size, lens)
+    plan.score_offsets.copy_(torch.where(scored, offsets, torch.where(whole, WHOLE, EVERY_PAGE)))
+    attended = torch.where(scored, lens - (pages - budget) * page_size, lens)
     if len(lens):
         kv_heads = table.lengths.shape[0] // len(lens)
         table.lengths.copy_(torch.where(dense, 0, attended).repeat_interleave(kv_heads))
@@ -58,7 +60,8 @@ def plan_decode(
         "rows": counted.sum(),
         "sparse_rows": scored.sum(),
         "short_rows": (counted & below).sum(),
-        "covered_rows": (counted & ~below & ~wanted).sum(),
+        "covered_rows": (counted & ~below & ~wanted & ~whole).sum(),
+        "exact_rows": (counted & ~below & (plan.budgets == EXACT)).sum(),
         "steps": counted.any(),
         "sparse_steps": scored.any(),
     }

@@ -33,17 +33,19 @@ def select_pages(
         if offset < 0:
             chosen = torch.arange(pages, device=kv.device).expand(kv_heads, pages)
         else:
+            budget = int(plan.budgets[request]) or selection.budget_pages
             mass = scores.values[:, offset : offset + pages].softmax(-1)
             mass = mass.unflatten(0, (kv_heads, group)).sum(1)
             forced = torch.zeros_like(mass, dtype=torch.bool)
             forced[:, : selection.sink_pages] = True
             forced[:, max(0, min(seq_len - window_tokens, seq_len - 1)) // page_size :] = True
             order = mass.masked_fill(forced, float("inf")).sort(dim=-1, descending=True, stable=True).indices
-            chosen = order[:, : selection.most_pages].sort(dim=-1).values
+            chosen = order[:, : selection.most_pages_of(budget)].sort(dim=-1).values
             if top_p:
                 _stop_at_top_p(mass, forced, chosen, top_p * group, request, seq_len, page_size, table)
             if selection.head_budget_pages is not None:
-                for head, count in enumerate(selection.head_budget_pages.tolist()):
+                for head, pages_of_head in enumerate(selection.head_budget_pages.tolist()):
+                    count = selection.share_of(pages_of_head, budget)
                     chosen[head, :count] = order[head, :count].sort().values
                     table.lengths[request * kv_heads + head] = seq_len - (pages - count) * page_size
         rows = slice(request * kv_heads, (request + 1) * kv_heads)

@@ -17,6 +17,7 @@ from vllm_sparse.backend.metadata import SparseMetadata, Step
 from vllm_sparse.backend.residency import OffloadedRows, ResidentRows
 from vllm_sparse.config import SparseConfig
 from vllm_sparse.decode.attend import DecodeRows
+from vllm_sparse.pages.decode_plan import EXACT, PROMPT
 from vllm_sparse.pages.query_tokens import ONE, QueryTokens
 
 logger = logging.getLogger("vllm.vllm_sparse")
@@ -41,7 +42,7 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
         impls = self._bind_layers(layer_names, vllm_config)
         sparse = [impl for impl in impls if impl.is_sparse]
         self.selects = bool(sparse)
-        self.workspace = impls[0].workspace
+        self.workspace, self.requests = impls[0].workspace, impls[0].requests
         self._assign_counts(impls[0], sparse, vllm_config)
         kind = OffloadedRows if impls[0].layout.on_host else ResidentRows
         dense_builder = dense.DenseBuilder(
@@ -100,9 +101,10 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
         common = common_attn_metadata
         if common.causal is not True:
             raise RuntimeError("sparse attention is causal, and this step's attention is not")
-        step = Step(common, *split_decodes_and_prefills(common, self.workspace.query_tokens)[:3])
+        rows = split_decodes_and_prefills(common, self.workspace.query_tokens)[:3]
+        step = Step(common, *rows, self.requests.of_rows())
         if self.selects:
-            self._mark_prompt_tokens(step)
+            self._write_budgets(step)
         metadata = SparseMetadata(
             num_actual_tokens=common.num_actual_tokens,
             num_decodes=step.num_decodes,
@@ -121,19 +123,25 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
         self._count(step, metadata)
         return metadata
 
-    def _mark_prompt_tokens(self, step: Step) -> None:
-        """Tell the device which decode rows are prompt tokens; in nearly every step none is and nothing is copied.
-        It must know, not this host code alone: a step of such rows may replay a graph of decode steps.
+    def _write_budgets(self, step: Step) -> None:
+        """Tell the device which decode rows are prompt tokens, and what the others ask for; in nearly every step
+        there is neither and nothing is copied. It must know, not this host code alone: a step of such rows may
+        replay a graph of decode steps.
         """
-        whole, prefilling = self.workspace.plan.whole, step.common.is_prefilling
-        found = prefilling is not None and bool(prefilling[: step.num_decodes].any())
-        if self.workspace.marked:
-            whole.zero_()
-        if found:
-            marks = prefilling[: step.num_decodes].to(torch.uint8)
-            marks = marks if whole.device.type == "cpu" else marks.pin_memory()
-            whole[: len(marks)].copy_(marks, non_blocking=True)
-        self.workspace.marked = found
+        budgets, rows = self.workspace.plan.budgets, step.num_decodes
+        tokens, prefilling = step.asked_tokens[:rows], step.common.is_prefilling
+        prompts = prefilling is not None and bool(prefilling[:rows].any())
+        if self.workspace.budgets_asked:
+            budgets.zero_()
+        self.workspace.budgets_asked = prompts or any(tokens)
+        if not self.workspace.budgets_asked:
+            return
+        asked = torch.zeros(rows, dtype=torch.int32, device="cpu", pin_memory=budgets.device.type != "cpu")
+        pages = [count if count == EXACT else count // self.page_size for count in tokens]
+        asked[: len(pages)] = torch.tensor(pages, dtype=torch.int32, device="cpu")
+        if prompts:
+            asked[: len(prefilling)].masked_fill_(prefilling[:rows], PROMPT)
+        budgets[:rows].copy_(asked, non_blocking=True)
 
     def _decode_rows(self, step: Step) -> DecodeRows:
         """The workspace's buffers, cut to the step's decode rows."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import multiprocessing
+from collections.abc import Callable
 from typing import Any
 
 NAME = "SPARSE"
@@ -101,6 +102,17 @@ def head_major_layouts() -> tuple:
     from vllm.v1.kv_cache_interface import KVCacheLayout
 
     return (KVCacheLayout.LBHNC, KVCacheLayout.BLHNC)
+
+
+def metadata_call(runner) -> tuple[Any, str, Callable]:
+    """Where a model runner builds a step's attention metadata: the owner and the name of a method, and what gives
+    the ids of the requests of the step's rows, in their order, for the arguments of a call; none in dummy runs."""
+    if hasattr(runner, "model_state"):  # Model Runner V2; dummy runs have made-up ids
+        return runner.model_state, "prepare_attn", lambda batch, *_, **__: batch.req_ids
+    return (
+        runner, "_build_attention_metadata",
+        lambda *_, num_scheduled_tokens=None, **__: runner.input_batch.req_ids if num_scheduled_tokens else (),
+    )  # fmt: skip
 
 
 def replace_rows(common, **rows):

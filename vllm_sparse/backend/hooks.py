@@ -6,6 +6,8 @@
    offload, what a layer's cache turns out to be, one line about what runs how, counters that start at 0, sleep.
 3. The API server's client, which asks engines once a second for what ``/metrics`` shows
    (:mod:`vllm_sparse.backend.exposition`).
+4. Where requests arrive, and where a runner begins a step: what single requests ask for
+   (:mod:`vllm_sparse.backend.requests`).
 
 Every hook passes straight through for engines that do not ask for this backend.
 """
@@ -22,7 +24,7 @@ from typing import Any
 import torch
 
 from vllm_sparse import metrics, support
-from vllm_sparse.backend import compat, connectors, exposition
+from vllm_sparse.backend import compat, connectors, exposition, requests
 from vllm_sparse.config import SparseConfig
 from vllm_sparse.errors import ConfigError
 from vllm_sparse.support import Decision, Layer, Treatment
@@ -46,6 +48,7 @@ def install() -> None:
     _hook_workers(WorkerWrapperBase)
     _hook_api_server(AsyncLLM)
     connectors.install_request_hook()
+    requests.install()
     # ``collective_rpc("sparse_metrics")``: the counts of every worker, by a name that needs no pickle.
     WorkerBase.sparse_metrics, WorkerBase.sparse_recent = metrics.snapshot, metrics.recent
     EngineCore.sparse_counts = exposition.counts_of_workers
@@ -236,6 +239,7 @@ def _hook_workers(wrapper: type) -> None:
         if compat.asks_for_sparse(self.worker.vllm_config):
             offload.build_store(self.worker, kv_cache_configs[self.global_rank])
             check_caches(self.worker)
+            follow_requests(self.worker)
             zero_whole_blocks(self.worker)
             report(self.worker)
         return result
@@ -332,6 +336,14 @@ def check_caches(worker: Any) -> None:
                 f"--attention-backend: sparse cannot serve layer {name}: vLLM gave it {reason}; use another "
                 f"--attention-backend for this model"
             )
+
+
+def follow_requests(worker: Any) -> None:
+    """Let metadata builders know what the requests of a step's rows ask for."""
+    impls = (getattr(layer, "impl", None) for layer in layers_of(worker).values())
+    ours = next((impl for impl in impls if hasattr(impl, "requests")), None)
+    if ours is not None:
+        ours.requests.follow(worker.model_runner)
 
 
 def zero_whole_blocks(worker: Any) -> None:

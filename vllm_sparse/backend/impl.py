@@ -17,6 +17,7 @@ from vllm_sparse.attention.base import AttentionShape
 from vllm_sparse.backend import dense
 from vllm_sparse.backend.metadata import SparseMetadata
 from vllm_sparse.backend.rehearsal import Rehearsal
+from vllm_sparse.backend.requests import RequestBudgets
 from vllm_sparse.backend.residency import LayerPages, OffloadedPages, ResidentPages
 from vllm_sparse.backend.spec import PageLayout
 from vllm_sparse.backend.workspace import Workspace
@@ -113,10 +114,9 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
                 self.soft_cap or None, self.attn_type, self.kv_sharing_target_layer_name,
                 **({} if self.sink_logits is None else {"sinks": self.sink_logits}),
             )  # fmt: skip
-        others = (getattr(impl, "counts", None) for impl in self._impls(vllm_config))
-        self.counts = next((counts for counts in others if counts is not None), None) or metrics.EngineCounts(
-            self.device
-        )
+        others = [impl for impl in self._impls(vllm_config) if hasattr(impl, "counts")]
+        self.counts = others[0].counts if others else metrics.EngineCounts(self.device)
+        self.requests = others[0].requests if others else RequestBudgets()
         # Pages of the default size are assumed where vLLM has not settled on one yet; ``bind`` asks again.
         self._fit(vllm_config, layout.page_size or vllm_config.cache_config.block_size or PAGE_SIZES[0])
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from vllm_sparse.decode.attend import DecodeRows
+from vllm_sparse.pages.decode_plan import EXACT
 from vllm_sparse.prefill.runs import PrefillRun
 
 
@@ -20,6 +21,12 @@ class Step:
     num_decodes: int
     num_prefills: int
     num_decode_tokens: int
+    asked_tokens: list[int] = field(default_factory=list)
+    """Of each request: the budget that it asks for, ``EXACT``, or 0; empty where none asks for anything."""
+
+    def is_exact(self, request: int) -> bool:
+        """Whether a request wants exact attention; padding does not."""
+        return request < len(self.asked_tokens) and self.asked_tokens[request] == EXACT
 
     @property
     def has_drafts(self) -> bool:

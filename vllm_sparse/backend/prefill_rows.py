@@ -21,21 +21,23 @@ MOST_TABLE_ENTRIES = 1 << 20
 """Requests times pages of the longest, of those that a dense run takes together: its block table has 4 MiB."""
 
 
-def sparse_chunks(common, num_decodes: int, config: SparseConfig, gate: ChunkGate | None) -> list[QueryBlocks]:
-    """Chunks of vLLM's common metadata that choose pages; none in dummy runs, which carry no lengths.
+def sparse_chunks(step: Step, config: SparseConfig, gate: ChunkGate | None) -> list[QueryBlocks]:
+    """Chunks of a step that choose pages; none in dummy runs, which carry no lengths.
 
     ``gate``: of the workspace, which has one wherever some prefill is sparse.
 
     Chunks with tokens of an image that attend to later ones choose none. vLLM's bound on a length is the length
     itself for all rows but drafts to verify, which are too short for a chunk.
     """
+    common = step.common
     lens = common.seq_lens_cpu_upper_bound
     if config.prefill_policy == "dense" or lens is None:
         return []
-    starts = common.query_start_loc_cpu.tolist()
-    chunks = plan_chunks(starts, lens[: common.num_reqs].tolist(), config.min_prefill_tokens, num_decodes)
+    starts, lens = common.query_start_loc_cpu.tolist(), lens[: common.num_reqs].tolist()
+    chunks = plan_chunks(starts, lens, config.min_prefill_tokens, step.num_decodes)
     images = common.mm_req_doc_ranges or {}
     chunks = [each for each in chunks if not any(_meets(each, *span) for span in images.get(each.request, ()))]
+    chunks = [chunk for chunk in chunks if not step.is_exact(chunk.request)]
     return gate.admits(chunks) if config.prefill_policy == AUTO else chunks
 
 
@@ -93,7 +95,7 @@ def context_runs(
     lens = common.seq_lens_cpu_upper_bound
     lens = (common.seq_lens if lens is None else lens)[: common.num_reqs].tolist()
     starts = common.query_start_loc_cpu.tolist()
-    chunks = {chunk.request: chunk for chunk in sparse_chunks(common, num_decodes, config, gate)}
+    chunks = {chunk.request: chunk for chunk in sparse_chunks(step, config, gate)}
     runs: list[ContextRun] = []
     together: list[_Context] = []
     every: list[_Context] = []

@@ -215,7 +215,7 @@ class ResidentRows(StepRows):
 
     def prefill(self, step, fast_build):
         common, decodes = step.common, step.num_decodes
-        chunks = prefill_rows.sparse_chunks(common, decodes, self.config, self.workspace.gate)
+        chunks = prefill_rows.sparse_chunks(step, self.config, self.workspace.gate)
         table, runs = common.block_table_tensor, []
         if len(chunks) < step.num_prefills:
             rows = dense.prefill_rows(common, decodes, step.num_decode_tokens) if decodes else common

@@ -39,8 +39,8 @@ class Workspace:
     """Pages of the longest context, one spare."""
     query_tokens: int = 1
     """Most query tokens of a decode row: one, and as many drafts as the engine verifies."""
-    marked: bool = False
-    """Whether the plan marks rows as prompt tokens, which the next step must wipe out."""
+    budgets_asked: bool = False
+    """Whether the plan has budgets that rows of the last step asked for, which the next one must wipe out."""
     prefill: PrefillBuffers | None = None
     """None where prefill is dense."""
     gate: ChunkGate | None = None
@@ -82,9 +82,9 @@ class Workspace:
         max_pages = -(-vllm_config.model_config.max_model_len // page_size) + 1
         capacity = max(16 * max_pages, SCORE_BYTES // (4 * q_heads))
         capacity = min(capacity, max_num_reqs * max_pages)
-        # A budget of the whole context, and dense decode, choose from nothing.
+        # Dense decode chooses from nothing.
         chosen = 1 if config.decode_policy == "dense" else config.largest_pages(page_size)
-        segment = segment_pages(max_pages, chosen if chosen < max_pages else 1)
+        segment = segment_pages(max_pages, chosen)
         workspace = cls(
             plan=DecodePlan.empty(max_num_reqs, device, segment),
             table=PageTable.empty(max_num_reqs, kv_heads, min(config.table_pages(page_size), max_pages), device),

@@ -1,4 +1,8 @@
-"""Selection: how many pages a decode row keeps, and which of them whatever their scores."""
+"""Selection: how many pages a decode row keeps, and which of them whatever their scores.
+
+A row may have a smaller budget, which its request asks for. The budgets of KV heads shrink with it, rounded to the
+nearest number of pages, down to the smallest budget.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +31,21 @@ class Selection:
     """int32 [kv_heads], those budgets; not together with ``top_p``."""
 
     @property
+    def least_pages(self) -> int:
+        """The smallest budget: sinks, window and one page to choose."""
+        # A window of w tokens can straddle one page border more than it fills.
+        return self.sink_pages + -(-self.window_tokens // self.page_size) + 2
+
+    @property
     def most_pages(self) -> int:
         """Most pages kept of any row; contexts of no more pages are attended whole."""
-        return self.budget_pages if self.largest_pages is None else self.largest_pages
+        return self.most_pages_of(self.budget_pages)
+
+    def most_pages_of(self, budget: int) -> int:
+        """Most pages kept of a row with ``budget``."""
+        return budget if self.largest_pages is None else self.share_of(self.largest_pages, budget)
+
+    def share_of(self, pages: int, budget: int) -> int:
+        """Budget in a row with ``budget`` of a KV head that has ``pages`` in rows with ``budget_pages``."""
+        scaled = (2 * pages * budget + self.budget_pages) // (2 * self.budget_pages)
+        return max(scaled, min(pages, self.least_pages))
