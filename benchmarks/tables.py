@@ -113,6 +113,9 @@ output token is that of steps in which all decode.
 DRAFTS = """\
 ## Drafts
 
+Steps that verify n-gram drafts of every request, all of them rejected, so that a step is a step on both sides.
+"""
+COPIES = """\
 A small model copies code that it has read, with n-gram drafts, on a CPU: only the tokens a step count here.
 """
 
@@ -131,6 +134,8 @@ def page() -> str:
         MIXES,
         *_mixes(),
         DRAFTS,
+        *_engine("verification", lambda row: f"`{row['policy']}`, {row['budget']:,}", "ms"),
+        COPIES,
         *table(("backend", "policy", "drafts", "tokens a step"), _drafts()),
         "",
     ])  # fmt: skip
