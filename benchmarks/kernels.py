@@ -22,7 +22,6 @@ import torch
 
 from benchmarks import results
 from benchmarks.batch_spec import parse
-from benchmarks.timer import graph_us
 from vllm_sparse.attention.registry import kernel_class
 from vllm_sparse.config import RESIDENT, SparseConfig
 from vllm_sparse.kernels import launchers, reference
@@ -34,6 +33,7 @@ from vllm_sparse.pages.query_tokens import ONE, QueryTokens
 from vllm_sparse.pages.selection import Selection
 from vllm_sparse.pages.summaries import summary_bytes_read, summary_slots
 from vllm_sparse.policies import DECODE_POLICIES
+from vllm_sparse.tools.measure import graph_us
 
 SHORT_ROWS_DENSE_FROM = 16
 """As in vllm_sparse/backend/builder.py, which needs vLLM: such batches leave short rows to the dense backend."""

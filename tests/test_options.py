@@ -92,8 +92,8 @@ def test_plan_counts_contexts(tmp_path, capsys):
     linear = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
     for number, (changes, context) in enumerate(
         (
-            ({}, 8192), ({"max_position_embeddings": 1 << 20}, 131072), ({"rope_scaling": yarn}, 32768),
-            ({"rope_scaling": linear}, 16384),
+            ({}, 8192), ({"max_position_embeddings": 1 << 20}, 131072), ({"rope_scaling": linear}, 16384),
+            ({"rope_scaling": yarn, "max_position_embeddings": 32768}, 32768),  # scaled already
         )
     ):  # fmt: skip
         path = configured(tmp_path / f"model-{number}", **changes)

@@ -9,7 +9,8 @@ import pytest
 from tiny_engine import ENGINE, SPARSE, engine_core
 
 from vllm_sparse.tools import cli
-from vllm_sparse.tools.plan import OVERHEAD_GIB, tokens
+from vllm_sparse.tools.dry_engine import OVERHEAD_GIB
+from vllm_sparse.tools.plan import tokens
 
 HOST_GIB = 0.05
 

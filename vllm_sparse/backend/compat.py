@@ -115,6 +115,24 @@ def metadata_call(runner) -> tuple[Any, str, Callable]:
     )  # fmt: skip
 
 
+def customised(backend: Any, spec: Any) -> Any:
+    """``spec`` as a backend changes it, where vLLM's runners collect the specs of all layers."""
+    from vllm.v1.worker import utils
+
+    customise = getattr(utils, "customize_attention_spec", None)
+    return backend.customize_spec(spec) if customise is None else customise(backend, spec)  # 0.31
+
+
+def kv_cache_planning() -> Any:
+    """The module in which vLLM shares out memory among layers."""
+    from importlib import import_module
+
+    try:
+        return import_module("vllm.v1.core.kv_cache_planning")
+    except ModuleNotFoundError:  # before 0.33
+        return import_module("vllm.v1.core.kv_cache_utils")
+
+
 def replace_rows(common, **rows):
     """A copy of vLLM's common metadata for other rows, without what it derived from the old ones."""
     derived = (

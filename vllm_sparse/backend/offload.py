@@ -88,7 +88,7 @@ def _on_host(spec: Any) -> bool:
     return isinstance(spec, SparseAttentionSpec) and spec.layout.on_host
 
 
-def _shape(specs: dict[str, Any], config: SparseConfig) -> CacheShape:
+def shape_of(specs: dict[str, Any], config: SparseConfig) -> CacheShape:
     """The cache of a worker's layers, all of which must offload.
 
     Raises:
@@ -142,7 +142,7 @@ def available_memory(worker: Any, gpu_bytes: int) -> int:
     config = _config(worker)
     if config is None:
         return gpu_bytes
-    shape = _shape(worker.get_kv_cache_spec(), config)
+    shape = shape_of(worker.get_kv_cache_spec(), config)
     limits = _limits(worker.vllm_config, config, shape.page_size)
     split = sizing.split_memory(shape, limits, gpu_bytes, _host_bytes(worker, config), config.offload.hot_fraction)
     worker.sparse_gpu_bytes = gpu_bytes
@@ -159,7 +159,7 @@ def build_store(worker: Any, kv_cache_config: Any) -> None:
     if config is None:
         return
     specs = worker.get_kv_cache_spec()
-    shape, vllm_config = _shape(specs, config), worker.vllm_config
+    shape, vllm_config = shape_of(specs, config), worker.vllm_config
     if len(kv_cache_config.kv_cache_groups) != 1:
         raise ConfigError("sparse.offload: vLLM grouped this model's layers, which share one pool of blocks")
     hashed = getattr(kv_cache_config, "hash_block_size", None)

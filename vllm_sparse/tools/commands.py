@@ -184,13 +184,17 @@ def tokenizer(args: argparse.Namespace, model: Any):
 
 def unusable_model(args: argparse.Namespace, error: Exception, problem: str = "cannot be used") -> ConfigError:
     """The error to raise for a model, with the part of ``error`` that says most."""
+    dtype = "" if args.dtype == "auto" else f" with --dtype {args.dtype}"
+    return ConfigError(f"MODEL: {shown(args.model)}{dtype} {problem}: {told(error)}")
+
+
+def told(error: BaseException) -> str:
+    """What ``error`` says, on one line of bounded length."""
     said = str(error)
     if hasattr(error, "errors"):  # of pydantic's many lines, what was raised inside
         said = "; ".join(found["msg"].removeprefix("Value error, ") for found in error.errors())
     said = " ".join(said.split()) or type(error).__name__
-    said = said if len(said) <= MOST_REASON else f"{said[:MOST_REASON]}..."
-    dtype = "" if args.dtype == "auto" else f" with --dtype {args.dtype}"
-    return ConfigError(f"MODEL: {shown(args.model)}{dtype} {problem}: {said}")
+    return said if len(said) <= MOST_REASON else f"{said[:MOST_REASON]}..."
 
 
 def stay_in_process() -> None:

@@ -4,40 +4,22 @@ from __future__ import annotations
 
 import argparse
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from vllm_sparse.backend import compat
 from vllm_sparse.config import MOST, SparseConfig
 from vllm_sparse.errors import ConfigError
 from vllm_sparse.offload.config import HOST_DTYPES, MOST_GIB
 from vllm_sparse.offload.sizing import GIB, CacheShape, Split, StepLimits, split_memory
 from vllm_sparse.support import QUANTISED_CACHES
 from vllm_sparse.tools import commands
+from vllm_sparse.tools import dry_engine as dry
+from vllm_sparse.tools.dry_engine import DryEngine
 from vllm_sparse.user_text import shown
 
-OVERHEAD_GIB = 2.25
-"""Activations, CUDA graphs and workspaces of one GPU where vLLM has not measured them yet."""
 MOST_CAPTURED = 512
 """Requests of the largest decode batch that vLLM captures CUDA graphs for by default."""
 DEFAULT_CONTEXT = 131072
-LENGTHS = (
-    "max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "model_max_length",
-    "max_sequence_length", "max_seq_length", "seq_len",
-)  # fmt: skip
-"""Names under which configurations say how long a context the model takes, as vLLM looks for them."""
-
-
-@dataclass(frozen=True)
-class Model:
-    """Shape and size of a model, as far as a plan needs them."""
-
-    layers: int
-    kv_heads: int
-    head_dim: int
-    item_bytes: int
-    """Of a number of the KV cache."""
-    weight_bytes: int
-    most_tokens: int | None = None
-    """The longest context; None where the configuration does not say."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +34,8 @@ class Plan:
     offload: Split | None
     """How offload divides the memory; None where not even one context fits, and ``refusal`` says why."""
     refusal: str
-    shape: CacheShape
+    shape: CacheShape | None
+    """None where some layers cannot offload."""
 
     @property
     def offload_tokens(self) -> int:
@@ -67,87 +50,65 @@ class Plan:
 
 
 def make_plan(
-    model: Model,
-    config: SparseConfig,
-    kv_bytes: int,
-    host_bytes: int,
-    limits: StepLimits,
-    page_size: int,
-    summary_slots: int,
-    ranks: int = 1,
-) -> Plan:
-    """Share out ``kv_bytes`` of each rank's GPU and ``host_bytes`` of the host of all ``ranks``."""
-    heads = max(1, model.kv_heads // ranks)
-    hot_fraction, host_dtype = "auto", "auto"
-    if config.offload is not None:
-        hot_fraction, host_dtype = config.offload.hot_fraction, config.offload.host_dtype
-    shape = CacheShape(
-        model.layers, heads, model.head_dim, page_size, model.item_bytes, max(1, summary_slots), host_dtype
-    )
-    token_bytes = model.layers * heads * shape.token_bytes
-    split, refusal = None, ""
+    engine: DryEngine, stock: DryEngine, config: SparseConfig, kv_bytes: int, host_bytes: int, limits: StepLimits,
+    ranks: int,
+) -> Plan:  # fmt: skip
+    """Share out ``kv_bytes`` of each rank's GPU and ``host_bytes`` of the host of all ``ranks``.
+
+    Args:
+        engine: with its pages on the GPU; ``stock`` without the sparse backend.
+        config: with ``offload``.
+    """
+    split, shape, refusal = None, None, ""
     try:
-        split = split_memory(shape, limits, kv_bytes, host_bytes // ranks, hot_fraction)
+        shape = _offloaded(engine, config)
+        split = split_memory(shape, limits, kv_bytes, host_bytes // ranks, config.offload.hot_fraction)
     except ConfigError as error:
         refusal = str(error)
     return Plan(
         kv_gib=kv_bytes / GIB,
-        stock_tokens=kv_bytes // (token_bytes * page_size) * page_size,
-        resident_tokens=kv_bytes // (token_bytes * (page_size + summary_slots)) * page_size,
+        stock_tokens=stock.tokens(kv_bytes),
+        resident_tokens=engine.tokens(kv_bytes),
         offload=split,
         refusal=refusal,
         shape=shape,
     )
 
 
-def read_model(args: argparse.Namespace) -> Model:
-    """Shape and size of a directory or hub name, from its configuration alone.
+def _offloaded(engine: DryEngine, config: SparseConfig) -> CacheShape:
+    """The cache of an engine whose pages were on the host.
 
     Raises:
-        ConfigError: there is none, or it is not of a decoder whose layers are all alike.
+        ConfigError: some of its layers cannot offload.
     """
-    import torch
-    import transformers
+    from vllm_sparse.backend import offload
+    from vllm_sparse.backend.spec import SparseAttentionSpec
 
-    name, dtype, trust_remote_code = args.model, args.dtype, args.trust_remote_code
-    try:
-        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-        with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except Exception as error:  # of Transformers, the hub, or the model's own code
-        raise commands.unusable_model(args, error, "has no configuration that can be read") from error
-    text = config.get_text_config()
-    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
-    heads = getattr(text, "num_attention_heads", None)
-    if kinds != {"full_attention"} or heads is None:
-        raise ConfigError(
-            f"MODEL: {name!r} has layers of kinds {', '.join(sorted(kinds))}; allowed: full_attention"
-        )
-    kept = (torch.float32 if dtype == "float32" else torch.float16).itemsize
-    if dtype == "auto" and config.dtype == torch.float32:
-        kept = torch.float16.itemsize  # vLLM serves checkpoints of float32 in 16 bits
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Model(
-        layers=text.num_hidden_layers,
-        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
-        item_bytes=1 if args.kv_cache_dtype in QUANTISED_CACHES else kept,
-        weight_bytes=parameters * kept,
-        most_tokens=_most_tokens(text),
-    )
+    def on_host(spec):
+        if not isinstance(spec, SparseAttentionSpec):
+            return spec
+        return replace(spec, layout=replace(spec.layout, on_host=True))
+
+    specs = {name: on_host(spec) for stage in engine.specs for name, spec in stage.items()}
+    return offload.shape_of(specs, config)
 
 
-def _most_tokens(text) -> int | None:
-    """The longest context of a model, as vLLM derives it."""
-    lengths = [length for name in LENGTHS if type(length := getattr(text, name, None)) is int]
-    if not lengths:
-        return None
-    most = min(lengths)
-    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
-    kind, factor = rope.get("rope_type", rope.get("type")), rope.get("factor") or 1
-    if kind in ("yarn", "deepseek_yarn"):
-        return max(most, int(factor * (rope.get("original_max_position_embeddings") or 0)))
-    return most if kind in (None, "su", "longrope", "llama3", "default") else int(factor * most)
+def read_engine(args: argparse.Namespace, config: SparseConfig) -> tuple[DryEngine, DryEngine]:
+    """The engine of a directory or hub name with its pages on the GPU, and that without the sparse backend.
+
+    Raises:
+        ConfigError: vLLM cannot build it, or the sparse backend does not serve it.
+    """
+    dry.settle_platform()
+    commands.model_config(args)  # refuses ranks by our own name for them
+    options = [
+        f"--block-size={args.block_size}", f"--dtype={args.dtype}", f"--kv-cache-dtype={args.kv_cache_dtype}",
+        f"--tensor-parallel-size={args.tensor_parallel_size}",
+        *(["--trust-remote-code"] if args.trust_remote_code else []),
+    ]  # fmt: skip
+    engine_args = dry.engine_args(args.model, options, {**config.to_mapping(), "offload": None})
+    engine = dry.dry_engine(engine_args)
+    return engine, dry.stock_of(engine, engine_args)
 
 
 def add_command(subparsers) -> None:
@@ -207,26 +168,20 @@ def run(args: argparse.Namespace) -> None:
         settings["offload"]["host_dtype"] = args.host_dtype
     config = SparseConfig.from_mapping(settings, "--sparse")
     config.check_page_size(args.block_size)
-    model, ranks = read_model(args), args.tensor_parallel_size
-    if ranks < 1 or (model.kv_heads % ranks and ranks % model.kv_heads):
-        raise ConfigError(f"--tensor-parallel-size: {ranks} does not divide {model.kv_heads} KV heads")
-    most = model.most_tokens
+    with dry.quiet():
+        engine, stock = read_engine(args, config)
+    ranks, model = args.tensor_parallel_size, engine.vllm_config.model_config
+    most = model.max_model_len
     if args.context is None:
-        args.context = min(DEFAULT_CONTEXT, most or DEFAULT_CONTEXT)
-    elif most is not None and args.context > most:
+        args.context = min(DEFAULT_CONTEXT, most)
+    elif args.context > most:
         raise ConfigError(f"--context: {args.context}; allowed for this model: 1 to {most}")
-    if args.kv_gib is not None and args.kv_gib > args.gpu:
-        raise ConfigError(f"--kv-gib: {args.kv_gib:g} of --gpu {args.gpu:g}; allowed: up to {args.gpu:g}")
-    config = config.with_budgets(args.model, model.layers, model.kv_heads)
-    usable = args.gpu * args.gpu_memory_utilization
-    kv_gib = args.kv_gib
-    if kv_gib is None:
-        kv_gib = usable - model.weight_bytes / ranks / GIB - OVERHEAD_GIB
-    if kv_gib <= 0:
-        raise ConfigError(
-            f"--gpu: of {args.gpu:g} GiB, {usable:.2f} may be used, and the weights take "
-            f"{model.weight_bytes / ranks / GIB:.2f} of each rank; nothing is left for KV"
-        )
+    for one in (engine, stock):
+        one.vllm_config.model_config.max_model_len = args.context
+    # With the budgets that the engine has read for the heads of its model.
+    served = SparseConfig.from_vllm(engine.vllm_config).to_mapping()
+    config = SparseConfig.from_mapping({**served, "offload": config.offload.to_mapping()}, "--sparse")
+    kv_bytes = dry.kv_bytes(engine, args.gpu, args.gpu_memory_utilization, args.kv_gib)
     max_pages = -(-args.context // args.block_size) + 1
     limits = StepLimits(
         max_num_reqs=max(args.max_num_seqs, min(2 * args.max_num_seqs, MOST_CAPTURED)),
@@ -234,24 +189,20 @@ def run(args: argparse.Namespace) -> None:
         max_context_tokens=args.context,
         table_pages=min(config.table_pages(args.block_size), max_pages),
     )
-    kv_bytes, host_bytes, rows = int(kv_gib * GIB), int(args.host * GIB), rows_of(config, model, args.block_size)
-    plan = make_plan(model, config, kv_bytes, host_bytes, limits, args.block_size, rows, ranks)
-    print_plan(args, model, plan, limits)
+    plan = make_plan(engine, stock, config, kv_bytes, int(args.host * GIB), limits, ranks)
+    print_plan(args, engine, plan, limits)
 
 
-def rows_of(config: SparseConfig, model: Model, page_size: int) -> int:
-    """Summary slots of a page."""
-    from vllm_sparse.pages.summaries import summary_slots
-    from vllm_sparse.policies import DECODE_POLICIES
-
-    summary = DECODE_POLICIES[config.decode_policy].summary
-    return summary_slots(summary, page_size, model.head_dim, model.item_bytes)
-
-
-def print_plan(args: argparse.Namespace, model: Model, plan: Plan, limits: StepLimits) -> None:
-    source = "as given" if args.kv_gib is not None else f"with {OVERHEAD_GIB} GiB assumed for the rest"
-    weights = f"{model.weight_bytes / GIB:.2f} GiB"
-    print(f"weights              {weights}, {model.layers} layers, {model.kv_heads} KV heads")
+def print_plan(args: argparse.Namespace, engine: DryEngine, plan: Plan, limits: StepLimits) -> None:
+    source = "as given" if args.kv_gib is not None else f"with {dry.OVERHEAD_GIB} GiB assumed for the rest"
+    layers = f"{len(engine.attention)} layers"
+    if engine.linear_layers:
+        layers = f"{len(engine.attention)} attention layers beside {engine.linear_layers} of states"
+    weights, vllm_config = engine.weight_bytes * args.tensor_parallel_size / GIB, engine.vllm_config
+    kv_dtype = compat.kv_dtype(vllm_config)
+    kv_dtype = "fp8" if kv_dtype in QUANTISED_CACHES else kv_dtype
+    heads = f"{vllm_config.model_config.get_total_num_kv_heads()} KV heads, KV {kv_dtype}"
+    print(f"weights              {weights:.2f} GiB, {layers}, {heads}")
     print(f"GPU memory for KV    {plan.kv_gib:.2f} GiB of each of {args.tensor_parallel_size} GPU(s), {source}")
     for name, held in (
         ("stock", plan.stock_tokens),

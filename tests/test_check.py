@@ -1,0 +1,302 @@
+"""`vllm-sparse check` says what an engine then does, without one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_engine import ENGINE, SPARSE, engine_core
+
+pytest.importorskip("vllm")
+
+import test_hybrids
+import test_models
+
+from vllm_sparse import metrics
+from vllm_sparse.tools import check, cli, dry_engine
+from vllm_sparse.tools.check import EXIT, Status
+
+ENGINE_OPTIONS = ("--dtype", "float32", "--block-size", "32", "--max-model-len", "1024", "--max-num-seqs", "4")
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096,
+    "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "head_dim": 128, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "hidden_act": "silu",
+    "tie_word_embeddings": False, "torch_dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def look_here():
+    """To look at a new architecture's class, vLLM starts a process that imports vLLM: ten seconds each."""
+    from vllm.model_executor.models import registry
+
+    before, registry._run_in_subprocess = registry._run_in_subprocess, lambda look: look()
+    yield
+    registry._run_in_subprocess = before
+
+
+@pytest.fixture
+def llama(tmp_path):
+    """The folder of a Llama of 8 billion parameters, of which there is a configuration alone."""
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    return tmp_path
+
+
+def report(capfd, model, *arguments, vllm=(), status=Status.SPARSE) -> dict:
+    """The JSON that is printed, with the right exit status and nothing around it."""
+    command = ["check", model, "--json", *arguments, *(["--vllm-args", *vllm] if vllm else [])]
+    assert cli.main([*map(str, command)]) == EXIT[status]
+    found = json.loads(capfd.readouterr().out)
+    assert (found["status"], found["exit_status"]) == (status.value, EXIT[status])
+    return found
+
+
+def text(capfd, model, *arguments, status=Status.SPARSE) -> str:
+    assert cli.main(["check", str(model), *map(str, arguments)]) == EXIT[status]
+    return capfd.readouterr().out
+
+
+# Layers.
+
+
+@pytest.mark.seam
+@pytest.mark.parametrize("case", test_models.MODELS)
+def test_layers_of_each_kind_are_what_engines_have(tiny, capfd, case):
+    """The counts of ``test_models.py``, where engines are started."""
+    sparse, dense, stock = test_models.MODELS[case][2:]
+    status = Status.SPARSE if sparse else Status.NOTHING
+    model = test_models.model_of(tiny, case)
+    found = report(capfd, model, "--sparse", json.dumps(SPARSE), vllm=ENGINE_OPTIONS, status=status)
+    layers = found["layers"]
+    assert layers["sparse"] == sparse and layers["linear"] == 0
+    for treatment, expected in (("dense", dense), ("stock", stock)):
+        assert sorted(layers[treatment].values()) == sorted(expected.values())
+        assert all(any(reason in told for told in layers[treatment]) for reason in expected)
+    assert layers["attention"] == len(layers["each"]) == sparse + sum(dense.values()) + sum(stock.values())
+    assert ("--attention-backend sparse" in found["serve"]) == bool(sparse)
+
+
+@pytest.mark.parametrize("case", test_hybrids.MODELS)
+def test_layers_of_states_are_no_attention_layers(tiny, capfd, case):
+    model, options = test_hybrids.model_of(tiny, case)
+    sparse = test_hybrids.MODELS[case][-1]
+    options = ("--dtype", options["dtype"], "--max-model-len", "1024")
+    found = report(
+        capfd, model, "--gpu", 1, "--kv-gib", 0.25, "--sparse", json.dumps(SPARSE), vllm=options,
+    )  # fmt: skip
+    assert found["layers"]["sparse"] == found["layers"]["attention"] == sparse
+    assert found["layers"]["linear"] > 0 and found["layers"]["block_size"] % 16 == 0
+    # vLLM fits blocks to states in whole pages of what attends to them, which in stock is another backend.
+    assert 0.8 < found["cache"]["sparse_tokens"] / found["cache"]["stock_tokens"] < 1.2
+
+
+def engine_line(tiny, monkeypatch, model, sparse, **settings) -> tuple[str, int]:
+    """What an engine logs of its layers at its start, and the tokens of its cache."""
+    said = []
+    for level in ("info", "warning"):
+        monkeypatch.setattr(metrics.logger, level, lambda text, *values: said.append(text % values))
+    with tiny.start(model, sparse, **settings) as llm:
+        cache = engine_core(llm).vllm_config.cache_config
+        held = cache.num_gpu_blocks * cache.block_size
+    monkeypatch.undo()
+    (line,) = (line for line in said if "attention layers sparse" in line)
+    return line.partition(": ")[2], held
+
+
+@pytest.mark.engine
+@pytest.mark.seam
+@pytest.mark.parametrize("case", ["llama", "llama_fp8", "windows", "nothing"])
+def test_the_line_and_the_tokens_are_those_of_an_engine(tiny, capfd, monkeypatch, case):
+    sparse, dtype = {"dense_layers": int(case.startswith("llama"))}, "fp8" if case == "llama_fp8" else "auto"
+    model = tiny.model() if case.startswith("llama") else test_models.model_of(
+        tiny, {"windows": "hybrid", "nothing": "sliding_window"}[case]
+    )  # fmt: skip
+    line, held = engine_line(tiny, monkeypatch, model, sparse, kv_cache_dtype=dtype)
+    found = report(
+        capfd, model, "--gpu", 1, "--kv-gib", ENGINE["kv_cache_memory_bytes"] / 2**30,
+        "--sparse", json.dumps({**SPARSE, **sparse}), vllm=(*ENGINE_OPTIONS, "--kv-cache-dtype", dtype),
+        status=Status.NOTHING if case == "nothing" else Status.SPARSE,
+    )  # fmt: skip
+    assert found["layers"]["line"] == line
+    if case.startswith("llama"):
+        assert found["cache"]["sparse_tokens"] == held
+
+
+def test_an_older_vllm_is_told(llama, capfd, monkeypatch):
+    import vllm
+
+    monkeypatch.setattr(vllm, "__version_tuple__", (0, 30, 0))
+    assert "vllm-sparse serves 0.31 to" in report(capfd, llama, status=Status.ERROR)["reason"]
+
+
+# Options, ranks and memory.
+
+
+def test_cache_of_a_llama_by_hand(llama, capfd):
+    """K and V of a token take 32 layers * 8 heads * 512 bytes; a page of 16 has 17 slots."""
+    found = report(capfd, llama, "--gpu", 80, "--kv-gib", 40, "--sparse", '{"decode_policy": "quest"}')
+    assert found["cache"]["stock_tokens"] == 40 << 13
+    assert found["cache"]["sparse_tokens"] == (40 << 30) // (17 * 131072) * 16
+    assert found["cache"]["weights_gib"] == round(8030261248 * 2 / 2**30, 3)
+    two = report(
+        capfd, llama, "--gpu", 80, "--kv-gib", 40, "--sparse", '{"decode_policy": "quest"}',
+        vllm=("--tensor-parallel-size", 2, "--pipeline-parallel-size", 2),
+    )  # fmt: skip
+    assert two["cache"]["stock_tokens"] == 4 * found["cache"]["stock_tokens"]
+    assert two["layers"]["attention"] == 32 and two["layers"]["sparse"] == found["layers"]["sparse"] == 30
+    assert {layer["kv_heads"] for layer in two["layers"]["each"]} == {4}
+    estimated = report(capfd, llama, "--gpu", 80)["cache"]
+    assert estimated["estimated"] and 40 < estimated["kv_gib"] < 60 and estimated["fits"]
+    small = text(capfd, llama, "--gpu", 24)
+    assert "NOT ENOUGH for one request of 131,072 tokens" in small and "--max-model-len" in small
+    assert "nothing is left for KV" in text(capfd, llama, "--gpu", 8)
+
+
+def test_a_checkpoints_own_kv_cache_scheme_is_read(llama, capfd):
+    scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+    quantised = {
+        "quant_method": "compressed-tensors", "format": "float-quantized", "kv_cache_scheme": scheme,
+        "config_groups": {"group_0": {
+            "targets": ["Linear"], "weights": {**scheme, "strategy": "channel"},
+            "input_activations": {**scheme, "strategy": "token", "dynamic": True}}},
+        "ignore": ["lm_head"], "quantization_status": "compressed",
+    }  # fmt: skip
+    quest = ("--gpu", 80, "--kv-gib", 40, "--sparse", '{"decode_policy": "quest"}')
+    (llama / "config.json").write_text(json.dumps({**LLAMA, "quantization_config": quantised}))
+    found = report(capfd, llama, *quest)
+    assert found["layers"]["kv_dtype"] == "fp8" and found["cache"]["stock_tokens"] == 40 << 14
+    assert found["cache"]["weights_gib"] < 9 or not found["cache"]["weights_exact"]
+    named = report(capfd, llama, *quest, vllm=("--kv-cache-dtype", "bfloat16"))
+    assert named["layers"]["kv_dtype"] == "bfloat16" and named["cache"]["stock_tokens"] == 40 << 13
+    assert cli.main(["plan", str(llama), "--gpu", "80", "--kv-gib", "40", "--host", "64"]) == 0
+    assert f"{40 << 14:,} tokens" in capfd.readouterr().out
+    quantised["kv_cache_scheme"] = {**scheme, "strategy": "attn_head"}
+    (llama / "config.json").write_text(json.dumps({**LLAMA, "quantization_config": quantised}))
+    assert "every KV head" in report(capfd, llama, status=Status.REFUSED)["reason"]
+
+
+REFUSED = {
+    "kv_dtype": (("--kv-cache-dtype", "fp8_e5m2"), (), "--kv-cache-dtype: 'fp8_e5m2'"),
+    "connector": (
+        ("--kv-transfer-config", '{"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both"}'), (),
+        "kv_connector 'LMCacheConnectorV1'",
+    ),
+    "block_size": (("--block-size", "272"), (), "--block-size: 272"),
+    "dbo": (("--enable-dbo",), (), "--enable-dbo: True"),
+    "setting": ((), ("--sparse", '{"budget": 3}'), "unknown key 'budget'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_engines_have_a_status_of_their_own(llama, capfd, case):
+    vllm, arguments, said = REFUSED[case]
+    found = report(capfd, llama, *arguments, vllm=vllm, status=Status.REFUSED)
+    assert said in found["reason"] and "--attention-backend" not in found["serve"]
+    assert found["versions"]["supported"]
+
+
+WRONG = {
+    "unknown option": (("--vllm-args", "--kv-cash-dtype", "fp8"), "--vllm-args: unrecognized arguments"),
+    "value": (("--vllm-args", "--max-model-len", "many"), "--vllm-args: "),
+    "another model": (("--vllm-args", "--model", "gpt2"), "they name a model"),
+    "backend": (("--vllm-args", "--attention-backend", "FLASH_ATTN"), "--attention-backend: 'flash_attn'"),
+    "twice": (
+        ("--sparse", "{}", "--vllm-args", "--additional-config", '{"sparse": {}}'), "--sparse: --vllm-args have",
+    ),
+    "quotes": (("--vllm-args", "--dtype 'float16"), "cannot be split"),
+    "context": (("--vllm-args", "--max-model-len", "9000000"), "MODEL: "),
+    "kv": (("--gpu", "8", "--kv-gib", "9"), "--kv-gib: 9 of --gpu 8"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_arguments_are_named(llama, capfd, case):
+    arguments, said = WRONG[case]
+    if case == "kv":
+        assert said in text(capfd, llama, *arguments)
+        return
+    assert cli.main(["check", str(llama), *arguments]) == 1
+    assert said in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("content", [None, "{", '{"model_type": "no such"}', "[]"])
+def test_models_that_are_none(tmp_path, capfd, content):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    found = report(capfd, tmp_path, status=Status.ERROR)
+    assert found["reason"].startswith("MODEL: ") and found["layers"] == {}
+
+
+def test_a_serve_line_may_be_pasted(llama, capfd):
+    """Options of the server, too, as words or in one text."""
+    words = ["--port", "8001", "--kv-cache-dtype", "fp8", "--additional-config", '{"sparse": {"dense_layers": 0}}']
+    found = report(capfd, llama, vllm=words)
+    assert found["layers"]["sparse"] == 32 and found["layers"]["kv_dtype"] == "fp8"
+    assert found["serve"].startswith(f"vllm serve {llama} --attention-backend sparse --port 8001 ")
+    one = report(capfd, llama, "--vllm-args", "--port 8001 --kv-cache-dtype fp8 -tp 2")
+    assert {layer["kv_heads"] for layer in one["layers"]["each"]} == {4}
+
+
+def test_the_help_has_every_exit_status(capfd):
+    with pytest.raises(SystemExit):
+        cli.main(["check", "--help"])
+    told = " ".join(capfd.readouterr().out.split())
+    assert all(f"{number}," in told for number in (*EXIT.values(), 2)) and len(set(EXIT.values())) == len(EXIT)
+
+
+# From which context it pays.
+
+
+def test_without_a_gpu_a_forecast_is_called_one(llama, capfd):
+    quest = ("--sparse", '{"decode_policy": "quest"}')
+    told = text(capfd, llama, *quest)
+    assert "FORECAST, not measured here" in told and "NVIDIA" in told and "pays from about" in told
+    assert "no GPU here; --gpu GIB" in told and "kernel torch: can run here" in told
+    assert "kernel triton: needs a GPU" in told or torch.cuda.is_available()
+    pays = report(capfd, llama, *quest)["pays"]
+    assert pays["measured"] is False and 4096 < pays["from_tokens"] < 65536
+    gains = [point["stock_us"] - point["sparse_us"] for point in pays["points"]]
+    assert gains == sorted(gains) and pays["points"][-1]["context_tokens"] == 131072
+    coded = report(capfd, llama, *quest, vllm=("--kv-cache-dtype", "fp8"))["pays"]
+    assert coded["from_tokens"] > pays["from_tokens"], "half the bytes are read as fast at twice the context"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_measuring_needs_a_gpu(llama, capfd):
+    assert cli.main(["check", str(llama), "--measure"]) == 1
+    assert "--measure: needs a GPU" in capfd.readouterr().err
+
+
+def test_a_build_for_gpus_on_a_machine_without_one():
+    """vLLM finds no device there, and everything it plans is planned for a CPU."""
+    program = (
+        "from vllm import platforms\n"
+        "from vllm.platforms.interface import UnspecifiedPlatform\n"
+        "platforms._current_platform = UnspecifiedPlatform()\n"
+        "from vllm_sparse.tools import dry_engine\n"
+        "dry_engine.settle_platform()\n"
+        "assert platforms.current_platform.is_cpu() and dry_engine.on_cpu()\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=200)
+
+
+def test_nothing_is_left_behind(llama, capfd):
+    """What stands in for groups of ranks is taken away again, so that an engine can start in this process."""
+    from vllm.distributed import parallel_state
+
+    names = [name for name in (*dry_engine.GROUPS, *dry_engine.OTHER_GROUPS) if hasattr(parallel_state, name)]
+    before = [getattr(parallel_state, name) for name in names]
+    report(capfd, llama)
+    assert [getattr(parallel_state, name) for name in names] == before
+
+
+def test_the_page_names_every_part_of_the_report():
+    page = (Path(__file__).parent.parent / "docs" / "check.md").read_text()
+    for key in check.Report("", Status.SPARSE).to_json():
+        assert f"`{key}`" in page
+    for number in EXIT.values():
+        assert f"| {number} |" in page
