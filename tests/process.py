@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens on now."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 @contextmanager

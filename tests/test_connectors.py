@@ -6,6 +6,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 pytest.importorskip("vllm")
 
@@ -18,7 +19,10 @@ from vllm_sparse.backend import compat, connectors
 from vllm_sparse.config import SparseConfig
 from vllm_sparse.errors import ConfigError
 from vllm_sparse.offload.config import OffloadConfig
+from vllm_sparse.pages.layout import PAGE_SIZES
+from vllm_sparse.pages.summaries import summary_slots
 from vllm_sparse.policies.registry import DECODE_POLICIES
+from vllm_sparse.support import Decision, Treatment
 
 QUEST = SparseConfig(decode_policy="quest")
 STOCK = SparseConfig(decode_policy="dense")
@@ -122,9 +126,8 @@ def test_pages_of_dense_policies_have_nothing_to_lose(name):
 def test_offloading_options_of_vllm_are_connectors_too():
     assert check(None, kv_offloading_size=4.0) is None
     check(KVTransferConfig(), kv_offloading_size=4.0)
-    with pytest.raises(ConfigError, match=r"--kv-offloading-backend: 'lmcache'.*allowed: native"):
-        check(None, kv_offloading_size=4.0, kv_offloading_backend="lmcache")
-    check(None, kv_offloading_backend="lmcache")  # without a size it is not read
+    for backend in connectors.OFFLOADING_BACKENDS:
+        check(KVTransferConfig(), kv_offloading_size=4.0, kv_offloading_backend=backend)
     spec = KVTransferConfig(kv_connector_extra_config={"spec_name": "MySpec"})
     with pytest.raises(ConfigError, match="MySpec"):
         check(spec, kv_offloading_size=4.0)
@@ -223,6 +226,54 @@ def test_kv_of_pages_is_what_layers_will_store():
     assert of(kv_cache_dtype_skip_layers=["0"]) == "bfloat16"
     for kv in ("fp8", "bfloat16", *left_out):
         assert connectors.MARK.fullmatch(connectors.page_format(QUEST, 16, kv))
+
+
+# Shapes.
+
+
+@pytest.mark.parametrize("page_size", PAGE_SIZES)
+@pytest.mark.parametrize("policy", DECODE_POLICIES)
+def test_a_page_with_its_summary_is_as_many_wider_tokens(policy, page_size):
+    """The same bytes: what is copied of a block by either shape is what it holds by the other."""
+    slots = page_size + summary_slots(DECODE_POLICIES[policy].summary, page_size, 128, 2)
+    padded = torch.rand(5, 2 * slots * 256 + 64)  # as vLLM pads blocks beside larger ones
+    cache = padded.as_strided((5, 2, slots, 256), (padded.stride(0), slots * 256, 256, 1))
+    viewed = connectors.as_whole_tokens(cache, page_size)
+    assert viewed.shape[:3] == (5, 2, page_size) and viewed.data_ptr() == cache.data_ptr()
+    assert viewed[3].numel() == cache[3].numel()
+    expected = cache.clone()
+    expected[3] = cache[1]
+    viewed[3] = viewed[1].clone()
+    assert torch.equal(cache, expected), "other bytes than those of the block were copied"
+
+
+def test_pages_that_divide_into_no_tokens_are_refused():
+    with pytest.raises(ConfigError, match=r"LMCacheMPConnector: 65 slots of 96 numbers.*smaller --block-size"):
+        connectors.as_whole_tokens(torch.zeros(3, 2, 65, 96), 64)
+
+
+def test_connectors_that_compare_slots_get_views_of_our_layers_alone(monkeypatch):
+    registered = []
+
+    class Server:
+        def __init__(self, layers):
+            forward = SimpleNamespace(static_forward_context=layers)
+            cache = SimpleNamespace(block_size=16)
+            self._vllm_config = SimpleNamespace(compilation_config=forward, cache_config=cache)
+
+        def register_kv_caches(self, kv_caches):
+            registered.append({name: tuple(cache.shape) for name, cache in kv_caches.items()})
+
+    (name,) = connectors.VIEWED
+    monkeypatch.setitem(KVConnectorFactory._registry, name, lambda: Server)
+    connectors.install_views()
+    connectors.install_views()
+    made = KVConnectorFactory.get_connector_class(transfer(name))
+    assert KVConnectorFactory.get_connector_class_by_name(name) is made and issubclass(made, Server)
+    sparse, stock = (SimpleNamespace(sparse_support=Decision(of)) for of in (Treatment.SPARSE, Treatment.STOCK))
+    layers = {"sparse": sparse, "stock": stock, "unasked": SimpleNamespace()}
+    made(layers).register_kv_caches({name: torch.zeros(3, 2, 17, 256) for name in layers})
+    assert registered == [{"sparse": (3, 2, 16, 272), "stock": (3, 2, 17, 256), "unasked": (3, 2, 17, 256)}]
 
 
 # Stores.

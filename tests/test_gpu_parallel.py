@@ -140,3 +140,22 @@ def test_one_kv_head_on_two_gpus(model, one_gpu):
     )
     assert_counts(workers, sparse=False)
     assert_within_rounding(found, one_gpu(1), 20)
+
+
+def test_expert_parallel(tmp_path):
+    """Two ranks, each with half of the experts and of the heads, answer as stock on one GPU."""
+    pytest.importorskip("vllm")
+    import tiny_model
+
+    model = tiny_model.make(
+        tmp_path, "qwen3_moe", hidden_size=512, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=8,
+        num_key_value_heads=2, head_dim=128, initializer_range=0.05, num_experts=4, num_experts_per_tok=2,
+        moe_intermediate_size=256, decoder_sparse_step=1, mlp_only_layers=[], norm_topk_prob=True,
+    )  # fmt: skip
+    expected = answer(model, None, enforce_eager=True)[0]
+    found, workers = answer(
+        model, EVERYTHING, enforce_eager=True, tensor_parallel_size=2, distributed_executor_backend="mp",
+        enable_expert_parallel=True,
+    )  # fmt: skip
+    assert_counts(workers, sparse=False)
+    assert_within_rounding(found, expected, 10)

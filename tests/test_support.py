@@ -9,10 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 
+from vllm_sparse.backend.connectors import BLOCKS, CONNECTORS
 from vllm_sparse.config import SparseConfig
 from vllm_sparse.errors import ConfigError
 from vllm_sparse.offload.config import OffloadConfig
 from vllm_sparse.support import (
+    FEATURES,
     OPTIONS,
     ROWS,
     Decision,
@@ -195,6 +197,17 @@ def test_an_engine_that_is_served_is_not_refused():
         check_options(engine(dtype, {"strategy": "tensor"}), SparseConfig())
     check_options(engine(scheme={"strategy": "tensor"}), SparseConfig())
     assert len(REFUSED_ENGINES) == len(OPTIONS)
+
+
+def test_every_test_that_the_page_names_exists():
+    assert len({feature.what for feature in FEATURES}) == len(FEATURES)
+    allowed = [known for known in CONNECTORS.values() if known.copies == BLOCKS]
+    assert all(named.tests for named in allowed)
+    assert all(feature.tests or feature.on_gpus for feature in FEATURES)
+    tests = [test for named in (*FEATURES, *allowed) for test in named.tests]
+    for test in (*tests, *(test for feature in FEATURES for test in feature.on_gpus)):
+        file, _, name = test.partition("::")
+        assert f"def {name}(" in (Path(__file__).parent / file).read_text(encoding="utf-8"), test
 
 
 def test_the_support_page_is_what_the_tables_say():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import sys
 import time
@@ -12,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from process import running
+from process import free_port, running
 from tiny_engine import ENGINE
 
 START_SECONDS = 240
@@ -51,9 +50,7 @@ class Server:
 @contextmanager
 def serve(folder: Path, model: Path, sparse: dict, *arguments: str, program=None, **environment):
     """A server that is still starting; its log goes to ``folder``. ``program`` stands in for ``vllm``."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     settings = {**ENGINE, "block_size": 32, "port": port, "host": "127.0.0.1", "served_model_name": "tiny"}
     eager = settings.pop("enforce_eager")
     command = [

@@ -298,6 +298,40 @@ def check_options(vllm_config: Any, config: SparseConfig) -> None:
         raise ConfigError(f"{option.name}: {refused}: {option.reason}; {served}: {allowed}")
 
 
+@dataclass(frozen=True)
+class Feature:
+    """A feature of vLLM's that runs beside sparse attention, and what shows it."""
+
+    what: str
+    how: str
+    tests: tuple[str, ...]
+    """``file.py::test``, each in the folder ``tests``; none where CPUs cannot run it."""
+    on_gpus: tuple[str, ...] = ()
+    """Those that need GPUs; none where none has been written."""
+
+
+FEATURES: tuple[Feature, ...] = (
+    Feature("tensor parallel", "each rank scores and selects for its own KV heads",
+        ("test_tensor_parallel.py::test_two_ranks_halve_the_heads",),
+        ("test_gpu_parallel.py::test_mp_with_graphs",)),
+    Feature("pipeline parallel", "each stage has its own layers; `dense_layers` counts those of the model",
+        ("test_parallel_once.py::test_server_of_two_pipeline_stages_on_ray",)),
+    Feature("data parallel", "engines share nothing; with `offload` those of a host share its memory",
+        ("test_parallel_once.py::test_server_of_two_engines",
+         "test_hosts.py::test_data_parallel_engines_share_a_host")),
+    Feature("expert parallel", "no part of attention; vLLM on a CPU does not run it", (),
+        ("test_gpu_parallel.py::test_expert_parallel",)),
+    Feature("LoRA", "adapters change projections before attention", ("test_features.py::test_lora",)),
+    Feature("sleep, levels 1 and 2", "what steps need from one to the next is kept; refused with `offload`",
+        ("test_model_kinds.py::test_what_steps_need_survives_sleep",),
+        ("test_gpu_faults.py::test_sleep_changes_no_answer",)),
+    Feature("weights reloaded, as in training by reinforcement",
+        "pages hold no weights; reset the prefix cache as in stock; refused with other scales of an fp8 cache",
+        ("test_features.py::test_reloaded_weights",), ("test_gpu_faults.py::test_sleep_changes_no_answer",)),
+)  # fmt: skip
+"""Features that are asked for often, and the tests that show each."""
+
+
 FULL_ATTENTION = ("full_attention", "attention", "hybrid")
 """What models' configs call layers of full attention; the last of them have a Mamba part beside it."""
 

@@ -19,14 +19,17 @@ import hashlib
 import json
 import logging
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from vllm_sparse.backend import compat
 from vllm_sparse.config import SparseConfig
 from vllm_sparse.errors import ConfigError
 from vllm_sparse.policies import DECODE_POLICIES
-from vllm_sparse.support import QUANTISED_CACHES
+from vllm_sparse.support import OURS, QUANTISED_CACHES
 
 logger = logging.getLogger("vllm.vllm_sparse")
 
@@ -50,23 +53,39 @@ class Connector:
     reason: str
     apart: str = ""
     """What keeps other engines' pages out."""
+    tests: tuple[str, ...] = ()
+    """``file.py::test``, in the folder ``tests``: what shows an allowed one at work."""
 
 
 _HASHED = "block hashes, which the settings go into"
 _NAMED = "engine ids, which say what pages hold"
+_COPIED = "test_connector_engine.py::test_whole_blocks_bring_their_summaries"
+_OFFLOADED = "test_gpu_connectors.py::test_blocks_come_back_from_the_cpu"
+_PULLED = "test_nixl_engine.py::test_a_decode_engine_goes_on_from_pages_of_a_prefill_engine"
 
 CONNECTORS: dict[str, Connector] = {
     "OffloadingConnector": Connector(
-        BLOCKS, "copies whole blocks to CPU memory, and from there to its tiers", _HASHED
+        BLOCKS, "copies whole blocks to CPU memory, and from there to its tiers", _HASHED, (_COPIED, _OFFLOADED)
     ),
-    "SimpleCPUOffloadConnector": Connector(BLOCKS, "copies whole blocks to CPU memory or disk", _HASHED),
-    "NixlConnector": Connector(BLOCKS, "reads whole blocks of its peers", _NAMED),
-    "NixlPullConnector": Connector(BLOCKS, "reads whole blocks of its peers", _NAMED),
-    "NixlPushConnector": Connector(BLOCKS, "writes whole blocks to its peers", _NAMED),
-    "MooncakeConnector": Connector(BLOCKS, "writes whole blocks to its peers", _NAMED),
-    "MooncakeStoreConnector": Connector(BLOCKS, "stores whole blocks", _HASHED),
+    "SimpleCPUOffloadConnector": Connector(
+        BLOCKS, "copies whole blocks to CPU memory or disk", _HASHED, (_COPIED, _OFFLOADED)
+    ),
+    "NixlConnector": Connector(BLOCKS, "reads whole blocks of its peers", _NAMED, (_COPIED, _PULLED)),
+    "NixlPullConnector": Connector(BLOCKS, "reads whole blocks of its peers", _NAMED, (_COPIED, _PULLED)),
+    "NixlPushConnector": Connector(BLOCKS, "writes whole blocks to its peers", _NAMED, (_COPIED,)),
+    "MooncakeConnector": Connector(BLOCKS, "writes whole blocks to its peers", _NAMED, (_COPIED,)),
+    "MooncakeStoreConnector": Connector(BLOCKS, "stores whole blocks", _HASHED, (_COPIED,)),
+    "LMCacheMPConnector": Connector(
+        BLOCKS,
+        "copies whole blocks to LMCache's server, for which a page's summary makes its tokens wider",
+        "salts, which the settings go into",
+        ("test_lmcache_engine.py::test_blocks_come_back_with_their_summaries",),
+    ),
     "ExampleHiddenStatesConnector": Connector(
-        BLOCKS, "loads nothing, and stores hidden states out of a layer of its own", "nothing comes in"
+        BLOCKS,
+        "loads nothing, and stores hidden states out of a layer of its own",
+        "nothing comes in",
+        ("test_connectors.py::test_connectors_that_copy_whole_blocks_are_allowed",),
     ),
     "ExampleConnector": Connector(
         SLOTS, "it loads K and V by token slot, and pages arrive without their summaries"
@@ -74,9 +93,10 @@ CONNECTORS: dict[str, Connector] = {
     "DecodeBenchConnector": Connector(
         SLOTS, "it fills pages with made-up K and V, and their summaries with the same"
     ),
-    "LMCacheConnectorV1": Connector(NEITHER, "LMCache copies K and V by token slot, and lays them out by itself"),
-    "LMCacheMPConnector": Connector(
-        NEITHER, "LMCache's server lays out K and V by itself, without their summaries"
+    "LMCacheConnectorV1": Connector(
+        NEITHER,
+        "it names chunks by their tokens alone, and would take those of an engine with other summaries; LMCache's "
+        "server, by LMCacheMPConnector, has salts",
     ),
     "FlexKVConnectorV1": Connector(NEITHER, "FlexKV lays out K and V by itself, without their summaries"),
     "HF3FSKVConnector": Connector(
@@ -93,6 +113,10 @@ OFFLOADING_SPECS = ("CPUOffloadingSpec", "TieringOffloadingSpec")
 """Values of ``spec_name`` of the OffloadingConnector that come with vLLM."""
 
 
+OFFLOADING_BACKENDS = {"native": "OffloadingConnector", "lmcache": "LMCacheMPConnector"}
+"""Values of ``--kv-offloading-backend``, and the connector that each means."""
+
+
 def check(vllm_config: Any, config: SparseConfig) -> None:
     """Refuse connectors that lose summaries, and mark the engine id with what pages hold.
 
@@ -101,17 +125,12 @@ def check(vllm_config: Any, config: SparseConfig) -> None:
     """
     cache, transfer = vllm_config.cache_config, vllm_config.kv_transfer_config
     offloads = getattr(cache, "kv_offloading_size", None) is not None
-    if offloads and cache.kv_offloading_backend != "native":
-        # vLLM makes a connector of these options only after it has asked us.
-        raise ConfigError(
-            f"--kv-offloading-backend: {cache.kv_offloading_backend!r} is not supported by the sparse backend: "
-            f"{CONNECTORS['LMCacheMPConnector'].reason}; allowed: native"
-        )
     if transfer is None:
         return
     extra = transfer.kv_connector_extra_config
     if offloads:
-        _check_connector("OffloadingConnector", None, extra, config)
+        # vLLM makes a connector of this option only after it has asked us.
+        _check_connector(OFFLOADING_BACKENDS[cache.kv_offloading_backend], None, extra, config)
     elif transfer.kv_connector is not None:
         _check_connector(transfer.kv_connector, transfer.kv_connector_module_path, extra, config)
     mark = page_format(config, cache.block_size, kv_of_pages(vllm_config))
@@ -211,6 +230,66 @@ def check_peer(engine_id: str, params: dict | None) -> None:
         )
 
 
+VIEWED = ("LMCacheMPConnector",)
+"""Connectors that compare the slots of a block with its tokens: they get :func:`as_whole_tokens` of our caches."""
+
+
+def as_whole_tokens(cache: torch.Tensor, block_size: int) -> torch.Tensor:
+    """A cache as tokens that are wider by their share of a summary, for who copies whole blocks.
+
+    A block's slots of one KV head lie together, so the same bytes are also ``block_size`` slots of equal width.
+
+    Args:
+        cache: [num_blocks, kv_heads, page_size + summary slots, 2 * head_dim], where a block is one page.
+
+    Raises:
+        ConfigError: a block does not divide into as many tokens.
+    """
+    blocks, heads, slots, width = cache.shape
+    if slots == block_size:
+        return cache
+    wide, left = divmod(slots * width, block_size)
+    if left or cache.stride()[2:] != (width, 1):
+        raise ConfigError(
+            f"--kv-transfer-config: {', '.join(VIEWED)}: {slots} slots of {width} numbers, of a page with its "
+            f"summary, do not divide into {block_size} tokens; allowed: a smaller --block-size"
+        )
+    return cache.as_strided((blocks, heads, block_size, wide), (*cache.stride()[:2], wide, 1))
+
+
+def install_views() -> None:
+    """Give connectors of :data:`VIEWED` our caches in the shape that they take, inside others, too; re-entrant."""
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+    for name in VIEWED:
+        load = KVConnectorFactory._registry[name]
+        if not hasattr(load, "_vllm_sparse"):
+            viewing = functools.partial(_loaded, load)
+            viewing._vllm_sparse = True
+            KVConnectorFactory._registry[name] = viewing
+
+
+def _loaded(load: Callable[[], type]) -> type:
+    return _viewing(load())
+
+
+@functools.cache
+def _viewing(connector: type) -> type:
+    """``connector`` that registers views of the caches of sparse layers."""
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        layers = self._vllm_config.compilation_config.static_forward_context
+        block_size = self._vllm_config.cache_config.block_size
+        viewed = dict(kv_caches)
+        for name, cache in kv_caches.items():
+            decision = getattr(layers.get(name), "sparse_support", None)
+            if decision is not None and decision.treatment in OURS:
+                viewed[name] = as_whole_tokens(cache, block_size)
+        connector.register_kv_caches(self, viewed)
+
+    return type(connector.__name__, (connector,), {"register_kv_caches": register_kv_caches})
+
+
 def install_request_hook() -> None:
     """Let engines with a connector mark the block hashes of requests, and check the peers that requests name."""
     from vllm.v1.engine.core import EngineCore
@@ -227,7 +306,7 @@ def install_request_hook() -> None:
         if not hasattr(self, "sparse_cache_salt"):
             config = SparseConfig.from_vllm(self.vllm_config)
             self.sparse_cache_salt = cache_salt(config, kv_of_pages(self.vllm_config))
-        request.cache_salt = f"{self.sparse_cache_salt}/{request.cache_salt or ''}"
+        request.cache_salt = f"{self.sparse_cache_salt}-{request.cache_salt or ''}"
         added, wave = original(self, request)
         check_peer(transfer.engine_id, added.kv_transfer_params)
         return added, wave

@@ -48,6 +48,7 @@ def install() -> None:
     _hook_workers(WorkerWrapperBase)
     _hook_api_server(AsyncLLM)
     connectors.install_request_hook()
+    connectors.install_views()
     requests.install()
     # ``collective_rpc("sparse_metrics")``: the counts of every worker, by a name that needs no pickle.
     WorkerBase.sparse_metrics, WorkerBase.sparse_recent = metrics.snapshot, metrics.recent

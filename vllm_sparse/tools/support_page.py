@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vllm_sparse.backend.connectors import BLOCKS, CONNECTORS, NEITHER, SLOTS
 from vllm_sparse.pages.layout import PAGE_SIZES
-from vllm_sparse.support import OPTIONS, ROWS
+from vllm_sparse.support import FEATURES, OPTIONS, ROWS
 from vllm_sparse.tools.families import FAMILIES
 from vllm_sparse.tools.markdown import table as _table
 
@@ -34,8 +34,11 @@ def page() -> str:
         for option in OPTIONS
     )
     connectors = (
-        (f"`{name}`", CARRIED[known.copies], known.reason, known.apart or "-")
+        (f"`{name}`", CARRIED[known.copies], known.reason, known.apart or "-", _named(known.tests))
         for name, known in CONNECTORS.items()
+    )
+    features = (
+        (feature.what, feature.how, _named(feature.tests), _named(feature.on_gpus)) for feature in FEATURES
     )
     sizes = ", ".join(map(str, PAGE_SIZES))
     return "\n".join([
@@ -67,14 +70,28 @@ def page() -> str:
         "",
         *_table(("option", "refused values", "why", "allowed"), options),
         "",
+        "## Several GPUs, LoRA, sleep, new weights",
+        "",
+        "Each runs beside sparse attention. Tests of the third column run in CI on CPUs, and compare answers with",
+        "those of stock vLLM; tests of the fourth need GPUs.",
+        "",
+        *_table(("feature", "how", "tests on CPUs", "tests on GPUs"), features),
+        "",
         "## KV connectors",
         "",
         "A page ends in its summary: connectors that copy whole blocks carry it, those that copy K and V by",
         "token slot lose it. Connectors that are not listed are refused; a `MultiConnector` is what is inside it.",
+        "Tests of NIXL and LMCache run the real libraries on a CPU, where these are installed.",
         "",
-        *_table(("connector", "allowed", "what it does", "what keeps other engines' pages out"), connectors),
+        *_table(
+            ("connector", "allowed", "what it does", "what keeps other engines' pages out", "tests"), connectors
+        ),
         "",
     ])  # fmt: skip
+
+
+def _named(tests: tuple[str, ...]) -> str:
+    return ", ".join(f"`{test}`" for test in tests) or "-"
 
 
 def _filled(reason: str) -> str:
