@@ -181,7 +181,7 @@ def install() -> None:
         extra_args = request.sampling_params.extra_args
         check(extra_args, self.vllm_config)
         if asked_tokens(extra_args) == EXACT:
-            request.cache_salt = f"{EXACT_SALT}/{request.cache_salt or ''}"
+            request.cache_salt = f"{EXACT_SALT}-{request.cache_salt or ''}"
 
     _before(InputProcessor, "_validate_params", check_params)
     _before(EngineCore, "preprocess_add_request", prepare)
