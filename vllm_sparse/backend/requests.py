@@ -22,7 +22,7 @@ from typing import Any
 from vllm.exceptions import VLLMValidationError
 
 from vllm_sparse import support
-from vllm_sparse.backend import compat
+from vllm_sparse.backend import compat, connectors
 from vllm_sparse.config import SparseConfig
 from vllm_sparse.pages.decode_plan import EXACT, takes_smaller_budgets
 from vllm_sparse.pages.layout import PAGE_SIZES
@@ -172,8 +172,12 @@ def install() -> None:
     from vllm.v1.engine.input_processor import InputProcessor
 
     def check_params(self, params, *args, **kwargs):
-        if compat.asks_for_sparse(self.vllm_config):
-            check(getattr(params, "extra_args", None), self.vllm_config)
+        if not compat.asks_for_sparse(self.vllm_config):
+            return
+        extra_args, transfer = getattr(params, "extra_args", None), self.vllm_config.kv_transfer_config
+        check(extra_args, self.vllm_config)
+        if transfer is not None and extra_args:
+            connectors.check_peer(transfer.engine_id, extra_args.get("kv_transfer_params"))
 
     def prepare(self, request):
         if request.sampling_params is None or not compat.asks_for_sparse(self.vllm_config):
