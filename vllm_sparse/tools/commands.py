@@ -185,7 +185,10 @@ def tokenizer(args: argparse.Namespace, model: Any):
 def unusable_model(args: argparse.Namespace, error: Exception, problem: str = "cannot be used") -> ConfigError:
     """The error to raise for a model, with the part of ``error`` that says most."""
     dtype = "" if args.dtype == "auto" else f" with --dtype {args.dtype}"
-    return ConfigError(f"MODEL: {shown(args.model)}{dtype} {problem}: {told(error)}")
+    said = told(error)
+    if args.model.startswith(("/", ".", "~")) and not Path(args.model).exists():  # the hub takes it for a name
+        said = "there is no such directory"
+    return ConfigError(f"MODEL: {shown(args.model)}{dtype} {problem}: {said}")
 
 
 def told(error: BaseException) -> str:
