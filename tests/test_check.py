@@ -285,13 +285,17 @@ def test_a_build_for_gpus_on_a_machine_without_one():
 
 
 def test_nothing_is_left_behind(llama, capfd):
-    """What stands in for groups of ranks is taken away again, so that an engine can start in this process."""
+    """What stands in for groups of ranks is taken away again, and nothing without numbers is shared with other models,
+    so that an engine can start in this process."""
     from vllm.distributed import parallel_state
+    from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
 
     names = [name for name in (*dry_engine.GROUPS, *dry_engine.OTHER_GROUPS) if hasattr(parallel_state, name)]
     before = [getattr(parallel_state, name) for name in names]
+    shared = dict(_ROPE_DICT)
     report(capfd, llama)
     assert [getattr(parallel_state, name) for name in names] == before
+    assert shared == _ROPE_DICT
 
 
 def test_the_page_names_every_part_of_the_report():

@@ -101,7 +101,7 @@ def test_changed_file_is_read_anew(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("name", WHOLE)
 def test_whole_numbers_fit_32_bits(name):
-    assert len(WHOLE) == 9
+    assert len(WHOLE) == 10
     for value in (MOST + 1, 10**30, 10**400, 10**5000, -1, -(10**30)):
         with pytest.raises(ConfigError, match=rf"sparse.{name}: .*; allowed: .*{MOST}") as refusal:
             SparseConfig(**{name: value})

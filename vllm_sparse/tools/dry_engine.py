@@ -321,6 +321,7 @@ def _build(vllm_config: Any, quantised: bool) -> DryEngine:
         with (
             _ranks(parallel, stage),
             _without_buffers(),
+            _rotary_embeddings_apart(),
             set_current_vllm_config(vllm_config),
             set_default_torch_dtype(vllm_config.model_config.dtype),
             torch.device("meta"),
@@ -365,6 +366,20 @@ def _sizes(parallel: Any) -> dict[str, int]:
     """Ranks of each group that has more than one."""
     tensor, data = parallel.tensor_parallel_size, parallel.data_parallel_size
     return {"tensor": tensor, "pipeline": parallel.pipeline_parallel_size, "data": data, "expert": tensor * data}
+
+
+@contextmanager
+def _rotary_embeddings_apart() -> Iterator[None]:
+    """Keep those of the meta device, which vLLM would share with all models of a process, from engines that run."""
+    from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
+
+    shared = dict(_ROPE_DICT)
+    _ROPE_DICT.clear()
+    try:
+        yield
+    finally:
+        _ROPE_DICT.clear()
+        _ROPE_DICT.update(shared)
 
 
 @contextmanager
