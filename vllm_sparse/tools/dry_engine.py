@@ -370,7 +370,7 @@ def _sizes(parallel: Any) -> dict[str, int]:
 
 @contextmanager
 def _rotary_embeddings_apart() -> Iterator[None]:
-    """Keep those of the meta device, which vLLM would share with all models of a process, from engines that run."""
+    """Keep those of the meta device, which vLLM shares among all models of a process, from engines that run."""
     from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
 
     shared = dict(_ROPE_DICT)
