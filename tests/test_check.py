@@ -285,8 +285,8 @@ def test_a_build_for_gpus_on_a_machine_without_one():
 
 
 def test_nothing_is_left_behind(llama, capfd):
-    """What stands in for groups of ranks is taken away again, and no tensor of the meta device is shared with other
-    models, so that an engine can start in this process."""
+    """What stands in for groups of ranks is taken away again, and no tensor of the meta device is shared with
+    other models, so that an engine can start in this process."""
     from vllm.distributed import parallel_state
     from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
 
