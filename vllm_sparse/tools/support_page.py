@@ -73,7 +73,7 @@ def page() -> str:
         "## Several GPUs, LoRA, sleep, new weights",
         "",
         "Each runs beside sparse attention. Tests of the third column run in CI on CPUs, and compare answers with",
-        "those of stock vLLM; tests of the fourth need GPUs.",
+        "those of stock vLLM; tests of the fourth need GPUs, and that of expert parallel was not run yet.",
         "",
         *_table(("feature", "how", "tests on CPUs", "tests on GPUs"), features),
         "",
