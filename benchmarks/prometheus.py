@@ -44,11 +44,6 @@ class Prometheus:
     def query(self, expression: str) -> list[dict]:
         return self.get("query", query=expression)
 
-    def value(self, expression: str) -> float:
-        """Value of an expression with one series."""
-        (series,) = self.query(expression)
-        return float(series["value"][1])
-
 
 @contextmanager
 def scraping(folder: Path, *urls: str) -> Iterator[Prometheus]:
