@@ -17,7 +17,7 @@ import test_hybrids
 import test_models
 
 from vllm_sparse import metrics
-from vllm_sparse.tools import check, cli, dry_engine
+from vllm_sparse.tools import check, cli, stand_ins
 from vllm_sparse.tools.check import EXIT, Status
 
 ENGINE_OPTIONS = ("--dtype", "float32", "--block-size", "32", "--max-model-len", "1024", "--max-num-seqs", "4")
@@ -290,7 +290,7 @@ def test_nothing_is_left_behind(llama, capfd):
     from vllm.distributed import parallel_state
     from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
 
-    names = [name for name in (*dry_engine.GROUPS, *dry_engine.OTHER_GROUPS) if hasattr(parallel_state, name)]
+    names = [name for name in (*stand_ins.GROUPS, *stand_ins.OTHER_GROUPS) if hasattr(parallel_state, name)]
     before = [getattr(parallel_state, name) for name in names]
     shared = dict(_ROPE_DICT)
     report(capfd, llama)

@@ -54,7 +54,7 @@ def test_totals_are_those_of_the_copy_before_and_nothing_waits_for_one_under_way
     totals = metrics.AttendedTokens(torch.zeros(2, dtype=torch.int64))
     totals.totals += torch.tensor([3, 5])
     assert totals.recent() == [3, 5], "on a CPU nothing is under way"
-    totals._arrival = arrival = Arrival()
+    totals._recent._arrival = arrival = Arrival()
     seen = []
     for arrived in (True, True, False, False, True, True):
         arrival.arrived = arrived

@@ -302,8 +302,9 @@ def test_gate_admits_chunks_by_their_length_and_the_density_of_those_before(monk
     assert gate.admits([chunk]) == [chunk], "nothing was dense"
     counters += torch.tensor([61, 100], device=DEVICE)
     synchronize()
-    assert gate.admits([chunk]) == [chunk], "what was read is of the step before"
-    synchronize()
+    if ON_GPU:
+        assert gate.admits([chunk]) == [chunk], "what is known is of the step before"
+        synchronize()
     rests = [gate.admits([chunk]) == [] for _ in range(chunk_gate.REST_STEPS + 1)]
     assert rests == [True] * chunk_gate.REST_STEPS + [False], "and then it looks again"
     counters.zero_()  # as metrics do between runs

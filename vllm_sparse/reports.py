@@ -13,6 +13,35 @@ REPORT_STEPS = 16
 """Steps between two looks at the clock, and between a copy and its line in the log."""
 
 
+class Recent:
+    """Totals of the device as they were when they were last looked at; never waits."""
+
+    def __init__(self, totals: torch.Tensor):
+        self.totals = totals
+        # vLLM builds its layers with the GPU as default device.
+        on_gpu = totals.device.type != "cpu"
+        self._copied = torch.zeros(totals.shape, dtype=totals.dtype, device="cpu", pin_memory=on_gpu)
+        self._arrival = torch.cuda.Event() if on_gpu else None
+        self._seen = self._copied.tolist()
+
+    def forget(self) -> None:
+        """Take totals for zeros, as they are from now on."""
+        self._seen = self._copied.zero_().tolist()
+
+    def look(self) -> list:
+        """The totals, nested as they are.
+
+        Each look has them copied for the next one, unless the copy before is still under way.
+        """
+        if self._arrival is None:
+            return self.totals.tolist()
+        if self._arrival.query():
+            self._seen = self._copied.tolist()
+            self._copied.copy_(self.totals, non_blocking=True)
+            self._arrival.record()
+        return self._seen
+
+
 class Totals(ABC):
     """Numbers that the device adds up in every step.
 
@@ -21,12 +50,9 @@ class Totals(ABC):
 
     def __init__(self, totals: torch.Tensor):
         self.totals = totals
-        # vLLM builds its layers with the GPU as default device.
+        self._recent = Recent(totals)
         on_gpu = totals.device.type != "cpu"
-        self._copied, self._asked = torch.zeros(
-            2, *totals.shape, dtype=totals.dtype, device="cpu", pin_memory=on_gpu
-        )  # for the log, and for those who ask
-        self._arrival = torch.cuda.Event() if on_gpu else None
+        self._copied = torch.zeros(totals.shape, dtype=totals.dtype, device="cpu", pin_memory=on_gpu)
         self._forget_reports()
 
     @abstractmethod
@@ -37,7 +63,7 @@ class Totals(ABC):
         self._steps = self._logged = 0
         self._copying = False
         self._next_report = 0.0
-        self._recent = self._asked.zero_().tolist()
+        self._recent.forget()
 
     def reset(self) -> None:
         """Forget what was added up so far: warm-up and graph capture decode nothing real."""
@@ -49,17 +75,8 @@ class Totals(ABC):
         return self.totals.tolist()
 
     def recent(self) -> list:
-        """The totals as they were when this was last called, nested as they are; never waits.
-
-        Each call has them copied for the next one, unless the copy before is still under way.
-        """
-        if self._arrival is None:
-            return self.read()
-        if self._arrival.query():
-            self._recent = self._asked.tolist()
-            self._asked.copy_(self.totals, non_blocking=True)
-            self._arrival.record()
-        return self._recent
+        """The totals as they were when this was last called, nested as they are; never waits."""
+        return self._recent.look()
 
     def step(self) -> None:
         """Call once per step."""

@@ -172,11 +172,12 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
 
     def _count(self, step: Step, metadata: SparseMetadata) -> None:
         """Tell the counters what the step does; what they count of it the device adds up."""
-        if self.prefill_tracker is not None and any(run.chunk is not None for run in metadata.prefill):
+        chooses = any(run.chunk is not None for run in metadata.prefill)
+        if self.prefill_tracker is not None and chooses:
             self.prefill_tracker.step()
         if self.counts is not None and step.num_prefills:
             self.counts.prefill_steps += 1
-            self.counts.sparse_prefill_steps += any(run.chunk is not None for run in metadata.prefill)
+            self.counts.sparse_prefill_steps += chooses
         if self.counts is not None and step.num_prefills and self.vllm_config.speculative_config is not None:
             self._count_drafts(step)
         if not step.num_decodes or not self.selects:

@@ -12,12 +12,15 @@ No step takes part. Of several API servers the first one asks: vLLM has them sha
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from prometheus_client import REGISTRY, Counter, Gauge
+
+from vllm_sparse.backend import compat
 
 logger = logging.getLogger("vllm.vllm_sparse")
 
@@ -175,9 +178,30 @@ async def poll(client: Any, model_name: str) -> None:
             await asyncio.gather(*(ask(engine) for engine in client.core_engines))
             await asyncio.sleep(POLL_SECONDS)
     except EngineDeadError:
-        pass  # vLLM says so, and ends
+        return  # vLLM says so, and ends
     except Exception as error:
         logger.warning(
             "sparse attention: %s* of /metrics stay as they are from now on: %s: %s",
             PREFIX, type(error).__name__, error,
         )  # fmt: skip
+
+
+def install() -> None:
+    """Let engine cores tell counts, and API servers ask for them."""
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.core import EngineCore
+
+    EngineCore.sparse_counts = counts_of_workers
+    run_output_handler = AsyncLLM._run_output_handler
+
+    @functools.wraps(run_output_handler)
+    def _run_output_handler(self):
+        starts = self.output_handler is None
+        run_output_handler(self)
+        config, shows = self.vllm_config, self.logger_manager is not None  # not with --disable-log-stats
+        if starts and shows and self.engine_core.client_index == 0 and compat.asks_for_sparse(config):
+            # It must not hold ``self``, which vLLM wants collected, and ends with vLLM's own task.
+            polls = asyncio.create_task(poll(self.engine_core, config.model_config.served_model_name))
+            self.output_handler.add_done_callback(lambda _: polls.cancel())
+
+    AsyncLLM._run_output_handler = _run_output_handler

@@ -14,7 +14,6 @@ Every hook passes straight through for engines that do not ask for this backend.
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import inspect
 import logging
@@ -38,21 +37,18 @@ ABSENT = (None, False, -1)
 def install() -> None:
     """Install the hooks in this process; re-entrant."""
     from vllm.model_executor.layers.attention.attention import Attention
-    from vllm.v1.engine.async_llm import AsyncLLM
-    from vllm.v1.engine.core import EngineCore
     from vllm.v1.worker.worker_base import WorkerBase, WorkerWrapperBase
 
     if hasattr(WorkerWrapperBase, "_vllm_sparse"):
         return
     _hook_layers(Attention)
     _hook_workers(WorkerWrapperBase)
-    _hook_api_server(AsyncLLM)
     connectors.install_request_hook()
     connectors.install_views()
     requests.install()
+    exposition.install()
     # ``collective_rpc("sparse_metrics")``: the counts of every worker, by a name that needs no pickle.
     WorkerBase.sparse_metrics, WorkerBase.sparse_recent = metrics.snapshot, metrics.recent
-    EngineCore.sparse_counts = exposition.counts_of_workers
     WorkerWrapperBase._vllm_sparse = True
 
 
@@ -282,25 +278,6 @@ def _hook_workers(wrapper: type) -> None:
     wrapper.compile_or_warm_up_model = compile_or_warm_up_model
     wrapper.sleep, wrapper.wake_up, wrapper.discard = sleep_worker, wake_worker, discard_memory
     wrapper.reload_weights, wrapper.finish_weight_update = reload_weights, finish_weight_update
-
-
-# The API server
-
-
-def _hook_api_server(client: type) -> None:
-    run_output_handler = client._run_output_handler
-
-    @functools.wraps(run_output_handler)
-    def _run_output_handler(self):
-        starts = self.output_handler is None
-        run_output_handler(self)
-        config, shows = self.vllm_config, self.logger_manager is not None  # not with --disable-log-stats
-        if starts and shows and self.engine_core.client_index == 0 and compat.asks_for_sparse(config):
-            # It must not hold ``self``, which vLLM wants collected, and ends with vLLM's own task.
-            polls = asyncio.create_task(exposition.poll(self.engine_core, config.model_config.served_model_name))
-            self.output_handler.add_done_callback(lambda _: polls.cancel())
-
-    client._run_output_handler = _run_output_handler
 
 
 def layers_of(worker: Any) -> dict[str, Any]:

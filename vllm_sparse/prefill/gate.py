@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 
-import torch
-
 from vllm_sparse.pages.query_blocks import QueryBlocks
 from vllm_sparse.prefill.buffers import PrefillBuffers
+from vllm_sparse.reports import Recent
 
 logger = logging.getLogger("vllm.vllm_sparse")
 
@@ -25,17 +24,13 @@ REST_STEPS = 32
 class ChunkGate:
     """Lets chunks choose pages that are long enough, unless those before them kept too many.
 
-    What those kept is counted on the device: copied in one step, it is read in a later one, once it has arrived.
+    What those kept is counted on the device, and known here a step later or more.
     """
 
     def __init__(self, buffers: PrefillBuffers):
-        self.counters = buffers.counters
         self.channels = buffers.q_heads * buffers.pooled.shape[1]
-        on_gpu = self.counters.device.type != "cpu"
-        self._copied = torch.zeros(2, dtype=torch.int64, device="cpu", pin_memory=on_gpu)
-        self._arrival = torch.cuda.Event() if on_gpu else None
-        self._copying = False
-        self._read = [0, 0]
+        self._recent = Recent(buffers.counters)
+        self._seen = [0, 0]
         self._resting = 0
 
     def admits(self, chunks: list[QueryBlocks]) -> list[QueryBlocks]:
@@ -50,19 +45,12 @@ class ChunkGate:
         return chunks
 
     def _look(self) -> None:
-        """Read the counts of earlier steps if they are here, and have later ones copied."""
-        if self._copying:
-            if self._arrival is not None and not self._arrival.query():
-                return
-            before, self._read = self._read, self._copied.tolist()
-            attended, causal = (new - old for new, old in zip(self._read, before, strict=True))
-            if attended > MOST_DENSITY * causal > 0:
-                self._resting = REST_STEPS
-                logger.info(
-                    "sparse attention: prefill kept %.0f%% of all pairs, so the next %d steps of it are dense",
-                    100 * attended / causal, REST_STEPS,
-                )  # fmt: skip
-        self._copied.copy_(self.counters, non_blocking=True)
-        self._copying = True
-        if self._arrival is not None:
-            self._arrival.record()
+        """Rest where chunks since the last look have kept too many pairs."""
+        before, self._seen = self._seen, self._recent.look()
+        attended, causal = (new - old for new, old in zip(self._seen, before, strict=True))
+        if attended > MOST_DENSITY * causal > 0:
+            self._resting = REST_STEPS
+            logger.info(
+                "sparse attention: prefill kept %.0f%% of all pairs, so the next %d steps of it are dense",
+                100 * attended / causal, REST_STEPS,
+            )  # fmt: skip

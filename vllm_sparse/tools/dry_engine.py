@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, fields, replace
@@ -23,14 +23,11 @@ from vllm_sparse.config import SparseConfig
 from vllm_sparse.errors import ConfigError
 from vllm_sparse.offload.sizing import GIB
 from vllm_sparse.support import Decision, Treatment
-from vllm_sparse.tools import commands
+from vllm_sparse.tools import commands, stand_ins
 
 OVERHEAD_GIB = 2.25
 """Activations, CUDA graphs and workspaces of one GPU where vLLM has not measured them yet."""
 UNLISTED = "has layers that cannot be listed without weights"
-GROUPS = {"_TP": "tensor", "_PP": "pipeline", "_DP": "data", "_EP": "expert"}
-"""vLLM's groups of ranks, and which of :func:`_sizes` they have; all others are of one rank."""
-OTHER_GROUPS = ("_WORLD", "_ETP", "_ENGRAM_DP", "_DCP", "_EPLB", "_PCP")
 
 
 class EngineRefused(ConfigError):
@@ -319,9 +316,9 @@ def _build(vllm_config: Any, quantised: bool) -> DryEngine:
     for stage in range(parallel.pipeline_parallel_size):
         before = set(context)
         with (
-            _ranks(parallel, stage),
-            _without_buffers(),
-            _rotary_embeddings_apart(),
+            stand_ins.ranks(parallel, stage),
+            stand_ins.without_buffers(),
+            stand_ins.rotary_embeddings_apart(),
             set_current_vllm_config(vllm_config),
             set_default_torch_dtype(vllm_config.model_config.dtype),
             torch.device("meta"),
@@ -330,7 +327,7 @@ def _build(vllm_config: Any, quantised: bool) -> DryEngine:
         weights.append(sum(weight.numel() * weight.element_size() for weight in model.parameters()))
         new = [(name, layer) for name, layer in context.items() if name not in before]
         stages.append({name: layer for name, layer in new if isinstance(layer, AttentionLayerBase)})
-    with _ranks(parallel, 0), set_current_vllm_config(vllm_config):
+    with stand_ins.ranks(parallel, 0), set_current_vllm_config(vllm_config):
         current_platform.update_block_size_for_backend(vllm_config)
         specs = tuple(_specs(stage, vllm_config) for stage in stages)
         _resolve_layout(stages, specs, vllm_config)
@@ -360,74 +357,3 @@ def _resolve_layout(stages: list[dict], specs: tuple[dict, ...], vllm_config: An
     backends = {layer.get_attn_backend() for stage in stages for layer in stage.values()}
     layouts = [layout.name for layout in utils.get_supported_kv_cache_layouts(backends)]
     utils.resolve_kv_cache_layout(vllm_config, [layouts], [spec for stage in specs for spec in stage.values()])
-
-
-def _sizes(parallel: Any) -> dict[str, int]:
-    """Ranks of each group that has more than one."""
-    tensor, data = parallel.tensor_parallel_size, parallel.data_parallel_size
-    return {"tensor": tensor, "pipeline": parallel.pipeline_parallel_size, "data": data, "expert": tensor * data}
-
-
-@contextmanager
-def _rotary_embeddings_apart() -> Iterator[None]:
-    """Keep those of the meta device, which vLLM shares among all models of a process, from engines that run."""
-    from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
-
-    shared = dict(_ROPE_DICT)
-    _ROPE_DICT.clear()
-    try:
-        yield
-    finally:
-        _ROPE_DICT.clear()
-        _ROPE_DICT.update(shared)
-
-
-@contextmanager
-def _ranks(parallel: Any, stage: int) -> Iterator[None]:
-    """vLLM's groups of ranks as rank 0 of pipeline stage ``stage`` sees them, none of which can be talked to."""
-    from torch.distributed import ProcessGroup
-    from vllm.distributed import parallel_state
-
-    def group(name: str, size: int, rank: int) -> Any:
-        made = object.__new__(parallel_state.GroupCoordinator)
-        vars(made).update(
-            unique_name=name, ranks=list(range(size)), world_size=size, rank=rank, rank_in_group=rank,
-            local_rank=rank, device=torch.device("meta"), cpu_group=ProcessGroup(rank, size),
-            device_group=ProcessGroup(rank, size),
-            device_communicator=None, mq_broadcaster=None, use_device_communicator=False, use_custom_op_call=False,
-        )  # fmt: skip
-        return made
-
-    sizes = _sizes(parallel)
-    groups = {name: group(name, sizes[of], stage if name == "_PP" else 0) for name, of in GROUPS.items()}
-    groups |= {name: group(name, 1, 0) for name in OTHER_GROUPS if hasattr(parallel_state, name)}
-    with _replaced(parallel_state, **groups):
-        yield
-
-
-@contextmanager
-def _without_buffers() -> Iterator[None]:
-    """Layers of ours that allocate nothing, on a device that may be full.
-
-    What is read off a tensor's numbers, as of ALiBi slopes, is zeros.
-    """
-    from vllm_sparse.backend.impl import SparseImpl
-
-    def of_zeros(read: Callable) -> Callable:
-        return lambda tensor: read(torch.zeros_like(tensor, device="cpu") if tensor.is_meta else tensor)
-
-    reads = {name: of_zeros(getattr(torch.Tensor, name)) for name in ("tolist", "item")}
-    with _replaced(SparseImpl, settle=lambda *_: None), _replaced(torch.Tensor, **reads):
-        yield
-
-
-@contextmanager
-def _replaced(owner: Any, **attributes: Any) -> Iterator[None]:
-    before = {name: getattr(owner, name) for name in attributes}
-    for name, value in attributes.items():
-        setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(owner, name, value)
