@@ -38,7 +38,7 @@ from vllm_sparse.pages.sample import most_splits, sample_logits, sample_room
 LOG2_E = 1.4426950408889634
 LARGEST: tl.constexpr = tl.constexpr(60000.0)
 """Logits end here, inside float16."""
-TUNING = {"rows": 128, "query_bytes": 65536, "tile_bytes": 16384, "num_warps": 8, "num_stages": 3, "waves": 4}
+TUNING = {"rows": 128, "query_bytes": 65536, "tile_bytes": 32768, "num_warps": 4, "num_stages": 3, "waves": 4}
 """``rows``: asked queries of a program; ``waves``: programs for each multiprocessor, if tiles are enough."""
 FOLD_TUNING = {"BLOCK": 512, "num_warps": 4}
 """Of the second kernel, whose programs take ``BLOCK`` stretches each."""
