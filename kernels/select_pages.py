@@ -29,7 +29,7 @@ from vllm_sparse.pages.page_scores import PageScores
 from vllm_sparse.pages.page_table import PageTable
 from vllm_sparse.pages.selection import Selection
 
-TUNING = {"pages_per_warp": 128}
+TUNING = {"pages_per_warp": 256}
 SMALL_PAGES = 1024
 """Most pages of the contexts that take a smaller and faster copy of the same code."""
 PROGRAMS_PER_SM = 2
