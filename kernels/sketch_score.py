@@ -7,10 +7,8 @@ the exponential of a logit gains on average by what its code has lost, a varianc
 each channel (:mod:`vllm_sparse.pages.summaries`): without it pages of widely spread keys rank too low. Keys that a
 request's last page still lacks count as the mean of those it has: that page is attended whatever its score.
 
-The query is rotated as the keys are and split into two float16 numbers, which hold it to 22 bits. Bytes of the sketch,
-masked to one key's field, are float16 operands of matrix products as they are, numbers below the normal ones: to
-unpack a code is one bitwise operation on two channels. Products of int8 would take four channels at a time, but
-Hopper runs those that warps issue at a quarter of their rate on Ampere: they were what took longest.
+The query is rotated as the keys are and quantised in two int8 digits to base 128; bytes of the sketch, masked to
+one key's field, are int8 operands of matrix products: to unpack a code is one bitwise operation on four channels.
 """
 
 from __future__ import annotations
@@ -18,13 +16,13 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from triton.runtime.interpreter import InterpretedFunction
 
 from vllm_sparse.kernels.constants import TILE
 from vllm_sparse.kernels.hadamard import hadamard
 from vllm_sparse.kernels.launch import num_multiprocessors
 from vllm_sparse.kernels.query_tokens import mean_query
 from vllm_sparse.kernels.store_scores import store_chunk, store_scores
+from vllm_sparse.kernels.two_digits import two_digits
 from vllm_sparse.kernels.work_list import CHUNK_ENDS, COLUMNS, begin_of, chunks_of, entry_of, first_ends, row_of
 from vllm_sparse.pages.decode_plan import DecodePlan
 from vllm_sparse.pages.geometry import Geometry
@@ -39,11 +37,11 @@ residuals of a tile add up to nothing, so that its largest logit is not far belo
 
 
 @triton.jit
-def _products(even_rows, odd_rows, even, odd):
-    """Rows float16 [pages, dims / 2] of channels times what digits stand for, float32 [pages, group]."""
-    both = tl.dot(odd_rows, odd, tl.dot(even_rows, even))
+def _products(rows, digits):
+    """``rows`` int8 [pages, dims] times 128 times what ``digits`` stand for, float32 [pages, group]."""
+    both = tl.dot(rows, digits, out_dtype=tl.int32)
     high, low = tl.split(both.reshape(both.shape[0], both.shape[1] // 2, 2))
-    return high + low
+    return (high * 128 + low).to(tl.float32)
 
 
 @triton.jit
@@ -62,40 +60,17 @@ def _columns(words):
 
 
 @triton.jit
-def _upper_bytes(packed, INTERPRETED: tl.constexpr):
-    """The upper bytes of ``packed`` int16 where the lower ones were; what lies above them means nothing."""
-    if INTERPRETED:
-        return packed >> 8
-    else:
-        return tl.inline_asm_elementwise("shr.b32 $0, $1, 8;", "=r,r", [packed], tl.int16, is_pure=True, pack=2)
-
-
-@triton.jit
-def _field(bytes, FLIP: tl.constexpr, MASK: tl.constexpr, INTERPRETED: tl.constexpr):
-    """Bits ``MASK`` of ``bytes`` int16, after ``FLIP``, as a float16 below all normal ones: times 2^-24."""
-    flip, mask = tl.full([1, 1], FLIP, tl.int16), tl.full([1, 1], MASK, tl.int16)
-    if INTERPRETED:
-        return ((bytes ^ flip) & mask).to(tl.float16, bitcast=True)
-    else:
-        # In one instruction for two channels, which the compiler would take apart.
-        return tl.inline_asm_elementwise("lop3.b32 $0, $1, $2, $3, 0x28;", "=r,r,r,r", [bytes, flip, mask],
-                                         tl.float16, is_pure=True, pack=2)  # fmt: skip
-
-
-@triton.jit
-def _weights(packed, shifted, even, odd, steps, offsets, gains, scale_bits, FIELD: tl.constexpr, BITS: tl.constexpr, INTERPRETED: tl.constexpr):
-    """2 to the power of what residuals in a field add to logits: float32 [pages, group].
-
-    ``packed`` int16 [pages, dims / 2]: bytes of two channels each; ``shifted``: the upper bytes, as the lower ones.
-    """
+def _weights(packed, digits, steps, offsets, gains, scale_bits, FIELD: tl.constexpr, BITS: tl.constexpr):
+    """2 to the power of what residuals in field ``FIELD`` of ``packed`` add to logits: float32 [pages, group]."""
     scale = scale_bits.to(tl.float32, bitcast=True)
     LEVELS: tl.constexpr = 1 << BITS
-    MASK: tl.constexpr = (LEVELS - 1) << (FIELD * BITS)
-    # The last field is stored as two's complement.
-    FLIP: tl.constexpr = 128 if FIELD == 8 // BITS - 1 else 0
-    WEIGHT: tl.constexpr = (1 << 24) / (1 << (FIELD * BITS))
-    lower, upper = _field(packed, FLIP, MASK, INTERPRETED), _field(shifted, FLIP, MASK, INTERPRETED)
-    level = _products(lower, upper, even, odd) * (steps * WEIGHT)[None, :] + (offsets * (0.5 - LEVELS / 2))[None, :]
+    IS_LAST: tl.constexpr = FIELD == 8 // BITS - 1
+    # The last field is read with the byte's sign.
+    MASK: tl.constexpr = -(128 >> (BITS - 1)) if IS_LAST else (LEVELS - 1) << (FIELD * BITS)
+    CENTRE: tl.constexpr = 0.5 - LEVELS / 2 + (LEVELS / 2 if IS_LAST else 0)
+    WEIGHT: tl.constexpr = 1 / (1 << (FIELD * BITS))
+    field = packed & tl.full([1, 1], MASK, tl.int8)
+    level = _products(field, digits) * (steps * WEIGHT)[None, :] + (offsets * CENTRE)[None, :]
     return tl.exp2((level + scale[:, None] * gains[None, :]) * scale[:, None])
 
 
@@ -104,8 +79,7 @@ def _rotated_query(
     source_ptr, starts_ptr, request, stride_token, dims, member, scale, noise,
     GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """A request's query as sketches meet it: digits float16 [dims / 2, 2 * group] of even and of odd
-    channels, and float32 [group] of its heads.
+    """A request's query as sketches meet it: digits int8 [dims, 2 * group], and float32 [group] of its heads.
 
     Those are steps of the digits, offsets that all keys add, and gains of the noise that codes have.
     """
@@ -118,23 +92,18 @@ def _rotated_query(
     first, _ = mean_query(source_ptr, starts_ptr, request, stride_token, member)
     square = tl.sum(query * query, axis=1)
     steps = tl.maximum(tl.sqrt(square) / 127, 1e-30)
-    rotated = tl.trans(hadamard(query * (WIDTH**-0.5 / steps)[:, None], GROUP_PAD, WIDTH))
-    high = rotated.to(tl.float16)
-    low = (rotated - high.to(tl.float32)).to(tl.float16)
-    digits = tl.join(high, low).reshape(WIDTH // 2, 2, 2 * GROUP_PAD)
-    even, odd = tl.split(tl.permute(digits, (0, 2, 1)))
+    digits = two_digits(tl.trans(hadamard(query * (WIDTH**-0.5 / steps)[:, None], GROUP_PAD, WIDTH)))
     # Logits to base 2, for each unit of what _products returns.
     offsets = first * (scale * 1.4426950408889634 * WIDTH**0.5)
     gains = steps * steps * (127.0 * 127.0 * scale * scale * noise * (1.4426950408889634 / 2))
-    steps *= scale * 1.4426950408889634
-    return even, odd, steps, offsets, gains
+    steps *= scale * (1.4426950408889634 / 128)
+    return digits, steps, offsets, gains
 
 
 @triton.jit
 def _tile_masses(
-    cells, words, pages, tile, seq_len, live, even, odd, steps, offsets, gains,
+    cells, words, pages, tile, seq_len, live, digits, steps, offsets, gains,
     GROUP_PAD: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, PAGE: tl.constexpr, PAGES: tl.constexpr,
-    INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Logarithms to base 2 of what the keys of a tile weigh in each of ``PAGES`` pages, float32 [pages, group].
 
@@ -142,33 +111,29 @@ def _tile_masses(
     """
     PLANES: tl.constexpr = TILE * BITS // 8
     FIELDS: tl.constexpr = 8 // BITS
-    mean = tl.load(cells + PLANES * WIDTH // 2, mask=live[:, None], other=0)
+    mean = tl.load(cells + PLANES * WIDTH, mask=live[:, None], other=0)
     written = live & (pages * PAGE + tile * TILE < seq_len)
     scales = _columns(tl.load(words, mask=written[:, None], other=0))
     mean_scale = scales[8].to(tl.float32, bitcast=True)
-    # Codes of the mean are signed: 128 is added, and what that adds to every key taken off again.
-    lower, upper = _field(mean, 128, 255, INTERPRETED), _field(_upper_bytes(mean, INTERPRETED), 128, 255, INTERPRETED)
-    centre = _products(lower, upper, even, odd) * (steps * (1 << 24))[None, :] - (offsets * 128)[None, :]
-    centre *= mean_scale[:, None]
+    centre = _products(mean, digits) * steps[None, :] * mean_scale[:, None]
     total_weight = tl.zeros([PAGES, GROUP_PAD], tl.float32)
     for plane in tl.static_range(PLANES):
-        packed = tl.load(cells + plane * WIDTH // 2, mask=live[:, None], other=0)
-        shifted = _upper_bytes(packed, INTERPRETED)
+        packed = tl.load(cells + plane * WIDTH, mask=live[:, None], other=0)
         for pair in tl.static_range(FIELDS // 2):
             two = scales[plane * FIELDS // 2 + pair]
-            total_weight += _weights(packed, shifted, even, odd, steps, offsets, gains, two << 16, 2 * pair, BITS, INTERPRETED)
-            total_weight += _weights(packed, shifted, even, odd, steps, offsets, gains, two & -65536, 2 * pair + 1, BITS, INTERPRETED)
+            total_weight += _weights(packed, digits, steps, offsets, gains, two << 16, 2 * pair, BITS)
+            total_weight += _weights(packed, digits, steps, offsets, gains, two & -65536, 2 * pair + 1, BITS)
     return centre + tl.minimum(tl.log2(total_weight), LARGEST), written
 
 
 @triton.jit(do_not_specialize=["num_reqs", "noise"])
 def _sketch_score(
-    q_ptr, starts_ptr, kv_pairs_ptr, kv_words_ptr, block_table_ptr, work_ptr, totals_ptr, values_ptr,
+    q_ptr, starts_ptr, kv_bytes_ptr, kv_words_ptr, block_table_ptr, work_ptr, totals_ptr, values_ptr,
     chunk_lse_ptr, q_stride_token, q_stride_h, byte_stride_b, byte_stride_h, byte_stride_slot, table_stride,
     score_stride, chunk_stride, num_reqs, scale, noise,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
     BITS: tl.constexpr, TILE_BYTES: tl.constexpr, PAGE: tl.constexpr, PAGES: tl.constexpr, TILES: tl.constexpr,
-    STEPS: tl.constexpr, STAGES: tl.constexpr, INTERPRETED: tl.constexpr,
+    STEPS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     PLANES: tl.constexpr = TILE * BITS // 8
     program, head = tl.program_id(0), tl.program_id(1)
@@ -178,7 +143,7 @@ def _sketch_score(
         return
     row = row_of(chunk, ends, work_ptr, num_reqs, CHUNK_ENDS)
     group = tl.arange(0, GROUP_PAD)
-    dims, pairs = tl.arange(0, WIDTH), tl.arange(0, WIDTH // 2)
+    dims = tl.arange(0, WIDTH)
     heads = head * GROUP + group
     sketches = head.to(tl.int64) * byte_stride_h + PAGE * byte_stride_slot
     while chunk < last_chunk:
@@ -186,7 +151,7 @@ def _sketch_score(
         begin = begin_of(work_ptr, row, CHUNK_ENDS)
         end = tl.minimum(tl.load(work_ptr + row * COLUMNS + CHUNK_ENDS), last_chunk)
         num_pages = (seq_len + PAGE - 1) // PAGE
-        even, odd, steps, offsets, gains = _rotated_query(
+        digits, steps, offsets, gains = _rotated_query(
             q_ptr + heads * q_stride_h, starts_ptr, request, q_stride_token, dims, group < GROUP, scale, noise,
             GROUP_PAD, HEAD_DIM, WIDTH,
         )  # fmt: skip
@@ -203,11 +168,11 @@ def _sketch_score(
             live = pages < num_pages
             blocks = tl.load(block_row + pages, mask=live, other=0).to(tl.int64) * byte_stride_b
             start = blocks + sketches + tile * TILE_BYTES
-            cells = kv_pairs_ptr + (start // 2)[:, None] + pairs[None, :]
+            cells = kv_bytes_ptr + start[:, None] + dims[None, :]
             words = kv_words_ptr + (start // 4 + (PLANES + 1) * WIDTH // 4)[:, None] + tl.arange(0, TILE)[None, :]
             mass, written = _tile_masses(
-                cells, words, pages, tile, seq_len, live, even, odd, steps, offsets, gains,
-                GROUP_PAD, WIDTH, BITS, PAGE, PAGES, INTERPRETED,
+                cells, words, pages, tile, seq_len, live, digits, steps, offsets, gains,
+                GROUP_PAD, WIDTH, BITS, PAGE, PAGES,
             )  # fmt: skip
             if TILES > 1:
                 mass = tl.where(written[:, None], mass, float("-inf"))
@@ -259,13 +224,13 @@ def sketch_score(
     pages = TUNING["step_bytes"] // ((layout.planes + 1) * layout.width)
     pages = min(CHUNK_PAGES, max(16, 1 << (pages.bit_length() - 1)))
     _sketch_score[(programs, kv_heads)](
-        q, plan.queries.starts, kv.view(torch.int16), kv.view(torch.int32), block_table, plan.work, plan.totals,
+        q, plan.queries.starts, kv.view(torch.int8), kv.view(torch.int32), block_table, plan.work, plan.totals,
         scores.values, scores.chunk_lse, q.stride(0), q.stride(1),
         *(stride * item_bytes for stride in kv.stride()[:3]), block_table.stride(0),
         scores.values.stride(0), scores.chunk_lse.stride(0), num_reqs, scale, layout.noise,
         GROUP=group, GROUP_PAD=max(4, triton.next_power_of_2(group)), HEAD_DIM=head_dim, WIDTH=layout.width,
         BITS=layout.bits, TILE_BYTES=layout.tile_bytes, PAGE=page_size, PAGES=pages,
         TILES=tiles, STEPS=CHUNK_PAGES // pages * tiles,
-        STAGES=TUNING["num_stages"], INTERPRETED=isinstance(_sketch_score, InterpretedFunction),
+        STAGES=TUNING["num_stages"],
         num_warps=TUNING["num_warps"],
     )  # fmt: skip
