@@ -21,6 +21,7 @@ import triton.language as tl
 
 from vllm_sparse.kernels.constants import (
     BLOCK_TOKENS,
+    MOST_SPLITS,
     PRECISION,
     SAMPLE_BLOCKS,
     SAMPLE_EVERY,
@@ -53,13 +54,14 @@ def _store_tops(
 ):  # fmt: skip
     """Store the tops of tiles begin..end, to base 2; ``row_tops_ptr`` [rows]: where those of tile 0 lie.
 
-    ``top`` and ``total`` [rows, tile's stretches / STRETCHES, STRETCHES], the largest of each column of tops so far
-    and the sum of their powers of two beside it, are returned with these tiles.
+    ``top`` and ``total`` [rows, groups of a tile, STRETCHES], the largest of each column of tops so far and the
+    sum of their powers of two beside it, are returned with these tiles.
     """
     GROUPS: tl.constexpr = BLOCK_N // (STRETCH * STRETCHES)
-    dims, lane, group, member = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N), tl.arange(0, GROUPS), tl.arange(0, 4)
-    # A thread of a matrix product holds columns 2i, 2i + 1, 8 + 2i, 8 + 2i + 1, ... of a row: the keys of a stretch
-    # go there, so that to find the largest of them threads need not ask each other.
+    dims, lane = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
+    group, member = tl.arange(0, GROUPS), tl.arange(0, STRETCHES)
+    # A thread of a matrix product holds columns 2i, 2i + 1, 8 + 2i, 8 + 2i + 1, ... of a row: the keys of a
+    # stretch go there, so that to find the largest of them threads need not ask each other.
     place = lane % (STRETCH * STRETCHES)
     key = (lane // (STRETCH * STRETCHES) * STRETCHES + place // 2 % 4) * STRETCH + place // 8 * 2 + place % 2
     for tile in range(begin, end):
@@ -152,7 +154,7 @@ def _sample_tops(
 def _fold_tops(
     tops_ptr, sums_ptr, sinks_ptr, scores_ptr, tops_stride, score_stride, first_position, num_tokens, first_head,
     first_block, num_blocks, chunk_blocks, splits,
-    PAGE: tl.constexpr, BLOCK: tl.constexpr, SPLITS_PAD: tl.constexpr,
+    PAGE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     A_PAGE: tl.constexpr = PAGE // STRETCH
     PAGES: tl.constexpr = BLOCK // A_PAGE
@@ -167,7 +169,7 @@ def _fold_tops(
     if begin >= tl.max(ends, axis=0) * STRETCHES:
         return
     pair = (head * num_blocks + block).to(tl.int64)
-    split = tl.arange(0, SPLITS_PAD)
+    split = tl.arange(0, MOST_SPLITS)
     cells = sums_ptr + (pair[:, None] * splits + split[None, :]) * SAMPLE_ROWS + row[:, None]
     parts = tl.load(cells, mask=live[:, None] & (split < splits)[None, :], other=float("-inf"))
     top = tl.max(parts, axis=1)
@@ -259,5 +261,5 @@ def sample_mass(
             _fold_tops[(num_heads, triton.cdiv(num_blocks, SAMPLE_BLOCKS.value), parts)](
                 room, sums, geometry.sink_logits, scores, stride, scores.stride(0), blocks.first_position,
                 num_tokens, first_head, first_block, num_blocks, blocks.num_blocks, splits,
-                PAGE=page_size, SPLITS_PAD=triton.next_power_of_2(splits), **FOLD_TUNING,
+                PAGE=page_size, **FOLD_TUNING,
             )  # fmt: skip

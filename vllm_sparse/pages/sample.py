@@ -16,6 +16,8 @@ STRETCHES = 4
 """Stretches whose logits lie together in memory."""
 LEAST_SPLIT_TOKENS = 1024
 """Fewest keys of a program, where several share a context."""
+MOST_SPLITS = 64
+"""Most programs that share the context of the same asked queries."""
 
 
 def sample_logits(context_tokens: int) -> int:
@@ -24,8 +26,8 @@ def sample_logits(context_tokens: int) -> int:
 
 
 def most_splits(context_tokens: int) -> int:
-    """Most programs that share the context of the same asked queries."""
-    return max(1, context_tokens // LEAST_SPLIT_TOKENS)
+    """Most programs that share a context of so many tokens."""
+    return min(MOST_SPLITS, max(1, context_tokens // LEAST_SPLIT_TOKENS))
 
 
 def sample_room(context_tokens: int) -> int:
