@@ -297,6 +297,8 @@ def test_gate_admits_chunks_by_their_length_and_the_density_of_those_before(monk
     monkeypatch.setattr(chunk_gate, "LEAST_PRODUCTS", 2 * 32 * chunk.pairs - 1)
     less = QueryBlocks(1, 0, 199, 300)
     assert gate.admits([less, chunk]) == [chunk]
+    longer = [QueryBlocks(request, 0, 200, 300 + request) for request in range(1, 6)]
+    assert gate.admits([chunk, *longer]) == longer[-chunk_gate.MOST_CHUNKS :], "those that gain most"
     counters += torch.tensor([59, 100], device=DEVICE)
     synchronize()
     assert gate.admits([chunk]) == [chunk], "nothing was dense"

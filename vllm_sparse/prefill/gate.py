@@ -12,9 +12,11 @@ logger = logging.getLogger("vllm.vllm_sparse")
 
 AUTO = "auto"
 """The value of ``prefill_policy`` that asks the gate."""
-LEAST_PRODUCTS = 1 << 35
+LEAST_PRODUCTS = 1 << 36
 """Products of a channel of a query and of a key in a layer of a chunk, over all heads, up to which it runs dense:
-0.2 ms of FlashAttention-3 on an H100, which is what the launches of a choice take, and what it saves."""
+0.4 ms of FlashAttention-3 on an H100, twice what the launches of a choice take."""
+MOST_CHUNKS = 4
+"""Chunks of a step that choose, the longest ones: each is attended by launches of its own."""
 MOST_DENSITY = 0.6
 """Share of the causal pairs that a chunk may attend to before it is no faster than dense attention."""
 REST_STEPS = 32
@@ -35,7 +37,8 @@ class ChunkGate:
 
     def admits(self, chunks: list[QueryBlocks]) -> list[QueryBlocks]:
         """Those of a step's ``chunks`` that run sparse."""
-        chunks = [chunk for chunk in chunks if chunk.pairs * self.channels > LEAST_PRODUCTS]
+        longest = sorted(chunks, key=lambda chunk: chunk.pairs, reverse=True)[:MOST_CHUNKS]
+        chunks = [chunk for chunk in chunks if chunk in longest and chunk.pairs * self.channels > LEAST_PRODUCTS]
         if not chunks:
             return []
         self._look()
