@@ -302,13 +302,24 @@ def test_gate_admits_chunks_by_their_length_and_the_density_of_those_before(monk
     counters += torch.tensor([59, 100], device=DEVICE)
     synchronize()
     assert gate.admits([chunk]) == [chunk], "nothing was dense"
+    for rest in (chunk_gate.REST_STEPS, 2 * chunk_gate.REST_STEPS):
+        counters += torch.tensor([61, 100], device=DEVICE)
+        synchronize()
+        if ON_GPU:
+            assert gate.admits([chunk]) == [chunk], "what is known is of the step before"
+            synchronize()
+        rests = [gate.admits([chunk]) == [] for _ in range(rest + 1)]
+        assert rests == [True] * rest + [False], "and then it looks again, more rarely where that found nothing"
+    counters += torch.tensor([10, 100], device=DEVICE)
+    for _ in range(2):
+        synchronize()
+        assert gate.admits([chunk]) == [chunk]
     counters += torch.tensor([61, 100], device=DEVICE)
     synchronize()
     if ON_GPU:
-        assert gate.admits([chunk]) == [chunk], "what is known is of the step before"
+        gate.admits([chunk])
         synchronize()
-    rests = [gate.admits([chunk]) == [] for _ in range(chunk_gate.REST_STEPS + 1)]
-    assert rests == [True] * chunk_gate.REST_STEPS + [False], "and then it looks again"
+    assert sum(gate.admits([chunk]) == [] for _ in range(2 * chunk_gate.REST_STEPS)) == chunk_gate.REST_STEPS
     counters.zero_()  # as metrics do between runs
     for _ in range(3):
         synchronize()

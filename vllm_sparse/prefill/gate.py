@@ -19,8 +19,10 @@ MOST_CHUNKS = 4
 """Chunks of a step that choose, the longest ones: each is attended by launches of its own."""
 MOST_DENSITY = 0.6
 """Share of the causal pairs that a chunk may attend to before it is no faster than dense attention."""
-REST_STEPS = 32
-"""Steps that run dense after chunks that were too dense: one in so many looks again."""
+REST_STEPS, MOST_REST_STEPS = 64, 1024
+"""Steps that run dense after chunks that were too dense, before one looks again: twice as many after each such look,
+so that where nothing is to be gained few requests pay for it. A look that kept more than it may made the prefill of
+32,768 tokens 9 % longer on an H200."""
 
 
 class ChunkGate:
@@ -33,7 +35,7 @@ class ChunkGate:
         self.channels = buffers.q_heads * buffers.pooled.shape[1]
         self._recent = Recent(buffers.counters)
         self._seen = [0, 0]
-        self._resting = 0
+        self._resting, self._rest = 0, REST_STEPS
 
     def admits(self, chunks: list[QueryBlocks]) -> list[QueryBlocks]:
         """Those of a step's ``chunks`` that run sparse."""
@@ -51,9 +53,13 @@ class ChunkGate:
         """Rest where chunks since the last look have kept too many pairs."""
         before, self._seen = self._seen, self._recent.look()
         attended, causal = (new - old for new, old in zip(self._seen, before, strict=True))
-        if attended > MOST_DENSITY * causal > 0:
-            self._resting = REST_STEPS
-            logger.info(
-                "sparse attention: prefill kept %.0f%% of all pairs, so the next %d steps of it are dense",
-                100 * attended / causal, REST_STEPS,
-            )  # fmt: skip
+        if causal <= 0:  # nothing is known of other steps, or counts began anew
+            return
+        if attended <= MOST_DENSITY * causal:
+            self._rest = REST_STEPS
+            return
+        self._resting, self._rest = self._rest, min(2 * self._rest, MOST_REST_STEPS)
+        logger.info(
+            "sparse attention: prefill kept %.0f%% of all pairs, so the next %d steps of it are dense",
+            100 * attended / causal, self._resting,
+        )  # fmt: skip
