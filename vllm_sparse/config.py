@@ -300,6 +300,11 @@ class SparseConfig:
             self.vertical_tokens, self.slash_tokens, self.prefill_top_p, self.sink_pages(page_size)
         )
 
+    @property
+    def least_auto_tokens(self) -> int:
+        """Context tokens up to which ``auto`` leaves every chunk dense: a budget that covers them is exact."""
+        return max(self.min_prefill_tokens, self.budget_tokens)
+
     def new_prefill_policy(self, page_size: int, patterns: HeadPatterns) -> PrefillPolicy:
         """The prefill policy of a layer whose query heads have ``patterns``."""
         return PREFILL_POLICIES[self.prefill_policy](self.prefill_sizes(page_size), page_size, patterns)

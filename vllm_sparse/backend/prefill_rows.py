@@ -34,9 +34,7 @@ def sparse_chunks(step: Step, config: SparseConfig, gate: ChunkGate | None) -> l
     if config.prefill_policy == "dense" or lens is None:
         return []
     starts, lens = common.query_start_loc_cpu.tolist(), lens[: common.num_reqs].tolist()
-    least = config.min_prefill_tokens
-    if config.prefill_policy == AUTO:  # a budget that covers a context is exact, whatever the default of prefill
-        least = max(least, config.budget_tokens)
+    least = config.least_auto_tokens if config.prefill_policy == AUTO else config.min_prefill_tokens
     chunks = plan_chunks(starts, lens, least, step.num_decodes)
     images = common.mm_req_doc_ranges or {}
     chunks = [each for each in chunks if not any(_meets(each, *span) for span in images.get(each.request, ()))]
