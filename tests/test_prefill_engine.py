@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from tiny_engine import cached_tokens, outputs, preemptions, prompts, tokens
+from tiny_engine import attention_layers, cached_tokens, outputs, preemptions, prompts, tokens
 
 from vllm_sparse import metrics
 from vllm_sparse.config import SparseConfig
@@ -137,8 +137,8 @@ def test_auto_where_no_prompt_is_long_enough_takes_no_memory(tiny):
     for sparse, policy in (({}, "dense"), ({"min_prefill_tokens": 64, "budget_tokens": 128}, "auto")):
         with tiny.start(sparse=sparse) as llm:
             assert SparseConfig.from_vllm(llm.llm_engine.vllm_config).prefill_policy == policy
-            counts = metrics.snapshot()
-        assert ("prefill_causal_pairs" in counts) == (policy == "auto"), counts
+            buffers = [layer.impl.workspace.prefill for layer in attention_layers(llm).values()]
+        assert all((one is None) == (policy == "dense") for one in buffers) and len(buffers) == LAYERS
 
 
 def test_auto_leaves_contexts_dense_that_the_budget_covers(tiny, monkeypatch):
