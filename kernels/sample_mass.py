@@ -83,7 +83,10 @@ def _store_tops(
             tops = tl.where(seen, tops, float("-inf"))
         cells = (tile * GROUPS + group) * (SAMPLE_ROWS * STRETCHES)
         target = row_tops_ptr[:, None, None] + cells[None, :, None] + member[None, None, :]
-        tl.store(target, tops.to(tl.float16), mask=live[:, None, None])
+        kept = tops.to(tl.float16)
+        tl.store(target, kept, mask=live[:, None, None])
+        # What is added up is what is read again: far from 0 a float16 is off by more than a logit's worth.
+        tops = kept.to(tl.float32)
         new_top = tl.maximum(top, tops)
         base = new_top
         if MASKED:
