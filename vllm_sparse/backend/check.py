@@ -45,11 +45,6 @@ def check_engine(vllm_config: Any) -> None:
         return
     hybrid = model is not None and model.is_hybrid
     if hybrid:
-        if config.offload is not None:
-            raise ConfigError(
-                "sparse.offload: the model has linear-attention, Mamba or convolution layers, whose states lie in "
-                "vLLM's blocks as K and V do; allowed: null"
-            )
         config.check_page_size(PAGE_SIZES[0])
     elif current_platform.is_cpu() and not getattr(cache, "user_specified_block_size", False):
         # CPUs default to 128, at which a budget of a few hundred tokens holds no pages to choose; 32

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import multiprocessing
 from collections.abc import Callable
@@ -131,6 +132,13 @@ def kv_cache_planning() -> Any:
         return import_module("vllm.v1.core.kv_cache_planning")
     except ModuleNotFoundError:  # before 0.33
         return import_module("vllm.v1.core.kv_cache_utils")
+
+
+def pool_block_bytes(vllm_config, groups: list) -> int:
+    """GPU bytes of one block of the pool that ``groups`` of layers share."""
+    function = kv_cache_planning()._pool_bytes_per_block
+    named = "vllm_config" in inspect.signature(function).parameters
+    return function(vllm_config, groups) if named else function(groups)  # 0.31
 
 
 def replace_rows(common, **rows):
