@@ -141,6 +141,15 @@ def pool_block_bytes(vllm_config, groups: list) -> int:
     return function(vllm_config, groups) if named else function(groups)  # 0.31
 
 
+def zero_no_blocks(runner) -> None:
+    """Have a model runner hand out blocks as they are; of hybrid models vLLM zeroes them."""
+    zeroer = getattr(runner, "kv_block_zeroer", None)  # Model Runner V2
+    if zeroer is not None:
+        zeroer.zero_block_ids = lambda block_ids: None
+    else:
+        runner._zero_block_ids = lambda block_ids: None
+
+
 def replace_rows(common, **rows):
     """A copy of vLLM's common metadata for other rows, without what it derived from the old ones."""
     derived = (

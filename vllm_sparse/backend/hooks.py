@@ -329,8 +329,14 @@ def zero_whole_blocks(worker: Any) -> None:
 
     By itself it takes the number of a block for that of a page: it would wipe out a page of another block, which
     may hold the state of a linear layer, and leave the block as it was. On a GPU vLLM counts pages.
+
+    With offload no block is zeroed: nothing reads a summary before its page is written, and the thousands of pages
+    of a block in all layers are more than a launch of vLLM's kernel takes.
     """
     runner = worker.model_runner
+    if SparseConfig.from_vllm(worker.vllm_config).offload is not None:
+        compat.zero_no_blocks(runner)
+        return
     original = getattr(type(runner), "_zero_block_ids", None)
     if original is None or worker.device.type != "cpu":
         return

@@ -162,7 +162,7 @@ def available_memory(worker: Any, gpu_bytes: int) -> int:
     shape = shape_of(worker.get_kv_cache_spec(), config, worker.vllm_config)
     limits = _limits(worker.vllm_config, config, shape.page_size)
     split = sizing.split_memory(shape, limits, gpu_bytes, _host_bytes(worker, config), config.offload.hot_fraction)
-    worker.sparse_gpu_bytes = gpu_bytes
+    worker.sparse_planned = gpu_bytes, shape
     return split.num_blocks * shape.gpu_block_bytes
 
 
@@ -175,9 +175,10 @@ def build_store(worker: Any, kv_cache_config: Any) -> None:
     config = _config(worker)
     if config is None:
         return
-    specs, vllm_config = worker.get_kv_cache_spec(), worker.vllm_config
-    shape = shape_of(specs, config, vllm_config)
-    names = [name for name, spec in specs.items() if _on_host(spec)]
+    vllm_config = worker.vllm_config
+    # Planned before vLLM settled on its blocks: by now its config may have the size of those of states.
+    gpu_bytes, shape = worker.sparse_planned
+    names = [name for name, spec in worker.get_kv_cache_spec().items() if _on_host(spec)]
     groups = [group for group in kv_cache_config.kv_cache_groups if not set(names).isdisjoint(group.layer_names)]
     if len(groups) != 1:
         raise ConfigError(
@@ -198,7 +199,7 @@ def build_store(worker: Any, kv_cache_config: Any) -> None:
             f"--num-gpu-blocks-override: {num_blocks} blocks need {num_blocks * shape.host_block_bytes / GIB:.3f} "
             f"GiB of host memory per rank; sparse.offload.host_gib leaves {host_bytes / GIB:.3f}"
         )
-    slots = sizing.slots_beside(num_blocks, shape, limits, worker.sparse_gpu_bytes, config.offload.hot_fraction)
+    slots = sizing.slots_beside(num_blocks, shape, limits, gpu_bytes, config.offload.hot_fraction)
     split = Split(num_blocks, slots)
     layers = vllm_config.compilation_config.static_forward_context
     dtype = layers[names[0]].impl.cache_dtype
