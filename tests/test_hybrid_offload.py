@@ -116,7 +116,7 @@ def pool_of(blocks: int, tiny, case: str, **settings) -> dict:
 def test_requests_preempted_from_a_small_pool(tiny, case, length, blocks, stock):
     """Blocks that were K and V on the host become states on the GPU, and the other way round.
 
-    A convolution preempted by vLLM on a CPU gives other tokens, so stock preempts, too; it has blocks of that size.
+    vLLM on a CPU changes tokens of a preempted convolution, so stock, whose blocks are as large, preempts, too.
     """
     model, options = model_of(tiny, case)
     batch = prompts((length,) * 4, seed=3)
@@ -172,7 +172,7 @@ def serve_at_random(llm, batch) -> tuple[dict, set]:
 
 
 def test_random_arrivals_and_aborts_beside_a_prefix_cache(tiny):
-    """Requests that share prefixes, in a pool of few blocks: states, pages and cached ones of both change places."""
+    """Requests that share prefixes, in a pool of few blocks: pages and states, cached ones too, change places."""
     chance = random.Random(11)
     model, options = model_of(tiny, "lfm2")
     batch = prompts([chance.randint(20, 220) for _ in range(40)], seed=9, shared=64)

@@ -263,7 +263,7 @@ OPTIONS: tuple[Option, ...] = (
         _drafting_layers, with_offload=True),
     Option("--pipeline-parallel-size", "above 1, in models with linear-attention, Mamba or convolution layers",
         "stages differ in layers of states, and so in what a block takes on the GPU", "1",
-        lambda config: _is_hybrid(config) and (config.parallel_config.pipeline_parallel_size > 1),
+        lambda config: _is_hybrid(config) and getattr(config.parallel_config, "pipeline_parallel_size", 1) > 1,
         with_offload=True),
     Option("--mamba-cache-mode", "`all`",
         "every block of K and V would come with blocks for states, which leave their part of the host idle",

@@ -150,7 +150,7 @@ def _host_bytes(worker: Any, config: SparseConfig) -> int:
 
 
 def available_memory(worker: Any, gpu_bytes: int) -> int:
-    """Bytes that vLLM is told it has for KV: the summaries of all pages in the host pool, or states in their place.
+    """Bytes that vLLM is told it has for KV: summaries of all pages in the host pool, or states in their place.
 
     Args:
         gpu_bytes: what vLLM measured. The hot store takes the rest of it. Returned as it is unless the worker's
@@ -182,8 +182,8 @@ def build_store(worker: Any, kv_cache_config: Any) -> None:
     groups = [group for group in kv_cache_config.kv_cache_groups if not set(names).isdisjoint(group.layer_names)]
     if len(groups) != 1:
         raise ConfigError(
-            f"sparse.offload: vLLM has put this model's attention layers into {len(groups)} groups, which share one "
-            f"pool of blocks; allowed: models of which it puts them into one"
+            f"sparse.offload: vLLM has put this model's attention layers into {len(groups)} groups, which share "
+            f"one pool of blocks; allowed: models of which it puts them into one"
         )
     hashed = getattr(kv_cache_config, "hash_block_size", None)
     if hashed is not None and hashed % shape.block_tokens:

@@ -216,14 +216,15 @@ def print_plan(args: argparse.Namespace, engine: DryEngine, plan: Plan, limits: 
     print(
         f"with offload         {host:.2f} GiB of the host hold K and V{' in fp8' if shape.in_fp8 else ''}; "
         f"each GPU holds "
-        f"{split.num_blocks * shape.gpu_block_bytes / GIB:.2f} GiB of summaries{' and states' if shape.states else ''}, "
+        f"{split.num_blocks * shape.gpu_block_bytes / GIB:.2f} GiB of summaries"
+        f"{' and states' if shape.states else ''}, "
         f"{split.slots_per_layer * shape.layers * shape.slot_bytes / GIB:.2f} GiB of hot head pages "
         f"({100 * plan.hot_share:.1f}% of all), {limits.fixed_bytes(shape) / GIB:.2f} GiB of buffers"
     )
     if shape.states:
         print(
-            f"blocks               {shape.block_tokens:,} tokens; in each context {shape.states.request_blocks} more "
-            f"are held by states, whose part of the host lies idle"
+            f"blocks               {shape.block_tokens:,} tokens; in each context {shape.states.request_blocks} "
+            f"more are held by states, whose part of the host lies idle"
         )
     if (split.num_blocks + 1) * shape.host_block_bytes <= int(args.host * GIB) // ranks:
         print(f"the GPU cannot index more: {args.host - host:.2f} GiB of --host stay unused")
