@@ -10,7 +10,7 @@ pytest.importorskip("vllm")
 
 from test_hybrids import EVERYTHING, FEW, MODELS, NUM_TOKENS, PROMPTS, TOO_OLD, model_of
 from test_offload_engine import assert_idle, assert_store
-from tiny_engine import attention_layers, cached_tokens, engine_core, outputs, preemptions, prompts, tokens
+from tiny_engine import attention_layers, cached_tokens, engine_core, kv_cache, outputs, preemptions, prompts, tokens
 
 from vllm_sparse import metrics
 
@@ -87,6 +87,21 @@ def test_policies(tiny, resident, sparse):
     with tiny.start(model, {**FEW, **sparse, "offload": OFFLOAD}, **options) as llm:
         assert tokens(llm, batch, NUM_TOKENS) == expected
         assert_store(llm)
+
+
+@pytest.mark.parametrize(
+    "asked, blocks, slots", [(256, 256, 3), (160, 160, 4), (128, 640, 1), (992, 992, 1)], ids=lambda value: str(value)
+)
+def test_blocks_of_a_size_that_was_asked_for(tiny, resident, asked, blocks, slots):
+    """Down to a quarter of what vLLM makes of them, in pages with room to spare, which no one reads."""
+    model, options = model_of(tiny, "granite4")
+    expected = resident("granite4", sparse={**FEW, "decode_policy": "sketch2"})
+    sparse = {**FEW, "decode_policy": "sketch2", "offload": OFFLOAD}
+    with tiny.start(model, sparse, **options, block_size=asked) as llm:
+        shape = stores(llm)[0].store.shape
+        (cache, *_) = (kv_cache(layer) for layer in attention_layers(llm).values())
+        assert (shape.block_tokens, cache.shape[2]) == (blocks, slots)
+        assert tokens(llm, PROMPTS, NUM_TOKENS) == expected
 
 
 def test_codes_and_hot_sets_of_any_size(tiny, resident):

@@ -202,10 +202,14 @@ def _build_ours(original, layer, bound, vllm_config, config: SparseConfig, decis
     from vllm.v1.attention.selector import get_attn_backend
 
     from vllm_sparse.backend.backend import SparseBackend
-    from vllm_sparse.backend.spec import PageLayout
+    from vllm_sparse.backend.spec import PageLayout, slots_of_asked_blocks
 
-    arguments, model = bound.arguments, vllm_config.model_config
-    layout = PageLayout.of(config, decision, linear=model is not None and model.is_hybrid)
+    arguments, model, least_slots = bound.arguments, vllm_config.model_config, 0
+    hybrid = model is not None and model.is_hybrid
+    if hybrid and config.offload is not None:
+        heads = arguments["num_kv_heads"] or arguments["num_heads"]
+        least_slots = slots_of_asked_blocks(vllm_config, heads, arguments["head_size"])
+    layout = PageLayout.of(config, decision, hybrid, least_slots)
     arguments["attn_backend"] = SparseBackend.of(layout)
     original(*bound.args, **bound.kwargs)
     stock = None

@@ -132,7 +132,7 @@ def add_command(subparsers) -> None:
     parser.add_argument("--tensor-parallel-size", type=commands.whole(1, commands.MOST_RANKS), default=1)
     parser.add_argument("--max-num-seqs", type=commands.whole(1, 1 << 20), default=256)
     parser.add_argument("--max-num-batched-tokens", type=commands.whole(1), default=8192)
-    parser.add_argument("--block-size", type=commands.whole(), default=16)
+    parser.add_argument("--block-size", type=commands.whole(PAGE_SIZES[0], MOST), default=PAGE_SIZES[0])
     parser.add_argument("--dtype", default="auto", choices=("auto", "float16", "bfloat16", "float32"))
     commands.add_kv_cache_dtype(parser)
     parser.add_argument("--sparse", type=commands.json_object, default={}, help="sparse settings as JSON")
@@ -162,7 +162,6 @@ def run(args: argparse.Namespace) -> None:
     if args.host_dtype and isinstance(settings["offload"], dict):
         settings["offload"]["host_dtype"] = args.host_dtype
     config = SparseConfig.from_mapping(settings, "--sparse")
-    config.check_page_size(args.block_size)
     with dry.quiet():
         engine, stock, engine_args = read_engine(args, config)
     ranks, model = args.tensor_parallel_size, engine.vllm_config.model_config
