@@ -10,7 +10,16 @@ pytest.importorskip("vllm")
 
 from test_hybrids import EVERYTHING, FEW, MODELS, NUM_TOKENS, PROMPTS, TOO_OLD, model_of
 from test_offload_engine import assert_idle, assert_store
-from tiny_engine import attention_layers, cached_tokens, engine_core, kv_cache, outputs, preemptions, prompts, tokens
+from tiny_engine import (
+    attention_layers,
+    cached_tokens,
+    engine_core,
+    kv_cache,
+    outputs,
+    preemptions,
+    prompts,
+    tokens,
+)
 
 from vllm_sparse import metrics
 
@@ -89,9 +98,7 @@ def test_policies(tiny, resident, sparse):
         assert_store(llm)
 
 
-@pytest.mark.parametrize(
-    "asked, blocks, slots", [(256, 256, 3), (160, 160, 4), (128, 640, 1), (992, 992, 1)], ids=lambda value: str(value)
-)
+@pytest.mark.parametrize("asked, blocks, slots", [(256, 256, 3), (160, 160, 4), (128, 640, 1), (992, 992, 1)])
 def test_blocks_of_a_size_that_was_asked_for(tiny, resident, asked, blocks, slots):
     """Down to a quarter of what vLLM makes of them, in pages with room to spare, which no one reads."""
     model, options = model_of(tiny, "granite4")
@@ -184,6 +191,14 @@ def serve_at_random(llm, batch) -> tuple[dict, set]:
             aborted.add(victim)
             engine.abort_request([str(victim)])
     return got, aborted
+
+
+def test_prefixes_of_parts_of_blocks_are_refused(tiny):
+    model, options = model_of(tiny, "granite4")
+    options |= {"enable_prefix_caching": True, "prefix_match_unit": 64}
+    with pytest.raises(Exception) as refusal, tiny.start(model, {"offload": OFFLOAD}, **options):
+        pass
+    assert "prefix caching in parts of blocks (64 of 640 tokens)" in str(refusal.value)
 
 
 def test_random_arrivals_and_aborts_beside_a_prefix_cache(tiny):

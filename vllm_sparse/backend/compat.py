@@ -135,7 +135,7 @@ def kv_cache_planning() -> Any:
 
 
 def state_bytes(vllm_config) -> int:
-    """Bytes of a state of a hybrid model's Mamba, linear or convolution layers: the largest, as vLLM sizes blocks."""
+    """Bytes of a layer's state in a hybrid model: the largest, as vLLM sizes blocks."""
     from vllm.model_executor.models import ModelRegistry
     from vllm.v1.kv_cache_interface import MambaSpec
 

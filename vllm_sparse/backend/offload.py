@@ -189,7 +189,7 @@ def build_store(worker: Any, kv_cache_config: Any) -> None:
     if hashed is not None and hashed % shape.block_tokens:
         raise ConfigError(
             f"sparse.offload: prefix caching in parts of blocks ({hashed} of {shape.block_tokens} tokens) copies "
-            f"blocks on the GPU only; allowed: a hash block size equal to --block-size"
+            f"blocks on the GPU only; allowed: --prefix-match-unit left out"
         )
     limits = _limits(vllm_config, config, shape.page_size)
     num_blocks = kv_cache_config.num_blocks

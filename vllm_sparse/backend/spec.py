@@ -21,7 +21,7 @@ from vllm_sparse.policies import DECODE_POLICIES
 from vllm_sparse.support import QUANTISED_CACHES, Decision
 
 MOST_SLOTS = 4
-"""Slots of a page for the sake of small blocks: with offload the GPU then has a quarter of the bytes of K and V."""
+"""Slots of a page for the sake of small blocks: with offload the GPU then has a quarter of K and V's bytes."""
 
 
 @dataclass(frozen=True)
