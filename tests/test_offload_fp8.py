@@ -286,5 +286,5 @@ def test_capacity_is_four_times_that_of_float32(tiny):
     with tiny.start(sparse={"offload": FP8}, block_size=16) as llm:
         blocks = engine_core(llm).vllm_config.cache_config.num_gpu_blocks
         store = offloaded(llm)[0].store
-    assert blocks == 4 * int(FP8["host_gib"] * 2**30) // PAGE_BYTES == store.num_blocks
+    assert blocks == 4 * int(FP8["host_gib"] * 2**30) // PAGE_BYTES == store.num_pages
     assert store.pool.num_bytes == blocks * PAGE_BYTES // 4

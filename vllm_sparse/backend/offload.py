@@ -97,12 +97,11 @@ def shape_of(specs: dict[str, Any], config: SparseConfig, vllm_config: Any) -> C
     """
     offloaded = {name: spec for name, spec in specs.items() if _on_host(spec)}
     states = {name: spec for name, spec in specs.items() if isinstance(spec, MambaSpec)}
-    others = [name for name in specs if name not in offloaded and name not in states]
-    if others or not offloaded:
-        example = f", such as {others[0]}" if others else ""
+    others = [name for name in specs if name not in offloaded and not (offloaded and name in states)]
+    if others:
         raise ConfigError(
             f"sparse.offload: {len(others)} of {len(specs)} layers of this model do not run sparse and cannot "
-            f"offload{example}; allowed: models whose attention layers are all full attention"
+            f"offload, such as {others[0]}; allowed: models whose attention layers are all full attention"
         )
     spec = next(iter(offloaded.values()))
     if any(other != spec for other in offloaded.values()):
