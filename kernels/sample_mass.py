@@ -8,9 +8,9 @@ two blocks, which share what they say. An eighth of the queries costs a sixteent
 softmax over keys costs beside its products, exponentials above all, would double that. The largest logit of a
 stretch stands for its sum: it was measured to find pages better (docs/prefill.md).
 
-Two kernels. The first one only multiplies and compares: nothing is added up over keys, so programs share a
-context as they like. Query heads that share keys, or blocks that follow each other, fill its rows together. The
-second takes the softmax of what it left, 16 bits for each asked query and stretch.
+Two kernels. The first one multiplies, keeps each stretch's largest logit in 16 bits, and a sum of powers for each
+asked query and program, of which several may share a context. Query heads that share keys, or blocks that follow
+each other, fill its rows together. The second divides by the sums and adds up queries, once over what is stored.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import triton.language as tl
 
 from vllm_sparse.kernels.constants import (
     BLOCK_TOKENS,
+    MOST_SPLITS,
     PRECISION,
     SAMPLE_BLOCKS,
     SAMPLE_EVERY,
@@ -33,30 +34,38 @@ from vllm_sparse.kernels.launch import num_multiprocessors
 from vllm_sparse.kernels.logits import capped
 from vllm_sparse.pages.geometry import Geometry
 from vllm_sparse.pages.query_blocks import QueryBlocks
-from vllm_sparse.pages.sample import sample_logits
+from vllm_sparse.pages.sample import most_splits, sample_logits, sample_room
 
 LOG2_E = 1.4426950408889634
 LARGEST: tl.constexpr = tl.constexpr(60000.0)
 """Logits end here, inside float16."""
-TUNING = {"rows": 128, "query_bytes": 65536, "tile_bytes": 16384, "num_warps": 8, "num_stages": 3, "waves": 4}
+TUNING = {"rows": 128, "query_bytes": 65536, "tile_bytes": 32768, "num_warps": 4, "num_stages": 3, "waves": 4}
 """``rows``: asked queries of a program; ``waves``: programs for each multiprocessor, if tiles are enough."""
-FOLD_TUNING = {"BLOCK": 256, "STAGES": 3, "num_warps": 8}
-"""Of the second kernel, which takes ``BLOCK`` stretches at a time."""
+FOLD_TUNING = {"BLOCK": 512, "num_warps": 4}
+"""Of the second kernel, whose programs take ``BLOCK`` stretches each."""
 
 
 @triton.jit
 def _store_tops(
-    begin, end, query, scales, positions, live, kv_head_ptr, block_table_ptr, row_tops_ptr, end_position,
-    kv_stride_b, kv_stride_slot, cap_log2,
+    begin, end, query, scales, positions, live, top, total, kv_head_ptr, block_table_ptr, row_tops_ptr,
+    end_position, kv_stride_b, kv_stride_slot, cap_log2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
-    """Store the tops of tiles begin..end, to base 2; ``row_tops_ptr`` [rows]: where those of tile 0 lie."""
-    COLUMNS: tl.constexpr = BLOCK_N // STRETCH
-    dims, lane, column = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N), tl.arange(0, COLUMNS)
-    place = column // STRETCHES * (SAMPLE_ROWS * STRETCHES) + column % STRETCHES
+    """Store the tops of tiles begin..end, to base 2; ``row_tops_ptr`` [rows]: where those of tile 0 lie.
+
+    ``top`` and ``total`` [rows, groups of a tile, STRETCHES], the largest of each column of tops so far and the
+    sum of their powers of two beside it, are returned with these tiles.
+    """
+    GROUPS: tl.constexpr = BLOCK_N // (STRETCH * STRETCHES)
+    dims, lane = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
+    group, member = tl.arange(0, GROUPS), tl.arange(0, STRETCHES)
+    # A thread of a matrix product holds columns 2i, 2i + 1, 8 + 2i, 8 + 2i + 1, ... of a row: the keys of a
+    # stretch go there, so that to find the largest of them threads need not ask each other.
+    place = lane % (STRETCH * STRETCHES)
+    key = (lane // (STRETCH * STRETCHES) * STRETCHES + place // 2 % 4) * STRETCH + place // 8 * 2 + place % 2
     for tile in range(begin, end):
-        tokens = tile * BLOCK_N + lane
+        tokens = tile * BLOCK_N + key
         known = tokens < end_position
         block = tl.load(block_table_ptr + tokens // PAGE, mask=known, other=0).to(tl.int64)
         keys = kv_head_ptr + block * kv_stride_b + (tokens % PAGE) * kv_stride_slot
@@ -64,21 +73,33 @@ def _store_tops(
         logits = tl.dot(query, stored(k, query.dtype), input_precision=PRECISION)
         if MASKED:
             logits = tl.where(tokens[None, :] <= positions[:, None], logits, float("-inf"))
-        tops = tl.max(tl.reshape(logits, [query.shape[0], COLUMNS, STRETCH]), axis=2) * scales[:, None]
+        tops = tl.max(tl.reshape(logits, [query.shape[0], GROUPS, STRETCH // 2, 4, 2]), axis=4)
+        tops = tl.max(tops, axis=2) * scales[:, None, None]
         seen = tops > float("-inf")
         if CAPPED:
             tops = capped(tops, cap_log2)
-        tops = tl.where(seen, tl.minimum(tl.maximum(tops, -LARGEST), LARGEST), float("-inf"))
-        target = row_tops_ptr[:, None] + tile * (COLUMNS * SAMPLE_ROWS) + place[None, :]
-        tl.store(target, tops.to(tl.float16), mask=live[:, None])
+        tops = tl.minimum(tl.maximum(tops, -LARGEST), LARGEST)
+        if MASKED:
+            tops = tl.where(seen, tops, float("-inf"))
+        cells = (tile * GROUPS + group) * (SAMPLE_ROWS * STRETCHES)
+        target = row_tops_ptr[:, None, None] + cells[None, :, None] + member[None, None, :]
+        tl.store(target, tops.to(tl.float16), mask=live[:, None, None])
+        new_top = tl.maximum(top, tops)
+        base = new_top
+        if MASKED:
+            base = tl.where(new_top == float("-inf"), 0.0, new_top)
+        total = total * tl.exp2(top - base) + tl.exp2(tops - base)
+        top = new_top
+    return top, total
 
 
 @triton.jit(
     do_not_specialize=["first_position", "num_tokens", "first_head", "first_block", "num_blocks", "splits"]
 )
 def _sample_tops(
-    q_ptr, kv_ptr, block_table_ptr, tops_ptr, q_stride_t, q_stride_h, kv_stride_b, kv_stride_h, kv_stride_slot,
-    tops_stride, scale_log2, cap_log2, first_position, num_tokens, first_head, first_block, num_blocks, splits,
+    q_ptr, kv_ptr, block_table_ptr, tops_ptr, sums_ptr, q_stride_t, q_stride_h, kv_stride_b, kv_stride_h,
+    kv_stride_slot, tops_stride, scale_log2, cap_log2, first_position, num_tokens, first_head, first_block,
+    num_blocks, splits,
     GROUP: tl.constexpr, HEADS: tl.constexpr, BLOCKS: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, CODES: tl.constexpr,
     CAPPED: tl.constexpr,
@@ -104,77 +125,77 @@ def _sample_tops(
     end_position = tl.minimum(start + BLOCKS * BLOCK_TOKENS, first_position + num_tokens)
     tiles = (end_position + BLOCK_N - 1) // BLOCK_N
     per_split = (tiles + splits - 1) // splits
-    begin, end = split * per_split, tl.minimum((split + 1) * per_split, tiles)
+    begin, end = tl.minimum(split * per_split, tiles), tl.minimum((split + 1) * per_split, tiles)
     # Tiles up to here hold no key that a query of the program does not see.
     common = tl.minimum(tl.maximum(start // BLOCK_N, begin), end)
     keys = kv_ptr + (head // GROUP).to(tl.int64) * kv_stride_h
-    row_tops = tops_ptr + ((bundle * HEADS + of_head) * num_blocks + of_block).to(tl.int64) * tops_stride
-    row_tops += line % SAMPLE_ROWS * STRETCHES
-    _store_tops(begin, common, query, scales, positions, of_block < num_blocks, keys, block_table_ptr, row_tops,
-                end_position, kv_stride_b, kv_stride_slot, cap_log2, HEAD_DIM, BLOCK_D, PAGE, BLOCK_N, False,
-                CAPPED)  # fmt: skip
-    _store_tops(common, end, query, scales, positions, of_block < num_blocks, keys, block_table_ptr, row_tops,
-                end_position, kv_stride_b, kv_stride_slot, cap_log2, HEAD_DIM, BLOCK_D, PAGE, BLOCK_N, True,
-                CAPPED)  # fmt: skip
-
-
-@triton.jit
-def _tops_of(row_tops_ptr, begin, ends, BLOCK: tl.constexpr):
-    """What asked queries have of stretches from ``begin`` on, as they lie: float32 [groups, rows, STRETCHES].
-
-    -inf from groups ``ends`` [rows] on; what a query does not see of a group before is stored as that.
-    """
-    group, within = tl.arange(0, BLOCK // STRETCHES) + begin // STRETCHES, tl.arange(0, STRETCHES)
-    cells = row_tops_ptr[None, :] + group[:, None] * (SAMPLE_ROWS * STRETCHES)
-    mask = (group[:, None] < ends[None, :])[:, :, None]
-    return tl.load(cells[:, :, None] + within[None, None, :], mask=mask, other=float("-inf")).to(tl.float32)
+    pair = (bundle * HEADS + of_head) * num_blocks + of_block
+    row_tops = tops_ptr + pair.to(tl.int64) * tops_stride + line % SAMPLE_ROWS * STRETCHES
+    live = of_block < num_blocks
+    shape: tl.constexpr = (HEADS * BLOCKS * SAMPLE_ROWS, BLOCK_N // (STRETCH * STRETCHES), STRETCHES)
+    top, total = tl.full(shape, float("-inf"), tl.float32), tl.zeros(shape, tl.float32)
+    top, total = _store_tops(
+        begin, common, query, scales, positions, live, top, total, keys, block_table_ptr, row_tops, end_position,
+        kv_stride_b, kv_stride_slot, cap_log2, HEAD_DIM, BLOCK_D, PAGE, BLOCK_N, False, CAPPED,
+    )  # fmt: skip
+    top, total = _store_tops(
+        common, end, query, scales, positions, live, top, total, keys, block_table_ptr, row_tops, end_position,
+        kv_stride_b, kv_stride_slot, cap_log2, HEAD_DIM, BLOCK_D, PAGE, BLOCK_N, True, CAPPED,
+    )  # fmt: skip
+    most = tl.max(tl.max(top, axis=2), axis=1)
+    base = tl.where(most == float("-inf"), 0.0, most)
+    total = tl.sum(tl.sum(total * tl.exp2(top - base[:, None, None]), axis=2), axis=1)
+    target = sums_ptr + (pair.to(tl.int64) * splits + split) * SAMPLE_ROWS + line % SAMPLE_ROWS
+    tl.store(target, base + tl.log2(total), mask=live)
 
 
 @triton.jit(do_not_specialize=["score_stride", "first_position", "num_tokens", "first_head", "first_block",
-                               "num_blocks", "chunk_blocks"])  # fmt: skip
+                               "num_blocks", "chunk_blocks", "splits"])  # fmt: skip
 def _fold_tops(
-    tops_ptr, sinks_ptr, scores_ptr, tops_stride, score_stride, first_position, num_tokens, first_head,
-    first_block, num_blocks, chunk_blocks,
-    PAGE: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    tops_ptr, sums_ptr, sinks_ptr, scores_ptr, tops_stride, score_stride, first_position, num_tokens, first_head,
+    first_block, num_blocks, chunk_blocks, splits,
+    PAGE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     A_PAGE: tl.constexpr = PAGE // STRETCH
     PAGES: tl.constexpr = BLOCK // A_PAGE
     GROUP_TOKENS: tl.constexpr = STRETCH * STRETCHES
-    head, first = tl.program_id(0), tl.program_id(1) * SAMPLE_BLOCKS
+    head, first, begin = tl.program_id(0), tl.program_id(1) * SAMPLE_BLOCKS, tl.program_id(2) * BLOCK
     line, of_block = tl.arange(0, SAMPLE_BLOCKS * SAMPLE_ROWS), tl.arange(0, SAMPLE_BLOCKS)
     row, block = line % SAMPLE_ROWS, first + line // SAMPLE_ROWS
     start = (first_block + block) * BLOCK_TOKENS
     live = start + row * SAMPLE_EVERY < num_tokens
     ends = (first_position + tl.minimum(start + BLOCK_TOKENS, num_tokens) + GROUP_TOKENS - 1) // GROUP_TOKENS
     ends = tl.where(live, ends, 0)
-    row_tops = tops_ptr + (head * num_blocks + block).to(tl.int64) * tops_stride + row * STRETCHES
-    # Queries that are not there weigh nothing.
-    top = tl.where(live, float("-inf"), 0.0)
-    total = tl.where(live, 0.0, 1.0)
+    if begin >= tl.max(ends, axis=0) * STRETCHES:
+        return
+    pair = (head * num_blocks + block).to(tl.int64)
+    split = tl.arange(0, MOST_SPLITS)
+    cells = sums_ptr + (pair[:, None] * splits + split[None, :]) * SAMPLE_ROWS + row[:, None]
+    parts = tl.load(cells, mask=live[:, None] & (split < splits)[None, :], other=float("-inf"))
+    top = tl.max(parts, axis=1)
     if sinks_ptr is not None:
         sink = tl.load(sinks_ptr + first_head + head).to(tl.float32) * 1.4426950408889634
-        top, total = tl.where(live, sink, top), tl.where(live, 1.0, total)
-    count = tl.max(ends, axis=0) * STRETCHES
-    # Stages asked for here count for loads that feed no matrix product too.
-    for begin in tl.range(0, count, BLOCK, num_stages=STAGES):
-        tops = _tops_of(row_tops, begin, ends, BLOCK)
-        new_top = tl.maximum(top, tl.max(tl.max(tops, axis=2), axis=0))
-        weights = tl.exp2(tops - new_top[None, :, None])
-        total = total * tl.exp2(top - new_top) + tl.sum(tl.sum(weights, axis=2), axis=0)
-        top = new_top
-    lse = top + tl.log2(total)
+        top = tl.maximum(top, sink)
+    # Queries that are not there weigh nothing.
+    base = tl.where(live, top, 0.0)
+    total = tl.sum(tl.exp2(parts - base[:, None]), axis=1)
+    if sinks_ptr is not None:
+        total += tl.exp2(sink - base)
+    lse = tl.where(live, base + tl.log2(total), 0.0)
+    stretch = begin + tl.arange(0, BLOCK)
+    cells = tops_ptr + pair[:, None] * tops_stride + row[:, None] * STRETCHES
+    # From ``ends`` on nothing is stored; what a query does not see of a group before is stored as -inf.
+    cells += (stretch // STRETCHES * (SAMPLE_ROWS * STRETCHES) + stretch % STRETCHES)[None, :]
+    tops = tl.load(cells, mask=(stretch // STRETCHES)[None, :] < ends[:, None], other=float("-inf"))
+    mass = tl.sum(tl.exp2(tops.to(tl.float32) - lse[:, None]), axis=0)
+    score = tl.log(tl.maximum(tl.sum(tl.reshape(mass, [PAGES, A_PAGE]), axis=1), 1e-30))
     tokens = first_position + tl.minimum((first_block + first + of_block + 1) * BLOCK_TOKENS, num_tokens)
     num_pages = tl.where(first + of_block < num_blocks, (tokens + PAGE - 1) // PAGE, 0)
     score_rows = (first_head + head) * chunk_blocks + first_block + first + of_block
-    score_rows = scores_ptr + score_rows.to(tl.int64) * score_stride
-    for begin in tl.range(0, count, BLOCK, num_stages=STAGES):
-        tops = _tops_of(row_tops, begin, ends, BLOCK)
-        mass = tl.sum(tl.exp2(tops - lse[None, :, None]), axis=1)
-        score = tl.log(tl.maximum(tl.sum(tl.reshape(mass, [PAGES, A_PAGE]), axis=1), 1e-30))
-        pages = tl.arange(0, PAGES) + begin // A_PAGE
-        target = score_rows[:, None] + pages[None, :]
-        mask = pages[None, :] < num_pages[:, None]
-        tl.store(target, tl.broadcast_to(score[None, :], [SAMPLE_BLOCKS, PAGES]), mask=mask)
+    pages = tl.arange(0, PAGES) + begin // A_PAGE
+    target = scores_ptr + score_rows.to(tl.int64)[:, None] * score_stride + pages[None, :]
+    mask = pages[None, :] < num_pages[:, None]
+    tl.store(target, tl.broadcast_to(score[None, :], [SAMPLE_BLOCKS, PAGES]), mask=mask)
 
 
 def sample_mass(
@@ -213,29 +234,32 @@ def sample_mass(
     tile_bytes = block_n * block_d * kv.element_size()
     stages = 1 if wide else min(TUNING["num_stages"], 1 + TUNING["query_bytes"] // tile_bytes)
     room, stride = tops.view(-1).view(torch.float16), sample_logits(blocks.end_position + 64)
-    pairs = len(room) // stride
+    pairs = len(room) // sample_room(blocks.end_position + 64)
     least = max(of_blocks, SAMPLE_BLOCKS.value)
     blocks_at_once = min(blocks.num_blocks, max(least, pairs // q_heads // least * least))
     heads_at_once = min(q_heads, pairs // blocks_at_once // heads * heads)
     assert heads_at_once > 0, f"{len(room)} logits hold no {heads} heads and {blocks_at_once} blocks of {stride}"
     for first_block in range(0, blocks.num_blocks, blocks_at_once):
         num_blocks = min(blocks_at_once, blocks.num_blocks - first_block)
-        tiles = triton.cdiv(blocks.first_position + (first_block + num_blocks) * BLOCK_TOKENS.value, block_n)
+        context = blocks.first_position + (first_block + num_blocks) * BLOCK_TOKENS.value
+        context = min(context, blocks.end_position)
         for first_head in range(0, q_heads, heads_at_once):
             num_heads = min(heads_at_once, q_heads - first_head)
             grid = num_heads // heads, triton.cdiv(num_blocks, of_blocks)
             wanted = triton.cdiv(TUNING["waves"] * num_multiprocessors(q.device), grid[0] * grid[1])
-            splits = max(1, min(wanted, tiles // 8))
+            splits = min(wanted, most_splits(context))
+            sums = room[num_heads * num_blocks * stride :].view(torch.float32)
             _sample_tops[(*grid, splits)](
-                q, kv, block_table, room, q.stride(0), q.stride(1), kv.stride(0), kv.stride(1), kv.stride(2),
+                q, kv, block_table, room, sums, q.stride(0), q.stride(1), kv.stride(0), kv.stride(1), kv.stride(2),
                 stride, geometry.scale * LOG2_E, geometry.soft_cap * LOG2_E, blocks.first_position, num_tokens,
                 first_head, first_block, num_blocks, splits,
                 GROUP=group, HEADS=heads, BLOCKS=of_blocks, HEAD_DIM=head_dim, BLOCK_D=block_d, PAGE=page_size,
                 BLOCK_N=block_n, CODES=kv.element_size() == 1, CAPPED=geometry.soft_cap > 0,
                 num_warps=TUNING["num_warps"], num_stages=stages,
             )  # fmt: skip
-            _fold_tops[(num_heads, triton.cdiv(num_blocks, SAMPLE_BLOCKS.value))](
-                room, geometry.sink_logits, scores, stride, scores.stride(0), blocks.first_position, num_tokens,
-                first_head, first_block, num_blocks, blocks.num_blocks,
+            parts = triton.cdiv(context, STRETCH.value * FOLD_TUNING["BLOCK"])
+            _fold_tops[(num_heads, triton.cdiv(num_blocks, SAMPLE_BLOCKS.value), parts)](
+                room, sums, geometry.sink_logits, scores, stride, scores.stride(0), blocks.first_position,
+                num_tokens, first_head, first_block, num_blocks, blocks.num_blocks, splits,
                 PAGE=page_size, **FOLD_TUNING,
             )  # fmt: skip

@@ -29,7 +29,7 @@ from vllm_sparse.pages.page_scores import PageScores
 from vllm_sparse.pages.page_table import PageTable
 from vllm_sparse.pages.selection import Selection
 
-TUNING = {"pages_per_warp": 128}
+TUNING = {"pages_per_warp": 256}
 SMALL_PAGES = 1024
 """Most pages of the contexts that take a smaller and faster copy of the same code."""
 PROGRAMS_PER_SM = 2
@@ -41,8 +41,8 @@ CHUNK_BLOCK: tl.constexpr = tl.constexpr(256)
 def _keep_largest(keys, budget):
     """Mask of the ``budget`` largest keys, equal ones from the left; keys of 0 are never kept.
 
-    Ternary search for a threshold: each round counts two candidates in one reduction of packed
-    16-bit counts, and the search ends as soon as a threshold keeps exactly ``budget`` keys.
+    Search for a threshold: each round counts at four candidates in one reduction of packed 16-bit counts, and the
+    search ends as soon as a threshold keeps exactly ``budget`` keys.
     """
     live = keys > 0
     low = tl.min(tl.where(live, keys, 0xFFFFFFFF), axis=0)
@@ -50,13 +50,21 @@ def _keep_largest(keys, budget):
     kept = tl.sum(live.to(tl.int32), axis=0)
     # Invariant: keys >= low are ``kept`` and at least budget; keys >= high are fewer than budget.
     while (kept > budget) & (high - low > 1):
-        step = tl.maximum((high - low) // 3, 1)
-        first, second = low + step, low + 2 * step
-        packed = tl.where(keys >= second, 0x10001, tl.where(keys >= first, 1, 0))
-        counts = tl.sum(packed, axis=0)
-        at_first, at_second = counts & 0xFFFF, counts >> 16
+        step = tl.maximum((high - low) // 5, 1)
+        first = low + step
+        second, third, fourth = first + step, first + 2 * step, first + 3 * step
+        low_half = tl.where(keys >= second, 0x10001, tl.where(keys >= first, 1, 0))
+        high_half = tl.where(keys >= fourth, 0x10001, tl.where(keys >= third, 1, 0))
+        counts = tl.sum(low_half.to(tl.int64) | (high_half.to(tl.int64) << 32), axis=0)
+        at_first, at_second = (counts & 0xFFFF).to(tl.int32), ((counts >> 16) & 0xFFFF).to(tl.int32)
+        at_third, at_fourth = ((counts >> 32) & 0xFFFF).to(tl.int32), ((counts >> 48) & 0xFFFF).to(tl.int32)
         if at_second >= budget:
-            low, kept = second, at_second
+            if at_fourth >= budget:
+                low, kept = fourth, at_fourth
+            elif at_third >= budget:
+                low, high, kept = third, fourth, at_third
+            else:
+                low, high, kept = second, third, at_second
         elif at_first >= budget:
             low, high, kept = first, second, at_first
         else:
@@ -89,6 +97,9 @@ def _page_keys(
     group = tl.arange(0, GROUP_PAD)
     member = group < GROUP
     heads = (head * GROUP + group).to(tl.int64)
+    # Loaded before anything waits.
+    x = tl.load(values_ptr + heads[:, None] * score_stride + offset + pages[None, :],
+                mask=member[:, None] & live[None, :], other=float("-inf"))  # fmt: skip
     chunk_row = chunk_lse_ptr + heads[:, None] * chunk_stride + offset // CHUNK + request
     num_chunks = (num_pages + CHUNK - 1) // CHUNK
     top = tl.full([GROUP_PAD], float("-inf"), tl.float32)
@@ -100,8 +111,6 @@ def _page_keys(
         total = total * tl.exp(top - new_top) + tl.sum(tl.exp(part - new_top[:, None]), axis=1)
         top = new_top
     norm = tl.where(member, top + tl.log(total), 0.0)
-    x = tl.load(values_ptr + heads[:, None] * score_stride + offset + pages[None, :],
-                mask=member[:, None] & live[None, :], other=float("-inf"))  # fmt: skip
     mass = tl.sum(tl.exp(x - norm[:, None]), axis=0)
     # A mass that is no number counts as infinite.
     keys = tl.minimum(mass.to(tl.uint32, bitcast=True), 0x7F800000) + 1

@@ -14,6 +14,7 @@ bytes, and products of 16-bit numbers stage more of them than those of float32.
 from __future__ import annotations
 
 import sys
+from collections import defaultdict
 from dataclasses import dataclass, replace
 
 import torch
@@ -96,10 +97,15 @@ class FakeDriver:
         return name
 
 
+VARIANTS: dict[str, set[str]] = defaultdict(set)
+"""Of each kernel, hashes of what was compiled."""
+
+
 def compile_only(run):
     def compiled(self, *args, grid, warmup, **kwargs):
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         meta = kernel.metadata
+        VARIANTS[meta.name].add(kernel.hash)
         limit = SHARED_BYTES[meta.target.arch]
         if meta.shared > limit:
             raise SystemExit(
@@ -262,6 +268,22 @@ def compile_prefill(layer: Layer, case) -> None:
         launchers.sparse_prefill(case.q, case.kv, table, geometry, case.q)
 
 
+def check_chunks_share_kernels() -> None:
+    """What a long context launches was compiled for a short one: no request waits for a compiler."""
+    seen = []
+    for context, tokens in ((0, 128), (70, 1300), (20000, 300)):
+        VARIANTS.clear()
+        case = make_chunk(context, tokens, 2, 4, 64, 16, torch.bfloat16)
+        scores, room = case.buffers.scores(case.blocks), torch.empty(1 << 22, dtype=torch.bfloat16)
+        launchers.sample_mass(case.q, case.kv, case.block_table, case.blocks, case.geometry, room, scores)
+        launchers.select_row_pages(
+            scores, case.blocks, 16, 0, 0.9, case.buffers.keep_mask(case.blocks), own_pages=True
+        )
+        seen.append(dict(VARIANTS))
+    if seen != seen[:1] * len(seen):
+        raise SystemExit(f"contexts of other lengths compile other kernels: {seen}")
+
+
 def with_caps_and_sinks(geometry: Geometry) -> Geometry:
     return replace(geometry, soft_cap=30.0, sink_logits=torch.zeros(geometry.q_heads, dtype=torch.bfloat16))
 
@@ -272,3 +294,4 @@ if __name__ == "__main__":
     for argument in sys.argv[1:]:
         compile_all(int(argument))
         compile_codes(int(argument))
+        check_chunks_share_kernels()

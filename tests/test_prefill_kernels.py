@@ -26,7 +26,7 @@ from vllm_sparse.pages.page_table import PageTable
 from vllm_sparse.pages.position_pattern import PositionPattern
 from vllm_sparse.pages.probe import probe_groups, probe_page, probe_parts, probe_queries, probe_start
 from vllm_sparse.pages.query_blocks import BLOCK_TOKENS, QueryBlocks
-from vllm_sparse.pages.sample import sample_logits
+from vllm_sparse.pages.sample import sample_room
 from vllm_sparse.pages.selection import Selection
 
 pytest.importorskip("triton")
@@ -497,7 +497,7 @@ def test_sample_mass_matches_reference(shape, chunk, monkeypatch):
     expected = sampled(reference, case)
     assert error(sampled(launchers, case), expected) < 4e-3, "logits are kept in 16 bits"
     # As little memory as the buffers of the longest context have: few heads and blocks at a time.
-    case.buffers.scratch = case.buffers.scratch.flatten()[: 16 * sample_logits(case.blocks.end_position + 64)]
+    case.buffers.scratch = case.buffers.scratch.flatten()[: 16 * sample_room(case.blocks.end_position + 64)]
     case.buffers.scratch = case.buffers.scratch.to(torch.float16)
     assert error(sampled(launchers, case), expected) < 4e-3
 

@@ -12,7 +12,7 @@ from vllm_sparse.attention.torch_attn import TorchAttention
 from vllm_sparse.config import SparseConfig
 from vllm_sparse.pages.head_patterns import HeadPatterns
 from vllm_sparse.pages.query_blocks import QueryBlocks
-from vllm_sparse.pages.sample import sample_logits
+from vllm_sparse.pages.sample import sample_room
 from vllm_sparse.policies import PREFILL_POLICIES
 from vllm_sparse.prefill import gate as chunk_gate
 from vllm_sparse.prefill.attend import SparsePrefill, plan_chunks
@@ -331,5 +331,5 @@ def test_buffers_stay_within_256_mib():
             chunk = QueryBlocks(0, 0, 8192, context - 8192)
             part = next(chunk.split(buffers.blocks_at_once(chunk)))
             assert buffers.table(part).head_pages.shape == buffers.keep_mask(part).shape
-            assert buffers.scratch.numel() >= 16 * sample_logits(context + 64), "no room for a program's logits"
+            assert buffers.scratch.numel() >= 16 * sample_room(context + 64), "no room for a program's logits"
             assert buffers.probe_masses(chunk).numel() > 0

@@ -198,9 +198,10 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
             return
         starts = common.query_start_loc_cpu
         tokens = (starts[1:] - starts[:-1])[first : len(prefilling)]
-        tokens = torch.where(prefilling[first:], 0, tokens)
-        if tokens.any():
-            verified = tokens > 0
+        # More tokens than drafts may have are those of a step that vLLM makes up, to warm up or to be captured.
+        verified = ~prefilling[first:] & (tokens > 0) & (tokens <= self.workspace.query_tokens)
+        tokens = torch.where(verified, tokens, 0)
+        if verified.any():
             lens = lens[first : len(prefilling)]
             self.counts.drafts.add(int(verified.sum()), int(tokens.sum()), int(lens[verified].sum()))
 
