@@ -153,6 +153,10 @@ REFUSED_ENGINES = [
     (engine(parallel_config=SimpleNamespace(enable_dbo=True)), "micro-batches"),
     (engine(speculative_config=SimpleNamespace(method="eagle")), "'eagle'|with sparse.offload.*ngram, suffix"),
     (
+        engine(model_config=HYBRID, speculative_config=SimpleNamespace(method="ngram")),
+        "with sparse.offload: drafts were not seen.*: none",
+    ),
+    (
         engine(model_config=HYBRID, parallel_config=SimpleNamespace(pipeline_parallel_size=2)),
         "with sparse.offload: stages differ.*allowed with offload: 1",
     ),
