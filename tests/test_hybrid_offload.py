@@ -53,7 +53,7 @@ def resident(tiny):
 
 
 @pytest.mark.seam
-@pytest.mark.parametrize("case", MODELS)
+@pytest.mark.parametrize("case", ["granite4", "falcon_h1", "lfm2", "qwen3_next"])
 def test_tokens_are_those_of_resident_mode(tiny, resident, case):
     model, options = model_of(tiny, case)
     expected = resident(case)
