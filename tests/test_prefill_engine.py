@@ -6,6 +6,7 @@ import pytest
 from tiny_engine import cached_tokens, outputs, preemptions, prompts, tokens
 
 from vllm_sparse import metrics
+from vllm_sparse.config import SparseConfig
 from vllm_sparse.policies import PREFILL_POLICIES
 from vllm_sparse.prefill import attend as prefill
 from vllm_sparse.prefill import gate
@@ -129,6 +130,27 @@ def test_auto_leaves_chunks_dense_that_cost_less_than_a_choice(tiny, monkeypatch
     expected = tiny.stock(MIXED)
     with tiny.start(sparse={**LITTLE, "prefill_policy": "auto"}) as llm:
         assert tokens(llm, MIXED) == expected
+
+
+def test_auto_where_no_prompt_is_long_enough_takes_no_memory(tiny):
+    """The default, which no other test of an engine names."""
+    for sparse, policy in (({}, "dense"), ({"min_prefill_tokens": 64, "budget_tokens": 128}, "auto")):
+        with tiny.start(sparse=sparse) as llm:
+            assert SparseConfig.from_vllm(llm.llm_engine.vllm_config).prefill_policy == policy
+            counts = metrics.snapshot()
+        assert ("prefill_causal_pairs" in counts) == (policy == "auto"), counts
+
+
+def test_auto_leaves_contexts_dense_that_the_budget_covers(tiny, monkeypatch):
+    monkeypatch.setattr(gate, "LEAST_PRODUCTS", 0)
+    sparse = {**SIZES, "min_prefill_tokens": 64, "min_context_tokens": 0}
+    expected = tiny.stock(MIXED)
+    for budget, same in ((4096, True), (128, False)):
+        with tiny.start(sparse={**sparse, "budget_tokens": budget}, max_num_batched_tokens=1024) as llm:
+            counts_before = metrics.snapshot().get("prefill_causal_pairs", 0)
+            got = tokens(llm, MIXED)
+            chose = metrics.snapshot().get("prefill_causal_pairs", 0) > counts_before
+        assert chose != same and (got == expected or not same)
 
 
 @pytest.mark.seam

@@ -297,16 +297,29 @@ def test_gate_admits_chunks_by_their_length_and_the_density_of_those_before(monk
     monkeypatch.setattr(chunk_gate, "LEAST_PRODUCTS", 2 * 32 * chunk.pairs - 1)
     less = QueryBlocks(1, 0, 199, 300)
     assert gate.admits([less, chunk]) == [chunk]
+    longer = [QueryBlocks(request, 0, 200, 300 + request) for request in range(1, 6)]
+    assert gate.admits([chunk, *longer]) == longer[-chunk_gate.MOST_CHUNKS :], "those that gain most"
     counters += torch.tensor([59, 100], device=DEVICE)
     synchronize()
     assert gate.admits([chunk]) == [chunk], "nothing was dense"
+    for rest in (chunk_gate.REST_STEPS, 2 * chunk_gate.REST_STEPS):
+        counters += torch.tensor([61, 100], device=DEVICE)
+        synchronize()
+        if ON_GPU:
+            assert gate.admits([chunk]) == [chunk], "what is known is of the step before"
+            synchronize()
+        rests = [gate.admits([chunk]) == [] for _ in range(rest + 1)]
+        assert rests == [True] * rest + [False], "and then it looks again, more rarely where that found nothing"
+    counters += torch.tensor([10, 100], device=DEVICE)
+    for _ in range(2):
+        synchronize()
+        assert gate.admits([chunk]) == [chunk]
     counters += torch.tensor([61, 100], device=DEVICE)
     synchronize()
     if ON_GPU:
-        assert gate.admits([chunk]) == [chunk], "what is known is of the step before"
+        gate.admits([chunk])
         synchronize()
-    rests = [gate.admits([chunk]) == [] for _ in range(chunk_gate.REST_STEPS + 1)]
-    assert rests == [True] * chunk_gate.REST_STEPS + [False], "and then it looks again"
+    assert sum(gate.admits([chunk]) == [] for _ in range(2 * chunk_gate.REST_STEPS)) == chunk_gate.REST_STEPS
     counters.zero_()  # as metrics do between runs
     for _ in range(3):
         synchronize()

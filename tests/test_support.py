@@ -112,7 +112,7 @@ def test_one_line_says_what_happens():
     decisions = [Decision(SPARSE)] * 30 + [Decision(DENSE, "dense_layers=2")] * 2
     line, some = summary_line(decisions, SparseConfig(), ["KV bfloat16"])
     assert some and line == (
-        "30 of 32 attention layers sparse (sketch, 2,048 tokens; prefill dense), 2 dense (dense_layers=2: 2); "
+        "30 of 32 attention layers sparse (sketch, 2,048 tokens; prefill auto), 2 dense (dense_layers=2: 2); "
         "KV bfloat16"
     )
     line, some = summary_line([Decision(STOCK, "sliding window"), Decision(STOCK, "soft cap")], SparseConfig(), [])

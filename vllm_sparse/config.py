@@ -75,10 +75,12 @@ class SparseConfig:
     dense_layers: int | None = None
     """Attention layers that run dense, the first ones: their attention is spread too widely to select. None: 2,
     or 0 with ``offload``."""
-    prefill_policy: str = "dense"
-    """Choice of the pages that a prefill chunk attends to: a name of :mod:`vllm_sparse.policies`."""
+    prefill_policy: str | None = None
+    """Choice of the pages that a prefill chunk attends to: a name of :mod:`vllm_sparse.policies`. None: ``auto``,
+    or ``dense`` where ``decode_policy`` is ``dense``."""
     min_prefill_tokens: int = 8192
-    """Up to this context length a prefill chunk runs dense, which is exact."""
+    """Up to this context length a prefill chunk runs dense, which is exact; with ``auto`` up to ``budget_tokens``,
+    too."""
     vertical_tokens: int = 1024
     """Tokens that a chunk keeps wherever the query is, in whole pages: columns or first tokens, by policy."""
     slash_tokens: int = 2048
@@ -104,6 +106,9 @@ class SparseConfig:
         for key, value in defaults.items():
             if getattr(self, key) is None:
                 object.__setattr__(self, key, value)
+        if self.prefill_policy is None:
+            object.__setattr__(self, "prefill_policy", "dense" if self.decode_policy == "dense" else "auto")
+        defaults["prefill_policy"] = "auto"
         for field in fields(self):
             if field.name == "offload":
                 continue
@@ -294,6 +299,11 @@ class SparseConfig:
         return PrefillSizes(
             self.vertical_tokens, self.slash_tokens, self.prefill_top_p, self.sink_pages(page_size)
         )
+
+    @property
+    def least_auto_tokens(self) -> int:
+        """Context tokens up to which ``auto`` leaves every chunk dense: a budget that covers them is exact."""
+        return max(self.min_prefill_tokens, self.budget_tokens)
 
     def new_prefill_policy(self, page_size: int, patterns: HeadPatterns) -> PrefillPolicy:
         """The prefill policy of a layer whose query heads have ``patterns``."""

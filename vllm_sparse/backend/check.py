@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 from vllm_sparse import support
@@ -10,6 +11,7 @@ from vllm_sparse.backend import compat, connectors, offload
 from vllm_sparse.config import TABLES, SparseConfig
 from vllm_sparse.errors import ConfigError
 from vllm_sparse.pages.layout import PAGE_SIZES
+from vllm_sparse.prefill.gate import AUTO
 
 
 def check_engine(vllm_config: Any) -> None:
@@ -40,6 +42,10 @@ def check_engine(vllm_config: Any) -> None:
     found = with_tables(vllm_config, config)
     read = (key for key in TABLES if getattr(found, key) is not getattr(config, key))
     carry(vllm_config, config, found, next(read, ""))
+    too_short = model and model.max_model_len <= found.least_auto_tokens
+    if too_short and found.prefill_policy == AUTO and isinstance(vllm_config.additional_config, dict):
+        # No prompt is long enough: buffers for it would be memory that the cache goes without.
+        carry(vllm_config, found, replace(found, prefill_policy="dense"), "prefill_policy")
     cache = vllm_config.cache_config
     if cache is None:
         return

@@ -34,7 +34,8 @@ def sparse_chunks(step: Step, config: SparseConfig, gate: ChunkGate | None) -> l
     if config.prefill_policy == "dense" or lens is None:
         return []
     starts, lens = common.query_start_loc_cpu.tolist(), lens[: common.num_reqs].tolist()
-    chunks = plan_chunks(starts, lens, config.min_prefill_tokens, step.num_decodes)
+    least = config.least_auto_tokens if config.prefill_policy == AUTO else config.min_prefill_tokens
+    chunks = plan_chunks(starts, lens, least, step.num_decodes)
     images = common.mm_req_doc_ranges or {}
     chunks = [each for each in chunks if not any(_meets(each, *span) for span in images.get(each.request, ()))]
     chunks = [chunk for chunk in chunks if not step.is_exact(chunk.request)]
