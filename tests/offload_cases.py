@@ -61,7 +61,9 @@ def make_store(
     seed: int = 0,
     summary_slots: int = 1,
     fp8: bool = False,
+    room: int = 0,
 ) -> Store:
+    """``room``: slots after the summaries of a page, as beside states."""
     generator = torch.Generator().manual_seed(seed)
     host = torch.randn(num_blocks, kv_heads, page_size, 2 * head_dim, generator=generator).to(dtype)
     exponents = None
@@ -71,11 +73,11 @@ def make_store(
         exponents = exponents.to(DEVICE)
     pages = staged - (-16 * sets // kv_heads)
     hot = torch.full((pages, kv_heads, page_size + summary_slots, 2 * head_dim), float("nan"), dtype=dtype)
-    summaries = torch.full((num_blocks, kv_heads, summary_slots, 2 * head_dim), float("nan"), dtype=dtype)
+    summaries = torch.full((num_blocks, kv_heads, summary_slots + room, 2 * head_dim), float("nan"), dtype=dtype)
     lookups = Lookups.empty(4096, DEVICE)
     lookups.misses.fill_(-7)
     return Store(
-        host=on_host(host), hot=hot.to(DEVICE), summaries=summaries.to(DEVICE),
+        host=on_host(host), hot=hot.to(DEVICE), summaries=summaries.to(DEVICE)[:, :, :summary_slots],
         plan=WritePlan.empty(max_tokens, staged, 3, DEVICE),
         hot_set=HotSet.empty(num_blocks * kv_heads, 16 * sets, staged * kv_heads, DEVICE),
         lookups=lookups, page_size=page_size, exponents=exponents,

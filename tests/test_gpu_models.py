@@ -65,3 +65,15 @@ def test_graphs_replay_eager(answer):
     assert_same(graphs, eager)
     assert graphs.counts["attended_tokens"] < 0.7 * graphs.counts["context_tokens"]
     assert not graphs.waits, graphs.waits[:3]
+
+
+@pytest.mark.parametrize("answer", ["granite4", "lfm2", "jamba"], indirect=True)
+def test_pages_on_the_host_answer_as_those_on_the_gpu(answer):
+    """Beside states, which stay there."""
+    resident = answer({**SPARSE, "dense_layers": 0}, compilation_config=GRAPHS)
+    offloaded = {**SPARSE, "dense_layers": 0, "offload": {"host_gib": 0.5}}
+    for settings in ({}, {"compilation_config": GRAPHS}):
+        found = answer(offloaded, **settings)
+        assert_same(found, resident)
+        assert 0 < found.counts["head_pages_fetched"] < found.counts["head_pages_looked_up"]
+        assert not found.waits, found.waits[:3]

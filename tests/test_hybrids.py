@@ -129,12 +129,3 @@ def test_the_first_full_attention_layers_run_dense_where_that_is_asked(tiny):
     with tiny.start(model, {"dense_layers": 1}, **options) as llm:
         (counts,) = llm.collective_rpc("sparse_metrics")
     assert (counts["sparse_layers"], counts["dense_layers"]) == (1, {"dense_layers=1": 1})
-
-
-def test_offload_is_refused(tiny):
-    model, options = model_of(tiny, "granite4")
-    with (
-        pytest.raises(ValueError, match=r"sparse\.offload: the model has linear-attention.*allowed: null"),
-        tiny.start(model, {"offload": {"host_gib": 0.05}}, **options),
-    ):
-        pass

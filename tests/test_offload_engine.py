@@ -403,7 +403,7 @@ def test_capacity_is_what_the_host_pool_holds(tiny):
     with tiny.start(sparse={"offload": OFFLOAD}, block_size=16) as llm:
         blocks = engine_core(llm).vllm_config.cache_config.num_gpu_blocks
         store = offloaded(llm)[0].store
-    assert blocks == int(OFFLOAD["host_gib"] * 2**30) // PAGE_BYTES == store.num_blocks
+    assert blocks == int(OFFLOAD["host_gib"] * 2**30) // PAGE_BYTES == store.num_pages
     assert blocks * 16 * PAGE_BYTES / 16 > 0.99 * OFFLOAD["host_gib"] * 2**30
     with tiny.start(block_size=16) as llm:
         assert engine_core(llm).vllm_config.cache_config.num_gpu_blocks < blocks

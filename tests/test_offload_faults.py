@@ -339,7 +339,7 @@ def test_random_schedules_leave_no_stale_page_and_lose_no_block(host_dtype, part
 def test_memory_is_shared_out_to_the_last_page():
     step = StepLimits(8, 256, 1024, 64)
     gpu, blocks = 64 << 20, 900
-    split = split_memory(SHAPE, step, gpu, blocks * SHAPE.host_page_bytes + 5, "auto")
+    split = split_memory(SHAPE, step, gpu, blocks * SHAPE.host_block_bytes + 5, "auto")
     assert split.num_blocks == blocks and split.slots_per_layer == -(-blocks * HEADS // 16) * 16
     # A GPU that is the narrower: a quarter is left for hot head pages.
     gpu = step.fixed_bytes(SHAPE) + 400 * (SHAPE.gpu_block_bytes + SHAPE.map_block_bytes)
@@ -348,5 +348,5 @@ def test_memory_is_shared_out_to_the_last_page():
     used = split.num_blocks * (SHAPE.gpu_block_bytes + SHAPE.map_block_bytes) + step.fixed_bytes(SHAPE)
     assert used + split.slots_per_layer * LAYERS * SHAPE.slot_bytes <= gpu
     with pytest.raises(ConfigError, match=r"--max-model-len 1024 needs .* host memory"):
-        split_memory(SHAPE, step, gpu, 20 * SHAPE.host_page_bytes, "auto")
+        split_memory(SHAPE, step, gpu, 20 * SHAPE.host_block_bytes, "auto")
     assert limits.AUTO_SHARE < 1

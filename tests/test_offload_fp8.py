@@ -169,7 +169,7 @@ def test_other_dtypes_are_refused(value):
 
 def test_fp8_pool_sizes():
     plain, coded = (CacheShape(32, 8, 128, 16, 2, 1, dtype) for dtype in ("auto", "fp8"))
-    assert plain.host_page_bytes == 2 * coded.host_page_bytes
+    assert plain.host_block_bytes == 2 * coded.host_block_bytes
     assert coded.map_block_bytes - plain.map_block_bytes == 2 * 32 * 8
     assert (plain.slot_bytes, plain.head_page_bytes) == (coded.slot_bytes, coded.head_page_bytes)
 
@@ -286,5 +286,5 @@ def test_capacity_is_four_times_that_of_float32(tiny):
     with tiny.start(sparse={"offload": FP8}, block_size=16) as llm:
         blocks = engine_core(llm).vllm_config.cache_config.num_gpu_blocks
         store = offloaded(llm)[0].store
-    assert blocks == 4 * int(FP8["host_gib"] * 2**30) // PAGE_BYTES == store.num_blocks
+    assert blocks == 4 * int(FP8["host_gib"] * 2**30) // PAGE_BYTES == store.num_pages
     assert store.pool.num_bytes == blocks * PAGE_BYTES // 4

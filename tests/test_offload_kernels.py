@@ -64,12 +64,13 @@ def test_writes_are_planned_as_by_the_reference(page_size, block, monkeypatch):
 @shapes
 @dtypes
 @pools
-@pytest.mark.parametrize("summary_slots", [1, 2])
-def test_pages_are_staged_written_and_written_through_as_by_the_reference(shape, dtype, summary_slots, fp8):
+@pytest.mark.parametrize("summary_slots, room", [(1, 0), (2, 0), (1, 2)])
+def test_pages_are_staged_written_and_written_through_as_by_the_reference(shape, dtype, summary_slots, room, fp8):
     kv_heads, head_dim, page_size = shape
     actual = make_store(
-        16, kv_heads, head_dim, page_size, dtype=dtype, max_tokens=400, summary_slots=summary_slots, fp8=fp8
-    )
+        16, kv_heads, head_dim, page_size, dtype=dtype, max_tokens=400, summary_slots=summary_slots, fp8=fp8,
+        room=room,
+    )  # fmt: skip
     # Some of the blocks had owners whose head pages are in slots.
     head_pages = torch.arange(0, 16 * kv_heads, 3, device=DEVICE)
     hot_set = actual.hot_set

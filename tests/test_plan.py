@@ -6,7 +6,8 @@ import json
 import re
 
 import pytest
-from tiny_engine import ENGINE, SPARSE, engine_core
+import test_hybrids
+from tiny_engine import ENGINE, SPARSE, attention_layers, engine_core
 
 from vllm_sparse.tools import cli
 from vllm_sparse.tools.dry_engine import OVERHEAD_GIB
@@ -130,6 +131,27 @@ def test_host_too_small_is_said(tmp_path, capsys):
     printed = plan(capsys, tmp_path, "--gpu", 80, "--host", 8, "--context", "128k")
     assert tokens_of(printed, "sparse, offload") == 0
     assert "offload does not start" in printed and "16.002 GiB of host memory" in printed
+
+
+@pytest.mark.seam
+@pytest.mark.engine
+@pytest.mark.skipif(test_hybrids.TOO_OLD, reason="vLLM 0.31 has no kernels for states in float32 on a CPU")
+def test_blocks_beside_states_are_planned(tiny, capfd):
+    model, options = test_hybrids.model_of(tiny, "granite4")
+    printed = plan(
+        capfd, model, "--gpu", 1, "--kv-gib", 32 / 1024, "--host", 0.2, "--context", 1024, "--max-num-seqs",
+        ENGINE["max_num_seqs"] // 2, "--max-num-batched-tokens", ENGINE["max_num_batched_tokens"], "--dtype",
+        "float32", "--sparse", json.dumps(SPARSE),
+    )  # fmt: skip
+    options["enable_prefix_caching"] = True  # as is the default
+    with tiny.start(model, {"offload": {"host_gib": 0.2}}, block_size=16, **options) as llm:
+        cache = engine_core(llm).vllm_config.cache_config
+        (layer, *_) = attention_layers(llm).values()
+        shape, reported = layer.impl.pages.offloaded.store.shape, cache.num_gpu_blocks
+    assert tokens_of(printed, "sparse, offload") == reported * 1024 // shape.context_blocks(1024)
+    states = shape.states.request_blocks
+    assert f"{shape.block_tokens} tokens; in each context {states} more are held by states" in printed
+    assert tokens_of(printed, "stock") > 0 and "summaries and states" in printed
 
 
 def test_token_notation():

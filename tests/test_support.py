@@ -152,6 +152,18 @@ REFUSED_ENGINES = [
     (engine(parallel_config=SimpleNamespace(decode_context_parallel_size=2)), "2 is not supported.*allowed: 1"),
     (engine(parallel_config=SimpleNamespace(enable_dbo=True)), "micro-batches"),
     (engine(speculative_config=SimpleNamespace(method="eagle")), "'eagle'|with sparse.offload.*ngram, suffix"),
+    (
+        engine(model_config=HYBRID, speculative_config=SimpleNamespace(method="ngram")),
+        "with sparse.offload: drafts were not seen.*: none",
+    ),
+    (
+        engine(model_config=HYBRID, parallel_config=SimpleNamespace(pipeline_parallel_size=2)),
+        "with sparse.offload: stages differ.*allowed with offload: 1",
+    ),
+    (
+        engine(cache_config=SimpleNamespace(cache_dtype="auto", mamba_cache_mode="all")),
+        "with sparse.offload: every block.*none, align",
+    ),
     (engine(model_config=HYBRID, kv_transfer_config=object()), "several pages beside states.*allowed: none"),
     (
         engine(model_config=HYBRID, cache_config=SimpleNamespace(cache_dtype="auto", kv_offloading_size=4.0)),

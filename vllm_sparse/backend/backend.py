@@ -33,6 +33,7 @@ class SparseBackend(AttentionBackend):
     def of(cls, layout: PageLayout) -> type[SparseBackend]:
         """The backend of layers whose pages have ``layout``: the same class for equal layouts."""
         where, pages = "host" if layout.on_host else "gpu", f"_{layout.page_size}" if layout.page_size else ""
+        pages += f"_{layout.least_slots}" if layout.least_slots else ""
         return type(f"SparseBackend_{layout.summary}_{where}{pages}", (cls,), {"layout": layout})
 
     @staticmethod

@@ -51,12 +51,12 @@ def check_engine(vllm_config: Any) -> None:
         return
     hybrid = model is not None and model.is_hybrid
     if hybrid:
-        if config.offload is not None:
-            raise ConfigError(
-                "sparse.offload: the model has linear-attention, Mamba or convolution layers, whose states lie in "
-                "vLLM's blocks as K and V do; allowed: null"
-            )
         config.check_page_size(PAGE_SIZES[0])
+        if (cache.block_size or 0) % PAGE_SIZES[0]:
+            raise ConfigError(
+                f"--block-size: {cache.block_size} tokens are no whole number of pages; allowed for this model: "
+                f"multiples of {PAGE_SIZES[0]}"
+            )
     elif current_platform.is_cpu() and not getattr(cache, "user_specified_block_size", False):
         # CPUs default to 128, at which a budget of a few hundred tokens holds no pages to choose; 32
         # is the least that vLLM's own CPU backend takes for layers that are left to it.

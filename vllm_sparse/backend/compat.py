@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import multiprocessing
 from collections.abc import Callable
@@ -131,6 +132,36 @@ def kv_cache_planning() -> Any:
         return import_module("vllm.v1.core.kv_cache_planning")
     except ModuleNotFoundError:  # before 0.33
         return import_module("vllm.v1.core.kv_cache_utils")
+
+
+def state_bytes(vllm_config) -> int:
+    """Bytes of a layer's state in a hybrid model: the largest, as vLLM sizes blocks."""
+    from vllm.model_executor.models import ModelRegistry
+    from vllm.v1.kv_cache_interface import MambaSpec
+
+    model_config = vllm_config.model_config
+    model, _ = ModelRegistry.resolve_model_cls(model_config.architecture, model_config=model_config)
+    if hasattr(model, "get_mamba_specs_from_config"):  # 0.33
+        return max(spec.page_size_bytes for spec in model.get_mamba_specs_from_config(vllm_config))
+    shapes = model.get_mamba_state_shape_from_config(vllm_config)
+    dtypes = model.get_mamba_state_dtype_from_config(vllm_config)
+    return MambaSpec(shapes=shapes, dtypes=dtypes, block_size=-1).page_size_bytes
+
+
+def pool_block_bytes(vllm_config, groups: list) -> int:
+    """GPU bytes of one block of the pool that ``groups`` of layers share."""
+    function = kv_cache_planning()._pool_bytes_per_block
+    named = "vllm_config" in inspect.signature(function).parameters
+    return function(vllm_config, groups) if named else function(groups)  # 0.31
+
+
+def zero_no_blocks(runner) -> None:
+    """Have a model runner hand out blocks as they are; of hybrid models vLLM zeroes them."""
+    zeroer = getattr(runner, "kv_block_zeroer", None)  # Model Runner V2
+    if zeroer is not None:
+        zeroer.zero_block_ids = lambda block_ids: None
+    else:
+        runner._zero_block_ids = lambda block_ids: None
 
 
 def replace_rows(common, **rows):

@@ -202,10 +202,14 @@ def _build_ours(original, layer, bound, vllm_config, config: SparseConfig, decis
     from vllm.v1.attention.selector import get_attn_backend
 
     from vllm_sparse.backend.backend import SparseBackend
-    from vllm_sparse.backend.spec import PageLayout
+    from vllm_sparse.backend.spec import PageLayout, slots_of_asked_blocks
 
-    arguments, model = bound.arguments, vllm_config.model_config
-    layout = PageLayout.of(config, decision, linear=model is not None and model.is_hybrid)
+    arguments, model, least_slots = bound.arguments, vllm_config.model_config, 0
+    hybrid = model is not None and model.is_hybrid
+    if hybrid and config.offload is not None:
+        heads = arguments["num_kv_heads"] or arguments["num_heads"]
+        least_slots = slots_of_asked_blocks(vllm_config, heads, arguments["head_size"])
+    layout = PageLayout.of(config, decision, hybrid, least_slots)
     arguments["attn_backend"] = SparseBackend.of(layout)
     original(*bound.args, **bound.kwargs)
     stock = None
@@ -329,8 +333,14 @@ def zero_whole_blocks(worker: Any) -> None:
 
     By itself it takes the number of a block for that of a page: it would wipe out a page of another block, which
     may hold the state of a linear layer, and leave the block as it was. On a GPU vLLM counts pages.
+
+    With offload no block is zeroed: nothing reads a summary before its page is written, and the thousands of pages
+    of a block in all layers are more than a launch of vLLM's kernel takes.
     """
     runner = worker.model_runner
+    if SparseConfig.from_vllm(worker.vllm_config).offload is not None:
+        compat.zero_no_blocks(runner)
+        return
     original = getattr(type(runner), "_zero_block_ids", None)
     if original is None or worker.device.type != "cpu":
         return

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from vllm.distributed import get_world_group
+from vllm.v1.kv_cache_interface import MambaSpec
 
 from vllm_sparse import metrics
 from vllm_sparse.backend import compat
@@ -16,7 +17,7 @@ from vllm_sparse.config import SparseConfig
 from vllm_sparse.errors import ConfigError
 from vllm_sparse.offload import sizing
 from vllm_sparse.offload.limits import check_host_memory, read_limits, resolve_host_gib
-from vllm_sparse.offload.sizing import GIB, CacheShape, Split, StepLimits
+from vllm_sparse.offload.sizing import GIB, CacheShape, Split, States, StepLimits
 from vllm_sparse.offload.store import OffloadStore
 
 logger = logging.getLogger("vllm.vllm_sparse")
@@ -88,30 +89,45 @@ def _on_host(spec: Any) -> bool:
     return isinstance(spec, SparseAttentionSpec) and spec.layout.on_host
 
 
-def shape_of(specs: dict[str, Any], config: SparseConfig) -> CacheShape:
-    """The cache of a worker's layers, all of which must offload.
+def shape_of(specs: dict[str, Any], config: SparseConfig, vllm_config: Any) -> CacheShape:
+    """The cache of a worker's layers, all of which must offload but those of states, which stay on the GPU.
 
     Raises:
         ConfigError: some layers keep their K and V on the GPU.
     """
-    others = [name for name, spec in specs.items() if not _on_host(spec)]
+    offloaded = {name: spec for name, spec in specs.items() if _on_host(spec)}
+    states = {name: spec for name, spec in specs.items() if isinstance(spec, MambaSpec)}
+    others = [name for name in specs if name not in offloaded and not (offloaded and name in states)]
     if others:
         raise ConfigError(
             f"sparse.offload: {len(others)} of {len(specs)} layers of this model do not run sparse and cannot "
             f"offload, such as {others[0]}; allowed: models whose attention layers are all full attention"
         )
-    spec = next(iter(specs.values()))
-    if any(other != spec for other in specs.values()):
+    spec = next(iter(offloaded.values()))
+    if any(other != spec for other in offloaded.values()):
         raise ConfigError("sparse.offload: layers of this model differ in KV heads, head size or dtype")
     return CacheShape(
-        layers=len(specs),
+        layers=len(offloaded),
         kv_heads=spec.num_kv_heads,
         head_dim=spec.head_size,
-        page_size=spec.block_size,
+        page_size=spec.page_size,
         item_bytes=spec.dtype.itemsize,
         summary_slots=spec.summary_slots,
         host_dtype=config.offload.host_dtype,
+        block_pages=spec.block_size // spec.page_size,
+        states=_states(specs, vllm_config) if states else None,
     )
+
+
+def _states(specs: dict[str, Any], vllm_config: Any) -> States:
+    """What vLLM's planner makes of layers of states among ``specs``."""
+    groups = compat.kv_cache_planning().get_kv_cache_groups(vllm_config, dict(specs))
+    blocks = 0
+    for group in groups:
+        spec = group.kv_cache_spec
+        if isinstance(specs[group.layer_names[0]], MambaSpec):
+            blocks += -(-spec.max_memory_usage_bytes(vllm_config) // spec.page_size_bytes)
+    return States(compat.pool_block_bytes(vllm_config, groups), blocks)
 
 
 def _limits(vllm_config: Any, config: SparseConfig, page_size: int) -> StepLimits:
@@ -133,7 +149,7 @@ def _host_bytes(worker: Any, config: SparseConfig) -> int:
 
 
 def available_memory(worker: Any, gpu_bytes: int) -> int:
-    """Bytes that vLLM is told it has for KV: the summaries of all pages in the host pool.
+    """Bytes that vLLM is told it has for KV: summaries of all pages in the host pool, or states in their place.
 
     Args:
         gpu_bytes: what vLLM measured. The hot store takes the rest of it. Returned as it is unless the worker's
@@ -142,10 +158,10 @@ def available_memory(worker: Any, gpu_bytes: int) -> int:
     config = _config(worker)
     if config is None:
         return gpu_bytes
-    shape = shape_of(worker.get_kv_cache_spec(), config)
+    shape = shape_of(worker.get_kv_cache_spec(), config, worker.vllm_config)
     limits = _limits(worker.vllm_config, config, shape.page_size)
     split = sizing.split_memory(shape, limits, gpu_bytes, _host_bytes(worker, config), config.offload.hot_fraction)
-    worker.sparse_gpu_bytes = gpu_bytes
+    worker.sparse_planned = gpu_bytes, shape
     return split.num_blocks * shape.gpu_block_bytes
 
 
@@ -158,30 +174,36 @@ def build_store(worker: Any, kv_cache_config: Any) -> None:
     config = _config(worker)
     if config is None:
         return
-    specs = worker.get_kv_cache_spec()
-    shape, vllm_config = shape_of(specs, config), worker.vllm_config
-    if len(kv_cache_config.kv_cache_groups) != 1:
-        raise ConfigError("sparse.offload: vLLM grouped this model's layers, which share one pool of blocks")
-    hashed = getattr(kv_cache_config, "hash_block_size", None)
-    if hashed not in (None, shape.page_size):
+    vllm_config = worker.vllm_config
+    # Planned before vLLM settled on its blocks: by now its config may have the size of those of states.
+    gpu_bytes, shape = worker.sparse_planned
+    names = [name for name, spec in worker.get_kv_cache_spec().items() if _on_host(spec)]
+    groups = [group for group in kv_cache_config.kv_cache_groups if not set(names).isdisjoint(group.layer_names)]
+    if len(groups) != 1:
         raise ConfigError(
-            f"sparse.offload: prefix caching in parts of blocks ({hashed} of {shape.page_size} tokens) copies "
-            f"blocks on the GPU only; allowed: a hash block size equal to --block-size"
+            f"sparse.offload: vLLM has put this model's attention layers into {len(groups)} groups, which share "
+            f"one pool of blocks; allowed: models of which it puts them into one"
+        )
+    hashed = getattr(kv_cache_config, "hash_block_size", None)
+    if hashed is not None and hashed % shape.block_tokens:
+        raise ConfigError(
+            f"sparse.offload: prefix caching in parts of blocks ({hashed} of {shape.block_tokens} tokens) copies "
+            f"blocks on the GPU only; allowed: --prefix-match-unit left out"
         )
     limits = _limits(vllm_config, config, shape.page_size)
     num_blocks = kv_cache_config.num_blocks
     host_bytes = _host_bytes(worker, config)
-    if num_blocks * shape.host_page_bytes > host_bytes:
+    if num_blocks * shape.host_block_bytes > host_bytes:
         raise ConfigError(
-            f"--num-gpu-blocks-override: {num_blocks} blocks need {num_blocks * shape.host_page_bytes / GIB:.3f} "
+            f"--num-gpu-blocks-override: {num_blocks} blocks need {num_blocks * shape.host_block_bytes / GIB:.3f} "
             f"GiB of host memory per rank; sparse.offload.host_gib leaves {host_bytes / GIB:.3f}"
         )
-    slots = sizing.slots_beside(num_blocks, shape, limits, worker.sparse_gpu_bytes, config.offload.hot_fraction)
+    slots = sizing.slots_beside(num_blocks, shape, limits, gpu_bytes, config.offload.hot_fraction)
     split = Split(num_blocks, slots)
     layers = vllm_config.compilation_config.static_forward_context
-    dtype = layers[next(iter(specs))].impl.cache_dtype
+    dtype = layers[names[0]].impl.cache_dtype
     store = OffloadStore(shape, limits, split, dtype, torch.device(worker.device))
-    for name, offloaded in zip(specs, store.layers, strict=True):
+    for name, offloaded in zip(names, store.layers, strict=True):
         impl = layers[name].impl
         impl.pages.offloaded = offloaded
     impl.counts.hot = metrics.HotSetCounts(store)
@@ -189,6 +211,7 @@ def build_store(worker: Any, kv_cache_config: Any) -> None:
     logger.info(
         "sparse attention: offload: %.2f GiB of host memory%s for %d tokens of context, hot set of %.2f GiB "
         "(%.1f%% of it)",
-        store.pool.num_bytes / GIB, " in fp8" if shape.in_fp8 else "", split.tokens(shape.page_size),
-        slots * shape.slot_bytes / GIB, 100 * slots / (num_blocks * shape.layers * shape.kv_heads),
+        store.pool.num_bytes / GIB, " in fp8" if shape.in_fp8 else "",
+        split.tokens(shape, limits.max_context_tokens), slots * shape.slot_bytes / GIB,
+        100 * slots / (num_blocks * shape.block_head_pages),
     )  # fmt: skip

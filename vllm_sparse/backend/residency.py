@@ -156,15 +156,21 @@ class OffloadedPages(LayerPages):
     def ready(self) -> bool:
         return self.offloaded is not None
 
+    def _summaries(self, cache):
+        """``cache`` without slots that only make room for states."""
+        slots = self.layout.summary_slots(self.geometry.page_size, self.geometry.head_dim, self.item_bytes)
+        return cache[:, :, :slots]
+
     def write(self, key, value, cache, slot_mapping):
         if self.ready:
-            self.offloaded.write(key, value, slot_mapping, cache, self.layout.summary, self.geometry)
+            summaries = self._summaries(cache)
+            self.offloaded.write(key, value, slot_mapping, summaries, self.layout.summary, self.geometry)
 
     def of_run(self, cache, runs, index):
         return self.offloaded.context_of(runs, index)
 
     def scored(self, cache):
-        return summaries_as_pages(cache, self.geometry.page_size)
+        return summaries_as_pages(self._summaries(cache), self.geometry.page_size)
 
     def listed(self, cache):
         return self.offloaded.host

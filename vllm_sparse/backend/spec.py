@@ -9,14 +9,19 @@ blocks larger, to bring layers to one size, it splits them into pages again for 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
+from vllm_sparse.backend import compat
 from vllm_sparse.config import SparseConfig
 from vllm_sparse.pages import summaries
 from vllm_sparse.pages.layout import PAGE_SIZES
 from vllm_sparse.policies import DECODE_POLICIES
-from vllm_sparse.support import Decision
+from vllm_sparse.support import QUANTISED_CACHES, Decision
+
+MOST_SLOTS = 4
+"""Slots of a page for the sake of small blocks: with offload the GPU then has a quarter of K and V's bytes."""
 
 
 @dataclass(frozen=True)
@@ -33,16 +38,18 @@ class PageLayout:
     """Offload: K and V are in CPU memory, and a block of vLLM's holds the summary slots alone."""
     page_size: int | None = None
     """Tokens of a page where a block holds several; None: a block is a page."""
+    least_slots: int = 0
+    """Slots that a page has at least with offload: the more, the smaller a block that has room for a state."""
 
     @classmethod
-    def of(cls, config: SparseConfig, decision: Decision, linear: bool) -> PageLayout:
+    def of(cls, config: SparseConfig, decision: Decision, linear: bool, least_slots: int = 0) -> PageLayout:
         """The layout of a layer's pages; where no layer chooses any they need no summary.
 
         Beside ``linear`` layers vLLM makes blocks as large as a state of theirs, of any multiple of 16 tokens:
         these hold pages of the least size, which ranks best.
         """
         summary = "none" if decision.all_dense else DECODE_POLICIES[config.decode_policy].summary
-        return cls(summary, config.offload is not None, PAGE_SIZES[0] if linear else None)
+        return cls(summary, config.offload is not None, PAGE_SIZES[0] if linear else None, least_slots)
 
     def summary_slots(self, page_size: int, head_dim: int, item_bytes: int) -> int:
         """Summary slots of a page; at least one with offload, where vLLM's blocks hold nothing else."""
@@ -50,7 +57,24 @@ class PageLayout:
 
     def page_slots(self, page_size: int, head_dim: int, item_bytes: int) -> int:
         """Slots of a page in vLLM's memory."""
-        return self.summary_slots(page_size, head_dim, item_bytes) + (0 if self.on_host else page_size)
+        slots = self.summary_slots(page_size, head_dim, item_bytes)
+        return max(slots, self.least_slots) if self.on_host else slots + page_size
+
+
+def slots_of_asked_blocks(vllm_config: Any, kv_heads: int, head_dim: int) -> int:
+    """Slots of a page by which blocks of ``--block-size`` have room for a state; 0 where that asks for no size.
+
+    Only with offload, where vLLM's blocks would be of thousands of tokens, and a state leaves as much of the host
+    idle.
+    """
+    cache = vllm_config.cache_config
+    if not cache.user_specified_block_size or cache.block_size <= PAGE_SIZES[0]:
+        return 0
+    quantised = compat.kv_dtype(vllm_config) in QUANTISED_CACHES
+    item_bytes = 1 if quantised else vllm_config.model_config.dtype.itemsize
+    pages = cache.block_size // PAGE_SIZES[0]
+    slots = -(-compat.state_bytes(vllm_config) // (pages * kv_heads * 2 * head_dim * item_bytes))
+    return slots if slots <= MOST_SLOTS else 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""HostPool: K and V of all blocks of a rank in CPU memory that the GPU reads and writes."""
+"""HostPool: K and V of all pages of a rank in CPU memory that the GPU reads and writes."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ QUIET_BYTES = 8 * GIB
 
 
 class HostPool:
-    """One tensor per layer, [num_blocks, kv_heads, page_size, 2 * head_dim], addressable by ``device``.
+    """One tensor per layer, [num_pages, kv_heads, page_size, 2 * head_dim], addressable by ``device``.
 
     On a GPU the memory is pinned and mapped (unified virtual addressing); on a CPU it is ordinary.
     """
 
-    def __init__(self, shape: CacheShape, num_blocks: int, dtype: torch.dtype, device: torch.device):
+    def __init__(self, shape: CacheShape, num_pages: int, dtype: torch.dtype, device: torch.device):
         """Allocate and pin; ``dtype`` is that of the cache, which may be stored smaller (``shape.host_dtype``).
 
         Raises:
             ConfigError: the host gave or pinned less than all of it; everything is given back first.
         """
-        self.pages = (num_blocks, shape.kv_heads, shape.page_size, 2 * shape.head_dim)
+        self.pages = (num_pages, shape.kv_heads, shape.page_size, 2 * shape.head_dim)
         kept = torch.float8_e4m3fn if shape.in_fp8 else dtype
-        size = num_blocks * shape.kv_heads * shape.host_head_page_bytes
+        size = num_pages * shape.kv_heads * shape.host_head_page_bytes
         self._pinned: dict[int, int] = {}  # bytes by address
         self._memory: list[mmap.mmap] = []
         # For an engine that ends in a process that goes on. At exit the driver lets go of everything itself.

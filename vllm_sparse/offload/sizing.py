@@ -19,6 +19,20 @@ EXPONENT_BYTES = 2
 
 
 @dataclass(frozen=True)
+class States:
+    """What layers of states take of vLLM's blocks, which they share with those that offload.
+
+    A block holds K and V of tokens, whose summaries are on the GPU, or states of one request, whose share of the
+    host pool then lies idle.
+    """
+
+    block_bytes: int
+    """GPU memory of a block."""
+    request_blocks: int
+    """Most blocks that hold states of a request."""
+
+
+@dataclass(frozen=True)
 class CacheShape:
     """The KV cache of one rank."""
 
@@ -30,6 +44,10 @@ class CacheShape:
     summary_slots: int
     host_dtype: str = "auto"
     """See :class:`vllm_sparse.offload.config.OffloadConfig`."""
+    block_pages: int = 1
+    """Pages of one of vLLM's blocks: several beside layers of states, whose size vLLM fits its blocks to."""
+    states: States | None = None
+    """Of those layers."""
 
     @property
     def token_bytes(self) -> int:
@@ -62,19 +80,34 @@ class CacheShape:
         return (self.page_size + self.summary_slots) * self.token_bytes
 
     @property
-    def host_page_bytes(self) -> int:
+    def block_tokens(self) -> int:
+        return self.block_pages * self.page_size
+
+    @property
+    def block_head_pages(self) -> int:
+        """Head pages of a block in all layers."""
+        return self.layers * self.block_pages * self.kv_heads
+
+    @property
+    def host_block_bytes(self) -> int:
         """Host memory of a block: its K and V in all layers."""
-        return self.layers * self.kv_heads * self.host_head_page_bytes
+        return self.block_head_pages * self.host_head_page_bytes
 
     @property
     def gpu_block_bytes(self) -> int:
-        """What vLLM allocates for a block on the GPU: its summaries in all layers."""
-        return self.layers * self.kv_heads * self.summary_slots * self.token_bytes
+        """What vLLM allocates for a block on the GPU: its summaries in all layers, or as many states."""
+        if self.states is not None:
+            return self.states.block_bytes
+        return self.block_head_pages * self.summary_slots * self.token_bytes
 
     @property
     def map_block_bytes(self) -> int:
         """What is known of a block's head pages on the GPU."""
-        return self.layers * self.kv_heads * (MAP_BYTES + (EXPONENT_BYTES if self.has_exponents else 0))
+        return self.block_head_pages * (MAP_BYTES + (EXPONENT_BYTES if self.has_exponents else 0))
+
+    def context_blocks(self, tokens: int) -> int:
+        """Blocks of a request of ``tokens``: of its K and V, and of its states."""
+        return -(-tokens // self.block_tokens) + (self.states.request_blocks if self.states is not None else 0)
 
 
 @dataclass(frozen=True)
@@ -107,12 +140,13 @@ class Split:
     """What a rank's memory holds."""
 
     num_blocks: int
-    """vLLM's blocks, of which one is never used: pages of the host pool, with summaries on the GPU."""
+    """vLLM's blocks, of which one is never used: parts of the host pool, with summaries on the GPU."""
     slots_per_layer: int
     """Head pages that the hot set holds of each layer."""
 
-    def tokens(self, page_size: int) -> int:
-        return self.num_blocks * page_size
+    def tokens(self, shape: CacheShape, context_tokens: int) -> int:
+        """Tokens that requests of ``context_tokens`` hold together."""
+        return self.num_blocks * context_tokens // shape.context_blocks(context_tokens)
 
 
 def slots_beside(
@@ -124,7 +158,7 @@ def slots_beside(
     if hot_fraction != "auto":
         hot_bytes = min(hot_bytes, int(usable * hot_fraction))
     slots = max(0, hot_bytes) // (shape.layers * (shape.slot_bytes + SLOT_STATE_BYTES))
-    return min(slots, num_blocks * shape.kv_heads + WAYS - 1) // WAYS * WAYS
+    return min(slots, num_blocks * shape.block_pages * shape.kv_heads + WAYS - 1) // WAYS * WAYS
 
 
 def split_memory(
@@ -138,17 +172,18 @@ def split_memory(
     block_bytes = shape.gpu_block_bytes + shape.map_block_bytes
     usable = gpu_bytes - limits.fixed_bytes(shape)
     share = LEAST_HOT_SHARE if hot_fraction == "auto" else hot_fraction
-    on_host = host_bytes // shape.host_page_bytes
+    on_host = host_bytes // shape.host_block_bytes
     on_gpu = max(0, int(usable * (1 - share))) // block_bytes
     num_blocks = min(on_host, on_gpu)
-    needed = limits.context_pages(shape.page_size)
+    needed = shape.context_blocks(limits.max_context_tokens) + 1
     if num_blocks < needed:
         fixed, summaries = limits.fixed_bytes(shape), needed * block_bytes
+        held = "summaries of its pages" if shape.states is None else "summaries of its pages, and its states"
         raise ConfigError(
             f"sparse.offload: one context of --max-model-len {limits.max_context_tokens} needs "
-            f"{needed * shape.host_page_bytes / GIB:.3f} GiB of host memory and "
+            f"{needed * shape.host_block_bytes / GIB:.3f} GiB of host memory and "
             f"{(fixed + summaries / (1 - share)) / GIB:.3f} GiB of GPU memory per rank "
-            f"(buffers of a step {fixed / GIB:.3f} GiB, summaries of its pages "
+            f"(buffers of a step {fixed / GIB:.3f} GiB, {held} "
             f"{summaries / GIB:.3f} GiB, the rest hot head pages); there are {host_bytes / GIB:.3f} GiB of "
             f"host memory and {gpu_bytes / GIB:.3f} GiB of GPU memory for KV. Lower --max-model-len or "
             f"--max-num-batched-tokens, or raise sparse.offload.host_gib or --gpu-memory-utilization"

@@ -32,8 +32,9 @@ class OffloadStore:
     def __init__(
         self, shape: CacheShape, limits: StepLimits, split: Split, dtype: torch.dtype, device: torch.device
     ):
-        self.shape, self.num_blocks, self.slots_per_layer = shape, split.num_blocks, split.slots_per_layer
-        self.pool = HostPool(shape, split.num_blocks, dtype, device)
+        self.shape, self.num_pages = shape, split.num_blocks * shape.block_pages
+        self.slots_per_layer = split.slots_per_layer
+        self.pool = HostPool(shape, self.num_pages, dtype, device)
         staged = limits.staged_pages(shape.page_size)
         pages = staged - (-shape.layers * split.slots_per_layer // shape.kv_heads)
         rows = shape.page_size + shape.summary_slots
@@ -41,7 +42,7 @@ class OffloadStore:
         self.plan = WritePlan.empty(limits.max_num_tokens, staged, shape.layers, device)
         head_pages = limits.max_num_reqs * shape.kv_heads * limits.table_pages
         self.lookups = Lookups.empty(head_pages, device)
-        head_pages = (split.num_blocks, shape.kv_heads, 2)
+        head_pages = (self.num_pages, shape.kv_heads, 2)
         exponents = [
             torch.zeros(head_pages, dtype=torch.uint8, device=device) if shape.has_exponents else None
             for _ in range(shape.layers)
@@ -56,7 +57,7 @@ class OffloadStore:
 
     def _hot_set_of(self, layer: int, staged_pages: int, device: torch.device) -> HotSet:
         heads, slots = self.shape.kv_heads, self.slots_per_layer
-        return HotSet.empty(self.num_blocks * heads, slots, staged_pages * heads + layer * slots, device)
+        return HotSet.empty(self.num_pages * heads, slots, staged_pages * heads + layer * slots, device)
 
 
 @dataclass
@@ -66,10 +67,10 @@ class OffloadedLayer:
     store: OffloadStore
     index: int
     host: torch.Tensor
-    """[num_blocks, kv_heads, page_size, 2 * head_dim]: K and V of all blocks."""
+    """[num_pages, kv_heads, page_size, 2 * head_dim]: K and V of all pages."""
     hot_set: HotSet
     exponents: torch.Tensor | None
-    """uint8 [num_blocks, kv_heads, 2], on the GPU, of a host in e4m3: a link to the host moves codes alone."""
+    """uint8 [num_pages, kv_heads, 2], on the GPU, of a host in e4m3: a link to the host moves codes alone."""
 
     @property
     def hot(self) -> torch.Tensor:
@@ -88,8 +89,8 @@ class OffloadedLayer:
 
         Args:
             key, value: [num_tokens, kv_heads, head_dim].
-            slot_mapping: int64 [num_tokens], ``block * page_size + row``; -1: not written.
-            summaries: [num_blocks, kv_heads, summary slots, 2 * head_dim], vLLM's cache of this layer.
+            slot_mapping: int64 [num_tokens], ``page * page_size + row``; -1: not written.
+            summaries: [num_pages, kv_heads, summary slots, 2 * head_dim], vLLM's cache of this layer.
             summary: see :mod:`vllm_sparse.kernels.page_write`.
             geometry: of the layer, with the scales of a quantised cache.
         """

@@ -112,6 +112,33 @@ def stock_of(engine: DryEngine, args: Any) -> DryEngine:
     return replace(engine, specs=tuple({name: plain(spec) for name, spec in of.items()} for of in engine.specs))
 
 
+def offloaded_of(engine: DryEngine, args: Any, config: SparseConfig) -> DryEngine:
+    """The same engine with its pages on a host of any size, of whose layers only the specs are to be used.
+
+    Args:
+        config: its settings, with ``offload``.
+
+    Raises:
+        ConfigError: it cannot offload.
+    """
+    from vllm_sparse.backend import offload
+    from vllm_sparse.backend.spec import SparseAttentionSpec
+
+    if engine.linear_layers:  # vLLM fits its blocks to states anew
+        args = copy(args)
+        args.additional_config = {"sparse": config.to_mapping(), offload.ADMITTED: config.offload.host_gib}
+        found = dry_engine(args)
+        found.vllm_config.model_config.max_model_len = engine.vllm_config.model_config.max_model_len
+        return found
+
+    def on_host(spec: Any) -> Any:
+        if not isinstance(spec, SparseAttentionSpec):
+            return spec
+        return replace(spec, layout=replace(spec.layout, on_host=True))
+
+    return replace(engine, specs=tuple({name: on_host(spec) for name, spec in of.items()} for of in engine.specs))
+
+
 def kv_bytes(engine: DryEngine, gpu_gib: float, utilization: float, kv_gib: float | None) -> int:
     """Memory for KV on each GPU of ``gpu_gib``.
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 from vllm_sparse.backend import compat
 from vllm_sparse.config import MOST, SparseConfig
 from vllm_sparse.errors import ConfigError
 from vllm_sparse.offload.config import HOST_DTYPES, MOST_GIB
 from vllm_sparse.offload.sizing import GIB, CacheShape, Split, StepLimits, split_memory
+from vllm_sparse.pages.layout import PAGE_SIZES
 from vllm_sparse.support import QUANTISED_CACHES
 from vllm_sparse.tools import commands
 from vllm_sparse.tools import dry_engine as dry
@@ -37,31 +39,40 @@ class Plan:
     shape: CacheShape | None
     """None where some layers cannot offload."""
 
+    context_tokens: int
+    """Of each request."""
+
     @property
     def offload_tokens(self) -> int:
-        return self.offload.tokens(self.shape.page_size) if self.offload else 0
+        return self.offload.tokens(self.shape, self.context_tokens) if self.offload else 0
 
     @property
     def hot_share(self) -> float:
         """Share of the head pages of all offloaded tokens that the hot set holds."""
         if not self.offload:
             return 0.0
-        return min(1.0, self.offload.slots_per_layer / (self.offload.num_blocks * self.shape.kv_heads))
+        slots = self.offload.slots_per_layer * self.shape.layers
+        return min(1.0, slots / (self.offload.num_blocks * self.shape.block_head_pages))
 
 
 def make_plan(
-    engine: DryEngine, stock: DryEngine, config: SparseConfig, kv_bytes: int, host_bytes: int, limits: StepLimits,
-    ranks: int,
+    engine: DryEngine, stock: DryEngine, engine_args: Any, config: SparseConfig, kv_bytes: int, host_bytes: int,
+    limits: StepLimits, ranks: int,
 ) -> Plan:  # fmt: skip
     """Share out ``kv_bytes`` of each rank's GPU and ``host_bytes`` of the host of all ``ranks``.
 
     Args:
         engine: with its pages on the GPU; ``stock`` without the sparse backend.
+        engine_args: of both.
         config: with ``offload``.
     """
+    from vllm_sparse.backend import offload
+
     split, shape, refusal = None, None, ""
     try:
-        shape = _offloaded(engine, config)
+        offloaded = dry.offloaded_of(engine, engine_args, config)
+        specs = {name: spec for stage in offloaded.specs for name, spec in stage.items()}
+        shape = offload.shape_of(specs, config, offloaded.vllm_config)
         split = split_memory(shape, limits, kv_bytes, host_bytes // ranks, config.offload.hot_fraction)
     except ConfigError as error:
         refusal = str(error)
@@ -72,29 +83,13 @@ def make_plan(
         offload=split,
         refusal=refusal,
         shape=shape,
+        context_tokens=limits.max_context_tokens,
     )
 
 
-def _offloaded(engine: DryEngine, config: SparseConfig) -> CacheShape:
-    """The cache of an engine whose pages were on the host.
-
-    Raises:
-        ConfigError: some of its layers cannot offload.
-    """
-    from vllm_sparse.backend import offload
-    from vllm_sparse.backend.spec import SparseAttentionSpec
-
-    def on_host(spec):
-        if not isinstance(spec, SparseAttentionSpec):
-            return spec
-        return replace(spec, layout=replace(spec.layout, on_host=True))
-
-    specs = {name: on_host(spec) for stage in engine.specs for name, spec in stage.items()}
-    return offload.shape_of(specs, config)
-
-
-def read_engine(args: argparse.Namespace, config: SparseConfig) -> tuple[DryEngine, DryEngine]:
-    """The engine of a directory or hub name with its pages on the GPU, and that without the sparse backend.
+def read_engine(args: argparse.Namespace, config: SparseConfig) -> tuple[DryEngine, DryEngine, Any]:
+    """The engine of a directory or hub name with its pages on the GPU, that without the sparse backend, and the
+    arguments of both.
 
     Raises:
         ConfigError: vLLM cannot build it, or the sparse backend does not serve it.
@@ -108,7 +103,7 @@ def read_engine(args: argparse.Namespace, config: SparseConfig) -> tuple[DryEngi
     ]  # fmt: skip
     engine_args = dry.engine_args(args.model, options, {**config.to_mapping(), "offload": None})
     engine = dry.dry_engine(engine_args)
-    return engine, dry.stock_of(engine, engine_args)
+    return engine, dry.stock_of(engine, engine_args), engine_args
 
 
 def add_command(subparsers) -> None:
@@ -137,7 +132,7 @@ def add_command(subparsers) -> None:
     parser.add_argument("--tensor-parallel-size", type=commands.whole(1, commands.MOST_RANKS), default=1)
     parser.add_argument("--max-num-seqs", type=commands.whole(1, 1 << 20), default=256)
     parser.add_argument("--max-num-batched-tokens", type=commands.whole(1), default=8192)
-    parser.add_argument("--block-size", type=commands.whole(), default=16)
+    parser.add_argument("--block-size", type=commands.whole(PAGE_SIZES[0], MOST), default=PAGE_SIZES[0])
     parser.add_argument("--dtype", default="auto", choices=("auto", "float16", "bfloat16", "float32"))
     commands.add_kv_cache_dtype(parser)
     parser.add_argument("--sparse", type=commands.json_object, default={}, help="sparse settings as JSON")
@@ -167,9 +162,8 @@ def run(args: argparse.Namespace) -> None:
     if args.host_dtype and isinstance(settings["offload"], dict):
         settings["offload"]["host_dtype"] = args.host_dtype
     config = SparseConfig.from_mapping(settings, "--sparse")
-    config.check_page_size(args.block_size)
     with dry.quiet():
-        engine, stock = read_engine(args, config)
+        engine, stock, engine_args = read_engine(args, config)
     ranks, model = args.tensor_parallel_size, engine.vllm_config.model_config
     most = model.max_model_len
     if args.context is None:
@@ -182,14 +176,16 @@ def run(args: argparse.Namespace) -> None:
     served = SparseConfig.from_vllm(engine.vllm_config).to_mapping()
     config = SparseConfig.from_mapping({**served, "offload": config.offload.to_mapping()}, "--sparse")
     kv_bytes = dry.kv_bytes(engine, args.gpu, args.gpu_memory_utilization, args.kv_gib)
-    max_pages = -(-args.context // args.block_size) + 1
+    page_size = PAGE_SIZES[0] if engine.linear_layers else args.block_size
+    max_pages = -(-args.context // page_size) + 1
     limits = StepLimits(
         max_num_reqs=max(args.max_num_seqs, min(2 * args.max_num_seqs, MOST_CAPTURED)),
         max_num_tokens=max(args.max_num_batched_tokens, args.max_num_seqs),
         max_context_tokens=args.context,
-        table_pages=min(config.table_pages(args.block_size), max_pages),
+        table_pages=min(config.table_pages(page_size), max_pages),
     )
-    plan = make_plan(engine, stock, config, kv_bytes, int(args.host * GIB), limits, ranks)
+    with dry.quiet():
+        plan = make_plan(engine, stock, engine_args, config, kv_bytes, int(args.host * GIB), limits, ranks)
     print_plan(args, engine, plan, limits)
 
 
@@ -215,14 +211,19 @@ def print_plan(args: argparse.Namespace, engine: DryEngine, plan: Plan, limits: 
         return
     shape, split = plan.shape, plan.offload
     ranks = args.tensor_parallel_size
-    host = split.num_blocks * shape.host_page_bytes * ranks / GIB
+    host = split.num_blocks * shape.host_block_bytes * ranks / GIB
     print(
         f"with offload         {host:.2f} GiB of the host hold K and V{' in fp8' if shape.in_fp8 else ''}; "
         f"each GPU holds "
-        f"{split.num_blocks * shape.gpu_block_bytes / GIB:.2f} GiB of summaries, "
+        f"{split.num_blocks * shape.gpu_block_bytes / GIB:.2f} GiB of summaries"
+        f"{' and states' if shape.states else ''}, "
         f"{split.slots_per_layer * shape.layers * shape.slot_bytes / GIB:.2f} GiB of hot head pages "
         f"({100 * plan.hot_share:.1f}% of all), {limits.fixed_bytes(shape) / GIB:.2f} GiB of buffers"
     )
-    narrow = split.num_blocks * shape.host_page_bytes * ranks < 0.99 * args.host * GIB
-    if narrow:
+    if shape.states:
+        print(
+            f"blocks               {shape.block_tokens:,} tokens; in each context {shape.states.request_blocks} "
+            f"more are held by states, whose part of the host lies idle"
+        )
+    if (split.num_blocks + 1) * shape.host_block_bytes <= int(args.host * GIB) // ranks:
         print(f"the GPU cannot index more: {args.host - host:.2f} GiB of --host stay unused")
