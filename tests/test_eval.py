@@ -22,7 +22,7 @@ from vllm_sparse.pages.layout import HeadPageGrid
 from vllm_sparse.policies.registry import DECODE_POLICIES
 from vllm_sparse.tools import cli, commands
 from vllm_sparse.tools.eval.recall import RecallProbe
-from vllm_sparse.tools.eval.rows import Rows, commit
+from vllm_sparse.tools.eval.rows import Rows, cache_of, commit
 from vllm_sparse.tools.eval.samples import Samples, spread
 from vllm_sparse.tools.eval.settings import Setting, by_engine, grid
 from vllm_sparse.tools.eval.summary import Summary, table
@@ -257,6 +257,9 @@ def test_cut_line_is_measured_again(tmp_path, capsys):
     older = {name: value for name, value in first.items() if name != "kv_dtype"}
     path.write_text(json.dumps(older) + "\n")
     assert Rows(path).has(first) and not Rows(path).has(first | {"kv_dtype": "fp8"}), "of before a choice"
+    skipping = first | {"kv_skip_layers": ["1", "sliding_window"]}
+    assert not Rows(path).has(skipping)
+    assert cache_of(skipping) == "KV in float32, without layers 1, sliding_window"
     for other in ("{}\n", '{"decode_policy": "quest"}', "a note"):
         path.write_text(other)
         with pytest.raises(ConfigError, match=r"line 1 of .* is no result"):
@@ -271,7 +274,8 @@ def test_foreign_results_are_not_continued(monkeypatch, tmp_path):
     engine = SimpleNamespace(tokenizer=Letters(), run=lambda *args: pytest.fail("other samples were measured"))
     monkeypatch.setattr(module.EvalEngine, "start", lambda *args: nullcontext(engine))
     args = SimpleNamespace(
-        model="m", dtype="float32", kv_dtype="float32", tensor_parallel_size=1, block_size=16, chunk=256,
+        model="m", dtype="float32", kv_dtype="float32", kv_cache_dtype_skip_layers=None,
+        tensor_parallel_size=1, block_size=16, chunk=256,
         score_tokens=8, sparse={}, questions={},
         split="dev", tasks=["niah_single_2"], lengths=[3000], needles=2, passages=1, batch=2, recall_every=0,
         out=tmp_path / "rows.jsonl",
@@ -282,6 +286,14 @@ def test_foreign_results_are_not_continued(monkeypatch, tmp_path):
     run.rows.add([{"vllm": "1", **key, "depth": 0.25, "prompt_tokens": 2900, "score": 1.0}])
     with pytest.raises(ConfigError, match=r"--out: .*rows.jsonl holds .* niah_single_2 .* 3000 .* a new file"):
         run._group(by_engine(settings, {})[0], None, None)
+    # Rows of other caches are kept apart, this run's last; those of another model are left out.
+    mine = run.rows.rows[-1]
+    fp8 = mine | {"kv_dtype": "fp8", "kv_skip_layers": ["sliding_window"]}
+    run.rows.add([fp8, mine | {"model": "another"}])
+    named = "KV in fp8, without layers sliding_window"
+    assert list(run.by_cache().items()) == [(named, [fp8]), ("KV in float32", [mine])]
+    run.common |= {"kv_dtype": "float16"}
+    assert list(run.by_cache())[-1] == "KV in float16" and len(run.by_cache()) == 3
 
 
 @pytest.mark.seam

@@ -102,6 +102,20 @@ def test_settings_are_paired_by_sample():
     assert "Lost samples" not in pairs.comparison(summary, Setting(), Setting())
 
 
+def test_caches_are_paired_by_sample():
+    """Rows over another KV cache are compared setting by setting, on the samples that both have."""
+    before = [*scored("dense", None, [1, 1]), *scored("quest", 256, [1, 0, 1]), text_row("quest", 256, 4096, 0.1)]
+    after = [*scored("dense", None, [1, 0]), *scored("quest", 256, [1, 1]), *scored("quest", 512, [1])]
+    after.append(text_row("quest", 256, 4096, 0.3))
+    heading, *lines = pairs.caches(Summary(before), Summary(after)).splitlines()
+    assert heading.split()[:5] == ["task", "setting", "that", "this", "difference"]
+    assert len(lines) == 3, "a setting that one lacks is left out"
+    assert lines[0].split() == ["text", "quest", "256", "2.100", "2.300", "+0.200", "1", "0", "1"]
+    interval = "{:+.3f} to {:+.3f}".format(*intervals.paired([0, -1])).split()
+    assert lines[1].split() == ["vt", "dense", "1.000", "0.500", "-0.500", *interval, "1", "0", "2"]
+    assert lines[2].split()[3:6] == ["0.500", "1.000", "+0.500"] and lines[2].split()[-3:] == ["0", "1", "2"]
+
+
 def test_settings_to_compare():
     """Settings are written as policy and budget, or as JSON, whose further keys are theirs alone."""
     assert pair([parse("dense"), parse("sketch:512")], {}) == [Setting(), Setting("sketch", 512)]

@@ -79,6 +79,11 @@ def add_command(subparsers) -> None:
         help="half of the text and of the seeds: choose settings on dev, publish report",
     )
     option("--recall-every", "decode steps of a text between two that are weighed; 0: none", whole(), default=16)
+    option(
+        "--kv-cache-dtype-skip-layers",
+        "layers left out of it, as for `vllm serve`: numbers, or sliding_window, with commas; default: none",
+        names,
+    )
     option("--sparse", "further sparse settings of all runs, as JSON", commands.json_object, default={})
     option("--out", "results; the page is beside them; default: eval.jsonl", Path, default=Path("eval.jsonl"))
     option("--chunk", "tokens of a step of prefill; default: 8192, on a CPU 2048", whole(1, MOST_CHUNK))
@@ -106,12 +111,15 @@ def run(args: argparse.Namespace) -> None:
     run = Run(args, found, text, Rows(args.out))
     run.check_samples(commands.tokenizer(args, model))
     run.all()
-    results = summary.Summary([row for row in run.rows.rows if run.is_mine(row)])
+    *others, (cache, mine) = run.by_cache().items()
+    results = summary.Summary(mine)
     page = args.out.with_suffix(".html")
     report.write(page, results)
     print(f"\n{summary.table(results)}\n\n{pairs.table(results)}\n")
     if args.compare:
         print(f"{pairs.comparison(results, *found[-2:])}\n")
+    for other, rows in others:
+        print(f"{cache} less {other}, on the same samples:\n\n{pairs.caches(summary.Summary(rows), results)}\n")
     print(f"Results are in {args.out}, plots in {page}")
 
 

@@ -82,6 +82,7 @@ class EvalEngine:
             max_logprobs=TOP_TOKENS, logits_processors=["vllm_sparse.tools.eval.force:ForcedTokens"],
             worker_extension_cls="vllm_sparse.tools.eval.worker.EvalWorker",
             gpu_memory_utilization=args.gpu_memory_utilization,
+            kv_cache_dtype_skip_layers=args.kv_cache_dtype_skip_layers or [],
             generation_config="vllm", disable_log_stats=True,
         )  # fmt: skip
         try:

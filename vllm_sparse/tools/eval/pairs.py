@@ -120,19 +120,36 @@ def comparison(summary: Summary, first: Setting, second: Setting) -> str:
     found, lost = [headings], []
     for task, length in (*product(summary.tasks, lengths), (SCORES, None)):
         both = pair(summary, first, second, task, length)
-        differences = both.differences
-        if not differences:
+        if not both.differences:
             continue
-        means = (mean({place: side[place] for place in differences}) for side in (both.first, both.second))
-        found.append((
-            task, "all" if length is None else f"{length:,}", *(f"{value:.3f}" for value in means),
-            f"{mean(differences):+.3f}", _shown(both.interval, "+"), str(len(both.lost)), str(both.won),
-            str(len(differences)),
-        ))  # fmt: skip
+        found.append((task, "all" if length is None else f"{length:,}", *_cells(both)))
         if length is not None and both.bounded:
             lost += _lost(summary, both, first, second)
     title = f"{second.describe()} less {first.describe()}, on the same samples:"
     return "\n".join([title, "", aligned(found), *(["", "Lost samples:", *lost] if lost else [])])
+
+
+def caches(first: Summary, second: Summary) -> str:
+    """For a terminal: rows over one KV cache less those over another, setting by setting on the same samples."""
+    scored = [task for task in second.tasks if task != TEXT]
+    found: list[tuple[str, ...]] = [("task", "setting", "that", "this", "difference", *HEADINGS[5:])]
+    for task in (*second.tasks, *([SCORES] if len(scored) > 1 else [])):
+        for setting in second.settings:
+            sides = (values(summary, setting, task) for summary in (first, second))
+            both = Pair(*sides, bounded=task != TEXT)
+            if both.differences:
+                found.append((task, setting.describe(), *_cells(both)))
+    return aligned(found, left=2)
+
+
+def _cells(both: Pair) -> Iterator[str]:
+    """Means of the two on the samples that both have, and their difference, which is not empty."""
+    differences = both.differences
+    for side in (both.first, both.second):
+        yield f"{mean({place: side[place] for place in differences}):.3f}"
+    yield f"{mean(differences):+.3f}"
+    yield _shown(both.interval, "+")
+    yield from map(str, (len(both.lost), both.won, len(differences)))
 
 
 def _lost(summary: Summary, both: Pair, first: Setting, second: Setting) -> Iterator[str]:

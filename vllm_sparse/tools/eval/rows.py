@@ -15,9 +15,11 @@ from vllm_sparse.tools.eval.tasks import RENAMED
 KEY = (
     "model", "device", "dtype", "kv_dtype", "tp", "page_size", "chunk", "text", "score_tokens", "sparse", "split",
     "task", "length", "seed", "policy", "budget", "prefill_policy", "top_p",
-    "more",
+    "more", "kv_skip_layers",
 )  # fmt: skip
 """Names of all that a measurement depends on; a row with the same values is not measured again."""
+CACHE = ("kv_dtype", "kv_skip_layers")
+"""Those of the KV cache, in which rows of one file may differ and be compared."""
 BEGINNING = '{"vllm": "'
 """Order of a row's line: :func:`environment` comes first."""
 
@@ -61,6 +63,12 @@ def environment() -> dict[str, Any]:
 def current(row: dict[str, Any]) -> dict[str, Any]:
     """``row`` as one of today: older ones have old names, and lack the cache's dtype, of when there was one."""
     return {"kv_dtype": row.get("dtype"), **row, "task": RENAMED.get(row["task"], row["task"])}
+
+
+def cache_of(row: dict[str, Any]) -> str:
+    """What the KV cache of a row holds, in words."""
+    skipped = row.get("kv_skip_layers")
+    return f"KV in {row['kv_dtype']}" + (f", without layers {', '.join(skipped)}" if skipped else "")
 
 
 def key_of(row: dict[str, Any]) -> str:

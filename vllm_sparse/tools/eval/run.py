@@ -12,7 +12,7 @@ from vllm_sparse.errors import ConfigError
 from vllm_sparse.tools.eval.engine import Answer, EvalEngine, Found, agreement, divergence, loss
 from vllm_sparse.tools.eval.estimate import Work
 from vllm_sparse.tools.eval.problems import digest
-from vllm_sparse.tools.eval.rows import Rows, environment
+from vllm_sparse.tools.eval.rows import CACHE, Rows, cache_of, environment
 from vllm_sparse.tools.eval.samples import Sample, Samples
 from vllm_sparse.tools.eval.settings import Group, Setting, by_engine
 from vllm_sparse.tools.eval.tasks import PROBLEMS, TEXT
@@ -31,7 +31,8 @@ class Run:
         self.common = {
             "model": path.resolve().name if path.exists() else args.model,
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-            "dtype": args.dtype, "kv_dtype": args.kv_dtype, "tp": args.tensor_parallel_size,
+            "dtype": args.dtype, "kv_dtype": args.kv_dtype,
+            "kv_skip_layers": args.kv_cache_dtype_skip_layers, "tp": args.tensor_parallel_size,
             "page_size": args.block_size, "chunk": args.chunk,
             "score_tokens": args.score_tokens, "sparse": args.sparse, "split": args.split,
         }  # fmt: skip
@@ -39,12 +40,22 @@ class Run:
         """By task and length, the first sample of those that are missing."""
         self.digests = {"text": digest(text)} | {name: one.digest for name, one in args.questions.items()}
 
-    def is_mine(self, row: dict) -> bool:
-        """Whether a row is of this model, text and kind of run; setting and sample may be any."""
+    def by_cache(self) -> dict[str, list[dict]]:
+        """Rows of this model, text and kind of run by what the KV cache holds, this run's last; setting and sample
+        may be any."""
+        found: dict[str, list[dict]] = {}
+        for row in self.rows.rows:
+            if self._is_mine(row):
+                found.setdefault(cache_of(row), []).append(row)
+        name = cache_of(self.common)
+        mine = found.pop(name, [])
+        return {**found, name: mine}
+
+    def _is_mine(self, row: dict) -> bool:
         task = row["task"]
         needs = PROBLEMS[task].needs if task in PROBLEMS else "text"
         return row.get("text") == self.digests.get(needs) and all(
-            row.get(name) == value for name, value in self.common.items()
+            row.get(name) == value for name, value in self.common.items() if name not in CACHE
         )
 
     def all(self) -> None:
