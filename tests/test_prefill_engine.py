@@ -154,6 +154,30 @@ def test_auto_leaves_contexts_dense_that_the_budget_covers(tiny, monkeypatch):
 
 
 @pytest.mark.seam
+def test_auto_looks_before_it_chooses_again(tiny, monkeypatch):
+    """Chunks that keep nearly all are dense for a while; then a layer counts what they would keep, no more."""
+    looked, attended = [], []
+    attend, look = prefill.SparsePrefill.attend, prefill.SparsePrefill.look
+    monkeypatch.setattr(gate, "LEAST_PRODUCTS", 0)
+    monkeypatch.setattr(gate, "REST_STEPS", 2)
+    monkeypatch.setattr(
+        prefill.SparsePrefill, "attend", lambda self, *args: (attended.append(args[3]), attend(self, *args))
+    )
+    monkeypatch.setattr(
+        prefill.SparsePrefill, "look", lambda self, *args: (looked.append(args[3]), look(self, *args))
+    )
+    sparse = {"prefill_policy": "auto", "min_prefill_tokens": 0, "budget_tokens": 128, "decode_policy": "dense"}
+    ones = [prompts([700], seed=seed) for seed in range(5)]
+    settings = {"max_num_batched_tokens": 1024, "enable_prefix_caching": False}
+    expected = [tiny.stock(one) for one in ones]
+    with tiny.start(sparse={**sparse, "prefill_top_p": 1}, **settings) as llm:
+        first, *later = [tokens(llm, one) for one in ones]
+        assert metrics.snapshot()["prefill_causal_pairs"] == pairs([700])
+    assert len(attended) == LAYERS and first and later == expected[1:], "dense after the first one"
+    assert [chunk.num_tokens for chunk in looked] == [700], "one layer of the fourth one, which sent it to rest"
+
+
+@pytest.mark.seam
 def test_dense_layers_prefill_densely(tiny, chunks):
     with tiny.start(sparse={**LITTLE, "dense_layers": 1}) as llm:
         tokens(llm, MIXED)

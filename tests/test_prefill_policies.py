@@ -288,42 +288,50 @@ def test_sparse_chunks_are_long():
     assert [chunk.request for chunk in plan_chunks(starts, lens, 400, 2)] == [2, 5]
 
 
-def test_gate_admits_chunks_by_their_length_and_the_density_of_those_before(monkeypatch):
+def test_gate_sorts_chunks_by_their_length_and_the_density_of_those_before(monkeypatch):
     case = make_chunk(300, 200, 1, 2, 32, 16)
     counters, chunk = case.buffers.counters.zero_(), case.blocks
     assert chunk.pairs == causal_mask(case).sum()
-    gate = ChunkGate(case.buffers)
-    assert gate.admits([chunk]) == [], "a tiny chunk costs its launches"
+    gate, looks = ChunkGate(case.buffers), case.buffers.looks.zero_()
+    assert gate.sort([chunk]) == ([], []), "a tiny chunk costs its launches"
     monkeypatch.setattr(chunk_gate, "LEAST_PRODUCTS", 2 * 32 * chunk.pairs - 1)
     less = QueryBlocks(1, 0, 199, 300)
-    assert gate.admits([less, chunk]) == [chunk]
+    assert gate.sort([less, chunk]) == ([chunk], [])
     longer = [QueryBlocks(request, 0, 200, 300 + request) for request in range(1, 6)]
-    assert gate.admits([chunk, *longer]) == longer[-chunk_gate.MOST_CHUNKS :], "those that gain most"
-    counters += torch.tensor([59, 100], device=DEVICE)
-    synchronize()
-    assert gate.admits([chunk]) == [chunk], "nothing was dense"
-    for rest in (chunk_gate.REST_STEPS, 2 * chunk_gate.REST_STEPS):
-        counters += torch.tensor([61, 100], device=DEVICE)
+    assert gate.sort([chunk, *longer])[0] == longer[-chunk_gate.MOST_CHUNKS :], "those that gain most"
+
+    def count(totals, attended):
+        totals += torch.tensor([attended, 100], device=DEVICE)
         synchronize()
         if ON_GPU:
-            assert gate.admits([chunk]) == [chunk], "what is known is of the step before"
+            gate.sort([chunk])  # what is known is of the step before
             synchronize()
-        rests = [gate.admits([chunk]) == [] for _ in range(rest + 1)]
-        assert rests == [True] * rest + [False], "and then it looks again, more rarely where that found nothing"
-    counters += torch.tensor([10, 100], device=DEVICE)
-    for _ in range(2):
+
+    count(counters, 59)
+    assert gate.sort([chunk]) == ([chunk], []), "nothing was dense"
+    for totals in (counters, looks):
+        count(totals, 61)
+        rests = [gate.sort([chunk]) == ([], []) for _ in range(chunk_gate.REST_STEPS)]
+        assert sum(rests) >= chunk_gate.REST_STEPS - 2
         synchronize()
-        assert gate.admits([chunk]) == [chunk]
-    counters += torch.tensor([61, 100], device=DEVICE)
-    synchronize()
-    if ON_GPU:
-        gate.admits([chunk])
-        synchronize()
-    assert sum(gate.admits([chunk]) == [] for _ in range(2 * chunk_gate.REST_STEPS)) == chunk_gate.REST_STEPS
+        assert gate.sort([less, chunk, longer[0]]) == ([], [longer[0]]), "and then it looks, and attends to all"
+        assert gate.sort([chunk], can_look=False) == ([chunk], [])
     counters.zero_()  # as metrics do between runs
-    for _ in range(3):
-        synchronize()
-        assert gate.admits([chunk]) == [chunk]
+    synchronize()
+    assert gate.sort([chunk]) == ([], [chunk])
+    count(looks, 10)
+    for _ in range(2):
+        assert gate.sort([chunk]) == ([chunk], [])
+
+
+def test_a_look_counts_what_a_chunk_would_attend_to():
+    case = make_chunk(600, 300, 2, 2, 32, 16)
+    sparse = sparse_of(case, "sampled_queries", TorchAttention(), prefill_top_p=0.5)
+    counters, looks, table = case.buffers.counters.zero_(), case.buffers.looks.zero_(), case.block_table[None]
+    sparse.look(case.q, case.kv, table, case.blocks)
+    assert counters.tolist() == [0, 0] and 0 < looks[0] < looks[1] == case.q_heads * case.blocks.pairs
+    sparse.attend(case.q, case.kv, table, case.blocks, torch.empty_like(case.q))
+    assert torch.equal(counters, looks)
 
 
 def synchronize() -> None:

@@ -19,6 +19,7 @@ from vllm_sparse.config import SparseConfig
 from vllm_sparse.decode.attend import DecodeRows
 from vllm_sparse.pages.decode_plan import EXACT, PROMPT
 from vllm_sparse.pages.query_tokens import ONE, QueryTokens
+from vllm_sparse.prefill.gate import LOOK_LAYERS
 
 logger = logging.getLogger("vllm.vllm_sparse")
 
@@ -66,6 +67,9 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
         impls = [layers[name].impl for name in names]
         for position, impl in enumerate(impls):
             impl.bind(vllm_config, position, self.page_size)
+        sparse = [impl for impl in impls if impl.is_sparse]
+        for impl in sparse[min(LOOK_LAYERS, len(sparse)) // 2 :: LOOK_LAYERS]:
+            impl.looks = True
         return impls
 
     def _assign_counts(self, layer: SparseImpl, sparse: list[SparseImpl], vllm_config) -> None:

@@ -91,6 +91,8 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
             self.cache_dtype = self.dtype if kv_cache_dtype == "auto" else getattr(torch, kv_cache_dtype)
         self.scales = KVScales()
         self.workspace: Workspace | None = None
+        self.looks = False
+        """Whether it counts what dense chunks would keep, if the gate of prefill wants to know."""
 
     def settle(self, vllm_config, name: str, decision: Decision, layout: PageLayout, stock: type | None) -> None:
         """Take what vLLM does not tell a constructor, and share or allocate the buffers of a step.
@@ -322,6 +324,9 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
             pages, rows = self.pages.of_run(kv_cache, md.prefill, index), run.tokens
             if run.chunk is not None:
                 self.prefill.attend(query, pages, run.block_table, run.chunk, output)
+            elif run.look is not None:
+                if self.looks:
+                    self.prefill.look(query, pages, run.block_table, run.look)
             else:
                 self.dense.attend(layer, query[rows], key[rows], value[rows], pages, run.dense, output[rows])
         if md.num_decodes:

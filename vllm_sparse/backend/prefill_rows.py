@@ -21,10 +21,16 @@ MOST_TABLE_ENTRIES = 1 << 20
 """Requests times pages of the longest, of those that a dense run takes together: its block table has 4 MiB."""
 
 
-def sparse_chunks(step: Step, config: SparseConfig, gate: ChunkGate | None) -> list[QueryBlocks]:
-    """Chunks of a step that choose pages; none in dummy runs, which carry no lengths.
+def sparse_chunks(
+    step: Step, config: SparseConfig, gate: ChunkGate | None, can_look: bool = False
+) -> tuple[list[QueryBlocks], list[QueryBlocks]]:
+    """Chunks of a step that choose pages, and dense ones whose choice is looked at.
 
-    ``gate``: of the workspace, which has one wherever some prefill is sparse.
+    None in dummy runs, which carry no lengths.
+
+    Args:
+        gate: of the workspace, which has one wherever some prefill is sparse.
+        can_look: whether dense chunks can be looked at.
 
     Chunks with tokens of an image that attend to later ones choose none. vLLM's bound on a length is the length
     itself for all rows but drafts to verify, which are too short for a chunk.
@@ -32,14 +38,14 @@ def sparse_chunks(step: Step, config: SparseConfig, gate: ChunkGate | None) -> l
     common = step.common
     lens = common.seq_lens_cpu_upper_bound
     if config.prefill_policy == "dense" or lens is None:
-        return []
+        return [], []
     starts, lens = common.query_start_loc_cpu.tolist(), lens[: common.num_reqs].tolist()
     least = config.least_auto_tokens if config.prefill_policy == AUTO else config.min_prefill_tokens
     chunks = plan_chunks(starts, lens, least, step.num_decodes)
     images = common.mm_req_doc_ranges or {}
     chunks = [each for each in chunks if not any(_meets(each, *span) for span in images.get(each.request, ()))]
     chunks = [chunk for chunk in chunks if not step.is_exact(chunk.request)]
-    return gate.admits(chunks) if config.prefill_policy == AUTO else chunks
+    return gate.sort(chunks, can_look) if config.prefill_policy == AUTO else (chunks, [])
 
 
 def _meets(chunk: QueryBlocks, first: int, last: int) -> bool:
@@ -96,7 +102,7 @@ def context_runs(
     lens = common.seq_lens_cpu_upper_bound
     lens = (common.seq_lens if lens is None else lens)[: common.num_reqs].tolist()
     starts = common.query_start_loc_cpu.tolist()
-    chunks = {chunk.request: chunk for chunk in sparse_chunks(step, config, gate)}
+    chunks = {chunk.request: chunk for chunk in sparse_chunks(step, config, gate)[0]}
     runs: list[ContextRun] = []
     together: list[_Context] = []
     every: list[_Context] = []

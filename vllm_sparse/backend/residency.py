@@ -221,7 +221,7 @@ class ResidentRows(StepRows):
 
     def prefill(self, step, fast_build):
         common, decodes = step.common, step.num_decodes
-        chunks = prefill_rows.sparse_chunks(step, self.config, self.workspace.gate)
+        chunks, looks = prefill_rows.sparse_chunks(step, self.config, self.workspace.gate, can_look=True)
         table, runs = common.block_table_tensor, []
         if len(chunks) < step.num_prefills:
             rows = dense.prefill_rows(common, decodes, step.num_decode_tokens) if decodes else common
@@ -230,7 +230,7 @@ class ResidentRows(StepRows):
             runs.append(PrefillRun(tokens=tokens, block_table=table[decodes:], dense=metadata))
         # After the dense rows: a dense backend may write zeros for rows of length 0.
         runs += [PrefillRun(tokens=chunk.tokens(), block_table=table, chunk=chunk) for chunk in chunks]
-        return runs
+        return runs + [PrefillRun(tokens=chunk.tokens(), block_table=table, look=chunk) for chunk in looks]
 
     def dense_decodes(self, step):
         reads_all = step.has_drafts or self.layer.attention.reads_unlisted_rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from vllm_sparse import kernels
 from vllm_sparse.attention.base import AttentionKernel
 from vllm_sparse.pages.geometry import Geometry
+from vllm_sparse.pages.page_table import PageTable
 from vllm_sparse.pages.query_blocks import BLOCK_TOKENS, QueryBlocks
 from vllm_sparse.pages.selection import Selection
 from vllm_sparse.policies.base import PrefillPolicy
@@ -103,20 +105,21 @@ class SparsePrefill:
             block_table: int32 [num_reqs, max_pages].
             chunk: queries of one request.
         """
+        for blocks, table in self._choices(q, kv, block_table, chunk, self.buffers.counters):
+            tokens = blocks.tokens()
+            self.attention.attend_blocks(q[tokens], kv, table, self.geometry, out[tokens], self.buffers.scratch)
+
+    def look(self, q: torch.Tensor, kv: torch.Tensor, block_table: torch.Tensor, chunk: QueryBlocks) -> None:
+        """Count in ``buffers.looks`` the pairs that :meth:`attend` would attend to; attend to none."""
+        for _ in self._choices(q, kv, block_table, chunk, self.buffers.looks):
+            pass
+
+    def _choices(self, q, kv, block_table, chunk, counters) -> Iterator[tuple[QueryBlocks, PageTable]]:
+        """Parts of ``chunk`` with the pages that they choose, counted in ``counters``."""
         buffers, pages = self.buffers, block_table[chunk.request]
         self.policy.estimate(q[chunk.tokens()], kv, pages, chunk, self.geometry, buffers)
         for blocks in chunk.split(buffers.blocks_at_once(chunk)):
-            tokens = blocks.tokens()
             keep, table = buffers.keep_mask(blocks), buffers.table(blocks)
-            self.policy.choose(q[tokens], kv, pages, blocks, self.geometry, buffers, keep)
-            kernels.for_device(q.device).prefill_table(
-                keep, pages, blocks, kv, self.selection, buffers.counters, table
-            )
-            self.attention.attend_blocks(
-                q[tokens],
-                kv,
-                table,
-                self.geometry,
-                out[tokens],
-                buffers.scratch,
-            )
+            self.policy.choose(q[blocks.tokens()], kv, pages, blocks, self.geometry, buffers, keep)
+            kernels.for_device(q.device).prefill_table(keep, pages, blocks, kv, self.selection, counters, table)
+            yield blocks, table

@@ -61,6 +61,8 @@ class PrefillBuffers:
     page; then, for attention kernels that want them so, queries and outputs by head. Empty on a CPU."""
     counters: torch.Tensor
     """int64 [2], running totals: (query, key) pairs attended, and causal ones; all layers and heads."""
+    looks: torch.Tensor
+    """The same of chunks whose choice was only counted."""
 
     @classmethod
     def allocate(
@@ -104,6 +106,7 @@ class PrefillBuffers:
             pooled=zeros(max_blocks * q_heads, head_dim, dtype=dtype),
             scratch=zeros(2, scratch if gpu else 0, dtype=dtype),
             counters=zeros(2, dtype=torch.int64),
+            looks=zeros(2, dtype=torch.int64),
         )
 
     @property

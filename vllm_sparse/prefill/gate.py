@@ -19,47 +19,57 @@ MOST_CHUNKS = 4
 """Chunks of a step that choose, the longest ones: each is attended by launches of its own."""
 MOST_DENSITY = 0.6
 """Share of the causal pairs that a chunk may attend to before it is no faster than dense attention."""
-REST_STEPS, MOST_REST_STEPS = 64, 1024
-"""Steps that run dense after chunks that were too dense, before one looks again: twice as many after each such
-look, so that few requests pay where nothing is to be gained. A look at chunks that kept all pairs made the prefill
-of 32,768 tokens 9 % longer on an H200."""
+REST_STEPS = 64
+"""Steps that run dense after chunks that were too dense, before one looks again."""
+LOOK_LAYERS = 8
+"""One layer in so many of a rank looks."""
 
 
 class ChunkGate:
     """Lets chunks choose pages that are long enough, unless those before them kept too many.
 
-    What those kept is counted on the device, and known here a step later or more.
+    What those kept is counted on the device, and known here a step later or more. After a rest a chunk is dense
+    and some layers count what it would keep: a prompt that keeps too much pays for a choice in them alone.
     """
 
     def __init__(self, buffers: PrefillBuffers):
         self.channels = buffers.q_heads * buffers.pooled.shape[1]
-        self._recent = Recent(buffers.counters)
-        self._seen = [0, 0]
-        self._resting, self._rest = 0, REST_STEPS
+        self._recent = [Recent(buffers.counters), Recent(buffers.looks)]
+        self._seen = [[0, 0], [0, 0]]
+        self._resting, self._looking = 0, False
 
-    def admits(self, chunks: list[QueryBlocks]) -> list[QueryBlocks]:
-        """Those of a step's ``chunks`` that run sparse."""
+    def sort(
+        self, chunks: list[QueryBlocks], can_look: bool = True
+    ) -> tuple[list[QueryBlocks], list[QueryBlocks]]:
+        """Those of a step's ``chunks`` that run sparse, and those that run dense and are looked at.
+
+        Where chunks cannot be looked at they run sparse in their place.
+        """
         longest = sorted(chunks, key=lambda chunk: chunk.pairs, reverse=True)[:MOST_CHUNKS]
         chunks = [chunk for chunk in chunks if chunk in longest and chunk.pairs * self.channels > LEAST_PRODUCTS]
         if not chunks:
-            return []
-        self._look()
+            return [], []
+        self._learn()
         if self._resting:
             self._resting -= 1
-            return []
-        return chunks
+            self._looking = True
+            return [], []
+        if self._looking and can_look:
+            return [], [chunk for chunk in chunks if chunk is longest[0]]
+        return chunks, []
 
-    def _look(self) -> None:
-        """Rest where chunks since the last look have kept too many pairs."""
-        before, self._seen = self._seen, self._recent.look()
-        attended, causal = (new - old for new, old in zip(self._seen, before, strict=True))
-        if causal <= 0:  # nothing is known of other steps, or counts began anew
-            return
-        if attended <= MOST_DENSITY * causal:
-            self._rest = REST_STEPS
-            return
-        self._resting, self._rest = self._rest, min(2 * self._rest, MOST_REST_STEPS)
-        logger.info(
-            "sparse attention: prefill kept %.0f%% of all pairs, so the next %d steps of it are dense",
-            100 * attended / causal, self._resting,
-        )  # fmt: skip
+    def _learn(self) -> None:
+        """Rest where chunks since the last time have kept, or would have, too many pairs."""
+        before, self._seen = self._seen, [recent.look() for recent in self._recent]
+        attended = causal = 0
+        for old, new in zip(before, self._seen, strict=True):
+            if new[1] > old[1]:  # else nothing is new, or counts began anew
+                attended, causal = attended + new[0] - old[0], causal + new[1] - old[1]
+        if attended > MOST_DENSITY * causal:
+            self._resting = REST_STEPS
+            logger.info(
+                "sparse attention: prefill kept %.0f%% of all pairs, so the next %d steps of it are dense",
+                100 * attended / causal, REST_STEPS,
+            )  # fmt: skip
+        elif causal:
+            self._looking = False

@@ -13,7 +13,7 @@ from vllm_sparse.pages.query_blocks import QueryBlocks
 @dataclass(kw_only=True)
 class PrefillRun:
     """Dense rows of one or more requests, or the chunk of one request that chooses pages: exactly one of
-    ``dense`` and ``chunk`` is set."""
+    ``dense``, ``chunk`` and ``look`` is set."""
 
     tokens: slice
     """Its queries among the step's tokens."""
@@ -23,3 +23,5 @@ class PrefillRun:
     """Metadata of the dense backend for these rows."""
     chunk: QueryBlocks | None = None
     """Queries that choose pages; its ``request`` is a row of ``block_table``."""
+    look: QueryBlocks | None = None
+    """Queries of a dense run, of which some layers count what they would choose."""
