@@ -102,12 +102,14 @@ def answers(llm, batch=PROMPTS) -> list[list[Step]]:
     """Greedy answers to the prompts of ``batch``."""
     params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0, ignore_eos=True, logprobs=2)
     results = llm.generate(batch, params, use_tqdm=False)
-    return [[step_of(likely) for likely in result.outputs[0].logprobs] for result in results]
+    outputs = [result.outputs[0] for result in results]
+    return [[*map(step_of, output.token_ids, output.logprobs)] for output in outputs]
 
 
-def step_of(likely: dict) -> Step:
-    (token, first), (_, second) = sorted(likely.items(), key=lambda item: item[1].rank)[:2]
-    return token, first.logprob, first.logprob - second.logprob
+def step_of(token: int, likely: dict) -> Step:
+    """Of two tokens that are equally likely the sampler may take the one that is listed second."""
+    first, second = sorted((one.logprob for one in likely.values()), reverse=True)[:2]
+    return token, likely[token].logprob, first - second
 
 
 def assert_same(found: list[list[Step]], expected: list[list[Step]], noise: float) -> None:
