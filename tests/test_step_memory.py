@@ -204,7 +204,8 @@ def test_tables_of_an_offloaded_prefill_are_bounded_and_hits_on_this_step_are_fo
         seq_lens_cpu_upper_bound=torch.tensor(contexts),
     )  # fmt: skip
     builder = SimpleNamespace(build=lambda rows, common, fast_build: rows)
-    runs = prefill_rows.context_runs(Step(common, 0, len(contexts), 0), settings(prefill_policy="dense"), PAGE, 4096, builder, None)
+    step, config = Step(common, 0, len(contexts), 0), settings(prefill_policy="dense")
+    runs = prefill_rows.context_runs(step, config, PAGE, 4096, builder, None)
     assert runs[0].tokens.start == 0 and runs[-1].tokens.stop == queries * len(contexts)
     assert all(a.tokens.stop == b.tokens.start for a, b in itertools.pairwise(runs))
     for run in runs:
