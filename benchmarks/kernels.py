@@ -157,7 +157,7 @@ def bench(spec: str, policy_name: str, kv_dtype: torch.dtype, args) -> list[dict
     dense_bytes = sum(lens) * heads * token_bytes
     # K and V of a new token come in bfloat16; the older keys of its page are read for the summary.
     stock_write_bytes = len(lens) * tokens * heads * (4 * dim + token_bytes)
-    older = sum((n - tokens) % page for n in lens) if policy.summary != "none" else 0
+    older = len(lens) * max(page - tokens, 0) if policy.summary != "none" else 0
     write_bytes = stock_write_bytes + heads * (older * token_bytes // 2 + len(lens) * page_summary_bytes)
     timed = [
         ("score", score, summary_bytes),
@@ -165,9 +165,12 @@ def bench(spec: str, policy_name: str, kv_dtype: torch.dtype, args) -> list[dict
     ]
     for name in args.kernels:
         timed.append((f"attend_{name}", _attend(kernel_class(name)(), page, scale), attend_bytes))
-    new_tokens = (tokens, heads, dim, page, block_table, seq_lens)
-    timed.append(("page_write", _page_write(policy.summary, *new_tokens), write_bytes))
-    timed.append(("stock_write", _stock_write(*new_tokens), stock_write_bytes))
+    new_tokens = (tokens, heads, dim, page, block_table)
+    # Fifteen steps of sixteen complete no page.
+    between = seq_lens - page // 2
+    timed.append(("page_write", _page_write(policy.summary, *new_tokens, between), stock_write_bytes))
+    timed.append(("page_complete", _page_write(policy.summary, *new_tokens, seq_lens // page * page), write_bytes))
+    timed.append(("stock_write", _stock_write(*new_tokens, between), stock_write_bytes))
     timed.append(("dense_fa3", _dense(block_table, seq_lens, tokens, max(lens), page, scale), dense_bytes))
     for layer in layers:
         score(layer)

@@ -4,7 +4,7 @@
                                               codes of [key / k_scale | value / v_scale]
     page[b, h, page_size] = bytes of [c | w]                       (summary "key_range")
 
-where over rows 0..last written row, per channel, with int8 c and w, bfloat16 scales, and K as it is stored,
+where over all rows, per channel, with int8 c and w, bfloat16 scales, and K as it is stored,
 
     c * c_scale = (max K + min K) / 2, to the nearest
     w * w_scale >= largest distance of a K from c * c_scale, rounded up
@@ -16,9 +16,10 @@ which took scoring a fifth longer.
 
 Sketches of keys (:mod:`vllm_sparse.kernels.sketch_write`) take the same place, one per tile of 16 rows.
 
-Summaries are recomputed from the page, never accumulated, so reused blocks, chunked prefill and
-rejected drafts need no special case. Tokens that share a page are neighbours in the batch (they
-are consecutive positions of one request): the program of the first one does the page, or the tile.
+Summaries are computed from the page, never accumulated, so reused blocks, chunked prefill and rejected drafts
+need no special case. A page, or a tile, is summarised when its last row is written: until then a request attends
+to it whatever it holds, and most decode steps do not complete one. Tokens that share a page are neighbours in the
+batch (they are consecutive positions of one request): the program of the first one does the page, or the tile.
 """
 
 from __future__ import annotations
@@ -74,20 +75,20 @@ def _page_write(
     # What follows a return is compiled all the same.
     if not OF_KEYS:
         return
-    if (before < 0) | (before // TILE != slot // TILE):
-        first = slot % TILE
+    first = slot % TILE
+    end = token + TILE - 1 - first
+    is_first = (before < 0) | (before // TILE != slot // TILE)
+    is_complete = tl.load(slots_ptr + end, mask=end < num_tokens, other=-1) == slot - first + TILE - 1
+    if is_first & is_complete:
         rows = tl.arange(0, TILE)
         old = rows < first
-        # Row r of the tile is token + r - first of the batch, if that token is of this tile.
-        source = token + rows - first
-        fresh = tl.load(slots_ptr + source, mask=~old & (source < num_tokens), other=-1) == slot - first + rows
         # Older rows come from the page, new ones from the batch: other programs write those just now.
         kept = kv_ptr + page + (row - first + rows)[:, None] * kv_stride_slot
-        new = key_ptr + source.to(tl.int64)[:, None] * key_stride_t + head * key_stride_h
-        mask = (old | fresh)[:, None] & in_head[None, :]
+        new = key_ptr + (token + rows - first).to(tl.int64)[:, None] * key_stride_t + head * key_stride_h
+        mask = in_head[None, :]
         if ITEM_BYTES == 1:
             codes = tl.load(kept + dims[None, :], mask=mask & old[:, None], other=0.0)
-            keys = tl.load(new + dims[None, :], mask=mask & fresh[:, None], other=0.0).to(tl.float32) / k_scale
+            keys = tl.load(new + dims[None, :], mask=mask & ~old[:, None], other=0.0).to(tl.float32) / k_scale
             fresh_codes = saturated_e4m3(keys, kv_ptr.dtype.element_ty)
             keys = tl.where(old[:, None], stored(codes, tl.float32), stored(fresh_codes, tl.float32))
         else:
@@ -96,11 +97,9 @@ def _page_write(
         summary = page + PAGE * kv_stride_slot
         if SKETCH_BITS:
             sketch = summary * ITEM_BYTES + row // TILE * TILE_BYTES
-            write_sketch(kv_bytes_ptr + sketch, kv_words_ptr + sketch // 4, keys, old | fresh,
-                         SKETCH_BITS, BLOCK_D)  # fmt: skip
+            write_sketch(kv_bytes_ptr + sketch, kv_words_ptr + sketch // 4, keys, SKETCH_BITS, BLOCK_D)
             return
-        low = tl.where(in_head, tl.min(tl.where(mask, keys, float("inf")), axis=0), 0.0)
-        high = tl.where(in_head, tl.max(tl.where(mask, keys, float("-inf")), axis=0), 0.0)
+        low, high = tl.min(keys, axis=0), tl.max(keys, axis=0)
         centre = low + (high - low) * 0.5
         carries = dims < SCALE_BITS
         place = tl.minimum(dims, SCALE_BITS - 1)
@@ -128,7 +127,7 @@ def page_write(
     k_scale: float = 1.0,
     v_scale: float = 1.0,
 ) -> None:
-    """Write new tokens and refresh the summaries of the pages they touch.
+    """Write new tokens, and the summaries of the pages that they complete.
 
     Args:
         key, value: [num_tokens or more, kv_heads, head_dim], last dimension contiguous.

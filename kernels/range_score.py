@@ -7,6 +7,8 @@ half width are int8 (:mod:`vllm_sparse.kernels.page_write` has the format), and 
 digits to base 128: two int8 matrix products with the bytes of the summary slot. Turning those bytes
 into floats first took longer than reading them, and so did asking for scales after the bytes had come:
 they are read one chunk ahead.
+
+A page that a request has not filled has no summary and gets a score of -inf: it is attended whatever its score.
 """
 
 from __future__ import annotations
@@ -109,6 +111,7 @@ def _range_score(
             c_words, w_words = _scale_words(words, block_row, ahead, more, block_words, HEAD_DIM // 4)
             bound = (_products(centre, signed, steps) * c_scale[:, None]
                      + _products(width, sizes, steps) * w_scale[:, None])  # fmt: skip
+            bound = tl.where(((pages + 1) * PAGE <= seq_len)[:, None], bound, float("-inf"))
             top = tl.full([GROUP_PAD], float("-inf"), tl.float32)
             total = tl.zeros([GROUP_PAD], tl.float32)
             top, total = store_scores(

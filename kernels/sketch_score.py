@@ -4,8 +4,8 @@
 
 with the keys and their scales that :mod:`vllm_sparse.kernels.sketch_write` has stored. The second term is what
 the exponential of a logit gains on average by what its code has lost, a variance of ``noise * scale_t^2`` in
-each channel (:mod:`vllm_sparse.pages.summaries`): without it pages of widely spread keys rank too low. Keys that a
-request's last page still lacks count as the mean of those it has: that page is attended whatever its score.
+each channel (:mod:`vllm_sparse.pages.summaries`): without it pages of widely spread keys rank too low. Tiles that a
+request has not filled have no sketch and count nothing: their page is attended whatever its score.
 
 The query is rotated as the keys are and quantised in two int8 digits to base 128; bytes of the sketch, masked to
 one key's field, are int8 operands of matrix products: to unpack a code is one bitwise operation on four channels.
@@ -107,13 +107,13 @@ def _tile_masses(
 ):  # fmt: skip
     """Logarithms to base 2 of what the keys of a tile weigh in each of ``PAGES`` pages, float32 [pages, group].
 
-    And whether the tile was written, [pages]: nothing is read of one past the end.
+    -inf where the request has not filled the tile: whatever lies there is not a sketch of its keys.
     """
     PLANES: tl.constexpr = TILE * BITS // 8
     FIELDS: tl.constexpr = 8 // BITS
     mean = tl.load(cells + PLANES * WIDTH, mask=live[:, None], other=0)
-    written = live & (pages * PAGE + tile * TILE < seq_len)
-    scales = _columns(tl.load(words, mask=written[:, None], other=0))
+    filled = live & (pages * PAGE + tile * TILE + TILE <= seq_len)
+    scales = _columns(tl.load(words, mask=filled[:, None], other=0))
     mean_scale = scales[8].to(tl.float32, bitcast=True)
     centre = _products(mean, digits) * steps[None, :] * mean_scale[:, None]
     total_weight = tl.zeros([PAGES, GROUP_PAD], tl.float32)
@@ -123,7 +123,8 @@ def _tile_masses(
             two = scales[plane * FIELDS // 2 + pair]
             total_weight += _weights(packed, digits, steps, offsets, gains, two << 16, 2 * pair, BITS)
             total_weight += _weights(packed, digits, steps, offsets, gains, two & -65536, 2 * pair + 1, BITS)
-    return centre + tl.minimum(tl.log2(total_weight), LARGEST), written
+    mass = centre + tl.minimum(tl.log2(total_weight), LARGEST)
+    return tl.where(filled[:, None], mass, float("-inf"))
 
 
 @triton.jit(do_not_specialize=["num_reqs", "noise"])
@@ -170,16 +171,16 @@ def _sketch_score(
             start = blocks + sketches + tile * TILE_BYTES
             cells = kv_bytes_ptr + start[:, None] + dims[None, :]
             words = kv_words_ptr + (start // 4 + (PLANES + 1) * WIDTH // 4)[:, None] + tl.arange(0, TILE)[None, :]
-            mass, written = _tile_masses(
+            mass = _tile_masses(
                 cells, words, pages, tile, seq_len, live, digits, steps, offsets, gains,
                 GROUP_PAD, WIDTH, BITS, PAGE, PAGES,
             )  # fmt: skip
             if TILES > 1:
-                mass = tl.where(written[:, None], mass, float("-inf"))
                 page_top = tl.where(tile == 0, float("-inf"), page_top)
                 page_sum = tl.where(tile == 0, 0.0, page_sum)
                 new_top = tl.maximum(page_top, mass)
-                page_sum = page_sum * tl.exp2(page_top - new_top) + tl.exp2(mass - new_top)
+                base = tl.where(new_top == float("-inf"), 0.0, new_top)
+                page_sum = page_sum * tl.exp2(page_top - base) + tl.exp2(mass - base)
                 page_top = new_top
                 mass = page_top + tl.log2(page_sum)
                 live = pages < tl.where(tile == TILES - 1, num_pages, 0)

@@ -32,22 +32,22 @@ SMALLEST: tl.constexpr = tl.constexpr(1e-7)
 
 @triton.jit
 def write_sketch(
-    bytes_ptr, words_ptr, keys, live,
+    bytes_ptr, words_ptr, keys,
     BITS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Sketch ``keys`` float32 [TILE, WIDTH], 0 in rows that are not ``live`` [TILE].
+    """Sketch ``keys`` float32 [TILE, WIDTH].
 
-    ``target_bytes``: where the tile's sketch starts, as int8; ``target_words``: the same as int32.
+    ``bytes_ptr``: where the tile's sketch starts, as int8; ``words_ptr``: the same as int32.
     """
     LEVELS: tl.constexpr = 1 << BITS
     PLANES: tl.constexpr = TILE * BITS // 8
     FIELDS: tl.constexpr = 8 // BITS
     dims, rows = tl.arange(0, WIDTH), tl.arange(0, TILE)
     u = hadamard(keys, TILE, WIDTH) * (WIDTH**-0.5)
-    mean = tl.sum(u, axis=0) / tl.sum(live.to(tl.float32), axis=0)
+    mean = tl.sum(u, axis=0) / TILE
     mean_scale = tl.maximum(tl.max(tl.abs(mean), axis=0) / 127, SMALLEST)
     rounded = tl.floor(mean / mean_scale + 0.5)
-    residual = tl.where(live[:, None], u - (rounded * mean_scale)[None, :], 0.0)
+    residual = u - (rounded * mean_scale)[None, :]
     size = tl.maximum(tl.sqrt(tl.sum(residual * residual, axis=1) / WIDTH), SMALLEST)
     code = tl.floor(residual / (size * STEP)[:, None]) + LEVELS // 2
     code = tl.minimum(tl.maximum(code, 0.0), LEVELS - 1.0)

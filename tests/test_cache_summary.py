@@ -36,10 +36,11 @@ def decoded(kv: torch.Tensor, page_size: int, summary: str) -> tuple[torch.Tenso
 
 
 def assert_summaries(kv: torch.Tensor, filled: dict[int, int], page_size: int, summary: str) -> None:
-    """The summary of each page is what writing the keys of its first ``filled[block]`` rows anew gives."""
+    """The summary of each full page, or tile, is what writing its keys anew gives; ``filled``: rows of each block."""
     head_dim = kv.shape[-1] // 2
-    for rows in set(filled.values()):
-        blocks = [block for block, last in filled.items() if last == rows]
+    unit = page_size if summary == "key_range" else TILE_TOKENS
+    for rows in {rows // unit * unit for rows in filled.values()} - {0}:
+        blocks = [block for block, last in filled.items() if last // unit * unit == rows]
         keys = kv[blocks, :, :rows, :head_dim].transpose(1, 2).flatten(0, 1)
         assert not keys.isnan().any(), f"one of the blocks {blocks} was never written"
         fresh = torch.zeros_like(kv[blocks])
@@ -47,8 +48,7 @@ def assert_summaries(kv: torch.Tensor, filled: dict[int, int], page_size: int, s
         reference.page_write(keys, keys, fresh, slots.flatten(), page_size, summary)
         found, expected = (decoded(x, page_size, summary) for x in (kv[blocks], fresh))
         if summary != "key_range":
-            written = slice(0, -(-rows // TILE_TOKENS) * TILE_TOKENS)  # later tiles were never written
-            found, expected = ([x[:, :, written] for x in part] for part in (found, expected))
+            found, expected = ([x[:, :, :rows] for x in part] for part in (found, expected))
         assert all(map(torch.equal, found, expected)), f"summary of one of the blocks {blocks}"
 
 
@@ -194,7 +194,7 @@ class Worker:
         for request in self.running:
             (blocks,) = self.manager.get_block_ids(request.request_id)
             pages = -(-request.num_computed_tokens // PAGE)
-            # A page with rejected drafts is summarised with them until it is written again.
+            # A page that rejected drafts filled is summarised with them until it is filled again.
             live |= {block: self.filled[block] for block in blocks[:pages]}
             assert all(self.filled[block] == PAGE for block in blocks[: pages - 1])
         cached = {block.block_id: PAGE for block in self.manager.block_pool.blocks if block.block_hash is not None}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from cases import DEVICE, DTYPES, ON_GPU, error, make, poisoned_scores
@@ -9,7 +11,7 @@ from cases import DEVICE, DTYPES, ON_GPU, error, make, poisoned_scores
 from vllm_sparse.kernels import reference
 from vllm_sparse.kernels.reference.hadamard import hadamard
 from vllm_sparse.kernels.reference.sketch_write import sketched_keys
-from vllm_sparse.pages.summaries import SKETCH_BITS, SUMMARIES, SketchLayout, summary_slots
+from vllm_sparse.pages.summaries import SKETCH_BITS, SUMMARIES, TILE_TOKENS, SketchLayout, summary_slots
 
 pytest.importorskip("triton")
 from vllm_sparse.kernels import launchers
@@ -20,6 +22,7 @@ LENGTHS = [1, 0, 15, 16, 17, 33, 200, 389]
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "kv{}_group{}_d{}_page{}".format(*shape))
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 summaries = pytest.mark.parametrize("summary", SKETCH_BITS)
+BOTH_WRITES = pytest.mark.parametrize("write", [reference.page_write, launchers.page_write], ids=["torch", "triton"])
 
 
 def empty_cache(blocks, kv_heads, head_dim, page_size, dtype, summary):
@@ -50,7 +53,8 @@ def test_scores_match_reference(shape, dtype, summary):
     sigma = step * 12**-0.5
     for mine, expected in ((actual.values, case.scores.values), (actual.chunk_lse, case.scores.chunk_lse)):
         assert torch.equal(mine.isnan(), expected.isnan()), "wrote a score that nobody asked for"
-        written = ~mine.isnan()
+        assert torch.equal(mine.isneginf(), expected.isneginf()), "tiles that are not full have no sketch"
+        written = mine.isfinite()
         assert written.any()
         assert (mine - expected)[written].abs().max() < 6 * sigma + 1e-5
 
@@ -77,8 +81,8 @@ def test_page_write_matches_reference_over_chunks(shape, dtype, summary):
     assert torch.equal(actual[:, :, rows].nan_to_num(123.0), expected[:, :, rows].nan_to_num(123.0))
     untouched = [block for block in range(9) if block not in blocks.tolist()]
     assert actual[untouched].isnan().all(), "a block that no slot names was written"
-    filled = torch.arange(2 * page_size + 16).split(page_size)  # up to the end of a tile
-    for block, tokens in zip(blocks.tolist(), filled, strict=True):
+    filled = torch.arange(written // TILE_TOKENS * TILE_TOKENS).split(page_size)
+    for block, tokens in zip(blocks.tolist(), filled, strict=False):
         mine, right = (
             sketched_keys(kv[[block]], page_size, summary)[0][:, :, : len(tokens)] for kv in (actual, expected)
         )
@@ -117,17 +121,17 @@ def test_the_noise_of_codes_is_what_they_lose(summary):
 @summaries
 @pytest.mark.parametrize("keys", ["zero", "tiny", "constant", "outlier"])
 def test_sketches_of_odd_keys_are_finite(summary, keys):
-    key = torch.randn(21, 1, 64, device=DEVICE)
+    key = torch.randn(32, 1, 64, device=DEVICE)
     if keys == "outlier":
         key[3] *= 1e3
     elif keys == "constant":
-        key = key[:1].expand(21, -1, -1).contiguous()
+        key = key[:1].expand(32, -1, -1).contiguous()
     else:
         key = key * (0.0 if keys == "zero" else 1e-12)
     for write in (reference.page_write, launchers.page_write):
         kv = empty_cache(2, 1, 64, 16, torch.float32, summary)
-        write(key, key, kv, torch.arange(21, device=DEVICE), 16, summary)
-        sketched = sketched_keys(kv, 16, summary)[0][:, 0].flatten(0, 1)[:21]
+        write(key, key, kv, torch.arange(32, device=DEVICE), 16, summary)
+        sketched = sketched_keys(kv, 16, summary)[0][:, 0].flatten(0, 1)
         assert sketched.isfinite().all()
         if keys == "constant":
             assert error(sketched, hadamard(key[:, 0])) < 0.01
@@ -150,12 +154,13 @@ def test_a_key_far_from_the_others_wins_and_stays_finite(summary, size):
     assert scores.view(2, 3, 10)[:, 0].argmax(-1).tolist() == [3, 3]
 
 
-@summaries
-def test_a_page_is_read_up_to_the_end_of_its_request_only(summary):
-    """What a reused block holds past the end, sketches of other tiles included, does not count."""
+@pytest.mark.parametrize("summary", ["key_range", *SKETCH_BITS])
+def test_a_page_is_read_once_its_request_has_filled_it(summary):
+    """What a reused block holds before, its last owner's sketch included, does not count."""
     case = make([161, 64], 2, 3, 64, 32, 2, summary=summary, seed=1)
+    score = launchers.range_score if summary == "key_range" else partial(launchers.sketch_score, summary=summary)
     scores = []
-    for stale in (0.0, 50.0):
+    for stale in (0.0, 50.0, float("nan")):
         kv = case.kv.clone()
         last = int(case.block_table[0, 5])
         keys = torch.full((32, 2, 64), stale, device=DEVICE)
@@ -164,10 +169,34 @@ def test_a_page_is_read_up_to_the_end_of_its_request_only(summary):
         reference.page_write(keys, keys, kv, slots, 32, summary)
         reference.page_write(first, first, kv, slots[:1], 32, summary)
         out = poisoned_scores(6, case.scores.capacity_pages, 2, DEVICE)
-        launchers.sketch_score(case.q, kv, case.block_table, case.plan, case.geometry, out, summary)
-        scores.append(out.values[:, 5])
-    assert scores[0].isfinite().all()
-    assert torch.equal(*scores)
+        score(case.q, kv, case.block_table, case.plan, case.geometry, out)
+        scores.append(out)
+    assert scores[0].values[:, :5].isfinite().all() and scores[0].values[:, 5].isneginf().all()
+    assert scores[0].chunk_lse[:, 0].isfinite().all()
+    for other in scores[1:]:
+        assert torch.equal(other.values[:, :6], scores[0].values[:, :6])
+        assert torch.equal(other.chunk_lse[:, 0], scores[0].chunk_lse[:, 0])
+
+
+@BOTH_WRITES
+@pytest.mark.parametrize("summary", ["key_range", *SKETCH_BITS])
+def test_the_token_that_completes_a_page_writes_its_summary(write, summary):
+    """Token by token, and taken back in between, as in one write; none before the last row."""
+    key = torch.randn(16, 2, 64, device=DEVICE)
+    slots = torch.arange(16, 32, device=DEVICE)
+    expected, found = (empty_cache(2, 2, 64, 16, torch.float32, summary) for _ in range(2))
+    write(key, key, expected, slots, 16, summary)
+    for place in [*range(15), 13, 14]:
+        one = slice(place, place + 1)
+        write(key[one], key[one], found, slots[one], 16, summary)
+        assert found[1, :, 16:].isnan().all()
+    # Three drafts complete the page with other keys, and are rejected.
+    write(2 * key[13:], key[13:], found, slots[13:], 16, summary)
+    for place in (13, 14, 15):
+        assert not torch.equal(*(kv.view(torch.int8) for kv in (found, expected)))
+        one = slice(place, place + 1)
+        write(key[one], key[one], found, slots[one], 16, summary)
+    assert torch.equal(*(kv.view(torch.int8) for kv in (found, expected)))
 
 
 @pytest.mark.gpu

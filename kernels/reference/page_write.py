@@ -34,21 +34,18 @@ def page_write(
     if summary != "key_range":
         return
     head_dim = key.shape[-1]
-    touched, inverse = torch.unique(blocks, return_inverse=True)
-    filled = torch.zeros_like(touched).scatter_reduce_(0, inverse, rows + 1, "amax", include_self=True)
-    keys = kv[touched, :, :page_size, :head_dim].float()
-    outside = torch.arange(page_size, device=kv.device) >= filled[:, None]
-    outside = outside[:, None, :, None]
-    low, high = keys.masked_fill(outside, float("inf")).amin(2), keys.masked_fill(outside, float("-inf")).amax(2)
+    complete = blocks[rows == page_size - 1]
+    keys = kv[complete, :, :page_size, :head_dim].float()
+    low, high = keys.amin(2), keys.amax(2)
     x, c_scale, bits = _steps(low + (high - low) * 0.5)
     c = torch.floor(x + 0.5)
     c[..., :SCALE_BITS] = 2 * torch.floor((x[..., :SCALE_BITS] - bits) * 0.5 + 0.5) + bits
     x, _, bits = _steps(torch.maximum(high - c * c_scale, c * c_scale - low))
     w = x.ceil()
     w[..., :SCALE_BITS] = 2 * torch.ceil((x[..., :SCALE_BITS] - bits) * 0.5) + bits
-    row = kv[touched, :, page_size]
+    row = kv[complete, :, page_size]
     row.view(torch.int8)[..., : 2 * head_dim] = torch.cat([c, w], -1).to(torch.int8)
-    kv[touched, :, page_size] = row
+    kv[complete, :, page_size] = row
 
 
 def _steps(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

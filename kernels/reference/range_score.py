@@ -22,9 +22,10 @@ def range_score(
     slack: float = 1.0,
 ) -> None:
     page_size, scale = geometry.page_size, geometry.scale
-    for request, blocks, offset, _ in scored_requests(block_table, plan, page_size):
+    for request, blocks, offset, seq_len in scored_requests(block_table, plan, page_size):
         summaries = kv[:, :, page_size:][blocks]
         centre, half = (x.permute(1, 2, 0) for x in key_range(summaries, 0))
         tokens = tokens_of(q, plan, request, kv.shape[1]) * scale
         bound = tokens.mean(0) @ centre + slack * (tokens.abs().mean(0) @ half)
+        bound[..., seq_len // page_size :] = float("-inf")
         store_scores(scores, request, offset, bound.flatten(0, 1))

@@ -39,5 +39,5 @@ def sketch_score(
         logits = heads @ keys.flatten(1, 2).transpose(1, 2)
         lost = layout.noise * scales[:, blocks].flatten(1).square()[:, None]
         logits += lost * heads.square().sum(-1, keepdim=True) / 2
-        # Keys that a tile still lacks have a scale of 0: they count as its mean.
-        store_masses(scores, request, offset, logits, -(-seq_len // TILE_TOKENS) * TILE_TOKENS, page_size)
+        # Tiles that the request has not filled have no sketch.
+        store_masses(scores, request, offset, logits, seq_len // TILE_TOKENS * TILE_TOKENS, page_size)

@@ -11,31 +11,28 @@ STEP, SMALLEST = 0.9957, 1e-7
 
 
 def write_sketches(kv: torch.Tensor, slots: torch.Tensor, page_size: int, summary: str) -> None:
-    """Sketch anew the tiles of ``kv`` that ``slots`` (int64, none negative) name, up to the last slot of each."""
+    """Sketch the tiles of ``kv`` whose last row is one of ``slots`` (int64, none negative)."""
     head_dim = kv.shape[-1] // 2
     layout = SketchLayout.of(summary, head_dim)
-    tiles, inverse = torch.unique(slots // TILE_TOKENS, return_inverse=True)
-    filled = torch.zeros_like(tiles).scatter_reduce_(0, inverse, slots % TILE_TOKENS + 1, "amax")
+    tiles = slots[slots % TILE_TOKENS == TILE_TOKENS - 1] // TILE_TOKENS
     block, tile = tiles * TILE_TOKENS // page_size, tiles % (page_size // TILE_TOKENS)
-    tokens = torch.arange(TILE_TOKENS, device=kv.device)
-    rows = tile[:, None] * TILE_TOKENS + tokens
+    rows = tile[:, None] * TILE_TOKENS + torch.arange(TILE_TOKENS, device=kv.device)
     keys = kv[block[:, None], :, rows, :head_dim].transpose(1, 2).float()  # [tiles, heads, tokens, head_dim]
-    live = (tokens < filled[:, None])[:, None, :, None]
-    keys = torch.nn.functional.pad(keys.masked_fill(~live, 0), (0, layout.width - head_dim))
-    sketches = _sketch(keys, live, layout)
+    keys = torch.nn.functional.pad(keys, (0, layout.width - head_dim))
+    sketches = _sketch(keys, layout)
     pages = _summary_bytes(kv, page_size)
     for i, (b, start) in enumerate(zip(block.tolist(), (tile * layout.tile_bytes).tolist(), strict=True)):
         pages[b, :, start : start + sketches.shape[-1]] = sketches[i]
 
 
-def _sketch(keys: torch.Tensor, live: torch.Tensor, layout: SketchLayout) -> torch.Tensor:
-    """int8 [tiles, heads, bytes] of float32 ``keys`` [tiles, heads, 16, width], 0 where not ``live``."""
+def _sketch(keys: torch.Tensor, layout: SketchLayout) -> torch.Tensor:
+    """int8 [tiles, heads, bytes] of float32 ``keys`` [tiles, heads, 16, width]."""
     levels = 2**layout.bits
     u = hadamard(keys)
-    mean = u.sum(2, keepdim=True) / live.sum(2, keepdim=True)
+    mean = u.mean(2, keepdim=True)
     mean_scale = (mean.abs().amax(-1, keepdim=True) / 127).clamp(min=SMALLEST)
     rounded = (mean / mean_scale + 0.5).floor()
-    residual = (u - rounded * mean_scale).masked_fill(~live, 0)
+    residual = u - rounded * mean_scale
     size = residual.square().mean(-1, keepdim=True).sqrt().clamp(min=SMALLEST)
     code = ((residual / (size * STEP)).floor() + levels // 2).clamp(0, levels - 1)
     level = code - (levels - 1) / 2

@@ -82,7 +82,8 @@ def layer_step(shape: AttentionShape, config: SparseConfig, tokens: int) -> Laye
     cache = torch.zeros(pages, heads, slots, 2 * dim, dtype=shape.kv_dtype, device=device)
     key, value = torch.randn(2, pages * page, heads, dim, dtype=shape.dtype, device=device)
     launchers.page_write(key, value, cache, torch.arange(pages * page, device=device), page, policy.summary)
-    new, slot = key[-1:].clone(), torch.tensor([tokens - 1], device=device)
+    # Most steps do not complete a page.
+    new, slot = key[-1:].clone(), torch.tensor([(tokens - 1) // page * page], device=device)
     query = torch.randn(1, geometry.q_heads, dim, dtype=shape.dtype, device=device)
     out = torch.empty_like(query)
     block_table = torch.arange(pages, dtype=torch.int32, device=device)[None]
