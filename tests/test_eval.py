@@ -328,6 +328,7 @@ WRONG = {
     "sparse": (["--sparse", '{"sink": 1}'], ["unknown key 'sink'", "sink_tokens"]),
     "compared": (["--sparse", '{"budget_tokens": 512}'], ["--sparse: budget_tokens is what is compared"]),
     "offload": (["--sparse", '{"offload": {}}'], ["--tasks: text", "offload refuses", "niah_single_2"]),
+    "dense prefill": (["--tasks", "prefill_text"], ["--tasks: prefill_text", "--prefill-policies"]),
     "file": (["--tasks", "qa_1"], ["--tasks: qa_1", "--squad FILE"]),
     "no file": (["--tasks", "qa_2", "--hotpotqa", "/nowhere"], ["--hotpotqa: '/nowhere'", "HotpotQA"]),
     "compared policy": (["--compare", "dense", "quset:512"], ["'quset'", "Did you mean 'quest'?"]),

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from eval_cases import running_text
 
 from vllm_sparse.tools import cli
-from vllm_sparse.tools.eval import many_turns
+from vllm_sparse.tools.eval import many_turns, run
+from vllm_sparse.tools.eval.samples import Samples
+from vllm_sparse.tools.eval.tasks import PREFILL_TEXT
 
 
 @pytest.fixture
@@ -53,6 +56,44 @@ def test_compare_new_tasks(evaluate, monkeypatch, capfd):
     assert (
         said.index("a decode step") < said.index("less dense") < said.index("oracle 256 less dense, on the same")
     )
+
+
+@pytest.mark.seam
+@pytest.mark.engine
+def test_texts_are_scored_in_prefill(evaluate, tiny, monkeypatch, capfd, tmp_path):
+    """Tokens of prompts have the model's own loss in dense chunks, and in sparse ones that of their density."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    monkeypatch.setattr(run, "FIRST_TOKENS", 256)
+    rows = evaluate(
+        "--sparse", '{"dense_layers": 0, "min_prefill_tokens": 256}', "--policies", "quest", "--budgets", "128",
+        "--prefill-policies", "sampled_queries", "--top-p", "0.5,1", "--lengths", "700", "--passages", "2",
+        "--tasks", "prefill_text", "--chunk", "256", "--batch", "2",
+    )  # fmt: skip
+    path = tiny.model(seed=1)
+    network = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    text = (tmp_path / "text.txt").read_text()
+    samples = Samples(AutoTokenizer.from_pretrained(path), text, "report", 2, 256)
+    assert len(rows) == 2 * 2 * 3, "two passages, dense and sparse decode, three kinds of prefill"
+    for seed in range(2):
+        tokens = torch.tensor(samples.make(PREFILL_TEXT, 700, seed).tokens)
+        assert len(tokens) == 699
+        with torch.no_grad():
+            logits = network(tokens[None]).logits[0]
+        losses = torch.nn.functional.cross_entropy(logits[256:-1], tokens[257:], reduction="none")
+        mine = [row for row in rows if row["seed"] == seed]
+        for row in mine:
+            exact = row["prefill_policy"] == "dense" or row["top_p"] == 1
+            assert row["scored"] == 442 and len(row["run_losses"]) == 7 and row["attended"] is None
+            assert row["dense_loss"] == pytest.approx(losses.mean().item(), abs=1e-3)
+            assert (abs(row["loss"] - row["dense_loss"]) < 1e-3) == exact
+            assert row["run_losses"][0] == pytest.approx(losses[:64].mean().item(), abs=1e-3) or not exact
+            if row["prefill_policy"] != "dense":
+                assert row["prefill_density"] == 1 if exact else 0.05 < row["prefill_density"] < 0.9
+        # Decode has no part in it.
+        assert len({(row["prefill_policy"], row["top_p"], row["loss"]) for row in mine}) == 3
+    said = capfd.readouterr().out
+    assert "prefill, loss - dense  density" in said and "prefill_text, loss in nats" in said
 
 
 @pytest.mark.engine

@@ -16,7 +16,7 @@ from vllm_sparse.tools.eval import pairs, qa, samples, settings, summary, tasks
 from vllm_sparse.tools.eval.rows import Rows
 from vllm_sparse.tools.eval.run import Run
 from vllm_sparse.tools.eval.settings import Setting
-from vllm_sparse.tools.eval.tasks import TEXT
+from vllm_sparse.tools.eval.tasks import LOSSES, PREFILL_TEXT, TEXT
 
 LENGTHS = (4096, 8192, 16384, 32768)
 LEAST_LENGTH = 256
@@ -66,7 +66,12 @@ def add_command(subparsers) -> None:
     option(
         "--lengths", "tokens of prompt and answer; default: 4096 to 32768, as the model takes", several(whole(1))
     )
-    option("--passages", f"samples of {TEXT} per length; default: 2", whole(1, MOST_SAMPLES), default=2)
+    option(
+        "--passages",
+        f"samples of {TEXT} and {PREFILL_TEXT} per length; default: 2",
+        whole(1, MOST_SAMPLES),
+        default=2,
+    )
     option("--score-tokens", "last tokens of a text, which are scored; default: 256", whole(1), default=256)
     option(
         "--needles", "samples of each other task per length, spread over depths; default: 5",
@@ -143,12 +148,18 @@ def _checked(args: argparse.Namespace) -> list[Setting]:
     if args.out.suffix == ".html":
         raise ConfigError(f"--out: {args.out} is where the page would go; allowed: another ending, such as .jsonl")
     offloads = [mapping.get("offload") is not None for mapping in (args.sparse, *(args.compare or ()))]
-    if TEXT in args.tasks and any(offloads):
+    if any(task in args.tasks for task in LOSSES) and any(offloads):
         raise ConfigError(
-            f"--tasks: {TEXT} is compared with dense decode, which offload refuses; allowed with offload: "
-            f"{', '.join(task for task in tasks.TASKS if task != TEXT)}"
+            f"--tasks: {TEXT} and {PREFILL_TEXT} are compared with dense attention, which offload refuses; "
+            f"allowed with offload: {', '.join(tasks.PROBLEMS)}"
         )
-    return _settings(args)
+    found = _settings(args)
+    if PREFILL_TEXT in args.tasks and all(setting.prefill_policy == "dense" for setting in found):
+        raise ConfigError(
+            f"--tasks: {PREFILL_TEXT} where every setting has dense prefill; allowed with --prefill-policies, or "
+            f"with prefill_policy in --compare"
+        )
+    return found
 
 
 def _settings(args: argparse.Namespace) -> list[Setting]:

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_sparse.errors import ConfigError
@@ -16,7 +16,7 @@ from vllm_sparse.tools import commands
 from vllm_sparse.tools.eval.estimate import STEPS, Speed
 from vllm_sparse.tools.eval.samples import Sample
 from vllm_sparse.tools.eval.settings import Group, Setting
-from vllm_sparse.tools.eval.tasks import TEXT
+from vllm_sparse.tools.eval.tasks import PREFILL_TEXT, TEXT
 
 TOP_TOKENS = 64
 """Log-probabilities kept of each step; the rest of the vocabulary is one more outcome."""
@@ -35,6 +35,8 @@ class Answer:
     """The steps that are scored, of a sample of :data:`TEXT`."""
     generated: int
     """Tokens said in all turns."""
+    losses: list[float] = field(default_factory=list)
+    """Of a sample of :data:`PREFILL_TEXT`, losses of its tokens from the second on."""
     reused: int = 0
     """Of those, tokens whose K and V later turns found in the prefix cache, as sparse steps had written them."""
 
@@ -61,6 +63,7 @@ class EvalEngine:
         self.tokenizer = llm.get_tokenizer()
         self._warm: list[str] = []
         self._prefill_density: float | None = None
+        self._texts: list[Answer] = []
 
     @classmethod
     @contextmanager
@@ -126,6 +129,8 @@ class EvalEngine:
         """Answers to ``samples``, all of one task and length."""
         self.llm.collective_rpc("eval_switch", args=(setting.mapping(self.common), 0))
         self._warm_up(setting, samples)
+        if samples[0].task == PREFILL_TEXT:
+            return Found(self._texts, None, self._prefill_density, None, None, [])
         watched = recall_every if samples[0].task == TEXT and setting.policy != "dense" else 0
         self.llm.collective_rpc("eval_switch", args=(setting.mapping(self.common), watched))
         before = self._counts()
@@ -187,8 +192,11 @@ class EvalEngine:
         if salts == self._warm:
             return
         before = self._counts()
-        once = SamplingParams(max_tokens=1, temperature=0, detokenize=False)
-        self._generate([sample.tokens for sample in samples], salts, once)
+        scored = samples[0].task == PREFILL_TEXT
+        # vLLM does not look in the cache for what asks for the prompt's own log-probabilities.
+        once = SamplingParams(max_tokens=1, temperature=0, detokenize=False, prompt_logprobs=0 if scored else None)
+        outputs = self._generate([sample.tokens for sample in samples], salts, once)
+        self._texts = [_prompt_losses(output) for output in outputs] if scored else []
         after = self._counts()
         attended, causal = (
             after[name] - before[name] for name in ("prefill_attended_pairs", "prefill_causal_pairs")
@@ -233,6 +241,11 @@ class EvalEngine:
         ]
         mass = [[c / part["rows"] for part in ranks for c in part["chosen"]] for ranks in found]
         return recall, mass, layers
+
+
+def _prompt_losses(output) -> Answer:
+    pairs = zip(output.prompt_logprobs[1:], output.prompt_token_ids[1:], strict=True)
+    return Answer([], [], 0, [-step[token].logprob for step, token in pairs])
 
 
 def _salt(setting: Setting, sample: Sample) -> str:

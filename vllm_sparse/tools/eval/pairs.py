@@ -15,10 +15,10 @@ from vllm_sparse.tools.eval import intervals
 from vllm_sparse.tools.eval.intervals import Interval
 from vllm_sparse.tools.eval.settings import Setting
 from vllm_sparse.tools.eval.summary import Summary, aligned
-from vllm_sparse.tools.eval.tasks import TEXT
+from vllm_sparse.tools.eval.tasks import LOSSES
 
 SCORES = "all scores"
-"""Stands for all tasks but :data:`TEXT` together."""
+"""Stands for all tasks together but those that have losses."""
 MOST_SHOWN = 10
 """Lost samples of a task that are shown with their answers."""
 MOST_ANSWER = 60
@@ -62,18 +62,19 @@ class Pair:
 
 
 def values(summary: Summary, setting: Setting, task: str, length: int | None = None) -> dict[Place, float]:
-    """Scores of a setting, or of :data:`TEXT` its loss, by sample."""
-    name = "loss" if task == TEXT else "score"
+    """Scores of a setting, or of :data:`LOSSES` its loss, by sample."""
+    name = "loss" if task in LOSSES else "score"
     return {
         (row["task"], row["length"], row["seed"]): row[name]
         for row in summary.of(setting)
-        if (row["task"] == task or (task == SCORES and row["task"] != TEXT)) and length in (None, row["length"])
+        if (row["task"] == task or (task == SCORES and row["task"] not in LOSSES))
+        and length in (None, row["length"])
     }
 
 
 def pair(summary: Summary, first: Setting, second: Setting, task: str, length: int | None = None) -> Pair:
     before, after = (values(summary, setting, task, length) for setting in (first, second))
-    return Pair(before, after, bounded=task != TEXT)
+    return Pair(before, after, bounded=task not in LOSSES)
 
 
 def mean_interval(found: dict[Place, float], bounded: bool) -> Interval | None:
@@ -88,8 +89,8 @@ HEADINGS = ("task", "setting", "score", "95 %", "less dense", "95 %", "lost", "w
 
 
 def lines(summary: Summary) -> Iterator[tuple[str, ...]]:
-    """A line of :data:`HEADINGS` for each task and setting, over all lengths; ``text`` has losses for scores."""
-    scored = [task for task in summary.tasks if task != TEXT]
+    """A line of :data:`HEADINGS` for each task and setting, over all lengths; texts have losses for scores."""
+    scored = [task for task in summary.tasks if task not in LOSSES]
     for task in (*summary.tasks, *([SCORES] if len(scored) > 1 else [])):
         for setting in summary.settings:
             found = pair(summary, Setting(), setting, task)
@@ -97,7 +98,7 @@ def lines(summary: Summary) -> Iterator[tuple[str, ...]]:
                 continue
             differences = {} if setting.is_dense else found.differences
             yield (
-                f"{task}, loss in nats" if task == TEXT else task, setting.describe(),
+                f"{task}, loss in nats" if task in LOSSES else task, setting.describe(),
                 f"{mean(found.second):.3f}", _shown(mean_interval(found.second, found.bounded)),
                 *((f"{mean(differences):+.3f}", _shown(found.interval, "+"),
                    str(len(found.lost)), str(found.won)) if differences else ("", "", "", "")),
@@ -131,12 +132,12 @@ def comparison(summary: Summary, first: Setting, second: Setting) -> str:
 
 def caches(first: Summary, second: Summary) -> str:
     """For a terminal: rows over one KV cache less those over another, setting by setting on the same samples."""
-    scored = [task for task in second.tasks if task != TEXT]
+    scored = [task for task in second.tasks if task not in LOSSES]
     found: list[tuple[str, ...]] = [("task", "setting", "that", "this", "difference", *HEADINGS[5:])]
     for task in (*second.tasks, *([SCORES] if len(scored) > 1 else [])):
         for setting in second.settings:
             sides = (values(summary, setting, task) for summary in (first, second))
-            both = Pair(*sides, bounded=task != TEXT)
+            both = Pair(*sides, bounded=task not in LOSSES)
             if both.differences:
                 found.append((task, setting.describe(), *_cells(both)))
     return aligned(found, left=2)

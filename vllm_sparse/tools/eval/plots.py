@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 
 from vllm_sparse.tools.eval.settings import Setting
 from vllm_sparse.tools.eval.summary import Summary
-from vllm_sparse.tools.eval.tasks import TEXT
+from vllm_sparse.tools.eval.tasks import LOSSES, TEXT
 
 COLORS = (
     "#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2", "#bcbd22", "#000000",
@@ -78,7 +78,7 @@ def text_by_budget(summary: Summary) -> Figure | None:
 
 def tasks_by_budget(summary: Summary) -> Figure | None:
     """Score against budget; a panel per task, means over lengths."""
-    tasks = [task for task in summary.tasks if task != TEXT]
+    tasks = [task for task in summary.tasks if task not in LOSSES]
     if not tasks or not _families(summary):
         return None
     figure, axes = _panels(len(tasks), 3.6, 2.8)

@@ -15,7 +15,10 @@ from vllm_sparse.tools.eval.problems import digest
 from vllm_sparse.tools.eval.rows import CACHE, Rows, cache_of, environment
 from vllm_sparse.tools.eval.samples import Sample, Samples
 from vllm_sparse.tools.eval.settings import Group, Setting, by_engine
-from vllm_sparse.tools.eval.tasks import PROBLEMS, TEXT
+from vllm_sparse.tools.eval.tasks import LOSSES, PREFILL_TEXT, PROBLEMS
+
+FIRST_TOKENS, RUN_TOKENS = 1024, 64
+"""Tokens of a text that are prefilled and not scored, and those of a run whose mean loss a row has."""
 
 
 class Run:
@@ -100,10 +103,10 @@ class Run:
         return Samples(tokenizer, self.text, args.split, args.passages, args.score_tokens, args.questions)
 
     def _seeds(self, task: str) -> range:
-        return range(self.args.passages if task == TEXT else self.args.needles)
+        return range(self.args.passages if task in LOSSES else self.args.needles)
 
     def _key(self, task: str, length: int, seed: int, setting: Setting) -> dict:
-        text = self.digests["text" if task == TEXT else PROBLEMS[task].needs]
+        text = self.digests["text" if task in LOSSES else PROBLEMS[task].needs]
         sample = {"text": text, "task": task, "length": length, "seed": seed}
         return {**self.common, **sample, **setting.columns()}
 
@@ -154,7 +157,7 @@ class Run:
         for setting in settings:
             keys = [self._key(sample.task, sample.length, sample.seed, setting) for sample in batch]
             new = [not self.rows.has(key) for key in keys]
-            if not any(new) and not (setting.is_dense and batch[0].task == TEXT):
+            if not any(new) and not (setting.is_dense and batch[0].task in LOSSES):
                 continue
             found = engine.run(setting, batch, self.args.recall_every)
             dense = dense or found
@@ -170,7 +173,10 @@ class Run:
         answer, shared = found.answers[index], {
             "attended": _rounded(found.attended), "prefill_density": _rounded(found.prefill_density),
         }  # fmt: skip
-        if sample.task != TEXT:
+        if sample.task == PREFILL_TEXT:
+            both = [_prefilled(one.answers[index].losses) for one in (found, dense)]
+            return {**shared, **both[0], "dense_loss": both[1]["loss"]}
+        if sample.task not in LOSSES:
             return {**shared, **_scored(sample, answer)}
         steps, reference = answer.steps, dense.answers[index].steps
         return {
@@ -192,6 +198,19 @@ def _scored(sample: Sample, answer: Answer) -> dict:
         "generated": answer.generated,
     }  # fmt: skip
     return found | ({"turns": _rounded(scores), "reused": answer.reused} if sample.turns else {})
+
+
+def _prefilled(losses: list[float]) -> dict:
+    """What a row says of a text that was prefilled: its mean loss, and the means over runs of tokens.
+
+    The first tokens, whose context is short, are left out."""
+    first = min(FIRST_TOKENS, len(losses) // 2)
+    losses = losses[first:]
+    runs = [losses[i : i + RUN_TOKENS] for i in range(0, len(losses), RUN_TOKENS)]
+    return {
+        "loss": round(sum(losses) / len(losses), 5), "scored": len(losses),
+        "run_losses": [round(sum(run) / len(run), 4) for run in runs],
+    }  # fmt: skip
 
 
 def _rounded(values: Any) -> Any:

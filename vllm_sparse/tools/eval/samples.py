@@ -10,7 +10,7 @@ from vllm_sparse.errors import ConfigError
 from vllm_sparse.tools import commands
 from vllm_sparse.tools.eval.problems import Problem, Source, fitted
 from vllm_sparse.tools.eval.qa import Questions
-from vllm_sparse.tools.eval.tasks import OLD_NAMES, PROBLEMS, TEXT
+from vllm_sparse.tools.eval.tasks import LOSSES, OLD_NAMES, PREFILL_TEXT, PROBLEMS, TEXT
 
 SPLITS = ("dev", "report")
 SPARE_ANSWER_TOKENS = 8
@@ -81,7 +81,7 @@ class Samples:
         self.questions = questions or {}
 
     def make(self, task: str, length: int, seed: int) -> Sample:
-        return self._passage(length, seed) if task == TEXT else self._problem(task, length, seed)
+        return self._passage(task, length, seed) if task in LOSSES else self._problem(task, length, seed)
 
     @cached_property
     def _start(self) -> list[int]:
@@ -96,7 +96,7 @@ class Samples:
     def _source(self) -> Source:
         return Source.of(self.text)
 
-    def _passage(self, length: int, seed: int) -> Sample:
+    def _passage(self, task: str, length: int, seed: int) -> Sample:
         body = length - len(self._start)
         spare = len(self._body) - body
         if spare < 2 * (self.passages - 1):
@@ -106,6 +106,9 @@ class Samples:
             )
         first = int(spare * spread(seed))
         tokens = self._start + self._body[first : first + body]
+        if task == PREFILL_TEXT:
+            # A request must say something, which needs room.
+            return Sample(task, length, seed, tokens[:-1], 1)
         split = length - self.score_tokens - 1
         return Sample(TEXT, length, seed, tokens[:split], self.score_tokens + 1, tokens[split:])
 

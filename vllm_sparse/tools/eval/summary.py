@@ -10,7 +10,7 @@ from typing import Any
 
 from vllm_sparse.tools.eval.rows import current
 from vllm_sparse.tools.eval.settings import Setting
-from vllm_sparse.tools.eval.tasks import RENAMED, TASKS, TEXT
+from vllm_sparse.tools.eval.tasks import LOSSES, PREFILL_TEXT, RENAMED, TASKS, TEXT
 
 
 @dataclass
@@ -148,8 +148,13 @@ def columns(summary: Summary) -> list[tuple[str, Callable[[Setting], float | Non
             ("same top", lambda setting: summary.mean(setting, TEXT, "same_top"), ".3f"),
             ("recall", lambda setting: summary.mean(setting, TEXT, "recall"), ".3f"),
         ]
+    if PREFILL_TEXT in summary.tasks:
+        found += [
+            ("prefill, loss - dense", lambda setting: summary.mean(setting, PREFILL_TEXT, "excess"), "+.4f"),
+            ("density", lambda setting: summary.mean(setting, PREFILL_TEXT, "prefill_density"), ".3f"),
+        ]
     for task in summary.tasks:
-        if task != TEXT:
+        if task not in LOSSES:
             found.append((task, lambda setting, task=task: summary.mean(setting, task, "score"), ".2f"))
     return found
 
