@@ -4,6 +4,7 @@
     python -m benchmarks.engine --tp 2 --executor ray --shape llama-70b --layers 40 1q1s128k
     python -m benchmarks.engine --weights fp8 --kv-cache-dtype fp8,auto 1q1s128k 8q1s32k 3q1s128k 6q1s128k
     python -m benchmarks.engine --kv-cache-dtype fp8 --drafts 0,3 1q1s128k 8q1s32k 3q1s128k
+    python -m benchmarks.engine --shape qwen3.5-27b --engine-args '{"gdn_prefill_backend": "triton"}' 1q1s128k
     python -m benchmarks.engine --weights fp8 --kv-cache-dtype fp8,auto --tokens 33 --sparse '{"prefill_policy":
         "vertical_slash", "prefill_top_p": 0, "slash_tokens": 512}' 1q1s128k
 
@@ -57,9 +58,19 @@ GPT_OSS_20B = LLAMA_8B | dict(
     intermediate_size=2880, num_hidden_layers=24, num_attention_heads=64, head_dim=64, sliding_window=128,
     layer_types=["sliding_attention", "full_attention"] * 12, num_local_experts=32, num_experts_per_tok=4,
 )  # fmt: skip
+QWEN_35_27B = LLAMA_8B | dict(
+    architectures=["Qwen3_5ForCausalLM"], model_type="qwen3_5_text", vocab_size=248320, hidden_size=5120,
+    intermediate_size=17408, num_hidden_layers=64, num_attention_heads=24, num_key_value_heads=4, head_dim=256,
+    rms_norm_eps=1e-6, layer_types=[*["linear_attention"] * 3, "full_attention"] * 16,
+    linear_num_key_heads=16, linear_num_value_heads=48, linear_key_head_dim=128, linear_value_head_dim=128,
+    linear_conv_kernel_dim=4, mamba_ssm_dtype="float32",
+    rope_parameters=dict(rope_type="default", rope_theta=10000000.0, partial_rotary_factor=0.25),
+)  # fmt: skip
+del QWEN_35_27B["rope_theta"]
 SHAPES = {
     "llama-8b": ("Llama-3.1-8B", LLAMA_8B), "llama-70b": ("Llama-3.1-70B", LLAMA_70B),
     "qwen3-30b-a3b": ("Qwen3-30B-A3B", QWEN_30B_A3B), "gpt-oss-20b": ("gpt-oss-20b", GPT_OSS_20B),
+    "qwen3.5-27b": ("Qwen3.5-27B", QWEN_35_27B),
 }  # fmt: skip
 KV_CACHE_DTYPES = ("auto", "fp8")
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
@@ -84,6 +95,7 @@ def parse_args(argv=None):
     parser.add_argument("--executor", choices=("mp", "ray"), help="for --tp above 1; default: mp")
     parser.add_argument("--gpu-memory", type=float, default=0.9)
     parser.add_argument("--eager", action="store_true")
+    parser.add_argument("--engine-args", type=json.loads, default={}, help="of both engines: LLM's, as JSON")
     parser.add_argument("--limit", type=float, default=600, help="seconds of an engine, after which it is killed")
     parser.add_argument("--out", type=Path, default=results.RESULTS)
     parser.add_argument("--worker", type=lambda text: Side(*json.loads(text)), help=argparse.SUPPRESS)
@@ -163,6 +175,7 @@ def rows_of(args, side: Side, sparse: dict, stock: dict) -> list[dict]:
                     "batch_spec": spec, "budget": sparse["budget"], "policy": sparse["policy"],
                     "prefill_policy": sparse["prefill_policy"], "prefill_density": ours["prefill_density"],
                     "sparse": settings, "baseline": args.baseline, "eager": args.eager,
+                    "engine_args": args.engine_args,
                     "kv_dtype": sparse["kv_dtype"], "baseline_kv_dtype": stock.get("kv_dtype"),
                     "weights": sparse["weights"], "drafts": side.drafts, "default": not settings,
                     "baseline_ms": baseline, "sparse_ms": ours[f"{bench}_ms"],
@@ -232,7 +245,11 @@ def model_of(shape: str, layers: int | None) -> Path:
     if layers:
         kinds = {"layer_types": config["layer_types"][:layers]} if "layer_types" in config else {}
         config |= {"num_hidden_layers": layers, **kinds}
-    (folder / "config.json").write_text(json.dumps(config))
+    file, text = folder / "config.json", json.dumps(config)
+    if not file.exists() or file.read_text() != text:  # another process may read it at this moment
+        written = file.with_name(f"{os.getpid()}.json")
+        written.write_text(text)
+        written.replace(file)
     return folder
 
 
@@ -297,7 +314,7 @@ def measure(args, side: Side) -> Iterator[dict]:
         enforce_eager=args.eager, tensor_parallel_size=args.tp, kv_cache_dtype=side.kv_cache_dtype,
         quantization="fp8" if args.weights == "fp8" else None, distributed_executor_backend=args.executor,
         additional_config={"sparse": settings} if side.is_sparse else {},
-        speculative_config=speculative_config(side.drafts),
+        speculative_config=speculative_config(side.drafts), **args.engine_args,
     )  # fmt: skip
     yield {"start_s": round(time.perf_counter() - start, 1), **about(llm.llm_engine.vllm_config)}
     if side.is_sparse:

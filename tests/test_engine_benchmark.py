@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -97,4 +98,15 @@ def test_vllm_takes_every_shape(shape, layers, monkeypatch):
     assert config.get_head_size() == asked["head_dim"]
     text = config.hf_text_config
     assert text.num_hidden_layers == (layers or asked["num_hidden_layers"])
-    assert len(getattr(text, "layer_types", None) or [None] * text.num_hidden_layers) == text.num_hidden_layers
+    kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
+    assert len(kinds) == text.num_hidden_layers
+    one_in = {"qwen3.5-27b": 4, "gpt-oss-20b": 2}.get(shape, 1)
+    assert kinds.count("full_attention") == text.num_hidden_layers // one_in
+
+
+def test_options_of_both_engines():
+    asked = {"gdn_prefill_backend": "triton", "max_num_batched_tokens": 8192}
+    args = engine.parse_args(["--engine-args", json.dumps(asked), "1q1s128k"])
+    side = engine.Side("sparse", "fp8", 0, "{}")
+    rows = engine.rows_of(args, side, measured(4.0, "fp8"), measured(8.0, "fp8"))
+    assert args.engine_args == asked and all(row["engine_args"] == asked for row in rows)
