@@ -4,8 +4,8 @@
 
 with the keys and their scales that :mod:`vllm_sparse.kernels.sketch_write` has stored. The second term is what
 the exponential of a logit gains on average by what its code has lost, a variance of ``noise * scale_t^2`` in
-each channel (:mod:`vllm_sparse.pages.summaries`): without it pages of widely spread keys rank too low. Tiles that a
-request has not filled have no sketch and count nothing: their page is attended whatever its score.
+each channel (:mod:`vllm_sparse.pages.summaries`): without it pages of widely spread keys rank too low. Tiles that
+a request has not filled have no sketch and count nothing: their page is attended whatever its score.
 
 The query is rotated as the keys are and quantised in two int8 digits to base 128; bytes of the sketch, masked to
 one key's field, are int8 operands of matrix products: to unpack a code is one bitwise operation on four channels.

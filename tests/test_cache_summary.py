@@ -36,7 +36,10 @@ def decoded(kv: torch.Tensor, page_size: int, summary: str) -> tuple[torch.Tenso
 
 
 def assert_summaries(kv: torch.Tensor, filled: dict[int, int], page_size: int, summary: str) -> None:
-    """The summary of each full page, or tile, is what writing its keys anew gives; ``filled``: rows of each block."""
+    """The summary of each full page, or tile, is what writing its keys anew gives.
+
+    ``filled``: rows of each block.
+    """
     head_dim = kv.shape[-1] // 2
     unit = page_size if summary == "key_range" else TILE_TOKENS
     for rows in {rows // unit * unit for rows in filled.values()} - {0}:

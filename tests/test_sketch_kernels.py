@@ -22,7 +22,9 @@ LENGTHS = [1, 0, 15, 16, 17, 33, 200, 389]
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "kv{}_group{}_d{}_page{}".format(*shape))
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 summaries = pytest.mark.parametrize("summary", SKETCH_BITS)
-BOTH_WRITES = pytest.mark.parametrize("write", [reference.page_write, launchers.page_write], ids=["torch", "triton"])
+BOTH_WRITES = pytest.mark.parametrize(
+    "write", [reference.page_write, launchers.page_write], ids=["torch", "triton"]
+)
 
 
 def empty_cache(blocks, kv_heads, head_dim, page_size, dtype, summary):
