@@ -58,6 +58,16 @@ def test_compare_new_tasks(evaluate, monkeypatch, capfd):
     )
 
 
+@pytest.mark.engine
+def test_prompts_too_short_for_auto(evaluate):
+    """Prefill that is automatic is dense in an engine all of whose prompts are shorter than it asks for."""
+    auto = {"decode_policy": "quest", "budget_tokens": 128, "prefill_policy": "auto"}
+    options = ["--lengths", "700", "--needles", "1", "--tasks", "niah_single_2", "--sparse", '{"dense_layers": 0}']
+    rows = evaluate(*options, "--compare", "dense", json.dumps(auto))
+    assert [row["prefill_policy"] for row in rows] == ["dense", "auto"]
+    assert rows[1]["prefill_density"] is None and rows[1]["attended"] < 0.3
+
+
 @pytest.mark.seam
 @pytest.mark.engine
 def test_texts_are_scored_in_prefill(evaluate, tiny, monkeypatch, capfd, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from vllm.distributed import get_tensor_model_parallel_rank
 
 from vllm_sparse import metrics
@@ -9,6 +11,7 @@ from vllm_sparse.backend import check
 from vllm_sparse.backend.builder import SparseMetadataBuilder
 from vllm_sparse.config import SparseConfig
 from vllm_sparse.policies import DECODE_POLICIES
+from vllm_sparse.prefill.gate import AUTO
 from vllm_sparse.tools.eval.recall import RecallProbe
 
 
@@ -23,6 +26,9 @@ class EvalWorker:
         """Attend by ``settings`` from the next step on, as if the engine had started with them."""
         config = SparseConfig.from_mapping(settings, "settings")
         config = check.with_tables(self.vllm_config, config)
+        if config.prefill_policy == AUTO and self.model_config.max_model_len <= config.least_auto_tokens:
+            # An engine that starts with it has no buffers, either: no prompt is long enough.
+            config = replace(config, prefill_policy="dense")
         for builder in self._builders():
             config.check_page_size(builder.page_size)
             builder.configure(config)
