@@ -21,7 +21,8 @@ CPU_ENGINE = {
 for _name, _value in CPU_ENGINE.items():
     os.environ.setdefault(_name, _value)
 os.environ.pop("VLLM_SPARSE_CONFIG", None)
-sys.path.append(str(Path(__file__).parent / "stand_ins"))  # last: what is installed comes first
+# Last: what is installed comes first. The root has ``benchmarks``, also for who starts pytest elsewhere.
+sys.path += [str(Path(__file__).parent / "stand_ins"), str(Path(__file__).parent.parent)]
 
 import torch  # noqa: E402
 

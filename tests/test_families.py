@@ -85,7 +85,10 @@ MODELS = {
     "lfm2_moe": Model("lfm2_moe", {
         **EXPERTS, "num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2, "conv_L_cache": 3,
         "num_dense_layers": 1}, 2, options=STATES),
-    "gemma4": Model("gemma4_text", {**GEMMA4, "head_dim": 256, "global_head_dim": 512}, 1, {"sliding window": 5}),
+    # Its scores are not divided by anything: in heads of 512, what a GPU rounds of them would change every answer.
+    "gemma4": Model("gemma4_text", {
+        **GEMMA4, "head_dim": 256, "global_head_dim": 512, "scaled": {"q_norm.weight": 0.05}}, 1,
+        {"sliding window": 5}),
     "gemma4_keys_as_values": Model("gemma4_text", {
         **GEMMA4, "attention_k_eq_v": True, "num_global_key_value_heads": 2}, 1, {"sliding window": 5}),
     "gemma4_shared_caches": Model("gemma4_text", {

@@ -14,7 +14,7 @@ FEW = {**SPARSE, "dense_layers": 0, "recall_monitor_every_steps": 4}
 STATES = {"enable_prefix_caching": False}
 JAMBA = {
     "num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
-    "expert_layer_offset": 1, "num_experts": 2, "num_experts_per_tok": 1, "mamba_d_state": 16, "mamba_dt_rank": 8,
+    "expert_layer_offset": 1, "num_experts": 2, "num_experts_per_tok": 2, "mamba_d_state": 16, "mamba_dt_rank": 8,
     "use_mamba_kernels": False,
 }  # fmt: skip
 CASES = ("sinks", "soft_cap", "granite4", "lfm2", "jamba", "gemma4", "gemma3")

@@ -143,13 +143,16 @@ def test_one_kv_head_on_two_gpus(model, one_gpu):
 
 
 def test_expert_parallel(tmp_path):
-    """Two ranks, each with half of the experts and of the heads, answer as stock on one GPU."""
+    """Two ranks, each with half of the experts and of the heads, answer as stock on one GPU.
+
+    Every token goes to all experts: which two it likes best may depend on what bf16 rounds.
+    """
     pytest.importorskip("vllm")
     import tiny_model
 
     model = tiny_model.make(
         tmp_path, "qwen3_moe", hidden_size=512, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=8,
-        num_key_value_heads=2, head_dim=128, initializer_range=0.05, num_experts=4, num_experts_per_tok=2,
+        num_key_value_heads=2, head_dim=128, initializer_range=0.05, num_experts=4, num_experts_per_tok=4,
         moe_intermediate_size=256, decoder_sparse_step=1, mlp_only_layers=[], norm_topk_prob=True,
     )  # fmt: skip
     expected = answer(model, None, enforce_eager=True)[0]

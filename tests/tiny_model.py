@@ -17,13 +17,15 @@ def make(
     seed: int = 0,
     embedding: float = 1.0,
     ones: dict | None = None,
+    scaled: dict | None = None,
     **changes,
 ) -> Path:
     """Write config, weights and a byte-level tokenizer to ``path``; returns it.
 
     ``embedding`` scales token embeddings: where they are tied to the output, large ones make a random
     model repeat its last token whatever its layers compute. ``ones`` names vectors to add to the
-    checkpoint, with their sizes: weights that a vLLM wants although the model does not use them.
+    checkpoint, with their sizes: weights that a vLLM wants although the model does not use them. ``scaled`` has
+    factors of weights, by how their names end.
     """
     import transformers
 
@@ -49,6 +51,10 @@ def make(
     config = transformers.AutoConfig.for_model(model_type, **settings)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.get_input_embeddings().weight.data.mul_(embedding)
+    for ending, factor in (scaled or {}).items():
+        for name, weight in model.named_parameters():
+            if name.endswith(ending):
+                weight.data.mul_(factor)
     weights = model.state_dict() | {name: torch.ones(size) for name, size in (ones or {}).items()}
     model.save_pretrained(path, state_dict=weights)
     write_tokenizer(path)
