@@ -34,9 +34,12 @@ def chosen() -> list[dict]:
         if not row.get("drafts"):
             run = tuple(row.get(key) for key in RUN)
             steps.setdefault(run, {}).update(row, **{row["kernel"]: row["us"]})
+            if row["kernel"] == "score":
+                steps[run]["scored_bytes"] = row.get("bytes")
     found = {}
     for step in steps.values():
-        if {"sparse_step", "dense_fa3"} <= set(step):
+        # Where nothing was scored all was dense, and no page was chosen.
+        if {"sparse_step", "dense_fa3"} <= set(step) and step.get("scored_bytes") != 0:
             row = _row(step)
             found[tuple(row[key] for key in (*KIND, "batch_spec"))] = row
     return sorted(found.values(), key=lambda row: tuple(row[key] for key in (*KIND, "dense_bytes")))
