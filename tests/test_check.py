@@ -16,6 +16,7 @@ pytest.importorskip("vllm")
 import test_hybrids
 import test_models
 
+from benchmarks.engine import model_of
 from vllm_sparse import metrics
 from vllm_sparse.tools import check, cli, stand_ins
 from vllm_sparse.tools.check import EXIT, Status
@@ -177,6 +178,21 @@ def test_a_checkpoints_own_kv_cache_scheme_is_read(llama, capfd):
     quantised["kv_cache_scheme"] = {**scheme, "strategy": "attn_head"}
     (llama / "config.json").write_text(json.dumps({**LLAMA, "quantization_config": quantised}))
     assert "every KV head" in report(capfd, llama, status=Status.REFUSED)["reason"]
+
+
+@pytest.mark.seam
+def test_windows_have_the_blocks_of_a_gpu(capfd):
+    """Blocks of 32 tokens, as stock layers have on a CPU, would pad pages of 16 beside them to twice their size."""
+    cache = report(capfd, model_of("gpt-oss-20b", None), "--gpu", 80)["cache"]
+    assert 0.9 * cache["stock_tokens"] < cache["sparse_tokens"] < cache["stock_tokens"]
+
+
+@pytest.mark.seam
+def test_stock_layers_may_have_caches_that_a_cpu_cannot_read(tiny, capfd):
+    """Windows of gpt-oss over an fp8 cache: vLLM 0.33 refuses them where the CPU has no AVX-512."""
+    options = (*ENGINE_OPTIONS, "--kv-cache-dtype", "fp8")
+    found = report(capfd, test_models.model_of(tiny, "sinks"), "--sparse", json.dumps(SPARSE), vllm=options)
+    assert found["layers"]["kv_dtype"] == "fp8" and sum(found["layers"]["stock"].values()) > 0
 
 
 REFUSED = {

@@ -11,7 +11,7 @@ import logging
 import os
 import shlex
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -313,6 +313,11 @@ def _built(vllm_config: Any, args: Any) -> DryEngine:
     A quantisation whose layers cannot be made here, such as one for GPUs on a CPU, is left out: it changes no
     attention layer but the dtype of its cache, which is known before.
     """
+    with stand_ins.caches_of_a_gpu() if on_cpu() else nullcontext():
+        return _with_quantisation_or_without(vllm_config, args)
+
+
+def _with_quantisation_or_without(vllm_config: Any, args: Any) -> DryEngine:
     try:
         return _build(vllm_config, quantised=True)
     except ConfigError as error:

@@ -73,6 +73,21 @@ def without_buffers() -> Iterator[None]:
 
 
 @contextmanager
+def caches_of_a_gpu() -> Iterator[None]:
+    """Layers that run as in stock have the blocks of a GPU, where a CPU's begin at 32 tokens, and may have caches
+    in dtypes that this CPU's attention does not read."""
+    from vllm.v1.attention.backend import MultipleOf
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    with _replaced(
+        CPUAttentionBackend,
+        supports_kv_cache_dtype=lambda dtype: True,
+        get_supported_kernel_block_sizes=lambda kv_cache_spec=None: [MultipleOf(16)],
+    ):
+        yield
+
+
+@contextmanager
 def _replaced(owner: Any, **attributes: Any) -> Iterator[None]:
     before = {name: getattr(owner, name) for name in attributes}
     for name, value in attributes.items():
