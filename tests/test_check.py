@@ -182,7 +182,7 @@ def test_a_checkpoints_own_kv_cache_scheme_is_read(llama, capfd):
 
 @pytest.mark.seam
 def test_windows_have_the_blocks_of_a_gpu(capfd):
-    """Blocks of 32 tokens, as stock layers have on a CPU, would pad pages of 16 beside them to twice their size."""
+    """Blocks of 32 tokens, as stock layers have on a CPU, would double pages of 16 beside them."""
     cache = report(capfd, model_of("gpt-oss-20b", None), "--gpu", 80)["cache"]
     assert 0.9 * cache["stock_tokens"] < cache["sparse_tokens"] < cache["stock_tokens"]
 
