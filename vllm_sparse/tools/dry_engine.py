@@ -275,7 +275,8 @@ def dry_engine(args: Any, sparse: bool = True) -> DryEngine:
         vllm_args.distributed_executor_backend = "mp"  # or vLLM would count the GPUs of this machine
     if vllm_args.block_size is None and on_cpu():
         vllm_args.block_size = 16  # a GPU's default
-    return _built(_configured(vllm_args), vllm_args)
+    with stand_ins.caches_of_a_gpu() if on_cpu() else nullcontext():
+        return _built(_configured(vllm_args), vllm_args)
 
 
 def _configured(args: Any) -> Any:
@@ -313,11 +314,6 @@ def _built(vllm_config: Any, args: Any) -> DryEngine:
     A quantisation whose layers cannot be made here, such as one for GPUs on a CPU, is left out: it changes no
     attention layer but the dtype of its cache, which is known before.
     """
-    with stand_ins.caches_of_a_gpu() if on_cpu() else nullcontext():
-        return _with_quantisation_or_without(vllm_config, args)
-
-
-def _with_quantisation_or_without(vllm_config: Any, args: Any) -> DryEngine:
     try:
         return _build(vllm_config, quantised=True)
     except ConfigError as error:
