@@ -28,7 +28,8 @@ from pathlib import Path
 
 from benchmarks import results
 from benchmarks.batch_spec import max_num_seqs, parse
-from benchmarks.engine import KV_CACHE_DTYPES, model_of, shape_name
+from benchmarks.engine import KV_CACHE_DTYPES
+from benchmarks.shapes import model_of, shape_name
 from vllm_sparse.config import SparseConfig
 from vllm_sparse.offload.config import HOST_DTYPES
 

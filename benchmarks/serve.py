@@ -28,7 +28,8 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from benchmarks import results
-from benchmarks.engine import KV_CACHE_DTYPES, LLAMA_8B
+from benchmarks.engine import KV_CACHE_DTYPES
+from benchmarks.shapes import LLAMA_8B
 from vllm_sparse.config import SparseConfig
 from vllm_sparse.tools.demo.server import LOG_TAIL_LINES, Server, ServerError
 

@@ -16,7 +16,7 @@ pytest.importorskip("vllm")
 import test_hybrids
 import test_models
 
-from benchmarks.engine import model_of
+from benchmarks.shapes import model_of
 from vllm_sparse import metrics
 from vllm_sparse.tools import check, cli, stand_ins
 from vllm_sparse.tools.check import EXIT, Status

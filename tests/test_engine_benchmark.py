@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import engine
+from benchmarks import engine, shapes
 from benchmarks.batch_spec import parse
 
 TOKENS = 8
@@ -85,15 +85,15 @@ def test_rows_and_table_compare_caches_of_one_dtype(capsys):
     assert "sparse, fp8 against sparse, bf16" in said and "1.25x" in said and "8q1s32k: no room" in said
 
 
-@pytest.mark.parametrize(("shape", "layers"), [(shape, layers) for shape in engine.SHAPES for layers in (None, 4)])
+@pytest.mark.parametrize(("shape", "layers"), [(shape, layers) for shape in shapes.SHAPES for layers in (None, 4)])
 def test_vllm_takes_every_shape(shape, layers, monkeypatch):
     registry = pytest.importorskip("vllm.model_executor.models.registry")
     # To look at a class, vLLM starts a process that imports vLLM.
     monkeypatch.setattr(registry, "_run_in_subprocess", lambda look: look())
     config = pytest.importorskip("vllm.config").ModelConfig(
-        str(engine.model_of(shape, layers)), skip_tokenizer_init=True, dtype="bfloat16"
+        str(shapes.model_of(shape, layers)), skip_tokenizer_init=True, dtype="bfloat16"
     )
-    asked = engine.SHAPES[shape][1]
+    asked = shapes.SHAPES[shape][1]
     assert config.get_total_num_kv_heads() == asked["num_key_value_heads"]
     assert config.get_head_size() == asked["head_dim"]
     text = config.hf_text_config

@@ -182,7 +182,7 @@ def planned(capsys, folder, *options) -> int:
 
 
 def test_the_planner_counts_twice_the_tokens(tmp_path, capsys):
-    from benchmarks.engine import LLAMA_8B
+    from benchmarks.shapes import LLAMA_8B
 
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
     plain, coded = planned(capsys, tmp_path), planned(capsys, tmp_path, "--host-dtype", "fp8")

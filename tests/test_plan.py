@@ -66,7 +66,7 @@ def test_plan_is_what_the_engine_reports(tiny, capfd, kv_mib, kv_cache_dtype):
 
 
 def test_llama_8b_by_hand(tmp_path, capsys):
-    from benchmarks.engine import LLAMA_8B
+    from benchmarks.shapes import LLAMA_8B
 
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
     printed = plan(capsys, tmp_path, "--gpu", 80, "--host", 128, "--context", "128k", "--max-num-seqs", 8)
@@ -84,7 +84,7 @@ def test_llama_8b_by_hand(tmp_path, capsys):
 
 def test_cache_of_fp8_by_hand(tmp_path, capsys):
     """A cache in fp8 holds twice the tokens, and a host pool takes half the bytes, with any ``host_dtype``."""
-    from benchmarks.engine import LLAMA_8B
+    from benchmarks.shapes import LLAMA_8B
 
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
     arguments = [tmp_path, "--gpu", 80, "--host", 64, "--kv-gib", 40, "--max-num-seqs", 8]
@@ -115,7 +115,7 @@ def test_cache_of_fp8_by_hand(tmp_path, capsys):
     ],
 )
 def test_wrong_arguments_are_refused(tmp_path, capsys, arguments, said):
-    from benchmarks.engine import LLAMA_8B
+    from benchmarks.shapes import LLAMA_8B
 
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
     assert cli.main(["plan", str(tmp_path), *arguments]) == 1
@@ -125,7 +125,7 @@ def test_wrong_arguments_are_refused(tmp_path, capsys, arguments, said):
 
 def test_host_too_small_is_said(tmp_path, capsys):
     """A host too small for one context is said."""
-    from benchmarks.engine import LLAMA_8B
+    from benchmarks.shapes import LLAMA_8B
 
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
     printed = plan(capsys, tmp_path, "--gpu", 80, "--host", 8, "--context", "128k")
