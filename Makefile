@@ -7,7 +7,7 @@ OLDEST := .venv/vllm-0.31
 NEWEST := .venv/vllm-0.33
 NEWEST_WHEEL := .venv/vllm-0.33-wheel
 ENVIRONMENTS := tests/environments
-PARTS := test-engine test-rest test-newest test-oldest
+PARTS := test-rest test-engine test-newest test-oldest
 
 PROMETHEUS := .venv/prometheus
 
@@ -28,11 +28,11 @@ test:
 
 run_tests = @$1/bin/python -m pytest --durations=25 $2 > .venv/$@.log 2>&1; status=$$?; cat .venv/$@.log; exit $$status
 
-test-engine: $(VLLM)/ready $(PROMETHEUS)/ready
-	$(call run_tests,$(VLLM),-m engine)
-
 test-rest: $(VLLM)/ready $(PROMETHEUS)/ready
-	$(call run_tests,$(VLLM),-m "not engine")
+	$(call run_tests,$(VLLM),-m "not engine or processes")
+
+test-engine: $(VLLM)/ready
+	$(call run_tests,$(VLLM),-m "engine and not processes")
 
 test-newest: $(NEWEST)/ready
 	$(call run_tests,$(NEWEST),-m seam)

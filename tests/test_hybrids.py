@@ -47,10 +47,10 @@ MODELS = {
 }  # fmt: skip
 
 
-def model_of(tiny, case: str):
-    """The model of a case, and options of its engines."""
+def model_of(tiny, case: str, **more):
+    """The model of a case, with ``more`` settings, and options of its engines."""
     model_type, settings, dtype, _ = MODELS[case]
-    return tiny.model(model_type, **settings), {"dtype": dtype, "enable_prefix_caching": False}
+    return tiny.model(model_type, **settings | more), {"dtype": dtype, "enable_prefix_caching": False}
 
 
 @pytest.mark.seam

@@ -198,16 +198,20 @@ def test_alerts_are_rules_that_fire_and_do_not_fire(tmp_path):
 
 
 @pytest.mark.engine
+@pytest.mark.processes
 def test_prometheus_scrapes_two_ranks_through_two_api_servers(tiny, tmp_path):
     """A real Prometheus, a real server: what is counted, once however many ranks and servers count it."""
     needs("prometheus")
     lengths, answers = (700, 20, 100), 12
+    with tiny.start(sparse=SPARSE) as llm:
+        expected = tokens(llm, prompts(lengths), answers)
     arguments = ("--tensor-parallel-size=2", "--api-server-count=2", "--distributed-executor-backend=mp")
     with serve(tmp_path, tiny.model(), SPARSE, *arguments, VLLM_CPU_OMP_THREADS_BIND="nobind") as server:
         server.wait()
         with scraping(tmp_path / "prometheus", server.url) as prometheus:
-            for prompt in prompts(lengths):
-                server.choice("/v1/completions", prompt=prompt, max_tokens=answers)
+            for prompt, answer in zip(prompts(lengths), expected, strict=True):
+                choice = server.choice("/v1/completions", prompt=prompt, max_tokens=answers)
+                assert choice["token_ids"] == answer, "each rank chooses for its own heads"
             rows = "vllm:sparse_decode_rows_total"
             wait_for(prometheus, rows, 3 * (answers - 1))
             time.sleep(4)  # rows of drafts aside, ranks answer one poll after each other

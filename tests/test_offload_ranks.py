@@ -10,7 +10,7 @@ import pytest
 from process import running
 from tiny_engine import prompts, tokens
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.processes]
 
 PROMPTS = prompts((1, 40, 300, 500))
 HOST_GIB = 0.03

@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from test_tensor_parallel import SPARSE, TESTS, WORKERS, check_server, needs_ray
-from tiny_server import serve
+from test_tensor_parallel import SPARSE, TESTS, WORKERS, needs_ray
+from tiny_engine import prompts
+from tiny_server import MAX_TOKENS, serve
 
 pytest.importorskip("vllm")
+
+pytestmark = [pytest.mark.engine, pytest.mark.processes]
+
+
+def check_server(server, tiny, model, dense_layers: int = 1, count: int = 2) -> None:
+    """Answers of stock vLLM to requests at once, and a log in which two workers know ``dense_layers`` and
+    ``count`` of them, which have sparse layers, what was attended."""
+    batch = prompts((300, 40, 1, 90), seed=11)
+    expected = tiny.stock(batch, MAX_TOKENS, model=model)
+    server.wait()
+    with ThreadPoolExecutor(len(batch)) as clients:
+        choices = list(clients.map(lambda prompt: server.choice("/v1/completions", prompt=prompt), batch))
+    assert [choice["token_ids"] for choice in choices] == expected
+    log = server.log.read_text()
+    for told, workers in ((f"dense (dense_layers={dense_layers}: ", 2), ("tokens (100.0%)", count)):
+        told_by = set(re.findall(rf"\((Worker\w* pid=\d+)\).*sparse attention: .*{re.escape(told)}", log))
+        assert len(told_by) == workers, f"{told!r} is told by {told_by}"
 
 
 @needs_ray

@@ -107,6 +107,7 @@ def test_backend_name_unpickles_in_a_process_without_plugins():
 
 
 @pytest.mark.engine
+@pytest.mark.processes
 def test_without_the_flag_vllm_is_as_without_the_plugin(tiny):
     code = """
         import sys

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from process import running
 from tiny_engine import prompts
-from tiny_server import MAX_TOKENS, serve
 
 from vllm_sparse.pages.head_patterns import HeadPattern
 from vllm_sparse.prefill import patterns
 from vllm_sparse.prefill.patterns import PatternTable
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.processes]
 
 LENGTHS = (1, 40, 300)
 TESTS = Path(__file__).parent
@@ -80,24 +77,3 @@ def test_ray_workers_share_one_kv_head(tiny, tmp_path):
         assert worker["kv_heads"] == [1, 1, 1], "each has its copy of the only head"
         assert worker["sparse_layers"] == 2 and worker["dense_layers"] == {"dense_layers=1": 1}
         assert worker["attended_tokens"] == worker["context_tokens"] > 0
-
-
-def check_server(server, tiny, model, dense_layers: int = 1, count: int = 2) -> None:
-    """Answers of stock vLLM to requests at once, and a log in which two workers know ``dense_layers`` and
-    ``count`` of them, which have sparse layers, what was attended."""
-    batch = prompts((300, 40, 1, 90), seed=11)
-    expected = tiny.stock(batch, MAX_TOKENS, model=model)
-    server.wait()
-    with ThreadPoolExecutor(len(batch)) as clients:
-        choices = list(clients.map(lambda prompt: server.choice("/v1/completions", prompt=prompt), batch))
-    assert [choice["token_ids"] for choice in choices] == expected
-    log = server.log.read_text()
-    for told, workers in ((f"dense (dense_layers={dense_layers}: ", 2), ("tokens (100.0%)", count)):
-        told_by = set(re.findall(rf"\((Worker\w* pid=\d+)\).*sparse attention: .*{re.escape(told)}", log))
-        assert len(told_by) == workers, f"{told!r} is told by {told_by}"
-
-
-def test_server_of_two_ranks(tiny, tmp_path):
-    model = tiny.model(num_key_value_heads=1)
-    with serve(tmp_path, model, SPARSE, "--tensor-parallel-size=2", **WORKERS) as server:
-        check_server(server, tiny, model)
