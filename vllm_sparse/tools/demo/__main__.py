@@ -98,7 +98,8 @@ def _server_options(arguments: argparse.Namespace) -> list[str]:
     options = ["--max-model-len", "8192"]
     if arguments.backend == "stock":
         return options
-    config = {"sparse": {"budget_tokens": arguments.budget_tokens}}
+    # By default contexts of this length are short, and read densely.
+    config = {"sparse": {"budget_tokens": arguments.budget_tokens, "min_context_tokens": arguments.budget_tokens}}
     options += ["--attention-backend", arguments.backend, "--block-size", "16"]
     return [*options, "--additional-config", json.dumps(config)]
 
