@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("vllm")
 
+import tiny_model
 import vllm
 from tiny_engine import prompts
 from vllm import SamplingParams
@@ -34,6 +38,10 @@ class Model:
     """Layers by what their reason says."""
     dense: dict[str, int] = field(default_factory=dict)
     options: dict = field(default_factory=dict)
+    since: tuple[int, int] = (0, 32)
+    """The first vLLM that is asked to start it."""
+    lift: Callable[[pytest.MonkeyPatch], None] = lambda patch: None
+    """Takes away what would stop the model's code on a machine that cannot run it."""
 
 
 WINDOWED = ["sliding_attention"] * 3 + ["full_attention"]
@@ -51,6 +59,21 @@ GEMMA4 = {
     **TIED, "sliding_window": 64, "num_hidden_layers": 6, "global_head_dim": 64, "hidden_size_per_layer_input": 0,
     "num_kv_shared_layers": 0,
 }  # fmt: skip
+STEP = {
+    **SLIDING, "num_attention_groups": 2, "moe_num_experts": 4, "moe_top_k": 2, "moe_intermediate_size": 64,
+    "share_expert_dim": 64, "use_moe_router_bias": True, "need_fp32_gate": True, "use_head_wise_attn_gate": True,
+    "norm_expert_weight": True, "moe_router_scaling_factor": 1.0, "swiglu_limits": [], "swiglu_limits_shared": [],
+    "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "max_seq_len": 4096,
+}  # fmt: skip
+ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}
+INTERN_S2 = {
+    "text_config": {
+        **tiny_model.SETTINGS, **GATED_DELTA, **EXPERTS, "shared_expert_intermediate_size": 64, "num_blocks": 2,
+        "rope_parameters": {**ROPE, "mrope_section": [2, 3, 3], "mrope_interleaved": True},
+    },
+    "vision_config": {"depth": 1, "hidden_size": 64, "num_heads": 2, "out_hidden_size": 128},
+}  # fmt: skip
+TEXT_ALONE = {**STATES, "dtype": "bfloat16", "language_model_only": True}
 ANOTHERS = "another layer's KV cache"
 MODELS = {
     "qwen3_moe": Model("qwen3_moe", {**EXPERTS, "decoder_sparse_step": 1}, 3),
@@ -71,10 +94,22 @@ MODELS = {
         "topk_group": 1, "route_scale": 1.0}, 1, WINDOWS),
     "laguna": Model("laguna", {**SLIDING, "mlp_layer_types": ["dense"] * 4}, 1, WINDOWS),
     "mellum": Model("mellum", {**SLIDING, **EXPERTS}, 1, WINDOWS),
+    "step3p5": Model("step3p5", {
+        **STEP, "architecture": "Step3p5ForCausalLM", "moe_layers_enum": "2,3", "moe_router_activation": "softmax",
+        "attention_other_setting": {
+            "attention_type": "sliding_attention", "num_attention_heads": 8, "num_attention_groups": 2,
+            "head_dim": 32}}, 1, WINDOWS),
+    "muse_glimmer": Model("muse_glimmer_text", {
+        **SLIDING, "architecture": "MuseGlimmerForCausalLM", "qk_scale_factor": 20.0, "output_multiplier": 1.0}, 1,
+        WINDOWS),
     "qwen3_5": Model("qwen3_5_text", GATED_DELTA, 1, options={**STATES, "dtype": "bfloat16"}),
     "qwen3_5_moe": Model("qwen3_5_moe_text", {
         **GATED_DELTA, **EXPERTS, "shared_expert_intermediate_size": 64}, 1,
         options={**STATES, "dtype": "bfloat16"}),
+    "interns2_preview": Model("qwen3_5_moe", {
+        **INTERN_S2, "architecture": "InternS2PreviewForConditionalGeneration"}, 1, options=TEXT_ALONE),
+    "interns2_mobius": Model("qwen3_5_moe", {
+        **INTERN_S2, "architecture": "InternS2MobiusForConditionalGeneration"}, 1, options=TEXT_ALONE),
     "nemotron_h": Model("nemotron_h", {
         "num_hidden_layers": 4, "hybrid_override_pattern": "M*M*", "mamba_num_heads": 8, "mamba_head_dim": 32,
         "ssm_state_size": 16, "n_groups": 1, "mlp_hidden_act": "relu2", "chunk_size": 64}, 2, options=STATES),
@@ -132,7 +167,12 @@ def assert_counted(counted: dict[str, int], wanted: dict[str, int]) -> None:
         assert [count for text, count in counted.items() if reason in text] == [number], counted
 
 
-@pytest.mark.parametrize("case", MODELS)
+def of_newest(case: str):
+    """A case that runs with the newest vLLM, too, where its model is vLLM's alone and changes with it."""
+    return pytest.param(case, marks=pytest.mark.seam) if "architecture" in MODELS[case].settings else case
+
+
+@pytest.mark.parametrize("case", map(of_newest, MODELS))
 def test_a_model_answers_as_stock_does_and_reads_less(tiny, case):
     model = MODELS[case]
     path = tiny.model(model.model_type, **model.settings)
@@ -202,6 +242,105 @@ def test_a_model_without_sparse_layers_starts_as_stock_and_says_so_in_one_line(t
     assert reason in line
     assert (counts["sparse_layers"], counts["dense_layers"]) == (0, {})
     assert sum(counts["stock_layers"].values()) == layers
+
+
+def say_that_flash_attention_is_there(patch: pytest.MonkeyPatch) -> None:
+    from vllm.models.qwen4_exp.nvidia import model, qsa  # noqa: F401 - in this order: they import each other
+
+    patch.setattr(qsa, "is_flash_attn_varlen_func_available", lambda: True)
+
+
+def call_it_flashinfer(patch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
+
+    names = {"FlashInferMetadata": None, "FlashInferTrtllmAPIDecode": None}
+    flashinfer = SimpleNamespace(FlashInferImpl=CPUAttentionBackendImpl, **names)
+    patch.setitem(sys.modules, "vllm.v1.attention.backends.flashinfer", flashinfer)
+
+
+def take_any_latent_attention(patch: pytest.MonkeyPatch) -> None:
+    from vllm.model_executor.layers.attention import mla_attention
+    from vllm.v1.attention.backends.mla import indexer
+    from vllm.v1.attention.backends.mla.cpu_mla import CPUMLABackend
+
+    patch.setattr(indexer.DeepseekV32IndexerBackend, "get_supported_kernel_block_sizes", lambda *_: [16])
+    patch.setattr(CPUMLABackend, "supports_block_size", lambda *_: True)
+    patch.setattr(mla_attention, "get_attn_backend", lambda *_, **__: CPUMLABackend)
+
+
+INDEXED = {"head_dim": 128, "num_hidden_layers": 4, "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+INKLING_MARKS = (
+    "message_user", "message_model", "message_system", "message_tool", "content_text", "content_image",
+    "content_model_end_sampling", "content_thinking", "content_audio_input", "content_xml",
+    "content_invoke_tool_json", "end_message", "audio_end",
+)  # fmt: skip
+INDEXED_LATENT = {**LATENT, "index_topk": 64, "index_n_heads": 4, "index_head_dim": 128}
+LARGE_BLOCKS = {"max_model_len": 2048, "sparse": {"budget_tokens": 1024}, "kv_cache_memory_bytes": 256 << 20}
+# Models that vLLM builds on a CPU, where it has no kernels that run them.
+BUILT = {
+    "deepseek_v32": Model("deepseek_v32", {**INDEXED_LATENT, "architecture": "DeepseekV32ForCausalLM"}, 0,
+        {"class MLAAttention": 3, "class DeepseekV32IndexerCache": 3}, lift=take_any_latent_attention),
+    "glm5": Model("glm_moe_dsa", {**INDEXED_LATENT, "architecture": "GlmMoeDsaForCausalLM"}, 0,
+        {"class MLAAttention": 3, "class DeepseekV32IndexerCache": 3}, lift=take_any_latent_attention),
+    "ling": Model("deepseek_v3", {
+        **LATENT, "architecture": "BailingMoeV2_5ForCausalLM", "num_hidden_layers": 4, "layer_group_size": 4,
+        "first_k_dense_replace": 4, "num_experts": 4, "num_shared_experts": 1, "moe_intermediate_size": 64,
+        "rope_theta": 10000.0, "use_bias": False, "use_qkv_bias": False}, 0, {"class MLAAttention": 1},
+        options=STATES, lift=take_any_latent_attention),
+    "minimax_m3": Model("minimax_m3_vl", {
+        "architecture": "MiniMaxM3SparseForCausalLM",
+        "text_config": {
+            **tiny_model.SETTINGS, **INDEXED, "dense_intermediate_size": 128, "moe_layer_freq": [0] * 4,
+            "sparse_attention_config": {
+                "sparse_attention_freq": [0, 0, 1, 1], "sparse_index_dim": 128, "sparse_num_index_heads": 2,
+                "sparse_topk_blocks": 16, "sparse_block_size": 128}}}, 2,
+        {"class MiniMaxM3SparseAttention": 2, "class MiniMaxM3IndexerCache": 2},
+        options={**LARGE_BLOCKS, "block_size": 128}),
+    "qwen4_exp": Model("qwen4_exp_text", {
+        **GATED_DELTA, **EXPERTS, "architecture": "Qwen4ExpForCausalLM", "shared_expert_intermediate_size": 64,
+        "hc_count": 2, "hc_lowrank": 32, "output_gate_type": "silu", "rope_parameters": ROPE, "indexer_n_heads": 4,
+        "indexer_kv_heads": 1, "indexer_head_dim": 128, "indexer_budget": 128, "indexer_compress_ratio": 16}, 0,
+        {"class Qwen4ExpQSAAttention": 1, "class QSAKeyStateCache": 1, "class QSACompressedKeyCache": 1},
+        options=STATES, lift=say_that_flash_attention_is_there),
+    "deepseek_v4": Model("deepseek_v4", {
+        **ROUTED, "architecture": "DeepseekV4ForCausalLM", "head_dim": 512, "num_key_value_heads": 1,
+        "qk_rope_head_dim": 64, "q_lora_rank": 64, "o_lora_rank": 64, "o_groups": 2, "n_shared_experts": 1,
+        "hidden_act": "silu", "swiglu_limit": 10.0, "norm_topk_prob": True, "num_hash_layers": 0, "hc_mult": 4,
+        "hc_eps": 1e-6, "hc_sinkhorn_iters": 4, "rms_norm_eps": 1e-6, "index_topk": 64, "index_n_heads": 4,
+        "index_head_dim": 128, "sliding_window": 128, "compress_ratios": [0, 4, 128],
+        "compress_rope_theta": 10000.0, "scoring_func": "sqrtsoftplus", "topk_method": "noaux_tc",
+        "routed_scaling_factor": 1.0, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}, 0,
+        {"class DeepseekV4CPUAttention": 3, "class DeepseekV4SWACache": 3, "class DeepseekV4CPUIndexerCache": 1,
+         "class CompressorStateCache": 3}, options=LARGE_BLOCKS),
+    # With its selector on, it wants a GPU. Where it is off, layers still name a backend.
+    "step5": Model("step5", {
+        **STEP, "architecture": "Step5ForCausalLM", "moe_layers_enum": "", "sparse_config": {"enabled": False}}, 0,
+        {"the model asks for FLASH_ATTN by itself": 4}, since=(0, 33)),
+    "flint": Model("flint", {
+        **SLIDING, "architecture": "FlintForCausalLM", "head_dim": 128, "mlp_only_layers": [0, 1, 2, 3]}, 0,
+        {"pages of FlashInfer by itself": 4}, since=(0, 33), lift=call_it_flashinfer),
+    # vLLM 0.32 imports Numba for it, over which its next start in the same process stumbles.
+    "inkling": Model("inkling_model", {
+        "architecture": "InklingForCausalLM", "marks": [f"<|{mark}|>" for mark in INKLING_MARKS],
+        "num_hidden_layers": 4, "dense_mlp_idx": 4, "rel_extent": 64, "local_layer_ids": [0, 1, 2],
+        "sliding_window_size": 64, "use_sconv": True}, 0,
+        {"class InklingAttention": 4, "class InklingConvState": 4}, since=(0, 33)),
+}  # fmt: skip
+
+
+@pytest.mark.seam
+@pytest.mark.parametrize("case", BUILT)
+def test_layers_of_a_model_that_no_cpu_runs(tiny, monkeypatch, case):
+    model = BUILT[case]
+    if vllm.__version_tuple__ < model.since:
+        pytest.skip("a newer vLLM builds this model")
+    path = tiny.model(model.model_type, **model.settings)
+    model.lift(monkeypatch)
+    with tiny.start(path, dtype="bfloat16", **model.options) as llm:
+        (counts,) = llm.collective_rpc("sparse_metrics")
+    assert counts["sparse_layers"] == model.sparse
+    assert_counted(counts["stock_layers"], model.stock)
+    assert counts["dense_layers"] == {}
 
 
 class Said(logging.Handler):

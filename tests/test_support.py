@@ -24,6 +24,7 @@ from vllm_sparse.support import (
     decide,
     full_attention_layers,
     notes,
+    query_heads,
     summary_line,
     unasked,
 )
@@ -101,6 +102,20 @@ def test_dense_layers_count_full_attention_layers():
     assert full_attention_layers(types, 12) == [5, 11]
     assert full_attention_layers(None, 3) == [0, 1, 2]
     assert full_attention_layers(["attention"] * 4, 4) == [0, 1, 2, 3]
+
+
+def test_query_heads_are_those_of_full_attention_layers():
+    """Where sliding windows have others, as in Step 3.5, its config raises for the number of all layers."""
+    transformers = pytest.importorskip("transformers")
+    types = ["sliding_attention", "sliding_attention", "full_attention"]
+    of_layers = {number: {"num_attention_heads": 8} for number in (0, 1)}
+    settings = {"num_hidden_layers": 3, "num_attention_heads": 4, "layer_types": types}
+    assert query_heads(transformers.Qwen3Config(**settings)) == 4
+    mixed = transformers.Qwen3Config(**settings, per_layer_config=of_layers)
+    with pytest.raises(Exception, match="per-layer attribute"):
+        mixed.num_attention_heads  # noqa: B018
+    assert query_heads(mixed) == 4
+    assert query_heads(SimpleNamespace()) == 0
 
 
 def test_all_dense_layers_need_no_summaries():

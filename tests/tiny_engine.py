@@ -109,12 +109,15 @@ class TinyEngines:
         gc.unfreeze()
 
     def model(self, model_type: str = "llama", **changes) -> Path:
+        """A model; with an ``architecture`` one whose weights an engine draws."""
         name = hashlib.sha256(repr(sorted(changes.items())).encode()).hexdigest()[:12]
-        return tiny_model.make(self.root / f"{model_type}-{name}", model_type, **changes)
+        make = tiny_model.describe if "architecture" in changes else tiny_model.make
+        return make(self.root / f"{model_type}-{name}", model_type, **changes)
 
     @contextmanager
     def start(self, model: Path | None = None, sparse: dict | None = None, backend="sparse", **changes):
         """An engine with fresh counters; ``sparse`` changes :data:`SPARSE`."""
+        import tiny_weights
         from vllm import LLM
         from vllm.v1.attention.selector import _cached_get_attn_backend
 
@@ -128,9 +131,12 @@ class TinyEngines:
             settings["attention_backend"] = backend
         if backend != "CPU_ATTN" and "additional_config" not in settings:
             settings["additional_config"] = {"sparse": {**SPARSE, **(sparse or {})}}
+        model = model or self.model()
+        if not any(model.glob("*.safetensors")):
+            settings.setdefault("load_format", tiny_weights.DRAWN)
         gc.collect()
         self._gc[0]()
-        llm = LLM(str(model or self.model()), **settings)
+        llm = LLM(str(model), **settings)
         self._running = True
         try:
             yield llm

@@ -9,6 +9,12 @@ from pathlib import Path
 import torch
 
 VOCAB = 512
+SETTINGS = {
+    "vocab_size": VOCAB, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 4096,
+    "bos_token_id": None, "eos_token_id": 0, "pad_token_id": None, "tie_word_embeddings": False,
+    "initializer_range": 0.2,
+}  # fmt: skip
 
 
 def make(
@@ -32,23 +38,7 @@ def make(
     if (path / "model.safetensors").exists():
         return path
     torch.manual_seed(seed)
-    settings = dict(
-        vocab_size=VOCAB,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=4096,
-        bos_token_id=None,
-        eos_token_id=0,
-        pad_token_id=None,
-        tie_word_embeddings=False,
-        initializer_range=0.2,
-    )
-    settings.update(changes)
-    config = transformers.AutoConfig.for_model(model_type, **settings)
+    config = transformers.AutoConfig.for_model(model_type, **SETTINGS | changes)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.get_input_embeddings().weight.data.mul_(embedding)
     for ending, factor in (scaled or {}).items():
@@ -58,6 +48,19 @@ def make(
     weights = model.state_dict() | {name: torch.ones(size) for name, size in (ones or {}).items()}
     model.save_pretrained(path, state_dict=weights)
     write_tokenizer(path)
+    return path
+
+
+def describe(path: Path, model_type: str, architecture: str, marks: Sequence[str] = (), **changes) -> Path:
+    """Write config and tokenizer of a model that vLLM alone has to ``path``; returns it.
+
+    An engine draws its weights: see :mod:`tiny_weights`. ``marks`` are those of its tokenizer.
+    """
+    settings = {"model_type": model_type, "architectures": [architecture], **SETTINGS, **changes}
+    path.mkdir(exist_ok=True)
+    given = {name: value for name, value in settings.items() if value is not None}
+    (path / "config.json").write_text(json.dumps(given))
+    write_tokenizer(path, marks)
     return path
 
 

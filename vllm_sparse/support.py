@@ -359,6 +359,16 @@ def full_attention_layers(layer_types: Iterable[str] | None, num_layers: int) ->
     return found or list(range(num_layers))
 
 
+def query_heads(text: Any) -> int:
+    """Query heads of full-attention layers, by the config ``text`` of a model; 0 where that does not say.
+
+    Sliding windows of Step 3.5 have more of them, and its config gives no number for all layers.
+    """
+    if getattr(text, "is_heterogeneous", False):
+        text = text.per_layer_config[full_attention_layers(text.layer_types, text.num_hidden_layers)[0]]
+    return getattr(text, "num_attention_heads", 0)
+
+
 def notes(config: SparseConfig, drafts: int, kv_dtype: str) -> list[str]:
     """What an engine's start line says beside its layers; ``drafts``: the most that it verifies of a request."""
     found = []

@@ -85,8 +85,9 @@ def with_tables(vllm_config: Any, config: SparseConfig) -> SparseConfig:
     model = vllm_config.model_config
     if model is None:
         return config
-    layers, heads = (getattr(model.hf_text_config, f"num_{of}", 0) for of in ("hidden_layers", "attention_heads"))
-    config = config.with_patterns(model.model, layers, heads)
+    text = model.hf_text_config
+    layers = getattr(text, "num_hidden_layers", 0)
+    config = config.with_patterns(model.model, layers, support.query_heads(text))
     if config.head_budgets == "none":
         return config
     return config.with_budgets(model.model, layers, model.get_total_num_kv_heads())

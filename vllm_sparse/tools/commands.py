@@ -14,7 +14,7 @@ from typing import Any
 from vllm_sparse.backend import compat
 from vllm_sparse.config import MOST
 from vllm_sparse.errors import ConfigError, TextError
-from vllm_sparse.support import QUANTISED_CACHES
+from vllm_sparse.support import QUANTISED_CACHES, query_heads
 from vllm_sparse.user_text import MOST_SHOWN, parse_json, shown
 
 CPU_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_CI_ENV": "1"}
@@ -133,7 +133,7 @@ def model_config(args: argparse.Namespace):
         ).create_model_config()
     except Exception as error:  # of vLLM, Transformers, the hub, or the model's own code
         raise unusable_model(args, error) from error
-    heads, ranks = getattr(model.hf_text_config, "num_attention_heads", 0), args.tensor_parallel_size
+    heads, ranks = query_heads(model.hf_text_config), args.tensor_parallel_size
     if heads % ranks:
         raise ConfigError(f"--tensor-parallel-size: {ranks}; allowed: what divides the model's {heads} heads")
     return model

@@ -19,6 +19,7 @@ from vllm_sparse.errors import ConfigError, TextError
 from vllm_sparse.pages.head_patterns import HeadPattern
 from vllm_sparse.pages.layout import PAGE_SIZES
 from vllm_sparse.prefill import patterns
+from vllm_sparse.support import query_heads
 from vllm_sparse.tools import commands
 from vllm_sparse.tools.tune.budgets import LARGEST_SHARE, PageMasses
 from vllm_sparse.tools.tune.search import CANDIDATES, Measurement
@@ -88,7 +89,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _find_patterns(args: argparse.Namespace, settings: dict, samples: list, model, out: Path, about: dict) -> None:
-    num_layers, q_heads = model.hf_text_config.num_hidden_layers, model.hf_text_config.num_attention_heads
+    num_layers, q_heads = model.hf_text_config.num_hidden_layers, query_heads(model.hf_text_config)
     candidates = [asdict(candidate) for candidate in CANDIDATES]
     of = {"model": args.model, "weights": about["weights"], "num_layers": num_layers, "q_heads": q_heads}
     partial = Partial(_partial_path(out), {**of, **settings, "candidates": candidates})
