@@ -13,7 +13,10 @@ all running requests; TTFT the time to the first token of the batch. With drafts
 step which verifies them, and all of them are rejected: how many are right is the text's affair, the same for
 both sides. Each KV cache dtype and number of drafts is measured in a stock engine and in a sparse one for each
 ``--sparse``; rows are written after each sparse engine, so that a command cut short leaves those of the engines
-before, and the table comes last.
+before, and the table comes last. Where several engines fit a GPU, ``--together`` starts them at once and
+measures one after the other, which takes a fraction of the time; each is then given its KV cache:
+
+    python -m benchmarks.engine --together --gpu-memory 0.2 --kv-gib 26 --drafts 0,3 1q1s8k 1q1s128k
 """
 
 from __future__ import annotations
@@ -24,12 +27,10 @@ import json
 import os
 import signal
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,12 +38,13 @@ from typing import Any
 from benchmarks import results
 from benchmarks.batch_spec import max_num_seqs, parse
 from benchmarks.shapes import SHAPES, model_of, shape_name
+from benchmarks.workers import Worker, report, wait_for_turn
 
 KV_CACHE_DTYPES = ("auto", "fp8")
+LEAST_CHUNK = 2048
+"""Fewest prompt tokens of a step by vLLM's defaults."""
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 """Dtypes of vLLM's as rows name them."""
-LOG_TAIL_LINES = 30
-GONE_TIMEOUT_S = 5
 
 
 def parse_args(argv=None):
@@ -56,10 +58,12 @@ def parse_args(argv=None):
     parser.add_argument("--kv-cache-dtype", default="auto", help="auto, fp8, or auto,fp8")
     parser.add_argument("--weights", choices=("bf16", "fp8"), default="bf16", help="fp8: quantised when loaded")
     parser.add_argument("--drafts", default="0", help="that each request has in a step, or several, as 0,3")
-    parser.add_argument("--tokens", type=int, default=65, help="output tokens per request")
+    parser.add_argument("--tokens", type=int, default=65, help="in which all requests of a batch decode")
     parser.add_argument("--tp", type=int, default=1, help="GPUs, for both backends")
     parser.add_argument("--executor", choices=("mp", "ray"), help="for --tp above 1; default: mp")
     parser.add_argument("--gpu-memory", type=float, default=0.9)
+    parser.add_argument("--together", action="store_true", help="start all engines at once; see above")
+    parser.add_argument("--kv-gib", type=float, help="KV cache of each engine, whatever --gpu-memory")
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--engine-args", type=json.loads, default={}, help="of both engines: LLM's, as JSON")
     parser.add_argument("--limit", type=float, default=600, help="seconds of an engine, after which it is killed")
@@ -97,24 +101,30 @@ class Side:
         return self.backend == "sparse"
 
 
+def sides_of(args) -> list[Side]:
+    """Engines to measure, each stock one before the sparse ones that are held against it."""
+    sides = []
+    for dtype, drafts in itertools.product(args.kv_cache_dtype, args.drafts):
+        sides += [Side(args.baseline, dtype, drafts)] if args.baseline else []
+        sides += [Side("sparse", dtype, drafts, settings) for settings in args.sparse]
+    return sides
+
+
 def main() -> None:
     args = parse_args()
     if args.worker:
         for found in measure(args, args.worker):
-            print("RESULT " + json.dumps(found), flush=True)
+            report(found)
         return
     # A plain SIGTERM would skip what ends the engine and prints what was measured.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
     sides: dict[Side, dict] = {}
     try:
-        for dtype, drafts in itertools.product(args.kv_cache_dtype, args.drafts):
-            stock = Side(args.baseline, dtype, drafts)
-            if args.baseline:
-                sides[stock] = run_worker(stock, args.limit)
-            for settings in args.sparse:
-                side = Side("sparse", dtype, drafts, settings)
-                sides[side] = run_worker(side, args.limit)
-                results.append("engine", rows_of(args, side, sides[side], sides.get(stock, {})), args.out)
+        for side, found in run(args, sides_of(args)):
+            sides[side] = found
+            if side.is_sparse:
+                stock = sides.get(Side(args.baseline, side.kv_cache_dtype, side.drafts), {})
+                results.append("engine", rows_of(args, side, found, stock), args.out)
     finally:
         print_table(args, sides)
     if any("reason" in found for found in sides.values()):
@@ -147,7 +157,8 @@ def rows_of(args, side: Side, sparse: dict, stock: dict) -> list[dict]:
                     "baseline_ms": baseline, "sparse_ms": ours[f"{bench}_ms"],
                     "p99_baseline_ms": theirs.get("p99_ms"), "p99_sparse_ms": ours["p99_ms"],
                     "speedup": round(baseline / ours[f"{bench}_ms"], 3) if baseline else None,
-                    "kv_tokens": sparse["kv_tokens"], "baseline_kv_tokens": stock.get("kv_tokens"),
+                    "kv_tokens": None if args.kv_gib else sparse["kv_tokens"],
+                    "baseline_kv_tokens": None if args.kv_gib else stock.get("kv_tokens"),
                     "start_baseline_s": stock.get("start_s"), "start_sparse_s": sparse["start_s"],
                     "free_baseline_gib": stock.get("free_gib"), "free_sparse_gib": sparse.get("free_gib"),
                 }
@@ -197,45 +208,24 @@ def print_table(args, sides: dict[Side, dict]) -> None:
             print(f"{name(side)}: {what}: {reason}")
 
 
-def run_worker(side: Side, limit_s: float) -> dict:
-    """Measure an engine in a process of its own, which is gone at the end with all that it started.
+def run(args, sides: list[Side]) -> Iterator[tuple[Side, dict]]:
+    """What was found of each side, in their order: one after the other, or all started first."""
 
-    Of one that fails, or takes longer than ``limit_s``, what it measured until then, and the ``reason``.
-    """
-    worker = json.dumps([side.backend, side.kv_cache_dtype, side.drafts, side.settings])
-    command = [sys.executable, "-m", "benchmarks.engine", *sys.argv[1:], "--worker", worker]
-    found, reason = {}, ""
-    with tempfile.TemporaryFile("w+", errors="replace") as log:
-        # A session of its own: an engine's processes must not outlive it, for they hold the GPU's memory.
-        process = subprocess.Popen(command, stdout=log, start_new_session=True)
-        try:
-            if process.wait(limit_s):
-                reason = f"ended with code {process.returncode}"
-        except subprocess.TimeoutExpired:
-            reason = f"killed after --limit {limit_s:g} s"
-        finally:
-            end(process)
-        log.seek(0)
-        lines = log.read().splitlines()
-    for text in lines:
-        if text.startswith("RESULT "):
-            found |= json.loads(text[7:])
-        elif "sparse attention" in text or "GPU KV cache size" in text or "Error" in text:
-            print(text, file=sys.stderr)
-    if reason:
-        print(*lines[-LOG_TAIL_LINES:], sep="\n", file=sys.stderr)
-        found["reason"] = reason
-    return found
+    def start(side: Side) -> Worker:
+        worker = json.dumps([side.backend, side.kv_cache_dtype, side.drafts, side.settings])
+        return Worker([sys.executable, "-m", "benchmarks.engine", *sys.argv[1:], "--worker", worker], args.limit)
 
-
-def end(process: subprocess.Popen) -> None:
-    """Kill ``process`` and its group, and wait until they are gone."""
-    deadline = time.monotonic() + GONE_TIMEOUT_S
-    with suppress(ProcessLookupError):
-        while time.monotonic() < deadline:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            time.sleep(0.1)
+    if not args.together:
+        for side in sides:
+            with start(side) as worker:
+                yield side, worker.measure()
+        return
+    with ExitStack() as stack:
+        workers = [stack.enter_context(start(side)) for side in sides]
+        for worker in workers:
+            worker.wait_until_ready()
+        for side, worker in zip(sides, workers, strict=True):
+            yield side, worker.measure()
 
 
 def measure(args, side: Side) -> Iterator[dict]:
@@ -245,6 +235,8 @@ def measure(args, side: Side) -> Iterator[dict]:
 
     batches = {spec: parse(spec) for spec in args.specs}
     longest = max(r.context_tokens for batch in batches.values() for r in batch)
+    more = args.tokens + max(prefill_steps(batch, LEAST_CHUNK) for batch in batches.values())
+    memory = {"kv_cache_memory_bytes": int(args.kv_gib * 2**30)} if args.kv_gib else {}
     model, load_format = args.model, "auto"
     if not model:
         model, load_format = str(model_of(args.shape, args.layers)), "dummy"
@@ -252,13 +244,13 @@ def measure(args, side: Side) -> Iterator[dict]:
     start = time.perf_counter()
     llm = LLM(
         model, load_format=load_format, skip_tokenizer_init=True, attention_backend=side.backend,
-        max_model_len=longest + 256, max_num_seqs=max_num_seqs(batches.values()),
+        max_model_len=longest + max(256, more), max_num_seqs=max_num_seqs(batches.values()),
         gpu_memory_utilization=args.gpu_memory, enable_prefix_caching=False,
         disable_log_stats=not side.drafts,
         enforce_eager=args.eager, tensor_parallel_size=args.tp, kv_cache_dtype=side.kv_cache_dtype,
         quantization="fp8" if args.weights == "fp8" else None, distributed_executor_backend=args.executor,
         additional_config={"sparse": settings} if side.is_sparse else {},
-        speculative_config=speculative_config(side.drafts), **args.engine_args,
+        speculative_config=speculative_config(side.drafts), **memory, **args.engine_args,
     )  # fmt: skip
     yield {"start_s": round(time.perf_counter() - start, 1), **about(llm.llm_engine.vllm_config)}
     if side.is_sparse:
@@ -269,11 +261,14 @@ def measure(args, side: Side) -> Iterator[dict]:
             "budget": config.budget_tokens, "policy": config.decode_policy,
             "prefill_policy": config.prefill_policy, "environment": results.environment(),
         }  # fmt: skip
+    scheduler = llm.llm_engine.vllm_config.scheduler_config
+    wait_for_turn()
     pairs = prefill_pairs(llm) if side.is_sparse else (0, 0)
     for spec, batch in batches.items():
-        params = SamplingParams(max_tokens=args.tokens, temperature=0, ignore_eos=True, detokenize=False)
+        tokens = args.tokens + prefill_steps(batch, scheduler.max_num_batched_tokens)
+        params = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False)
         before = drafted(llm)
-        found = time_batch(llm.llm_engine, batch, params)
+        found = time_batch(llm.llm_engine, batch, params, args.tokens // 2)
         if side.drafts and "steps" in found and drafted(llm) - before < 0.9 * found["steps"] * len(batch):
             found = {"reason": "steps without drafts: the proposer had none for every request"}
         if side.is_sparse and "reason" not in found:
@@ -287,6 +282,11 @@ def measure(args, side: Side) -> Iterator[dict]:
     if torch.cuda.is_available():
         yield {"free_gib": round(torch.cuda.mem_get_info()[0] / 2**30, 2)}
     llm.llm_engine.engine_core.shutdown()
+
+
+def prefill_steps(batch, chunk: int) -> int:
+    """Steps of ``chunk`` tokens that the prompts of a batch take: the first request decodes in most of them."""
+    return -(-sum(request.context_tokens for request in batch) // chunk)
 
 
 def speculative_config(drafts: int) -> dict | None:
@@ -327,8 +327,9 @@ def prefill_pairs(llm) -> tuple[int, int]:
     return counts["prefill_attended_pairs"], counts["prefill_causal_pairs"]
 
 
-def time_batch(engine, batch, params) -> dict:
-    """Run one batch to its end and time the steps in which every request decodes; ``reason`` where too few do."""
+def time_batch(engine, batch, params, least_steps: int) -> dict:
+    """Run one batch to its end and time the steps in which every request decodes; ``reason`` where there are
+    fewer than ``least_steps``."""
     start = time.perf_counter()
     for index, request in enumerate(batch):
         tokens = [(7 * i + 13 * index) % 30000 + 10 for i in range(request.context_tokens)]
@@ -345,7 +346,7 @@ def time_batch(engine, batch, params) -> dict:
             first = now - start
         if together:
             stamps.append(now)
-    if len(stamps) < params.max_tokens // 2:
+    if len(stamps) < least_steps:
         return {"reason": f"all requests decoded in {len(stamps)} steps only; the cache may not hold them at once"}
     gaps = sorted(b - a for a, b in itertools.pairwise(stamps))
     # Of 64 gaps the 99th percentile is the second largest: an indication, no tail.

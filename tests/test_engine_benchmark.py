@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from benchmarks import engine, shapes
 from benchmarks.batch_spec import parse
+from benchmarks.workers import Worker
 
 TOKENS = 8
 
@@ -38,7 +41,7 @@ class Engine:
 @pytest.mark.parametrize("alone", [0, 2])
 def test_steps_of_all_requests_are_timed(alone):
     steps = [[]] + [[0]] * alone + [[0, 1]] * (TOKENS - alone) + [[1]] * alone
-    found = engine.time_batch(Engine(steps), parse("2q1s64"), SimpleNamespace(max_tokens=TOKENS))
+    found = engine.time_batch(Engine(steps), parse("2q1s64"), None, TOKENS // 2)
     assert found["steps"] == TOKENS - alone - 1
     assert found["ttft_ms"] > 0 and found["tpot_ms"] > 0
 
@@ -46,7 +49,7 @@ def test_steps_of_all_requests_are_timed(alone):
 def test_batch_in_turns_is_not_timed():
     """A batch that takes turns is not timed."""
     steps = [[0]] * TOKENS + [[1]] * TOKENS
-    found = engine.time_batch(Engine(steps), parse("2q1s64"), SimpleNamespace(max_tokens=TOKENS))
+    found = engine.time_batch(Engine(steps), parse("2q1s64"), None, TOKENS // 2)
     assert "may not hold" in found["reason"]
 
 
@@ -102,6 +105,59 @@ def test_vllm_takes_every_shape(shape, layers, monkeypatch):
     assert len(kinds) == text.num_hidden_layers
     one_in = {"qwen3.5-27b": 4, "gpt-oss-20b": 2}.get(shape, 1)
     assert kinds.count("full_attention") == text.num_hidden_layers // one_in
+
+
+WORKER = """
+import sys, time
+from pathlib import Path
+from benchmarks.workers import report, wait_for_turn
+
+name, fate = sys.argv[1:]
+log = Path("turns")
+report({"start_s": 1})
+if fate == "fails":
+    raise SystemExit(3)
+log.open("a").write(f"{name} starts\\n")
+wait_for_turn()
+log.open("a").write(f"{name} begins\\n")
+time.sleep(9 if fate == "hangs" else 0.2)
+log.open("a").write(f"{name} ends\\n")
+report({"1q1s8k": {"tpot_ms": 7}})
+"""
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_engines_are_measured_one_after_the_other(together, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(engine, "Worker", lambda command, limit: Worker(fake(command[-1]), limit))
+    fates = {"FLASH_ATTN": "ends", "{}": "hangs", '{"a": 1}': "fails", '{"b": 1}': "ends"}
+    names = {}
+
+    def fake(side: str) -> list[str]:
+        which = engine.Side(*json.loads(side))
+        key = which.settings or which.backend
+        names[key] = f"{len(names)}"
+        return [sys.executable, "-c", f"import os; os.chdir({str(tmp_path)!r})" + WORKER, names[key], fates[key]]
+
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
+    args = engine.parse_args(["--limit", "2", "--sparse", "{}", "--sparse", '{"a": 1}', "--sparse", '{"b": 1}'])
+    args.together = together
+    found = [found for _, found in engine.run(args, engine.sides_of(args))]
+    done = {"start_s": 1, "1q1s8k": {"tpot_ms": 7}}
+    assert found[0] == found[3] == done
+    assert found[1] == {"start_s": 1, "reason": "killed after --limit 2 s"}
+    assert found[2] == {"start_s": 1, "reason": "ended with code 3"}
+    turns = (tmp_path / "turns").read_text().split("\n")[:-1]
+    if together:
+        assert sorted(turns[:3]) == ["0 starts", "1 starts", "3 starts"]
+        assert turns[3:] == ["0 begins", "0 ends", "1 begins", "3 begins", "3 ends"]
+    else:
+        assert turns == [
+            "0 starts", "0 begins", "0 ends", "1 starts", "1 begins", "3 starts", "3 begins", "3 ends"
+        ]  # fmt: skip
+
+
+def test_prompts_of_a_batch_leave_steps_for_all():
+    assert engine.prefill_steps(parse("6q1s128k"), 8192) == 96 and engine.prefill_steps(parse("1q1s64"), 8192) == 1
 
 
 def test_options_of_both_engines():
