@@ -8,7 +8,7 @@ pytest.importorskip("vllm")
 
 import vllm
 from test_cache_summary import EngineWrites
-from tiny_engine import attention_layers, kv_cache, preemptions, prompts, tokens
+from tiny_engine import attention_layers, cached_tokens, kv_cache, outputs, preemptions, prompts, tokens
 
 TOO_OLD = vllm.__version_tuple__ < (0, 32)
 pytestmark = [
@@ -100,6 +100,22 @@ def test_what_is_chosen_of_several_pages_in_a_block(tiny, sparse, monkeypatch):
         assert writes.check(llm)[16] > 40
         (counts,) = llm.collective_rpc("sparse_metrics")
     assert counts["attended_tokens"] < 0.5 * counts["context_tokens"]
+
+
+@pytest.mark.seam
+@pytest.mark.parametrize("chunk_tokens", [64, 256], ids=["chunk", "hit"])
+def test_a_lone_prompt_token_attends_to_everything(tiny, chunk_tokens):
+    """The last one of a chunked prompt, or after a prefix hit: states take it as a token of an answer."""
+    model, options = model_of(tiny, "lfm2")
+    (prompt,) = prompts((64 * 5 + 1,), seed=9)
+    options |= {"enable_prefix_caching": chunk_tokens == 256, "max_num_batched_tokens": chunk_tokens}
+    with tiny.start(model, FEW, **options) as llm:
+        cold, last = outputs(llm, [prompt], 1), outputs(llm, [prompt], 1)
+        (counts,) = llm.collective_rpc("sparse_metrics")
+    assert cached_tokens(last) == [320 if chunk_tokens == 256 else 0]
+    assert counts["context_tokens"] == 0, "prompt tokens are no decode steps"
+    expected = tiny.stock([prompt], 1, model=model, **model_of(tiny, "lfm2")[1])
+    assert [list(result.outputs[0].token_ids) for result in cold + last] == expected * 2
 
 
 def test_codes_in_blocks_of_several_pages(tiny):

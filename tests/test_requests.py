@@ -108,11 +108,12 @@ class RunnerV1:
 
 class RunnerV2:
     def __init__(self):
-        self.input_batch = SimpleNamespace(req_ids=[])
+        self.input_batch = SimpleNamespace(req_ids=[], is_prefilling_np=None)
         self.model_state = SimpleNamespace(prepare_attn=lambda batch, *_: self.budgets.of_rows())
 
     def execute_model(self, output, intermediate=None, dummy_run=False):
-        batch = SimpleNamespace(req_ids=["req_0_1234"]) if dummy_run else self.input_batch
+        dummy = SimpleNamespace(req_ids=["req_0_1234"], is_prefilling_np=None)
+        batch = dummy if dummy_run else self.input_batch
         return self.model_state.prepare_attn(batch, "full")
 
     def _dummy_run(self):
@@ -142,10 +143,12 @@ def test_rows_are_those_of_the_step(kind):
 @pytest.mark.seam
 def test_runners_of_this_vllm_build_metadata_there():
     """The names that are hooked exist, and take what is read of their arguments."""
+    from vllm.v1.worker.gpu.input_batch import InputBatch
     from vllm.v1.worker.gpu.model_states.interface import ModelState
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     build = inspect.signature(GPUModelRunner._build_attention_metadata).parameters
     assert "num_scheduled_tokens" in build
     assert list(inspect.signature(ModelState.prepare_attn).parameters)[1] == "input_batch"
+    assert {"req_ids", "is_prefilling_np"} <= set(InputBatch.__dataclass_fields__)
     assert compat.metadata_call(SimpleNamespace(model_state=0))[1] == "prepare_attn"

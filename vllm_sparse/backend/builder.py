@@ -106,7 +106,7 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
         if common.causal is not True:
             raise RuntimeError("sparse attention is causal, and this step's attention is not")
         rows = split_decodes_and_prefills(common, self.workspace.query_tokens)[:3]
-        step = Step(common, *rows, self.requests.of_rows())
+        step = Step(common, *rows, self.requests.of_rows(), self.requests.prompts(common))
         if self.selects:
             self._write_budgets(step)
         metadata = SparseMetadata(
@@ -133,7 +133,7 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
         replay a graph of decode steps.
         """
         budgets, rows = self.workspace.plan.budgets, step.num_decodes
-        tokens, prefilling = step.asked_tokens[:rows], step.common.is_prefilling
+        tokens, prefilling = step.asked_tokens[:rows], step.prompts
         prompts = prefilling is not None and bool(prefilling[:rows].any())
         if self.workspace.budgets_asked:
             budgets.zero_()
@@ -197,7 +197,7 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
         """Count drafts that are verified densely: rows that are no prompt and yet lie behind one, where vLLM has
         not put decode rows first."""
         common, first = step.common, step.num_decodes
-        prefilling, lens = common.is_prefilling, common.seq_lens_cpu_upper_bound
+        prefilling, lens = step.prompts, common.seq_lens_cpu_upper_bound
         if prefilling is None or lens is None:
             return
         starts = common.query_start_loc_cpu

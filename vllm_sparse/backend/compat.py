@@ -106,14 +106,17 @@ def head_major_layouts() -> tuple:
 
 
 def metadata_call(runner) -> tuple[Any, str, Callable]:
-    """Where a model runner builds a step's attention metadata: the owner and the name of a method, and what gives
-    the ids of the requests of the step's rows, in their order, for the arguments of a call; none in dummy runs."""
+    """Where a model runner builds a step's attention metadata: the owner and the name of a method, and what gives,
+    for the arguments of a call, the ids of the requests of the step's rows, in their order, none in dummy runs,
+    and an array that says which of the rows are prompt tokens, None where ``is_prefilling`` does."""
     if hasattr(runner, "model_state"):  # Model Runner V2; dummy runs have made-up ids
-        return runner.model_state, "prepare_attn", lambda batch, *_, **__: batch.req_ids
-    return (
-        runner, "_build_attention_metadata",
-        lambda *_, num_scheduled_tokens=None, **__: runner.input_batch.req_ids if num_scheduled_tokens else (),
-    )  # fmt: skip
+        # In hybrid models ``is_prefilling`` leaves out lone prompt tokens, which states take as decode rows.
+        return runner.model_state, "prepare_attn", lambda batch, *_, **__: (batch.req_ids, batch.is_prefilling_np)
+
+    def rows_of(*_, num_scheduled_tokens=None, **__):
+        return runner.input_batch.req_ids if num_scheduled_tokens else (), None
+
+    return runner, "_build_attention_metadata", rows_of
 
 
 def customised(backend: Any, spec: Any) -> Any:

@@ -7,7 +7,7 @@ Clients say it in ``vllm_xargs`` of the OpenAI API, or in ``SamplingParams.extra
 
 It is checked where requests arrive (:func:`check`), and once more in the engine, for clients that pass by vLLM's
 input processor. A worker keeps it by request (:class:`RequestBudgets`), and its runner says which request each row
-of a step is of.
+of a step is of, and which rows are prompt tokens.
 
 Requests that want exact attention get a cache salt of their own: K and V that an answer leaves in the prefix cache
 come out of sparse steps, and so may those of a prompt. They share pages with each other, and with nobody else.
@@ -19,6 +19,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from vllm.exceptions import VLLMValidationError
 
 from vllm_sparse import support
@@ -126,6 +127,8 @@ class RequestBudgets:
         self._asked: dict[str, int] = {}
         self._row_ids: Sequence[str] = ()
         """Ids of the requests of a step while its metadata is built, in the order of its rows."""
+        self._row_prompts: Any = None
+        """Likewise, which rows are prompt tokens, where vLLM's metadata does not say so."""
 
     def note(self, scheduler_output: Any) -> None:
         """Take what new requests ask for, and forget those that have ended."""
@@ -144,9 +147,14 @@ class RequestBudgets:
         asked = [self._asked.get(request, 0) for request in self._row_ids]
         return asked if any(asked) else []
 
+    def prompts(self, common: Any) -> torch.Tensor | None:
+        """Which rows of the step are prompt tokens: bool, on the CPU, perhaps without padding; None where that is
+        not known. ``common``: vLLM's metadata of the step."""
+        return common.is_prefilling if self._row_prompts is None else torch.from_numpy(self._row_prompts)
+
     def follow(self, runner: Any) -> None:
         """Keep up with the requests that ``runner`` serves, and with the rows of its steps."""
-        execute, (owner, name, row_ids) = runner.execute_model, compat.metadata_call(runner)
+        execute, (owner, name, rows_of) = runner.execute_model, compat.metadata_call(runner)
         build = getattr(owner, name)
 
         @functools.wraps(execute)
@@ -156,11 +164,11 @@ class RequestBudgets:
 
         @functools.wraps(build)
         def build_metadata(*args, **kwargs):
-            self._row_ids = row_ids(*args, **kwargs)
+            self._row_ids, self._row_prompts = rows_of(*args, **kwargs)
             try:
                 return build(*args, **kwargs)
             finally:
-                self._row_ids = ()
+                self._row_ids, self._row_prompts = (), None
 
         runner.execute_model = execute_model
         setattr(owner, name, build_metadata)
