@@ -225,6 +225,7 @@ WRONG = {
     ),
     "quotes": (("--vllm-args", "--dtype 'float16"), "cannot be split"),
     "context": (("--vllm-args", "--max-model-len", "9000000"), "MODEL: "),
+    "no object": (("--vllm-args", "--additional-config", "[1]"), "additional_config: '[1]': Input"),
     "kv": (("--gpu", "8", "--kv-gib", "9"), "--kv-gib: 9 of --gpu 8"),
 }  # fmt: skip
 
@@ -237,6 +238,16 @@ def test_wrong_arguments_are_named(llama, capfd, case):
         return
     assert cli.main(["check", str(llama), *arguments]) == 1
     assert said in capfd.readouterr().err
+
+
+def test_offline_a_missing_model_is_no_wrong_option(monkeypatch, capfd):
+    """vLLM looks for the model where it reads options then."""
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    for more in ((), ("--vllm-args", "--max-model-len", "4096")):
+        assert cli.main(["check", "./nowhere", *more]) == 1
+        assert "MODEL: './nowhere' cannot be used: there is no such directory" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("content", [None, "{", '{"model_type": "no such"}', "[]"])
@@ -282,6 +293,20 @@ def test_without_a_gpu_a_forecast_is_called_one(llama, capfd):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+@pytest.mark.parametrize(
+    "longest, advised",
+    [
+        (2048, "sparse.min_context_tokens and sparse.budget_tokens"),
+        (4096, "sparse.min_context_tokens"),
+        (16384, ""),
+    ],
+)
+def test_what_keeps_contexts_whole_is_named(llama, capfd, longest, advised):
+    found = report(capfd, llama, vllm=("--max-model-len", longest))["set"]
+    said = [each.split(" below ")[0] for each in found if "are attended whole" in each]
+    assert said == ([advised] if advised else [])
+
+
 def test_measuring_needs_a_gpu(llama, capfd):
     assert cli.main(["check", str(llama), "--measure"]) == 1
     assert "--measure: needs a GPU" in capfd.readouterr().err

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 
+import vllm_sparse
 from vllm_sparse.errors import ConfigError
 from vllm_sparse.tools import cli
 from vllm_sparse.tools.commands import Parser, json_object, real, several, whole
@@ -276,3 +279,63 @@ def test_option_types_say_what_is_allowed():
         assert str(refused.value) == said
     with pytest.raises(SystemExit):
         parser.parse_args(["--unknown"])
+
+
+def command_of(words: str, run: str, **more) -> subprocess.Popen:
+    """The command in a process of its own, where ``vllm-sparse plan`` does what ``run`` says."""
+    code = f"import sys; from vllm_sparse.tools import cli, plan\nplan.run = lambda args: {run}\n"
+    code += "sys.exit(cli.main(sys.argv[1:]))"
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *words.split()], text=True, stderr=subprocess.PIPE, **more
+    )
+
+
+@pytest.mark.parametrize("words", ["--help", "plan m --gpu 1 --host 1"])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_that_nobody_reads_is_no_error(words, unbuffered):
+    reads, writes = os.pipe()
+    os.close(reads)
+    more = {"stdout": writes, "env": {**os.environ, "PYTHONUNBUFFERED": unbuffered}}
+    process = command_of(words, "print('some')", **more)
+    os.close(writes)
+    said = process.communicate()[1]
+    # argparse itself passes over a pipe that is closed already.
+    assert process.returncode in ((0, 141) if words == "--help" else (141,))
+    assert "BrokenPipe" not in said
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_disk_takes_one_line(unbuffered):
+    with open("/dev/full", "w") as full:
+        more = {"stdout": full, "env": {**os.environ, "PYTHONUNBUFFERED": unbuffered}}
+        process = command_of("plan m --gpu 1 --host 1", "print('some')", **more)
+        said = process.communicate()[1]
+    assert said.endswith("vllm-sparse: cannot write: [Errno 28] No space left on device\n")
+    assert "Traceback" not in said
+    assert process.returncode == 1
+
+
+def test_interrupts_take_one_line(model, monkeypatch, capsys):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    from vllm_sparse.tools import commands
+
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(commands, "model_config", interrupted)
+    assert cli.main(["plan", str(model), "--gpu=1", "--host=1"]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "vllm-sparse: interrupted"
+    assert cli.main(["eval", str(model), f"--out={model / 'x.jsonl'}"]) == 130
+    assert "interrupted; the same command continues there" in capsys.readouterr().err
+
+
+def test_closed_streams_are_none(model, monkeypatch):
+    """As Python has them where the shell was told ``>&-``."""
+    monkeypatch.setattr(sys, "stdout", None)
+    assert cli.main(["plan", "/nowhere", "--gpu=1", "--host=1"]) == 1
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"vllm-sparse {vllm_sparse.__version__}\n"

@@ -28,12 +28,11 @@ def advice(engine: DryEngine, config: SparseConfig, cache: dict[str, Any]) -> li
         found.append("nothing for layers with sliding windows: they read no more than their window in stock, too")
     if cache.get("fits") is False:
         found.append(f"--max-model-len {cache['sparse_tokens']} or less, or more GPUs: {longest} do not fit")
-    most = max(config.min_context_tokens, config.budget_tokens)
-    if longest <= most and config.decode_policy != "dense":
-        found.append(
-            f"sparse.min_context_tokens or sparse.budget_tokens below --max-model-len {longest}: contexts up to "
-            f"{most} are attended whole"
-        )
+    whole = [key for key in ("min_context_tokens", "budget_tokens") if getattr(config, key) >= longest]
+    if whole and config.decode_policy != "dense":
+        most = max(config.min_context_tokens, config.budget_tokens)
+        keys = " and ".join(f"sparse.{key}" for key in whole)
+        found.append(f"{keys} below --max-model-len {longest}: contexts up to {most} are attended whole")
     block_size = vllm_config.cache_config.block_size
     if not engine.linear_layers and block_size != PAGE_SIZES[0]:
         found.append(f"--block-size {PAGE_SIZES[0]}: pages of {block_size} tokens are chosen more coarsely")

@@ -59,8 +59,8 @@ def real(least: float = 0.0, most: float = math.inf, above: bool = False) -> Cal
         good = value is not None and math.isfinite(value) and least <= value <= most
         if not good or (above and value == least):
             given = shown(text) if value is None else _short(text)
-            begin = f"above {least:g}" if above else f"{least:g} or more"
-            end = f", up to {most:g}" if math.isfinite(most) else ""
+            begin = f"above {least:.10g}" if above else f"{least:.10g} or more"
+            end = f", up to {most:.10g}" if math.isfinite(most) else ""
             raise argparse.ArgumentTypeError(f"{given}{ALLOWED} {begin}{end}")
         return value
 
@@ -195,9 +195,16 @@ def told(error: BaseException) -> str:
     """What ``error`` says, on one line of bounded length."""
     said = str(error)
     if hasattr(error, "errors"):  # of pydantic's many lines, what was raised inside
-        said = "; ".join(found["msg"].removeprefix("Value error, ") for found in error.errors())
+        said = "; ".join(dict.fromkeys(_told_of_field(found) for found in error.errors()))
     said = " ".join(said.split()) or type(error).__name__
     return said if len(said) <= MOST_REASON else f"{said[:MOST_REASON]}..."
+
+
+def _told_of_field(found: dict[str, Any]) -> str:
+    """One of pydantic's errors, with the field that it is about where what was raised inside does not say."""
+    message = found["msg"].removeprefix("Value error, ")
+    field = next(iter(found.get("loc", ())), "")
+    return message if message != found["msg"] or not field else f"{field}: {shown(found.get('input'))}: {message}"
 
 
 def stay_in_process() -> None:

@@ -231,14 +231,21 @@ def engine_args(model: str, options: Sequence[str], sparse: dict | None = None) 
             options = shlex.split(options[0]) if " " in options[0].strip() else options
         except ValueError as error:
             raise ConfigError(f"--vllm-args: {options[0]!r} cannot be split into words: {error}") from None
+    parser = make_arg_parser(Strict(add_help=False))
     try:
-        parsed = make_arg_parser(Strict(add_help=False)).parse_args(list(options))
+        parsed = parser.parse_args(list(options))
         named = getattr(parsed, "model_tag", None) or parsed.model != AsyncEngineArgs.model
         parsed.model = model
         found = AsyncEngineArgs.from_cli_args(parsed)
     except ConfigError:
         raise
     except (Exception, SystemExit) as error:  # of checks that vLLM makes of single options
+        alone = parser.parse_args([])
+        alone.model = model
+        try:
+            AsyncEngineArgs.from_cli_args(alone)
+        except Exception as refused:  # offline vLLM looks for the model here
+            raise commands.unusable_model(alone, refused) from refused
         raise ConfigError(f"--vllm-args: vLLM refuses them: {commands.told(error)}") from error
     if named:
         raise ConfigError(f"--vllm-args: they name a model; allowed: options beside MODEL, {model!r}")

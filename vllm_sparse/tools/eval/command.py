@@ -51,13 +51,13 @@ def add_command(subparsers) -> None:
         f"of prefill, alone and with each of decode; default: dense; known: {','.join(PREFILL_POLICIES)}",
         names,
     )
-    option("--top-p", "of prefill policies that estimate; default: 0.98", several(real()))
+    option("--top-p", "of prefill policies that estimate; default: 0.98", several(real(0, 1)))
     parser.add_argument(
         "--compare", nargs=2, metavar=("A", "B"), type=settings.parse,
         help="instead: two settings on the same samples, each `dense`, a preset or a policy with or without "
         ":BUDGET, or a JSON object as for --sparse; prints what B lost",
     )  # fmt: skip
-    known = ",".join((*tasks.TASKS, *tasks.GROUPS))
+    known = ",".join(dict.fromkeys((*tasks.TASKS, *tasks.GROUPS)))
     option(
         "--tasks", f"tasks and groups of them; default: {','.join(TASKS)}; known: {known}", names, default=TASKS
     )

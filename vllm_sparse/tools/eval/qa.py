@@ -63,7 +63,7 @@ def read(path: Path, option: str, split: str) -> Questions:
     except (OSError, ValueError, TextError, KeyError, TypeError, IndexError) as error:
         why = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
         raise ConfigError(
-            f"--{option}: {shown(str(path))} is no such file ({why}); allowed: JSON as of {NAMES[option]}"
+            f"--{option}: {shown(str(path))} cannot be read ({why}); allowed: JSON as of {NAMES[option]}"
         ) from None
     # No document is in both halves: those of one article, or question, stand together.
     middle = len(found) // 2

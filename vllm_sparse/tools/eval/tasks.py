@@ -33,7 +33,9 @@ def named(names: list[str], files: set[str]) -> list[str]:
     found: list[str] = []
     for name in names:
         if name not in TASKS and name not in RENAMED and name not in GROUPS:
-            raise ConfigError(f"--tasks: {name!r}; allowed: {', '.join((*TASKS, *GROUPS, *RENAMED))}")
+            raise ConfigError(
+                f"--tasks: {name!r}; allowed: {', '.join(dict.fromkeys((*TASKS, *GROUPS, *RENAMED)))}"
+            )
         for task in GROUPS.get(name, (RENAMED.get(name, name),)):
             needs = "text" if task in LOSSES else PROBLEMS[task].needs
             if needs == "text" or needs in files:
