@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
+import statistics
 from pathlib import Path
 
 import matplotlib
@@ -13,8 +15,7 @@ import matplotlib.pyplot as plt
 
 from benchmarks.results import RESULTS
 from benchmarks.tables import DTYPES, caption, decodes, fullest, read
-from vllm_sparse.config import SparseConfig
-from vllm_sparse.policies import DECODE_POLICIES, POSITIONS, PREFILL_POLICIES
+from vllm_sparse.policies import DECODE_POLICIES, PREFILL_POLICIES
 from vllm_sparse.tools.eval import report
 from vllm_sparse.tools.eval.samples import TEXT
 from vllm_sparse.tools.eval.settings import Setting
@@ -200,59 +201,69 @@ def prefill_time() -> None:
 
 
 def prefill_quality() -> None:
-    """What each prefill policy loses, and the time of a layer's prefill, against density."""
-    default = SparseConfig()
-    policy = default.prefill_policy if default.prefill_policy != "dense" else "vertical_slash"
-    rows = read("prefill_quality", "prefill_quality")
-    rows = [row for row in rows if row["split"] == "report" and row["density"] is not None]
-    rows = fullest(rows, ("shape", "gpu", "context", "chunk", "needles"), ("policy", "sparse"))
-    times = [row for row in read("prefill", "prefill_attention") if row["kernel"] == "fa3"]
-    times = fullest(times, ("gpu", "shape", "batch_spec", *DTYPES), ("policy", "sparse"))
-    figure, (quality, speed) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
-    for axes, points, value in (
-        (quality, rows, lambda row: 100 * (row["perplexity"] / row["dense_perplexity"] - 1)),
-        (speed, times, lambda row: 100 * row["sparse_ms"] / row["baseline_ms"]),
-    ):
-        for index, name in enumerate(PREFILL_POLICIES):
-            line = sorted((row for row in points if row["policy"] == name), key=lambda row: row["density"])
-            if not line:
-                continue
-            x, y = [row["density"] for row in line], [value(row) for row in line]
-            fixed = name in POSITIONS
-            color, style = f"C{index % 10}", "--" if fixed else "-"
-            axes.plot(x, y, style, color=color, label=name, linewidth=1 if fixed else 2)
-            faces = ["white" if row.get("needles_lost") else color for row in line]
-            axes.scatter(x, y, 22, faces, edgecolors=color, zorder=3)
-        axes.set_xlim(0, 1)
-        axes.spines[["top", "right"]].set_visible(False)
-    for row in rows:
-        if row["policy"] == policy and row["sparse"]["prefill_top_p"] == default.prefill_top_p:
-            size = "sizes" if not default.prefill_top_p else f"top-p {default.prefill_top_p}"
-            star = {"marker": "*", "s": 220, "color": "black", "zorder": 4, "label": f"shipped: {policy}, {size}"}
-            quality.scatter(row["density"], 100 * (row["perplexity"] / row["dense_perplexity"] - 1), **star)
-    quality.axhspan(-1, 1, color=STOCK, alpha=0.2, linewidth=0)
-    quality.set_yscale("symlog", linthresh=1, linscale=0.5)
-    top = max(2.0, *(130 * (row["perplexity"] / row["dense_perplexity"] - 1) for row in rows))
-    ticks = [tick for tick in (-1, 0, 1, 2, 5, 10, 20, 50, 100, 200, 500) if tick <= top]
-    quality.set_yticks(ticks, [f"{tick:+d} %" if tick else "dense" for tick in ticks])
-    quality.set_ylim(-1, top)
-    needles = max(row["needles"] for row in rows)
-    note = f"hollow: lost at least one of {needles} needles; " if needles else ""
-    about = f"density; {note}band: 1 %\n{caption(rows[0])}"
-    quality.set_xlabel(about, fontsize=8)
-    title = f"Perplexity of {rows[0]['shape']}, {rows[0]['context']:,} tokens"
-    quality.set_title(title, fontsize=10)
-    quality.legend(frameon=False, fontsize=8, loc="upper right")
-    speed.plot([0, 1], [0, 100], color=STOCK, linewidth=4, alpha=0.3, zorder=0)
-    speed.axhline(100, color=STOCK, linewidth=1)
-    speed.set_ylim(0)
-    speed.yaxis.set_major_formatter("{x:.0f} %")
-    speed.set_xlabel(f"density; band: time in proportion to it\n{caption(times[0])}", fontsize=8)
-    speed.set_title(
-        f"One layer's prefill through FA3, of dense FA3's time, {times[0]['context']:,} tokens", fontsize=10
+    """What each prefill policy loses on text: against its density, and against a layer's time at that density."""
+    rows = [json.loads(line) for line in (RESULTS / "eval_prefill_cpu.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row["prefill_policy"] != "dense"]
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    times = prefill_times()
+    figure, axes = plt.subplots(1, len(models) + 1, figsize=(12.5, 4), layout="constrained")
+    for index, name in enumerate(PREFILL_POLICIES):
+        for model, place in [*zip(models, axes, strict=False), (models[0], axes[-1])]:
+            line = [row for row in rows if row["model"] == model and row["prefill_policy"] == name]
+            line.sort(key=lambda row: row["prefill_density"])
+            x, y = [row["prefill_density"] for row in line], [perplexity_percent(row) for row in line]
+            if place is axes[-1] and line:
+                first, more = times[name]["first"], times[name]["for_density"]
+                x = [100 * (first + more * density) for density in x]
+            heavy = {"linewidth": 2.5, "zorder": 3} if name == "sampled_queries" else {"linewidth": 1.2}
+            if line:
+                place.plot(x, y, marker="o", markersize=4, color=f"C{index}", label=name, **heavy)
+                for row, at, up in zip(line, x, y, strict=True):
+                    if name == "sampled_queries":
+                        place.annotate(f" {row['top_p']}", (at, up), fontsize=8)
+    for model, place in zip(models, axes, strict=False):
+        length = next(row["length"] for row in rows if row["model"] == model)
+        place.set_title(f"{model}, {length:,} tokens, all chunks sparse", fontsize=9)
+        place.set_xlabel("density", fontsize=8)
+        place.set_xlim(0, 0.7)
+    axes[0].set_ylabel("perplexity, % above dense")
+    axes[-1].set_title(f"{models[0]}'s loss, by a layer's time at 131,072 tokens", fontsize=9)
+    axes[-1].set_xlabel("choice and attention, % of dense FlashAttention-3's time", fontsize=8)
+    axes[-1].axvline(100, color=STOCK, linewidth=1)
+    for place in axes:
+        place.axhline(0, color=STOCK, linewidth=1)
+        place.spines[["top", "right"]].set_visible(False)
+    axes[-1].legend(frameon=False, fontsize=8)
+    gpus = "; ".join(
+        dict.fromkeys(caption(times[name]) for name in dict.fromkeys(r["prefill_policy"] for r in rows))
     )
-    speed.legend(frameon=False, fontsize=8)
-    figure.savefig(DOCS / "prefill_quality.png", dpi=160)
+    figure.supxlabel(f"loss: {joint_caption([row | {'gpu': 'none'} for row in rows])}; time: {gpus}", fontsize=7)
+    figure.savefig(DOCS / "prefill_quality.png", dpi=140)
+
+
+def perplexity_percent(row: dict) -> float:
+    return 100 * math.expm1(row["loss"] - row["dense_loss"])
+
+
+def prefill_times() -> dict[str, dict]:
+    """Of each policy, its newest row at 131,072 tokens, with the line that a layer's time follows, as a share of
+    dense attention's: what a choice takes, ``first``, and attention, ``for_density``."""
+    rows = [row for row in read("prefill", "prefill_attention") if row["kernel"] == "fa3"]
+    rows = [row for row in rows if row["context"] == 131072]
+    found = {}
+    for policy in dict.fromkeys(row["policy"] for row in rows):
+        own = [row for row in rows if row["policy"] == policy]
+        own = [row for row in own if all(row.get(key) == own[-1].get(key) for key in ("commit", *DTYPES))]
+        densities, shares = zip(
+            *((row["density"], row["sparse_ms"] / row["baseline_ms"]) for row in own), strict=True
+        )
+        if len(own) > 1:
+            slope, first = statistics.linear_regression(densities, shares)
+        else:
+            slope = own[0]["attend_ms"] / own[0]["baseline_ms"] / densities[0]
+            first = shares[0] - slope * densities[0]
+        found[policy] = own[-1] | {"first": first, "for_density": slope}
+    return found
 
 
 def decode_quality() -> None:
