@@ -71,7 +71,8 @@ WIDEST = Layer(
     torch.float16, 1, 8, 512, 64, ("none", "sketch2"),
     ((8, {"head_budget_pages": 96}), (8, {"top_p": 0.9})), False, (False,), (16,), 2,
 )  # fmt: skip
-LAYERS = {80: (USUAL,), 89: (WIDEST,), 90: (USUAL, PADDED, WIDEST)}
+NARROW = replace(WIDEST, head_dim=64)
+LAYERS = {80: (USUAL, NARROW), 89: (WIDEST,), 90: (USUAL, PADDED, WIDEST)}
 """By compute capability. The widest layer's tiles are the same on all, and 8.9 has least memory for them."""
 
 
