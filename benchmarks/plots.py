@@ -206,38 +206,47 @@ def prefill_quality() -> None:
     rows = [row for row in rows if row["prefill_policy"] != "dense"]
     models = list(dict.fromkeys(row["model"] for row in rows))
     times = prefill_times()
-    figure, axes = plt.subplots(1, len(models) + 1, figsize=(12.5, 4), layout="constrained")
-    for index, name in enumerate(PREFILL_POLICIES):
-        for model, place in [*zip(models, axes, strict=False), (models[0], axes[-1])]:
-            line = [row for row in rows if row["model"] == model and row["prefill_policy"] == name]
-            line.sort(key=lambda row: row["prefill_density"])
-            x, y = [row["prefill_density"] for row in line], [perplexity_percent(row) for row in line]
-            if place is axes[-1] and line:
-                first, more = times[name]["first"], times[name]["for_density"]
-                x = [100 * (first + more * density) for density in x]
-            heavy = {"linewidth": 2.5, "zorder": 3} if name == "sampled_queries" else {"linewidth": 1.2}
-            if line:
-                place.plot(x, y, marker="o", markersize=4, color=f"C{index}", label=name, **heavy)
-                for row, at, up in zip(line, x, y, strict=True):
-                    if name == "sampled_queries":
-                        place.annotate(f" {row['top_p']}", (at, up), fontsize=8)
+    figure, axes = plt.subplots(1, len(models) + 1, figsize=(12.5, 4.4), layout="constrained")
+    least = min(row["chunk"] for row in rows)
+    curves = dict.fromkeys((row["model"], row["prefill_policy"], row["chunk"]) for row in rows)
+    for model, name, chunk in curves:
+        line = [row for row in rows if (row["model"], row["prefill_policy"], row["chunk"]) == (model, name, chunk)]
+        if len(line) < 2:  # a check that chunks do not matter
+            continue
+        line.sort(key=lambda row: row["prefill_density"])
+        densities, y = [row["prefill_density"] for row in line], [perplexity_percent(row) for row in line]
+        shares = [100 * (times[name]["first"] + times[name]["for_density"] * density) for density in densities]
+        label, style = (name, "-") if chunk == least else (f"{name}, chunks of {chunk:,}", "--")
+        look = {
+            "color": f"C{list(PREFILL_POLICIES).index(name)}",
+            "linestyle": style,
+            "marker": "o",
+            "markersize": 4,
+        }
+        heavy = {"linewidth": 2.5, "zorder": 3} if name == "sampled_queries" else {"linewidth": 1.2}
+        places = [(axes[models.index(model)], densities)]
+        places += [(axes[-1], shares)] if model == models[0] else []
+        for place, x in places:
+            place.plot(x, y, label=label, **look, **heavy)
+            for row, at, up in zip(line, x, y, strict=True):
+                if name == "sampled_queries":
+                    place.annotate(f" {row['top_p']}", (at, up), fontsize=8)
     for model, place in zip(models, axes, strict=False):
         length = next(row["length"] for row in rows if row["model"] == model)
         place.set_title(f"{model}, {length:,} tokens, all chunks sparse", fontsize=9)
         place.set_xlabel("density", fontsize=8)
         place.set_xlim(0, 0.7)
     axes[0].set_ylabel("perplexity, % above dense")
-    axes[-1].set_title(f"{models[0]}'s loss, by a layer's time at 131,072 tokens", fontsize=9)
+    axes[-1].set_title(f"{models[0]}'s loss, a layer's time at 131,072", fontsize=9)
     axes[-1].set_xlabel("choice and attention, % of dense FlashAttention-3's time", fontsize=8)
     axes[-1].axvline(100, color=STOCK, linewidth=1)
     for place in axes:
         place.axhline(0, color=STOCK, linewidth=1)
         place.spines[["top", "right"]].set_visible(False)
     axes[-1].legend(frameon=False, fontsize=8)
-    gpus = "; ".join(
-        dict.fromkeys(caption(times[name]) for name in dict.fromkeys(r["prefill_policy"] for r in rows))
-    )
-    figure.supxlabel(f"loss: {joint_caption([row | {'gpu': 'none'} for row in rows])}; time: {gpus}", fontsize=7)
+    about = [f"loss: {joint_caption([row | {'gpu': 'none'} for row in rows])}"]
+    about += dict.fromkeys(f"time: {caption(times[row['prefill_policy']])}" for row in rows)
+    figure.supxlabel("\n".join(about), fontsize=7)
     figure.savefig(DOCS / "prefill_quality.png", dpi=140)
 
 
