@@ -292,7 +292,6 @@ def test_without_a_gpu_a_forecast_is_called_one(llama, capfd):
     assert coded["from_tokens"] > pays["from_tokens"], "half the bytes are read as fast at twice the context"
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 @pytest.mark.parametrize(
     "longest, advised",
     [
@@ -307,6 +306,7 @@ def test_what_keeps_contexts_whole_is_named(llama, capfd, longest, advised):
     assert said == ([advised] if advised else [])
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_measuring_needs_a_gpu(llama, capfd):
     assert cli.main(["check", str(llama), "--measure"]) == 1
     assert "--measure: needs a GPU" in capfd.readouterr().err
