@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from vllm_sparse.backend.connectors import BLOCKS, CONNECTORS
+from vllm_sparse.backend.model_config import full_attention_layers, query_heads
 from vllm_sparse.config import SparseConfig
 from vllm_sparse.errors import ConfigError
 from vllm_sparse.offload.config import OffloadConfig
@@ -22,9 +23,7 @@ from vllm_sparse.support import (
     Treatment,
     check_options,
     decide,
-    full_attention_layers,
     notes,
-    query_heads,
     summary_line,
     unasked,
 )

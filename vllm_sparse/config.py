@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from vllm_sparse import ENV_CONFIG, misplaced
-from vllm_sparse.attention.registry import ATTENTION_KERNELS, OFFLOAD_ORDER
+from vllm_sparse.attention.registry import ATTENTION_KERNELS
 from vllm_sparse.decode import budgets
 from vllm_sparse.decode.budgets import BudgetTable
 from vllm_sparse.errors import ConfigError, TableError, TextError
-from vllm_sparse.offload.config import OffloadConfig
+from vllm_sparse.offload.config import OffloadConfig, check_beside
 from vllm_sparse.pages.head_patterns import HeadPattern, HeadPatterns
 from vllm_sparse.pages.layout import PAGE_SIZES
 from vllm_sparse.pages.selection import Selection
@@ -44,8 +44,6 @@ OFFLOADED = {"dense_layers": 0, "min_context_tokens": 4096}
 """Defaults with ``offload``, where what is attended densely is read from the host."""
 TABLES = {"head_patterns": PatternTable, "head_budgets": BudgetTable}
 """Keys that name a file, which the driver reads; workers get what it holds."""
-OFFLOAD_KERNELS = ("auto", *OFFLOAD_ORDER)
-"""Values of ``attention_kernel`` that attend over head pages on the GPU and on the host alike."""
 MOST = 2**31 - 1
 """Largest whole number of any key, and "always" or "never" where that is meant: kernels count in 32 bits."""
 
@@ -161,34 +159,9 @@ class SparseConfig:
                 f"whose rows end where top_p says; allowed with it: none"
             )
         if self.offload is not None:
-            self._check_offload()
+            check_beside(self)
         # Whatever the page size, a smaller budget could not hold what is always attended.
         self.check_page_size(PAGE_SIZES[0])
-
-    def _check_offload(self) -> None:
-        """Refuse what would read whole contexts from the host in every step, or what cannot read it at all."""
-        if not isinstance(self.offload, OffloadConfig):
-            raise ConfigError(f"sparse.offload: expected an object, got {shown(self.offload)}")
-        if self.dense_layers > 0:
-            raise ConfigError(
-                f"sparse.dense_layers: {self.dense_layers} with sparse.offload: a dense layer would read its "
-                f"whole context from the host in every step; allowed with offload: 0"
-            )
-        if self.decode_policy in ("dense", "oracle"):
-            raise ConfigError(
-                f"sparse.decode_policy: {self.decode_policy!r} reads every key in every step, and with "
-                f"sparse.offload they are on the host; allowed with offload: a policy that reads summaries"
-            )
-        if self.recall_monitor_every_steps:
-            raise ConfigError(
-                f"sparse.recall_monitor_every_steps: {self.recall_monitor_every_steps} with sparse.offload: "
-                f"a sample would read its whole context from the host; allowed with offload: 0"
-            )
-        if self.attention_kernel not in OFFLOAD_KERNELS:
-            raise ConfigError(
-                f"sparse.attention_kernel: {self.attention_kernel!r} cannot read pages on the host, as "
-                f"sparse.offload needs; allowed with offload: {', '.join(OFFLOAD_KERNELS)}"
-            )
 
     @classmethod
     def from_mapping(cls, values: Any, source: str) -> SparseConfig:

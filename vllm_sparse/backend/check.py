@@ -8,6 +8,7 @@ from typing import Any
 
 from vllm_sparse import support
 from vllm_sparse.backend import compat, connectors, offload
+from vllm_sparse.backend.model_config import query_heads
 from vllm_sparse.config import TABLES, SparseConfig
 from vllm_sparse.errors import ConfigError
 from vllm_sparse.pages.layout import PAGE_SIZES
@@ -87,7 +88,7 @@ def with_tables(vllm_config: Any, config: SparseConfig) -> SparseConfig:
         return config
     text = model.hf_text_config
     layers = getattr(text, "num_hidden_layers", 0)
-    config = config.with_patterns(model.model, layers, support.query_heads(text))
+    config = config.with_patterns(model.model, layers, query_heads(text))
     if config.head_budgets == "none":
         return config
     return config.with_budgets(model.model, layers, model.get_total_num_kv_heads())

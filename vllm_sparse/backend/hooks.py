@@ -24,6 +24,7 @@ import torch
 
 from vllm_sparse import metrics, support
 from vllm_sparse.backend import compat, connectors, exposition, requests
+from vllm_sparse.backend.model_config import full_attention_layers
 from vllm_sparse.config import SparseConfig
 from vllm_sparse.errors import ConfigError
 from vllm_sparse.support import Decision, Layer, Treatment
@@ -134,7 +135,7 @@ def describe(layer: Any, arguments: dict, vllm_config: Any, config: SparseConfig
     if model is not None and not of_draft:
         text = model.hf_text_config
         types = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None)
-        numbers = support.full_attention_layers(types, getattr(text, "num_hidden_layers", 0))
+        numbers = full_attention_layers(types, getattr(text, "num_hidden_layers", 0))
         number = support.layer_number(arguments["prefix"])
         position = numbers.index(number) if number in numbers else None
     head_size = arguments["head_size"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from vllm_sparse.attention.registry import OFFLOAD_ORDER
 from vllm_sparse.errors import ConfigError
 from vllm_sparse.misplaced import Keys, hint
 from vllm_sparse.user_text import nearest, shown
@@ -12,6 +13,8 @@ from vllm_sparse.user_text import nearest, shown
 HOST_DTYPES = ("auto", "fp8")
 MOST_GIB = 2**20
 """No host has more."""
+OFFLOAD_KERNELS = ("auto", *OFFLOAD_ORDER)
+"""Values of ``attention_kernel`` that attend over head pages on the GPU and on the host alike."""
 
 
 @dataclass(frozen=True)
@@ -65,3 +68,30 @@ class OffloadConfig:
 
     def with_host_gib(self, host_gib: float) -> OffloadConfig:
         return replace(self, host_gib=host_gib)
+
+
+def check_beside(config: Any) -> None:
+    """Refuse settings of ``config``, a SparseConfig with ``offload``, that would read whole contexts from the host
+    in every step, or that cannot read it at all."""
+    if not isinstance(config.offload, OffloadConfig):
+        raise ConfigError(f"sparse.offload: expected an object, got {shown(config.offload)}")
+    if config.dense_layers > 0:
+        raise ConfigError(
+            f"sparse.dense_layers: {config.dense_layers} with sparse.offload: a dense layer would read its "
+            f"whole context from the host in every step; allowed with offload: 0"
+        )
+    if config.decode_policy in ("dense", "oracle"):
+        raise ConfigError(
+            f"sparse.decode_policy: {config.decode_policy!r} reads every key in every step, and with "
+            f"sparse.offload they are on the host; allowed with offload: a policy that reads summaries"
+        )
+    if config.recall_monitor_every_steps:
+        raise ConfigError(
+            f"sparse.recall_monitor_every_steps: {config.recall_monitor_every_steps} with sparse.offload: "
+            f"a sample would read its whole context from the host; allowed with offload: 0"
+        )
+    if config.attention_kernel not in OFFLOAD_KERNELS:
+        raise ConfigError(
+            f"sparse.attention_kernel: {config.attention_kernel!r} cannot read pages on the host, as "
+            f"sparse.offload needs; allowed with offload: {', '.join(OFFLOAD_KERNELS)}"
+        )

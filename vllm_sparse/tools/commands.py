@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from vllm_sparse.backend import compat
+from vllm_sparse.backend.model_config import query_heads
 from vllm_sparse.config import MOST
 from vllm_sparse.errors import ConfigError, TextError
-from vllm_sparse.support import QUANTISED_CACHES, query_heads
+from vllm_sparse.support import QUANTISED_CACHES
 from vllm_sparse.user_text import MOST_SHOWN, parse_json, shown
 
 CPU_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_CI_ENV": "1"}

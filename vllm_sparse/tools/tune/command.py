@@ -13,13 +13,13 @@ from typing import Any
 
 import vllm_sparse
 from vllm_sparse import model_files
+from vllm_sparse.backend.model_config import query_heads
 from vllm_sparse.config import SparseConfig
 from vllm_sparse.decode import budgets
 from vllm_sparse.errors import ConfigError, TextError
 from vllm_sparse.pages.head_patterns import HeadPattern
 from vllm_sparse.pages.layout import PAGE_SIZES
 from vllm_sparse.prefill import patterns
-from vllm_sparse.support import query_heads
 from vllm_sparse.tools import commands
 from vllm_sparse.tools.tune.budgets import LARGEST_SHARE, PageMasses
 from vllm_sparse.tools.tune.search import CANDIDATES, Measurement
