@@ -17,6 +17,9 @@ before, and the table comes last. Where several engines fit a GPU, ``--together`
 measures one after the other, which takes a fraction of the time; each is then given its KV cache:
 
     python -m benchmarks.engine --together --gpu-memory 0.2 --kv-gib 26 --drafts 0,3 1q1s8k 1q1s128k
+
+With ``--decode-only`` prompts are not computed: contexts are random keys and values, written by each engine's own
+backend, and there is no TTFT.
 """
 
 from __future__ import annotations
@@ -64,6 +67,7 @@ def parse_args(argv=None):
     parser.add_argument("--gpu-memory", type=float, default=0.9)
     parser.add_argument("--together", action="store_true", help="start all engines at once; see above")
     parser.add_argument("--kv-gib", type=float, help="KV cache of each engine, whatever --gpu-memory")
+    parser.add_argument("--decode-only", action="store_true", help="random keys and values instead of prefill")
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--engine-args", type=json.loads, default={}, help="of both engines: LLM's, as JSON")
     parser.add_argument("--limit", type=float, default=600, help="seconds of an engine, after which it is killed")
@@ -138,7 +142,7 @@ def rows_of(args, side: Side, sparse: dict, stock: dict) -> list[dict]:
         ours, theirs = sparse.get(spec, {}), stock.get(spec, {})
         if "tpot_ms" not in ours or (args.baseline and "tpot_ms" not in theirs):
             continue
-        for bench in ("tpot", "ttft"):
+        for bench in ("tpot",) if args.decode_only else ("tpot", "ttft"):
             # A step that verifies drafts gives as many tokens as are right: its time is none of a token.
             name = "verification" if side.drafts and bench == "tpot" else bench
             baseline = theirs.get(f"{bench}_ms")
@@ -151,7 +155,7 @@ def rows_of(args, side: Side, sparse: dict, stock: dict) -> list[dict]:
                     "batch_spec": spec, "budget": sparse["budget"], "policy": sparse["policy"],
                     "prefill_policy": sparse["prefill_policy"], "prefill_density": ours["prefill_density"],
                     "sparse": settings, "baseline": args.baseline, "eager": args.eager,
-                    "engine_args": args.engine_args,
+                    "engine_args": args.engine_args, "decode_only": args.decode_only,
                     "kv_dtype": sparse["kv_dtype"], "baseline_kv_dtype": stock.get("kv_dtype"),
                     "weights": sparse["weights"], "drafts": side.drafts, "default": not settings,
                     "baseline_ms": baseline, "sparse_ms": ours[f"{bench}_ms"],
@@ -235,7 +239,11 @@ def measure(args, side: Side) -> Iterator[dict]:
 
     batches = {spec: parse(spec) for spec in args.specs}
     longest = max(r.context_tokens for batch in batches.values() for r in batch)
-    more = args.tokens + max(prefill_steps(batch, LEAST_CHUNK) for batch in batches.values())
+
+    def steps(batch, chunk: int) -> int:
+        return args.tokens + (0 if args.decode_only else prefill_steps(batch, chunk))
+
+    more = max(steps(batch, LEAST_CHUNK) for batch in batches.values())
     memory = {"kv_cache_memory_bytes": int(args.kv_gib * 2**30)} if args.kv_gib else {}
     model, load_format = args.model, "auto"
     if not model:
@@ -250,8 +258,11 @@ def measure(args, side: Side) -> Iterator[dict]:
         enforce_eager=args.eager, tensor_parallel_size=args.tp, kv_cache_dtype=side.kv_cache_dtype,
         quantization="fp8" if args.weights == "fp8" else None, distributed_executor_backend=args.executor,
         additional_config={"sparse": settings} if side.is_sparse else {},
-        speculative_config=speculative_config(side.drafts), **memory, **args.engine_args,
+        speculative_config=speculative_config(side.drafts),
+        **memory, **without_prefill(args, side), **args.engine_args,
     )  # fmt: skip
+    if args.decode_only:
+        llm.collective_rpc("fill_new_requests")
     yield {"start_s": round(time.perf_counter() - start, 1), **about(llm.llm_engine.vllm_config)}
     if side.is_sparse:
         from vllm_sparse.config import SparseConfig
@@ -265,7 +276,7 @@ def measure(args, side: Side) -> Iterator[dict]:
     wait_for_turn()
     pairs = prefill_pairs(llm) if side.is_sparse else (0, 0)
     for spec, batch in batches.items():
-        tokens = args.tokens + prefill_steps(batch, scheduler.max_num_batched_tokens)
+        tokens = steps(batch, scheduler.max_num_batched_tokens)
         params = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False)
         before = drafted(llm)
         found = time_batch(llm.llm_engine, batch, params, args.tokens // 2)
@@ -297,6 +308,18 @@ def speculative_config(drafts: int) -> dict | None:
         "method": "ngram", "num_speculative_tokens": drafts, "prompt_lookup_min": 1, "prompt_lookup_max": 2,
         "rejection_sample_method": "synthetic", "synthetic_acceptance_rates": [0.0] * drafts,
     }  # fmt: skip
+
+
+def without_prefill(args, side: Side) -> dict:
+    """What an engine is given for ``--decode-only``."""
+    if not args.decode_only:
+        return {}
+    # vLLM does not schedule a step ahead where it looks up n-grams on the host.
+    scheduler = "DecodeOnlyScheduler" if side.drafts else "DecodeOnlyAsyncScheduler"
+    return {
+        "scheduler_cls": f"benchmarks.decode_only.{scheduler}",
+        "worker_extension_cls": "benchmarks.decode_only.FillWorker",
+    }
 
 
 def drafted(llm) -> int:
