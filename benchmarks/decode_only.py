@@ -34,7 +34,13 @@ class FillWorker:
     """vLLM mixes it into each of its workers (``worker_extension_cls``)."""
 
     def fill_new_requests(self) -> None:
-        """From now on give requests random keys, values and states after their first step."""
+        """From now on give requests random keys, values and states after their first step.
+
+        That one attends to nothing: what the memory held before may be no numbers, and give no token.
+        """
+        for layer in self.vllm_config.compilation_config.static_forward_context.values():
+            for tensor in tensors_of(layer):
+                tensor.zero_()
         execute = self.model_runner.execute_model
 
         def execute_and_fill(scheduler_output, *args, **kwargs):
@@ -59,8 +65,14 @@ class FillWorker:
                         layer, (blocks[:, None] * len(offsets) + offsets).flatten(), self.model_config.dtype
                     )
                 else:
-                    for state in layer.kv_cache:
+                    for state in tensors_of(layer):
                         state[blocks] = STATE_SCALE * torch.randn_like(state[blocks])
+
+
+def tensors_of(layer) -> tuple[torch.Tensor, ...]:
+    """What a layer keeps for its requests: a cache of keys and values, or its states; of other layers nothing."""
+    kept = getattr(layer, "kv_cache", ())
+    return (kept,) if isinstance(kept, torch.Tensor) else tuple(kept)
 
 
 def fill_attention(layer, slots: torch.Tensor, dtype: torch.dtype) -> None:
