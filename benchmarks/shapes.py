@@ -27,6 +27,10 @@ GPT_OSS_20B = LLAMA_8B | dict(
     architectures=["GptOssForCausalLM"], model_type="gpt_oss", vocab_size=201088, hidden_size=2880,
     intermediate_size=2880, num_hidden_layers=24, num_attention_heads=64, head_dim=64, sliding_window=128,
     layer_types=["sliding_attention", "full_attention"] * 12, num_local_experts=32, num_experts_per_tok=4,
+    # Twice the released model's positions: its 131,072 leave none for an answer.
+    max_position_embeddings=262144, rope_parameters=dict(
+        rope_type="yarn", rope_theta=150000.0, factor=64.0, beta_fast=32.0, beta_slow=1.0, truncate=False,
+        original_max_position_embeddings=4096),
 )  # fmt: skip
 QWEN_35_27B = LLAMA_8B | dict(
     architectures=["Qwen3_5ForCausalLM"], model_type="qwen3_5_text", vocab_size=248320, hidden_size=5120,
@@ -36,7 +40,8 @@ QWEN_35_27B = LLAMA_8B | dict(
     linear_conv_kernel_dim=4, mamba_ssm_dtype="float32",
     rope_parameters=dict(rope_type="default", rope_theta=10000000.0, partial_rotary_factor=0.25),
 )  # fmt: skip
-del QWEN_35_27B["rope_theta"]
+for shape in (GPT_OSS_20B, QWEN_35_27B):
+    del shape["rope_theta"]  # one of its rope_parameters
 SHAPES = {
     "llama-8b": ("Llama-3.1-8B", LLAMA_8B), "llama-70b": ("Llama-3.1-70B", LLAMA_70B),
     "qwen3-30b-a3b": ("Qwen3-30B-A3B", QWEN_30B_A3B), "gpt-oss-20b": ("gpt-oss-20b", GPT_OSS_20B),
