@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.results import RESULTS
+from benchmarks.shapes import SHAPES
 from vllm_sparse.config import SparseConfig
 from vllm_sparse.tools.markdown import table
 
@@ -21,6 +22,10 @@ MACHINE = ("gpu", "vllm", "tp", "shape", "weights")
 """What rows of one table share."""
 SETTINGS = ("batch", "context", "policy", "budget", "prefill_policy", "sparse", "chunk_tokens", "drafts", *DTYPES)
 """What else tells one measurement from another."""
+OF_PREFILL = ("prefill", "min_prefill", "slash", "vertical", "probe")
+"""How settings begin that a step of decode does not depend on."""
+MAIN_SHAPE = SHAPES["llama-8b"][0]
+"""Of the README's run."""
 HEADLINE = re.compile(rf"(?<=<!-- Made by `{COMMAND}`. -->\n).*?(?=<!-- -->)", re.DOTALL)
 """Where it stands in the README."""
 
@@ -51,7 +56,15 @@ def newest(rows: list[dict]) -> list[dict]:
     """Rows of the newest vLLM that are beside stock's, each as measured last."""
     rows = [row for row in rows if row["baseline_ms"] is not None]
     latest = max(map(release, rows))
-    return list({key(row, (*MACHINE, *SETTINGS)): row for row in rows if release(row) == latest}.values())
+    return list({key(_told(row), (*MACHINE, *SETTINGS)): row for row in rows if release(row) == latest}.values())
+
+
+def _told(row: dict) -> dict:
+    """``row``, one of decode steps without what chose pages in the prefill before them."""
+    if row["bench"] not in ("tpot", "verification"):
+        return row
+    settings = {name: value for name, value in row["sparse"].items() if not name.startswith(OF_PREFILL)}
+    return row | {"prefill_policy": None, "sparse": settings}
 
 
 def release(row: dict) -> tuple[int, ...]:
@@ -64,6 +77,7 @@ def decodes() -> list[dict]:
     Until the default policy of today was measured so, it is that of the rows there are.
     """
     rows = [row for row in newest(read("engine", "tpot")) if row["tp"] == 1 and row["default"]]
+    rows = [row for row in rows if row["shape"] == MAIN_SHAPE]
     rows = [row for row in rows if row["kv_dtype"] == row["baseline_kv_dtype"] == "fp8" and not row["drafts"]]
     rows = [row for row in rows if row["policy"] == SparseConfig().decode_policy] or rows
     rows = fullest(rows, ("gpu", "commit", *DTYPES), ("batch_spec",))
@@ -103,6 +117,8 @@ Weights are random, which says nothing of answers: those are in [Quality](../qua
 ![Time per output token with an fp8 KV cache: stock and sparse](../decode_speed.png)
 
 ## Time per output token
+
+† Contexts are random keys and values that no prefill computed, which changes nothing of a step.
 """
 MIXES = """\
 ## Prompts of mixed lengths
@@ -154,7 +170,8 @@ def _engine(bench: str, chosen: Callable[[dict], str], unit: str) -> list[str]:
     for rows in groups.values():
         first = rows[0]
         gpus = f"{first['tp']} × {first['gpu']}" if first["tp"] > 1 else first["gpu"]
-        lines += [f"{gpus}, vLLM {first['vllm']}, {first['shape']} shape, weights in {first['weights']}:", ""]
+        shape = re.sub(r"( with .*)?$", r" shape\1", first["shape"], count=1)
+        lines += [f"{gpus}, vLLM {first['vllm']}, {shape}, weights in {first['weights']}:", ""]
         rows.sort(key=lambda row: (row["kv_dtype"] != "fp8", row["policy"], row["batch"], row["context"]))
         head = ("requests × tokens", "KV cache", "sparse runs", "stock", "sparse", "", "commit")
         lines += [*table(head, (_line(row, chosen(row), unit) for row in rows)), ""]
@@ -166,16 +183,17 @@ def _line(row: dict, chosen: str, unit: str) -> tuple[str, ...]:
     if row["baseline_kv_dtype"] != cache:
         cache += f", stock {row['baseline_kv_dtype']}"
     drafts = f", {row['drafts']} drafts" if row["drafts"] else ""
-    if row["prefill_density"] is not None:
+    if row["bench"] == "ttft" and row["prefill_density"] is not None:
         chosen += f", density {row['prefill_density']:.3f}"
     times = (f"{row[name] / (1000 if unit == 's' else 1):.2f} {unit}" for name in ("baseline_ms", "sparse_ms"))
-    return _requests(row), cache, chosen + drafts, *times, f"**{row['speedup']:.2f}×**", row["commit"]
+    requests = _requests(row) + (" †" if row.get("decode_only") else "")
+    return requests, cache, chosen + drafts, *times, f"**{row['speedup']:.2f}×**", row["commit"]
 
 
 def _capacities() -> list[tuple[str, ...]]:
-    rows = [row for row in newest(read("engine", "tpot")) if row.get("kv_tokens") and row["baseline_kv_tokens"]]
+    rows = [row for row in read("engine", "tpot") if row.get("kv_tokens") and row["baseline_kv_tokens"]]
     found = {}
-    for row in rows:
+    for row in newest(rows):
         stock, sparse = row["baseline_kv_tokens"], row["kv_tokens"]
         line = (row["gpu"], row["kv_dtype"], f"`{row['policy']}`", f"{stock:,}", f"{sparse:,}")
         found[line[:3]] = (*line, f"{sparse / stock:.2f}×")

@@ -11,6 +11,7 @@ offload ``plan_writes``, ``stage_pages``, ``write_through``, ``find_hot_slots``,
 
 from __future__ import annotations
 
+import functools
 from types import ModuleType
 
 import torch
@@ -18,10 +19,19 @@ import torch
 
 def for_device(device: torch.device) -> ModuleType:
     """Triton launchers for a GPU, plain torch for a CPU (Triton is not needed there)."""
-    if device.type == "cpu":
-        from vllm_sparse.kernels import reference
+    return _reference() if device.type == "cpu" else _launchers()
 
-        return reference
+
+# Cached, for an import statement takes as long as a small launch.
+@functools.cache
+def _reference() -> ModuleType:
+    from vllm_sparse.kernels import reference
+
+    return reference
+
+
+@functools.cache
+def _launchers() -> ModuleType:
     from vllm_sparse.kernels import launchers
 
     return launchers

@@ -14,6 +14,7 @@ import pytest
 pytest.importorskip("vllm")
 
 import tiny_model
+import torch
 import vllm
 from tiny_engine import prompts
 from vllm import SamplingParams
@@ -268,6 +269,11 @@ def take_any_latent_attention(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(mla_attention, "get_attn_backend", lambda *_, **__: CPUMLABackend)
 
 
+def pack_no_weights(patch: pytest.MonkeyPatch) -> None:
+    # vLLM's build for CPUs without AVX-512 has no such operation, and the layers are not run.
+    patch.setattr(torch.ops._C, "convert_weight_packed", lambda weight: weight, raising=False)
+
+
 INDEXED = {"head_dim": 128, "num_hidden_layers": 4, "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
 INKLING_MARKS = (
     "message_user", "message_model", "message_system", "message_tool", "content_text", "content_image",
@@ -311,7 +317,7 @@ BUILT = {
         "compress_rope_theta": 10000.0, "scoring_func": "sqrtsoftplus", "topk_method": "noaux_tc",
         "routed_scaling_factor": 1.0, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}, 0,
         {"class DeepseekV4CPUAttention": 3, "class DeepseekV4SWACache": 3, "class DeepseekV4CPUIndexerCache": 1,
-         "class CompressorStateCache": 3}, options=LARGE_BLOCKS),
+         "class CompressorStateCache": 3}, options=LARGE_BLOCKS, lift=pack_no_weights),
     # With its selector on, it wants a GPU. Where it is off, layers still name a backend.
     "step5": Model("step5", {
         **STEP, "architecture": "Step5ForCausalLM", "moe_layers_enum": "", "sparse_config": {"enabled": False}}, 0,

@@ -17,8 +17,9 @@ from vllm_sparse.backend.metadata import SparseMetadata, Step
 from vllm_sparse.backend.residency import OffloadedRows, ResidentRows
 from vllm_sparse.config import SparseConfig
 from vllm_sparse.decode.attend import DecodeRows
-from vllm_sparse.pages.decode_plan import EXACT, PROMPT
-from vllm_sparse.pages.query_tokens import ONE, QueryTokens
+from vllm_sparse.pages.decode_plan import EXACT, PROMPT, DecodePlan
+from vllm_sparse.pages.page_table import PageTable
+from vllm_sparse.pages.query_tokens import QueryTokens
 from vllm_sparse.prefill.gate import LOOK_LAYERS
 
 logger = logging.getLogger("vllm.vllm_sparse")
@@ -99,6 +100,8 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
         """Plan by ``config`` from the next step on."""
         self.rows.config = config
         self.selection = config.selection(self.page_size)
+        self._cut: dict[int, tuple[DecodePlan, PageTable]] = {}
+        """Buffers of the workspace by the number of decode rows that they are cut to."""
 
     def build(self, common_prefix_len, common_attn_metadata, fast_build=False) -> SparseMetadata:
         """Plan a step: which rows it has, what the dense backend needs, prefill runs, decode rows; count it."""
@@ -134,7 +137,7 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
         """
         budgets, rows = self.workspace.plan.budgets, step.num_decodes
         tokens, prefilling = step.asked_tokens[:rows], step.prompts
-        prompts = prefilling is not None and bool(prefilling[:rows].any())
+        prompts = prefilling is not None and prefilling[:rows].any()
         if self.workspace.budgets_asked:
             budgets.zero_()
         self.workspace.budgets_asked = prompts or any(tokens)
@@ -144,18 +147,24 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
         pages = [count if count == EXACT else count // self.page_size for count in tokens]
         asked[: len(pages)] = torch.tensor(pages, dtype=torch.int32, device="cpu")
         if prompts:
-            asked[: len(prefilling)].masked_fill_(prefilling[:rows], PROMPT)
+            asked[: len(prefilling)].masked_fill_(torch.from_numpy(prefilling[:rows]), PROMPT)
         budgets[:rows].copy_(asked, non_blocking=True)
 
     def _decode_rows(self, step: Step) -> DecodeRows:
         """The workspace's buffers, cut to the step's decode rows."""
-        workspace, block_table = self.workspace, step.common.block_table_tensor[: step.num_decodes]
-        queries = ONE
+        workspace, count = self.workspace, step.num_decodes
+        # Steps have few sizes, and the host that schedules a fast model has no time to cut eight tensors in each.
+        if count not in self._cut:
+            self._cut[count] = self.plan.rows(count), workspace.table.rows(count * workspace.kv_heads)
+        plan, table = self._cut[count]
         if step.has_drafts:
-            queries = QueryTokens(workspace.query_tokens, step.common.query_start_loc[: step.num_decodes + 1])
-        plan = self.plan.rows(step.num_decodes, queries)
-        table = workspace.table.rows(step.num_decodes * workspace.kv_heads, queries)
-        table.routes, table.block_table = plan.score_offsets, block_table
+            queries = QueryTokens(workspace.query_tokens, step.common.query_start_loc[: count + 1])
+            plan = replace(plan, queries=queries)
+        block_table = step.common.block_table_tensor[:count]
+        table = PageTable(
+            table.head_pages, table.lengths, routes=plan.score_offsets, block_table=block_table,
+            queries=plan.queries,
+        )  # fmt: skip
         return DecodeRows(block_table, plan, table, workspace.scores, workspace.monitor)
 
     def _plan_decodes(self, step: Step, rows: DecodeRows, fast_build: bool) -> Any:
@@ -202,6 +211,7 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
             return
         starts = common.query_start_loc_cpu
         tokens = (starts[1:] - starts[:-1])[first : len(prefilling)]
+        prefilling = torch.from_numpy(prefilling)
         # More tokens than drafts may have are those of a step that vLLM makes up, to warm up or to be captured.
         verified = ~prefilling[first:] & (tokens > 0) & (tokens <= self.workspace.query_tokens)
         tokens = torch.where(verified, tokens, 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from vllm_sparse.decode.attend import DecodeRows
@@ -23,8 +24,8 @@ class Step:
     num_decode_tokens: int
     asked_tokens: list[int] = field(default_factory=list)
     """Of each request: the budget that it asks for, ``EXACT``, or 0; empty where none asks for anything."""
-    prompts: torch.Tensor | None = None
-    """Which rows are prompt tokens: bool, on the CPU, perhaps without padding; None where that is not known."""
+    prompts: np.ndarray | None = None
+    """Which rows are prompt tokens: bool, perhaps without padding; None where that is not known."""
 
     def is_exact(self, request: int) -> bool:
         """Whether a request wants exact attention; padding does not."""

@@ -19,7 +19,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
+import numpy as np
 from vllm.exceptions import VLLMValidationError
 
 from vllm_sparse import support
@@ -147,10 +147,12 @@ class RequestBudgets:
         asked = [self._asked.get(request, 0) for request in self._row_ids]
         return asked if any(asked) else []
 
-    def prompts(self, common: Any) -> torch.Tensor | None:
-        """Which rows of the step are prompt tokens: bool, on the CPU, perhaps without padding; None where that is
-        not known. ``common``: vLLM's metadata of the step."""
-        return common.is_prefilling if self._row_prompts is None else torch.from_numpy(self._row_prompts)
+    def prompts(self, common: Any) -> np.ndarray | None:
+        """Which rows of the step are prompt tokens: bool, perhaps without padding; None where that is not known.
+        ``common``: vLLM's metadata of the step."""
+        if self._row_prompts is not None:
+            return self._row_prompts
+        return None if common.is_prefilling is None else common.is_prefilling.numpy()
 
     def follow(self, runner: Any) -> None:
         """Keep up with the requests that ``runner`` serves, and with the rows of its steps."""
