@@ -13,8 +13,11 @@ from tiny_engine import ENGINE, SPARSE, engine_core
 
 pytest.importorskip("vllm")
 
+import test_families
 import test_hybrids
 import test_models
+import tiny_model
+from vllm import __version_tuple__
 
 from benchmarks.shapes import model_of
 from vllm_sparse import metrics
@@ -93,6 +96,32 @@ def test_layers_of_states_are_no_attention_layers(tiny, capfd, case):
     assert found["layers"]["linear"] > 0 and found["layers"]["block_size"] % 16 == 0
     # vLLM fits blocks to states in whole pages of what attends to them, which in stock is another backend.
     assert 0.8 < found["cache"]["sparse_tokens"] / found["cache"]["stock_tokens"] < 1.2
+
+
+FIRST = {
+    # Configs that say otherwise than by `layer_types` which layers attend to everything, or number them otherwise.
+    "windows": ("llama", {
+        "architecture": "DomynEdgeForCausalLM", "num_hidden_layers": 6,
+        "window_sizes": [[64, 0], [64, 0], [-1, 0]] * 2, "position_layers": ["rope"] * 6},
+        ["model.layers.2.attention.attn"]),
+    "states": ("zamba2", test_families.MODELS["zamba2"].settings, ["model.attn.0"]),
+}  # fmt: skip
+
+
+@pytest.mark.seam
+@pytest.mark.parametrize("case", FIRST)
+def test_the_first_layers_are_dense_whatever_a_config_says_of_them(tiny, capfd, case):
+    if case == "windows" and __version_tuple__ < (0, 33):
+        pytest.skip("a newer vLLM builds this model")
+    model_type, settings, expected = FIRST[case]
+    model = tiny.model(model_type, **settings)
+    for count in (1, 2):
+        sparse = {**SPARSE, "dense_layers": count}
+        found = report(
+            capfd, model, "--sparse", json.dumps(sparse), status=Status.SPARSE if count == 1 else Status.NOTHING
+        )
+        dense = [layer["name"] for layer in found["layers"]["each"] if layer["runs"] == "dense"]
+        assert (dense[:1], len(dense)) == (expected, count)
 
 
 def engine_line(tiny, monkeypatch, model, sparse, **settings) -> tuple[str, int]:
@@ -175,6 +204,10 @@ def test_a_checkpoints_own_kv_cache_scheme_is_read(llama, capfd):
     assert named["layers"]["kv_dtype"] == "bfloat16" and named["cache"]["stock_tokens"] == 40 << 13
     assert cli.main(["plan", str(llama), "--gpu", "80", "--kv-gib", "40", "--host", "64"]) == 0
     assert f"{40 << 14:,} tokens" in capfd.readouterr().out
+    for unknown in ({"type": "int"}, {"strategy": "token"}):
+        quantised["kv_cache_scheme"] = {**scheme, **unknown}
+        (llama / "config.json").write_text(json.dumps({**LLAMA, "quantization_config": quantised}))
+        assert "cannot be used" in report(capfd, llama, status=Status.ERROR)["reason"], "by any backend of vLLM's"
     quantised["kv_cache_scheme"] = {**scheme, "strategy": "attn_head"}
     (llama / "config.json").write_text(json.dumps({**LLAMA, "quantization_config": quantised}))
     assert "every KV head" in report(capfd, llama, status=Status.REFUSED)["reason"]
@@ -204,6 +237,10 @@ REFUSED = {
     "block_size": (("--block-size", "272"), (), "--block-size: 272"),
     "dbo": (("--enable-dbo",), (), "--enable-dbo: True"),
     "setting": ((), ("--sparse", '{"budget": 3}'), "unknown key 'budget'"),
+    "offload_of_two_dtypes": (
+        ("--kv-cache-dtype", "fp8", "--kv-cache-dtype-skip-layers", "0"), ("--sparse", '{"offload": {}}'),
+        "layers of this model differ in KV heads, head size or dtype",
+    ),
 }  # fmt: skip
 
 
@@ -213,6 +250,27 @@ def test_refused_engines_have_a_status_of_their_own(llama, capfd, case):
     found = report(capfd, llama, *arguments, vllm=vllm, status=Status.REFUSED)
     assert said in found["reason"] and "--attention-backend" not in found["serve"]
     assert found["versions"]["supported"]
+
+
+def test_layers_that_cannot_offload_are_told_before_a_start(tiny, tmp_path, capfd):
+    offload = ("--sparse", '{"offload": {}}')
+    windows = report(capfd, test_models.model_of(tiny, "hybrid"), *offload, status=Status.REFUSED)
+    assert "do not run sparse and cannot offload" in windows["reason"]
+    bert = tiny_model.describe(tmp_path / "bert", "bert", "BertModel", max_position_embeddings=512)
+    assert "no layer of this rank" in report(capfd, bert, *offload, status=Status.REFUSED)["reason"]
+    assert cli.main(["plan", str(bert), "--gpu", "24", "--host", "8"]) == 0
+    assert "offload does not start: sparse.offload: no layer of this rank" in capfd.readouterr().out
+
+
+def test_layers_left_out_of_an_fp8_cache_have_the_blocks_of_a_gpu(tiny, capfd):
+    """On a GPU vLLM fits the size of blocks to both dtypes, so that no memory is padded away."""
+    options = (*ENGINE_OPTIONS[:2], "--kv-cache-dtype", "fp8", "--kv-cache-dtype-skip-layers", "sliding_window")
+    found = report(
+        capfd, test_models.model_of(tiny, "sinks"), "--gpu", 24, "--kv-gib", 1, "--sparse", json.dumps(SPARSE),
+        vllm=options,
+    )  # fmt: skip
+    assert 0.8 < found["cache"]["sparse_tokens"] / found["cache"]["stock_tokens"] < 1
+    assert not any("--block-size" in advised for advised in found["set"])
 
 
 WRONG = {

@@ -139,12 +139,12 @@ def test_engines_are_measured_one_after_the_other(together, tmp_path, monkeypatc
         return [sys.executable, "-c", f"import os; os.chdir({str(tmp_path)!r})" + WORKER, names[key], fates[key]]
 
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
-    args = engine.parse_args(["--limit", "2", "--sparse", "{}", "--sparse", '{"a": 1}', "--sparse", '{"b": 1}'])
+    args = engine.parse_args(["--limit", "6", "--sparse", "{}", "--sparse", '{"a": 1}', "--sparse", '{"b": 1}'])
     args.together = together
     found = [found for _, found in engine.run(args, engine.sides_of(args))]
     done = {"start_s": 1, "1q1s8k": {"tpot_ms": 7}}
     assert found[0] == found[3] == done
-    assert found[1] == {"start_s": 1, "reason": "killed after --limit 2 s"}
+    assert found[1] == {"start_s": 1, "reason": "killed after --limit 6 s"}
     assert found[2] == {"start_s": 1, "reason": "ended with code 3"}
     turns = (tmp_path / "turns").read_text().split("\n")[:-1]
     if together:

@@ -78,6 +78,10 @@ TEXT_ALONE = {**STATES, "dtype": "bfloat16", "language_model_only": True}
 ANOTHERS = "another layer's KV cache"
 MODELS = {
     "qwen3_moe": Model("qwen3_moe", {**EXPERTS, "decoder_sparse_step": 1}, 3),
+    # Its loops attend a second time to what layers hold, without K and V of their own.
+    "iquest_loop": Model("llama", {
+        "architecture": "IQuestLoopCoderForCausalLM", "loop_num": 2, "loop_window_size": 64}, 3,
+        {"sliding window": 3}),
     "glm4_moe": Model("glm4_moe", {**ROUTED, "first_k_dense_replace": 1}, 3),
     "minimax_m2": Model("minimax_m2", {
         "rotary_dim": 32, "num_local_experts": 4, "num_experts_per_tok": 2, "use_qk_norm": True,

@@ -57,6 +57,10 @@ def test_weights_tell_copies(models):
     assert model_files.is_same("org/First", weights, second) is False
     assert model_files.is_same(first, None, prod) is False
     assert model_files.is_same("org/First", None, prod) is None, "nobody recorded what could tell"
+    (models / "other").mkdir()
+    namesake = shutil.copytree(models / "second", models / "other" / "first")
+    assert model_files.is_same(first, weights, str(namesake)) is None, "a quantised copy, or another model"
+    assert model_files.is_same("org/first", weights, str(namesake)) is None
     (models / "link").symlink_to(models / "first")
     assert model_files.is_same("org/first", None, str(models / "link")) is True
     for nothing in ("", "\x00", "x" * 5000, "/nowhere", "org/nowhere", "a/b/c"):

@@ -28,11 +28,13 @@ def is_same(recorded: str, weights: str | None, model: str) -> bool | None:
     """Whether ``recorded``, a model's name in a file, and its ``weights`` are those of ``model``.
 
     Both are names as for `vllm serve`: of a hub model, its snapshot on disk, or a directory. None where that
-    cannot be told: a directory may be a copy of a hub model whose weights nobody recorded.
+    cannot be told: a directory may be a copy of a hub model whose weights nobody recorded, and directories of one
+    name and other weights may hold a model and its quantised copy, or two models.
     """
     ours, theirs = _names(model), _names(recorded)
     if any(one[-1] == other[-1] and (len(one) != len(other) or one == other) for one in ours for other in theirs):
-        return True
+        digest = weights_digest(model) if weights is not None and os.path.isdir(model) else None
+        return True if digest in (None, weights) else None
     if weights is None and os.path.isdir(model) and any(len(name) == 2 for name in theirs):
         return None
     return weights is not None and weights == weights_digest(model)
@@ -130,9 +132,10 @@ def check_model(content: dict, model: str) -> None:
     same = is_same(recorded, content.get("weights"), model)
     if same is None:
         logger.warning(
-            "sparse attention: a file that was made for %s is taken for the directory %s, as for a copy of it; "
-            "only a file with \"weights\", as `vllm-sparse tune` writes now, can tell",
+            "sparse attention: a file that was made for %s is taken for the directory %s, as for a copy of it; %s",
             recorded, model,
+            "by name alone: the weights are others" if content.get("weights") else
+            "only a file with \"weights\", as `vllm-sparse tune` writes now, can tell",
         )  # fmt: skip
     elif not same:
         raise TableError(

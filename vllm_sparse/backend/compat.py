@@ -98,6 +98,15 @@ def kv_cache_scheme(model_config) -> dict | None:
     return None
 
 
+def check_kv_cache_scheme(model_config) -> None:
+    """Raise what vLLM does where it builds layers with a ``kv_cache_scheme`` that it does not know."""
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
+        CompressedTensorsKVCacheMethod,
+    )
+
+    CompressedTensorsKVCacheMethod.validate_kv_cache_scheme(kv_cache_scheme(model_config))
+
+
 def head_major_layouts() -> tuple:
     """``supported_kv_cache_layouts``: block, head, row; layers inside or outside of blocks."""
     from vllm.v1.kv_cache_interface import KVCacheLayout

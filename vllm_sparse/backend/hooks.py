@@ -131,13 +131,9 @@ def describe(layer: Any, arguments: dict, vllm_config: Any, config: SparseConfig
     sinks = extra.pop("sinks", None)
     if arguments["use_alibi_sqrt"]:
         extra["use_alibi_sqrt"] = True
-    numbers, position = [], None
+    position, count = None, 0
     if model is not None and not of_draft:
-        text = model.hf_text_config
-        types = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None)
-        numbers = full_attention_layers(types, getattr(text, "num_hidden_layers", 0))
-        number = support.layer_number(arguments["prefix"])
-        position = numbers.index(number) if number in numbers else None
+        position, count = _place(arguments["prefix"], vllm_config)
     head_size = arguments["head_size"]
     backend = arguments["attn_backend"]
     return Layer(
@@ -165,8 +161,30 @@ def describe(layer: Any, arguments: dict, vllm_config: Any, config: SparseConfig
         prefill_parallel=vllm_config.parallel_config.prefill_context_parallel_size > 1,
         adaptive_verification=getattr(speculative, "enable_adaptive_verification", False),
         position=position,
-        of=len(numbers),
+        of=count,
     )
+
+
+def _place(name: str, vllm_config: Any) -> tuple[int | None, int]:
+    """Which full-attention layer of its model a layer is, None where that is not known, and how many there are, as
+    far as the model's config says.
+
+    Layers are built in order, so those that were built are counted: configs have many words for layers with
+    windows or without attention, and not all number their layers alike. A pipeline stage builds its own alone.
+    """
+    text = vllm_config.model_config.hf_text_config
+    types = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None)
+    numbers = full_attention_layers(types, getattr(text, "num_hidden_layers", 0))
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        number = support.layer_number(name)
+        return (numbers.index(number) if number in numbers else None), len(numbers)
+    built = vllm_config.compilation_config.static_forward_context.values()
+    place = sum(
+        layer.sparse_support.treatment in support.OURS and not layer.kv_sharing_target_layer_name
+        for layer in built
+        if hasattr(layer, "sparse_support")
+    )
+    return place, max(len(numbers), place + 1)
 
 
 def _takes_images(model: Any) -> bool:

@@ -36,6 +36,10 @@ from vllm_sparse.support import QUANTISED_CACHES, Decision, Treatment, layer_num
 logger = logging.getLogger("vllm.vllm_sparse")
 
 
+def _rows(tensor: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
+    return None if tensor is None else tensor[rows]
+
+
 class KVScales(NamedTuple):
     """What a layer's K, V and queries are divided by where they are in 8 bits."""
 
@@ -290,8 +294,8 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
         self,
         layer,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
         kv_cache: torch.Tensor,
         attn_metadata: SparseMetadata | None,
         output: torch.Tensor,
@@ -302,7 +306,8 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
 
         Args:
             query, output: [num_tokens, num_heads, head_size].
-            key, value: [num_tokens, num_kv_heads, head_size]; already in the cache.
+            key, value: [num_tokens, num_kv_heads, head_size]; already in the cache. None from models that attend
+                once more to what is there, such as IQuest's loops.
             kv_cache: [num_blocks, num_kv_heads, page_size + summary slots, 2 * head_size]; the summary slots
                 alone with offload.
             attn_metadata: None in profiling runs.
@@ -328,14 +333,14 @@ class SparseImpl(AttentionImpl[SparseMetadata]):
                 if self.looks:
                     self.prefill.look(query, pages, run.block_table, run.look)
             else:
-                self.dense.attend(layer, query[rows], key[rows], value[rows], pages, run.dense, output[rows])
+                k, v = _rows(key, rows), _rows(value, rows)
+                self.dense.attend(layer, query[rows], k, v, pages, run.dense, output[rows])
         if md.num_decodes:
             rows = slice(0, md.num_decode_tokens)
             queries, out = query[rows], output[rows]
             if md.dense_short is not None:
-                self.pages.attend_short(
-                    self.attention, self.dense, layer, queries, key[rows], value[rows], kv_cache, md, out
-                )
+                k, v = _rows(key, rows), _rows(value, rows)
+                self.pages.attend_short(self.attention, self.dense, layer, queries, k, v, kv_cache, md, out)
             if self.decode is not None:
                 self._decode(queries, kv_cache, md, out)
         return output

@@ -93,7 +93,7 @@ def shape_of(specs: dict[str, Any], config: SparseConfig, vllm_config: Any) -> C
     """The cache of a worker's layers, all of which must offload but those of states, which stay on the GPU.
 
     Raises:
-        ConfigError: some layers keep their K and V on the GPU.
+        ConfigError: some layers keep their K and V on the GPU, or there are none.
     """
     offloaded = {name: spec for name, spec in specs.items() if _on_host(spec)}
     states = {name: spec for name, spec in specs.items() if isinstance(spec, MambaSpec)}
@@ -103,9 +103,17 @@ def shape_of(specs: dict[str, Any], config: SparseConfig, vllm_config: Any) -> C
             f"sparse.offload: {len(others)} of {len(specs)} layers of this model do not run sparse and cannot "
             f"offload, such as {others[0]}; allowed: models whose attention layers are all full attention"
         )
+    if not offloaded:
+        raise ConfigError(
+            "sparse.offload: no layer of this rank has K and V in a cache; allowed: models, and pipeline stages, "
+            "with attention layers that have"
+        )
     spec = next(iter(offloaded.values()))
     if any(other != spec for other in offloaded.values()):
-        raise ConfigError("sparse.offload: layers of this model differ in KV heads, head size or dtype")
+        raise ConfigError(
+            "sparse.offload: layers of this model differ in KV heads, head size or dtype; allowed: models whose "
+            "layers are alike, without --kv-cache-dtype-skip-layers"
+        )
     return CacheShape(
         layers=len(offloaded),
         kv_heads=spec.num_kv_heads,
@@ -176,8 +184,11 @@ def build_store(worker: Any, kv_cache_config: Any) -> None:
         return
     vllm_config = worker.vllm_config
     # Planned before vLLM settled on its blocks: by now its config may have the size of those of states.
+    specs = worker.get_kv_cache_spec()
+    if not specs:
+        shape_of(specs, config, vllm_config)  # vLLM plans no memory for such a model, and this says why we do not
     gpu_bytes, shape = worker.sparse_planned
-    names = [name for name, spec in worker.get_kv_cache_spec().items() if _on_host(spec)]
+    names = [name for name, spec in specs.items() if _on_host(spec)]
     groups = [group for group in kv_cache_config.kv_cache_groups if not set(names).isdisjoint(group.layer_names)]
     if len(groups) != 1:
         raise ConfigError(

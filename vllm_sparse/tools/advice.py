@@ -34,7 +34,9 @@ def advice(engine: DryEngine, config: SparseConfig, cache: dict[str, Any]) -> li
         keys = " and ".join(f"sparse.{key}" for key in whole)
         found.append(f"{keys} below --max-model-len {longest}: contexts up to {most} are attended whole")
     block_size = vllm_config.cache_config.block_size
-    if not engine.linear_layers and block_size != PAGE_SIZES[0]:
+    # vLLM sizes blocks to states, and to caches of several dtypes, whatever is asked.
+    sized = engine.linear_layers or vllm_config.cache_config.kv_cache_dtype_skip_layers
+    if not sized and block_size != PAGE_SIZES[0]:
         found.append(f"--block-size {PAGE_SIZES[0]}: pages of {block_size} tokens are chosen more coarsely")
     if compat.kv_dtype(vllm_config) not in QUANTISED_CACHES:
         found.append("--kv-cache-dtype fp8, on GPUs that know it: twice the tokens, here as in stock")

@@ -137,6 +137,7 @@ def examine(args: argparse.Namespace) -> Report:
     report = Report(args.model, Status.SPARSE, versions=versions())
     try:
         engine = dry.dry_engine(engine_args)
+        dry.check_offload(engine)
     except EngineRefused as error:
         report.status, report.reason = Status.REFUSED, str(error)
         report.advice = ["what the refusal names as allowed"]

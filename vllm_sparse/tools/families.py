@@ -30,6 +30,8 @@ FAMILIES = (
         ("test_families[cohere2]", "test_families[olmo3]", "test_families[exaone4]", "test_families[afmoe]",
          "test_families[laguna]", "test_families[mellum]", "test_families[step3p5]",
          "test_families[muse_glimmer]")),
+    Family("loops over the same layers", "IQuest-Coder", "all layers; windows of later loops are stock",
+        ("test_families[iquest_loop]",)),
     Family("gated delta nets", "Qwen3-Next, Qwen 3.5 to 3.8, Intern-S2", SOME,
         ("test_hybrids[qwen3_next]", "test_hybrid_offload[qwen3_next]", "test_families[qwen3_5]",
          "test_families[qwen3_5_moe]", "test_images[qwen3_5]", "test_families[interns2_preview]",
