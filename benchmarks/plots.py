@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import json
 import math
@@ -255,22 +256,16 @@ def perplexity_percent(row: dict) -> float:
 
 
 def prefill_times() -> dict[str, dict]:
-    """Of each policy, its newest row at 131,072 tokens, with the line that a layer's time follows, as a share of
-    dense attention's: what a choice takes, ``first``, and attention, ``for_density``."""
+    """Of each policy, its newest row at 131,072 tokens, with a layer's time as a share of dense attention's: what
+    a choice takes, ``first``, and attention, ``for_density``, each the median over its densities."""
     rows = [row for row in read("prefill", "prefill_attention") if row["kernel"] == "fa3"]
     rows = [row for row in rows if row["context"] == 131072]
     found = {}
     for policy in dict.fromkeys(row["policy"] for row in rows):
         own = [row for row in rows if row["policy"] == policy]
         own = [row for row in own if all(row.get(key) == own[-1].get(key) for key in ("commit", *DTYPES))]
-        densities, shares = zip(
-            *((row["density"], row["sparse_ms"] / row["baseline_ms"]) for row in own), strict=True
-        )
-        if len(own) > 1:
-            slope, first = statistics.linear_regression(densities, shares)
-        else:
-            slope = own[0]["attend_ms"] / own[0]["baseline_ms"] / densities[0]
-            first = shares[0] - slope * densities[0]
+        first = statistics.median((row["sparse_ms"] - row["attend_ms"]) / row["baseline_ms"] for row in own)
+        slope = statistics.median(row["attend_ms"] / row["baseline_ms"] / row["density"] for row in own)
         found[policy] = own[-1] | {"first": first, "for_density": slope}
     return found
 
@@ -338,6 +333,7 @@ def evaluation() -> list[dict]:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     DOCS.mkdir(exist_ok=True)
     decode_speed()
     tensor_parallel()

