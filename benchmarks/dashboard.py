@@ -61,7 +61,7 @@ def load(server: Server, text: str, until: float, seed: int) -> None:
 
 def query(expression: str, port: int) -> str:
     """An expression of the dashboard with its variables filled in, about the server at ``port``."""
-    for variable, value in {"$__rate_interval": RATE, "$engine": ".*", "$model": ".*"}.items():
+    for variable, value in {"$__rate_interval": RATE, "$engine": ".*", "$model": ".*", "$instance": ".*"}.items():
         expression = expression.replace(variable, value)
     return expression.replace("{model_name", f'{{instance="127.0.0.1:{port}",model_name')
 

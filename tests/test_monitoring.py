@@ -145,7 +145,7 @@ def expressions() -> list[str]:
     """Every query of the dashboard and of the alerts, as Prometheus gets them."""
     panels = json.loads(DASHBOARD.read_text())["panels"]
     found = [target["expr"] for panel in panels for target in panel.get("targets", ())]
-    variables = {"$__rate_interval": "1m", "$model": ".*", "$engine": ".*"}
+    variables = {"$__rate_interval": "1m", "$model": ".*", "$engine": ".*", "$instance": ".*"}
     for name, value in variables.items():
         found = [text.replace(name, value) for text in found]
     rules = (rule for group in yaml.safe_load(ALERTS.read_text())["groups"] for rule in group["rules"])
