@@ -17,10 +17,12 @@ PROMETHEUS := .venv/prometheus
 demo: $(VLLM)/ready
 	$(VLLM)/bin/python -m vllm_sparse.tools.demo
 
-# Two parts at a time, as each uses one core, the longest first. All run to their end whatever fails, the output of each
-# stands together, and what pytest says of each at its end comes last.
+# Two parts at a time, as each uses one core, the longest first: so what they run in is set up before, as make would
+# otherwise take first what is ready first. All run to their end whatever fails, the output of each stands together, and
+# what pytest says of each at its end comes last.
 test:
 	@rm -f $(PARTS:%=.venv/%.log)
+	@$(MAKE) --jobs=2 $(VLLM)/ready $(PROMETHEUS)/ready $(NEWEST)/ready $(OLDEST)/ready
 	@$(MAKE) --jobs=2 --keep-going --output-sync=target $(PARTS); status=$$?; \
 	for part in $(PARTS); do \
 		echo "$$part:"; tac .venv/$$part.log | grep -m 1 '^=.* in .*=$$' || echo "did not run to its end"; \
