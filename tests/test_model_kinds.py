@@ -140,3 +140,22 @@ def test_what_steps_need_survives_sleep(tiny):
         assert llm.collective_rpc("sparse_metrics")[0] == counts
         assert tokens(llm, PROMPTS) == before
         assert llm.collective_rpc("sparse_metrics")[0]["context_tokens"] == 2 * counts["context_tokens"]
+
+
+def test_waking_puts_no_old_weights_back(tiny):
+    """Weights may be loaded anew between two parts of a wake-up, as in training by reinforcement."""
+    import test_models
+
+    from vllm_sparse.backend import sleep
+
+    with tiny.start(test_models.model_of(tiny, "sinks")) as llm:
+        worker = engine_core(llm).model_executor.driver_worker.worker
+        sleep.save(worker)
+        sinks = [
+            one.impl.sink_logits for one in attention_layers(llm).values() if hasattr(one.impl, "sink_logits")
+        ]
+        assert sinks
+        for logits in sinks:
+            logits.data.fill_(3)
+        sleep.restore(worker, None)
+        assert all((logits == 3).all() for logits in sinks)

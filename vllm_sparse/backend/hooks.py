@@ -169,14 +169,15 @@ def _place(name: str, vllm_config: Any) -> tuple[int | None, int]:
     """Which full-attention layer of its model a layer is, None where that is not known, and how many there are, as
     far as the model's config says.
 
-    Layers are built in order, so those that were built are counted: configs have many words for layers with
-    windows or without attention, and not all number their layers alike. A pipeline stage builds its own alone.
+    Where the config lists no types of layers, or a layer's name has no number of theirs, those that were built are
+    counted: configs have many words for layers with windows or without attention. A pipeline stage builds its own
+    alone, so there the config's numbers are taken.
     """
     text = vllm_config.model_config.hf_text_config
     types = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None)
     numbers = full_attention_layers(types, getattr(text, "num_hidden_layers", 0))
-    if vllm_config.parallel_config.pipeline_parallel_size > 1:
-        number = support.layer_number(name)
+    number = support.layer_number(name)
+    if (types and number is not None) or vllm_config.parallel_config.pipeline_parallel_size > 1:
         return (numbers.index(number) if number in numbers else None), len(numbers)
     built = vllm_config.compilation_config.static_forward_context.values()
     place = sum(

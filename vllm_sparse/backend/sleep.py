@@ -15,6 +15,8 @@ from typing import Any
 import torch
 
 KEPT_BYTES = 1 << 20
+WEIGHTS = "sink_logits"
+"""What layers hold of the model's weights, which vLLM keeps or reloads by itself, perhaps with other values."""
 POOLS = frozenset({"weights", "kv_cache"})
 """Tags by which vLLM wakes memory in parts."""
 
@@ -69,7 +71,7 @@ def _tensors(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
     elif isinstance(value, (list, tuple)):
         parts = value
     elif type(value).__module__.startswith("vllm_sparse."):
-        parts = list(vars(value).values())
+        parts = [part for name, part in vars(value).items() if name != WEIGHTS]
     else:
         return
     for part in parts:
