@@ -123,7 +123,7 @@ Weights are random, which says nothing of answers: those are in [Quality](../qua
 
 † Contexts are random keys and values that no prefill computed, which changes nothing of a step.
 
-With six requests stock takes 1.7 times as long per token of context as with one or eight, and [why is not
+With six requests stock takes longer per token of context than with one or eight, and [why is not
 known](notes.md#six-requests): do not expect these factors elsewhere.
 """
 MIXES = """\

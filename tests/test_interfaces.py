@@ -26,7 +26,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.worker.gpu_worker import Worker
 from vllm.v1.worker.worker_base import WorkerBase, WorkerWrapperBase
 
-from vllm_sparse.backend import hooks
+from vllm_sparse.backend import describe, hooks
 from vllm_sparse.backend.backend import SparseBackend
 from vllm_sparse.backend.builder import SparseMetadataBuilder
 from vllm_sparse.backend.impl import SparseImpl
@@ -91,7 +91,8 @@ def test_hooks_stand_before_functions_that_vllm_has():
 
 def test_a_layer_is_built_with_the_arguments_that_decide_about_it():
     given = set(parameters(inspect.unwrap(Attention.__init__)))
-    asked = set(re.findall(r'arguments\["(\w+)"\]', Path(inspect.getfile(hooks)).read_text()))
+    sources = "".join(Path(inspect.getfile(module)).read_text() for module in (describe, hooks))
+    asked = set(re.findall(r'arguments\["(\w+)"\]', sources))
     assert len(asked) > 10 and asked <= given
     assert {"backend", "backend_per_kind", "use_non_causal"} <= set(AttentionConfig.__dataclass_fields__)
     assert {"is_hybrid", "is_encoder_decoder", "is_mm_prefix_lm", "rswa_window"} <= set(dir(ModelConfig))
@@ -146,7 +147,7 @@ def test_which_engines_take_images(settings, taken):
 
     from vllm.config.multimodal import MultiModalConfig
 
-    from vllm_sparse.backend.hooks import _takes_images
+    from vllm_sparse.backend.describe import _takes_images
 
     assert _takes_images(SimpleNamespace(multimodal_config=MultiModalConfig(**settings))) is taken
     assert _takes_images(SimpleNamespace(multimodal_config=None))

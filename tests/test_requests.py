@@ -152,3 +152,14 @@ def test_runners_of_this_vllm_build_metadata_there():
     assert list(inspect.signature(ModelState.prepare_attn).parameters)[1] == "input_batch"
     assert {"req_ids", "is_prefilling_np"} <= set(InputBatch.__dataclass_fields__)
     assert compat.metadata_call(SimpleNamespace(model_state=0))[1] == "prepare_attn"
+
+
+def test_salts_of_exact_requests_are_nobody_elses():
+    """A client's salt may look like one of ours, by chance or on purpose."""
+    from vllm_sparse.backend.requests import salt_of
+
+    owns = [None, "", "bob", "sparse-exact-", "sparse-exact-bob", "sparse-other-sparse-exact-bob", "sparse-other-"]
+    exact = {salt_of(own, exact=True) for own in owns[1:]}
+    others = {salt_of(own, exact=False) for own in owns}
+    assert len(exact) == len(owns) - 1 and len(others) == len(owns) and not exact & others
+    assert salt_of("bob", exact=False) == "bob" and salt_of(None, exact=False) is None

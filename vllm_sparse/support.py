@@ -8,7 +8,7 @@ refused    the engine does not start: the layer can be neither of these
 =========  ======================================================================================================
 
 A layer takes the first row of :data:`ROWS` that holds for it, and is sparse where none does. What a layer is, as
-far as rows ask, is :class:`Layer`; :mod:`vllm_sparse.backend.hooks` reads it off vLLM's constructor. Options of
+far as rows ask, is :class:`Layer`; :mod:`vllm_sparse.backend.describe` reads it off vLLM's constructor. Options of
 vLLM's that stop an engine before it has layers are :data:`OPTIONS`. The start line, the metrics and
 ``docs/support.md`` are made from these tables.
 """

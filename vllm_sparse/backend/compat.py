@@ -107,6 +107,15 @@ def check_kv_cache_scheme(model_config) -> None:
     CompressedTensorsKVCacheMethod.validate_kv_cache_scheme(kv_cache_scheme(model_config))
 
 
+def fit_blocks_to_dtypes(vllm_config) -> None:
+    """Size blocks so that layers of several KV dtypes share them, which vLLM does on GPUs alone."""
+    from vllm.platforms import current_platform
+
+    backends = current_platform._find_non_ssm_backends(vllm_config)
+    if backends:
+        current_platform._align_heterogeneous_kv_block_size(vllm_config, backends[0])
+
+
 def head_major_layouts() -> tuple:
     """``supported_kv_cache_layouts``: block, head, row; layers inside or outside of blocks."""
     from vllm.v1.kv_cache_interface import KVCacheLayout

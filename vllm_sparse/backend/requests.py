@@ -31,7 +31,8 @@ from vllm_sparse.support import QUANTISED_CACHES
 from vllm_sparse.user_text import nearest, shown
 
 SPARSE, BUDGET = KEYS = ("sparse", "sparse_budget")
-EXACT_SALT = "sparse-exact"
+OWN_SALTS, EXACT_SALT, OTHER_SALT = "sparse-", "sparse-exact", "sparse-other"
+"""How our salts of the prefix cache begin; that of exact requests; that of others whose own salts begin so."""
 
 
 class RequestError(VLLMValidationError, ValueError):
@@ -49,6 +50,14 @@ def asked_tokens(extra_args: dict[str, Any] | None) -> int:
     if not extra_args:
         return 0
     return extra_args.get(BUDGET, 0) if extra_args.get(SPARSE, True) else EXACT
+
+
+def salt_of(own: str | None, exact: bool) -> str | None:
+    """The salt under which the prefix cache keeps a request with the salt ``own``: exact requests share with no
+    other ones, whatever salts these have."""
+    if exact:
+        return f"{EXACT_SALT}-{own or ''}"
+    return f"{OTHER_SALT}-{own}" if own and own.startswith(OWN_SALTS) else own
 
 
 def check(extra_args: dict[str, Any] | None, vllm_config: Any) -> None:
@@ -194,8 +203,7 @@ def install() -> None:
             return
         extra_args = request.sampling_params.extra_args
         check(extra_args, self.vllm_config)
-        if asked_tokens(extra_args) == EXACT:
-            request.cache_salt = f"{EXACT_SALT}-{request.cache_salt or ''}"
+        request.cache_salt = salt_of(request.cache_salt, exact=asked_tokens(extra_args) == EXACT)
 
     _before(InputProcessor, "_validate_params", check_params)
     _before(EngineCore, "preprocess_add_request", prepare)

@@ -22,7 +22,7 @@ from vllm_sparse.offload.config import MOST_GIB
 from vllm_sparse.offload.sizing import GIB
 from vllm_sparse.policies import DECODE_POLICIES
 from vllm_sparse.support import Treatment
-from vllm_sparse.tools import advice, commands
+from vllm_sparse.tools import advice, commands, dry_offload
 from vllm_sparse.tools import dry_engine as dry
 from vllm_sparse.tools.dry_engine import DryEngine, EngineRefused
 from vllm_sparse.tools.pays import Pays, forecast
@@ -137,7 +137,7 @@ def examine(args: argparse.Namespace) -> Report:
     report = Report(args.model, Status.SPARSE, versions=versions())
     try:
         engine = dry.dry_engine(engine_args)
-        dry.check_offload(engine)
+        dry_offload.check_offload(engine)
     except EngineRefused as error:
         report.status, report.reason = Status.REFUSED, str(error)
         report.advice = ["what the refusal names as allowed"]

@@ -112,51 +112,6 @@ def stock_of(engine: DryEngine, args: Any) -> DryEngine:
     return replace(engine, specs=tuple({name: plain(spec) for name, spec in of.items()} for of in engine.specs))
 
 
-def offloaded_of(engine: DryEngine, args: Any, config: SparseConfig) -> DryEngine:
-    """The same engine with its pages on a host of any size, of whose layers only the specs are to be used.
-
-    Args:
-        config: its settings, with ``offload``.
-
-    Raises:
-        ConfigError: it cannot offload.
-    """
-    from vllm_sparse.backend import offload
-    from vllm_sparse.backend.spec import SparseAttentionSpec
-
-    if engine.linear_layers:  # vLLM fits its blocks to states anew
-        args = copy(args)
-        args.additional_config = {"sparse": config.to_mapping(), offload.ADMITTED: config.offload.host_gib}
-        found = dry_engine(args)
-        found.vllm_config.model_config.max_model_len = engine.vllm_config.model_config.max_model_len
-        return found
-
-    def on_host(spec: Any) -> Any:
-        if not isinstance(spec, SparseAttentionSpec):
-            return spec
-        return replace(spec, layout=replace(spec.layout, on_host=True))
-
-    return replace(engine, specs=tuple({name: on_host(spec) for name, spec in of.items()} for of in engine.specs))
-
-
-def check_offload(engine: DryEngine) -> None:
-    """Refuse an engine whose settings ask for offload where a real one would find layers that cannot.
-
-    Raises:
-        EngineRefused: with what the start would say.
-    """
-    from vllm_sparse.backend import offload
-
-    config = SparseConfig.from_vllm(engine.vllm_config)
-    if config.offload is None:
-        return
-    try:
-        for specs in engine.specs:
-            offload.shape_of(specs, config, engine.vllm_config)
-    except ConfigError as error:
-        raise EngineRefused(str(error)) from error
-
-
 def kv_bytes(engine: DryEngine, gpu_gib: float, utilization: float, kv_gib: float | None) -> int:
     """Memory for KV on each GPU of ``gpu_gib``.
 
@@ -387,19 +342,10 @@ def _build(vllm_config: Any, quantised: bool) -> DryEngine:
     with stand_ins.ranks(parallel, 0), set_current_vllm_config(vllm_config):
         current_platform.update_block_size_for_backend(vllm_config)
         if current_platform.is_cpu() and vllm_config.cache_config.kv_cache_dtype_skip_layers:
-            _fit_blocks_to_dtypes(vllm_config)
+            compat.fit_blocks_to_dtypes(vllm_config)
         specs = tuple(_specs(stage, vllm_config) for stage in stages)
         _resolve_layout(stages, specs, vllm_config)
     return DryEngine(vllm_config, tuple(stages), specs, max(weights), quantised)
-
-
-def _fit_blocks_to_dtypes(vllm_config: Any) -> None:
-    """Size blocks so that layers of several KV dtypes share them, which vLLM does on GPUs alone."""
-    from vllm.platforms import current_platform
-
-    backends = current_platform._find_non_ssm_backends(vllm_config)
-    if backends:
-        current_platform._align_heterogeneous_kv_block_size(vllm_config, backends[0])
 
 
 def _specs(layers: dict[str, Any], vllm_config: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from vllm_sparse.offload.config import HOST_DTYPES, MOST_GIB
 from vllm_sparse.offload.sizing import GIB, CacheShape, Split, StepLimits, split_memory
 from vllm_sparse.pages.layout import PAGE_SIZES
 from vllm_sparse.support import QUANTISED_CACHES
-from vllm_sparse.tools import commands
+from vllm_sparse.tools import commands, dry_offload
 from vllm_sparse.tools import dry_engine as dry
 from vllm_sparse.tools.dry_engine import DryEngine
 from vllm_sparse.user_text import shown
@@ -70,7 +70,7 @@ def make_plan(
 
     split, shape, refusal = None, None, ""
     try:
-        offloaded = dry.offloaded_of(engine, engine_args, config)
+        offloaded = dry_offload.offloaded_of(engine, engine_args, config)
         specs = {name: spec for stage in offloaded.specs for name, spec in stage.items()}
         shape = offload.shape_of(specs, config, offloaded.vllm_config)
         split = split_memory(shape, limits, kv_bytes, host_bytes // ranks, config.offload.hot_fraction)
